@@ -1,0 +1,16 @@
+//! The gRPC API of leased: messages, client and server stubs, and the meaning of its errors.
+//!
+//! Knows neither the daemon nor the client, and no runtime.
+
+mod reason;
+
+pub use reason::Reason;
+
+/// The API itself, generated from `proto/leased/v1/lease.proto`.
+#[allow(missing_docs, clippy::allow_attributes_without_reason, reason = "generated; documented in the .proto file")]
+pub mod v1 {
+    tonic::include_proto!("leased.v1");
+}
+
+/// The API's encoded `FileDescriptorSet`, imports included, for server reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

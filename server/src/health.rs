@@ -1,0 +1,121 @@
+//! Whether this daemon should be asked: the gRPC health service and the HTTP side port say the same.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use leased_proto::v1::admin_service_server::SERVICE_NAME as ADMIN_SERVICE;
+use leased_proto::v1::lease_service_server::SERVICE_NAME as LEASE_SERVICE;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::store::{Store, StoreError};
+
+/// How often the store is asked.
+const PERIOD: Duration = Duration::from_secs(1);
+/// A store that is silent for so long does not answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What health is reported of; the empty name stands for the whole daemon.
+const SERVICES: [&str; 3] = ["", LEASE_SERVICE, ADMIN_SERVICE];
+
+/// Why calls should or should not come here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    Ready,
+    StoreAway,
+    Draining,
+}
+
+/// Tells everyone who asks.
+#[derive(Debug, Clone)]
+pub(crate) struct Health {
+    reporter: HealthReporter,
+    readiness: Arc<watch::Sender<Readiness>>,
+}
+
+impl Health {
+    /// Not ready until a first look at the store.
+    pub(crate) async fn new(reporter: HealthReporter) -> Self {
+        let health = Self { reporter, readiness: Arc::new(watch::Sender::new(Readiness::StoreAway)) };
+        health.report(Readiness::StoreAway).await;
+        health
+    }
+
+    /// Looks at the store again and again until the daemon drains, and then says that.
+    pub(crate) async fn watch<S: Store>(self, store: &S, draining: CancellationToken) {
+        loop {
+            let answer = tokio::select! {
+                answer = timeout(PATIENCE, store.check()) => answer,
+                () = draining.cancelled() => break,
+            };
+            self.look(answer.map_err(|_| "no answer in time".to_owned()).and_then(cause)).await;
+            tokio::select! {
+                () = sleep(PERIOD) => {}
+                () = draining.cancelled() => break,
+            }
+        }
+        self.report(Readiness::Draining).await;
+    }
+
+    async fn look(&self, answer: Result<(), String>) {
+        let before = *self.readiness.borrow();
+        match answer {
+            Ok(()) if before != Readiness::Ready => {
+                tracing::info!("the store answers");
+                self.report(Readiness::Ready).await;
+            }
+            Err(cause) if before == Readiness::Ready => {
+                tracing::warn!(cause, "the store does not answer");
+                self.report(Readiness::StoreAway).await;
+            }
+            _ => {}
+        }
+    }
+
+    async fn report(&self, readiness: Readiness) {
+        let status = match readiness {
+            Readiness::Ready => ServingStatus::Serving,
+            Readiness::StoreAway | Readiness::Draining => ServingStatus::NotServing,
+        };
+        for service in SERVICES {
+            self.reporter.set_service_status(service, status).await;
+        }
+        self.readiness.send_replace(readiness);
+    }
+
+    /// Ends the streams of those who watch; they have been told that the daemon drains.
+    pub(crate) async fn end(mut self) {
+        for service in SERVICES {
+            self.reporter.clear_service_status(service).await;
+        }
+    }
+
+    /// Serves `/livez` and `/readyz` until `ended`.
+    pub(crate) async fn serve_http(self, listener: TcpListener, ended: CancellationToken) {
+        let readiness = self.readiness;
+        let ready = move || async move {
+            match *readiness.borrow() {
+                Readiness::Ready => (StatusCode::OK, "ready\n"),
+                Readiness::StoreAway => (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer\n"),
+                Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            }
+        };
+        let routes = Router::new().route("/livez", get(async || "alive\n")).route("/readyz", get(ready));
+        let address = listener.local_addr().map_or_else(|_| String::new(), |at: SocketAddr| at.to_string());
+        let serve = axum::serve(listener, routes).with_graceful_shutdown(ended.cancelled_owned());
+        if let Err(error) = serve.await {
+            tracing::error!(%error, address, "the HTTP side port failed");
+        }
+    }
+}
+
+fn cause(answer: Result<(), StoreError>) -> Result<(), String> {
+    answer.map_err(|error| error.to_string())
+}

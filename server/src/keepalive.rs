@@ -1,0 +1,198 @@
+//! The keepalive stream: messages become touches, records become results. The hot path.
+//!
+//! A stream is one task. It owns the set of leases that the stream carries, and nothing else outlives it: when the
+//! caller goes away the task ends, the leases run out in their time, and nobody has anything to clean up.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+
+use crate::config::Limits;
+use crate::lease::{Key, LeaseId};
+use crate::lessor::{CallError, Lessor, Touched};
+use crate::store::{Store, StoreError};
+use crate::wire::{self, Violations};
+
+/// Messages of one stream that are being committed at once; the next is read when one is answered.
+const MESSAGES: usize = 16;
+/// Seconds' worth of messages that a stream may send at once before it is held to its rate.
+const BURST: u32 = 4;
+/// The pause before leases are touched again after the store has failed.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// What a stream is answered.
+pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
+
+type Lease = (Key, LeaseId);
+/// A message's answer: its sequence and what became of each lease it touched.
+type Answer = (u64, Result<Vec<(Lease, Touched)>, Status>);
+
+/// Serves one stream until either side ends it.
+pub(crate) fn serve<S: Store>(
+    messages: Streaming<KeepAliveRequest>,
+    lessor: Lessor<S>,
+    limits: &Limits,
+    draining: CancellationToken,
+) -> Answers {
+    let (answers, receiver) = mpsc::channel(1);
+    let stream = Stream {
+        lessor,
+        carried: HashSet::new(),
+        most_leases: limits.stream_leases,
+        pace: Pace::new(limits.stream_rate),
+        in_flight: FuturesUnordered::new(),
+    };
+    tokio::spawn(async move {
+        let end = tokio::select! {
+            end = stream.run(messages, &answers) => end,
+            () = draining.cancelled() => Err(wire::shutting_down()),
+            () = answers.closed() => return,
+        };
+        if let Err(status) = end {
+            drop(answers.send(Err(status)).await);
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+struct Stream<S> {
+    lessor: Lessor<S>,
+    carried: HashSet<Lease>,
+    most_leases: usize,
+    pace: Pace,
+    in_flight: FuturesUnordered<BoxFuture<'static, Answer>>,
+}
+
+impl<S: Store> Stream<S> {
+    /// Reads and answers until the caller has said all and everything is answered.
+    async fn run(
+        mut self,
+        mut messages: Streaming<KeepAliveRequest>,
+        answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
+    ) -> Result<(), Status> {
+        let mut open = true;
+        while open || !self.in_flight.is_empty() {
+            let may_read = open && self.in_flight.len() < MESSAGES;
+            let ready_at = self.pace.ready_at();
+            let in_pace = ready_at <= Instant::now();
+            tokio::select! {
+                Some((sequence, outcome)) = self.in_flight.next() => {
+                    let response = self.answer(sequence, outcome?);
+                    if answers.send(Ok(response)).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                message = messages.message(), if may_read && in_pace => match message {
+                    Ok(Some(message)) => self.take(message)?,
+                    Ok(None) => open = false,
+                    Err(status) if status.code() == Code::OutOfRange => return Err(wire::oversized()),
+                    Err(status) => return Err(status),
+                },
+                () = sleep_until(ready_at), if may_read && !in_pace => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a message and hands its touches over in one go.
+    fn take(&mut self, message: KeepAliveRequest) -> Result<(), Status> {
+        self.pace.spend();
+        let mut wrong = Violations::default();
+        if message.sequence == 0 {
+            wrong.add("sequence", "must be 1 or more; 0 marks what the daemon tells on its own accord");
+        }
+        let named = message.leases.iter().enumerate();
+        let named: Vec<Option<Lease>> = named
+            .map(|(position, lease)| wire::lease(&mut wrong, &format!("leases[{position}]"), Some(lease)))
+            .collect();
+        wrong.into_result()?;
+
+        let named: Vec<Lease> = named.into_iter().flatten().collect();
+        let leases = if named.is_empty() {
+            self.carried.iter().cloned().collect()
+        } else {
+            self.carried.extend(named.iter().cloned());
+            named
+        };
+        if self.carried.len() > self.most_leases {
+            return Err(wire::limit_exceeded("stream_leases", self.most_leases));
+        }
+        self.in_flight.push(Box::pin(touch(self.lessor.clone(), message.sequence, leases)));
+        Ok(())
+    }
+
+    fn answer(&mut self, sequence: u64, touched: Vec<(Lease, Touched)>) -> KeepAliveResponse {
+        let mut results = Vec::with_capacity(touched.len());
+        for (lease, touched) in touched {
+            if matches!(touched, Touched::Lost(_)) {
+                self.carried.remove(&lease);
+            }
+            results.push(wire::keepalive_result(&lease.0, lease.1, touched));
+        }
+        KeepAliveResponse { sequence, results }
+    }
+}
+
+/// Touches until the store answers: the leases live on meanwhile, and so does the stream.
+async fn touch<S: Store>(lessor: Lessor<S>, sequence: u64, leases: Vec<Lease>) -> Answer {
+    loop {
+        match lessor.touch_all(&leases).await {
+            Ok(touched) => return (sequence, Ok(leases.into_iter().zip(touched).collect())),
+            Err(CallError::Store(StoreError::Unavailable { .. })) => sleep(RETRY).await,
+            Err(error) => return (sequence, Err(wire::failed(error))),
+        }
+    }
+}
+
+/// Holds a stream to a rate in the long run: the generic cell rate algorithm (ITU-T I.371), as a delay.
+#[derive(Debug)]
+struct Pace {
+    /// The share of time that a message takes up.
+    interval: Duration,
+    /// When all messages so far would have come at the exact rate.
+    due: Instant,
+}
+
+impl Pace {
+    fn new(rate: u32) -> Self {
+        Self { interval: Duration::from_secs(1) / rate, due: Instant::now() }
+    }
+
+    /// When the next message may be read.
+    fn ready_at(&self) -> Instant {
+        self.due.checked_sub(Duration::from_secs(BURST.into())).unwrap_or(self.due)
+    }
+
+    fn spend(&mut self) {
+        self.due = self.due.max(Instant::now()) + self.interval;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_may_burst_and_is_then_held_to_its_rate() {
+        let mut pace = Pace::new(50);
+        let start = Instant::now();
+        for _ in 0..=200 {
+            assert!(pace.ready_at() <= start, "a burst");
+            pace.spend();
+        }
+        for _ in 0..100 {
+            sleep_until(pace.ready_at()).await;
+            pace.spend();
+        }
+        let passed = start.elapsed();
+        assert!((Duration::from_millis(1990)..Duration::from_millis(2200)).contains(&passed), "{passed:?}");
+    }
+}

@@ -1,0 +1,131 @@
+//! What happens to one record in one step: all commands for a key that are committed together.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::record::footprint;
+use super::{FencingToken, LeaseId, Mode, Ttl};
+
+/// A request for a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acquisition {
+    /// Names the acquisition; repeating it repeats the same one.
+    pub id: LeaseId,
+    /// A label for people.
+    pub owner: String,
+    /// More labels.
+    pub metadata: BTreeMap<String, String>,
+    /// Alone or with others.
+    pub mode: Mode,
+    /// Shared only: it is admitted while fewer than this many hold; 1 to [`MAX_SHARED_HOLDERS`](super::MAX_SHARED_HOLDERS).
+    pub shared_limit: u32,
+    /// How long the grant and each touch last.
+    pub ttl: Ttl,
+    /// Keeps the key taken at least this long after the grant; whole milliseconds.
+    pub min_hold: Duration,
+    /// Stands in line if it cannot be granted at once.
+    pub wait: bool,
+}
+
+impl Acquisition {
+    /// What this adds to a record, in bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        footprint(&self.owner, &self.metadata)
+    }
+}
+
+/// One key's share of a batch. Its parts are concurrent with each other, for none has been answered; the order in
+/// which [`step`](super::step) takes them is the rule. Each list names an id or token once.
+///
+/// An edit that contains nothing is a *nudge*: it admits whoever's turn has come.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Edit {
+    touch: Vec<LeaseId>,
+    release: Vec<LeaseId>,
+    revoke: Vec<FencingToken>,
+    cancel: Vec<LeaseId>,
+    enqueue: Vec<Arc<Acquisition>>,
+}
+
+impl Edit {
+    /// Renews the lease.
+    #[must_use]
+    pub fn touch(mut self, id: LeaseId) -> Self {
+        add(&mut self.touch, id);
+        self
+    }
+
+    /// Gives the lease back.
+    #[must_use]
+    pub fn release(mut self, id: LeaseId) -> Self {
+        add(&mut self.release, id);
+        self
+    }
+
+    /// Takes the lease with this token away.
+    ///
+    /// There is no "revoke whoever holds": committed twice after an unknown outcome it would hit the successor that
+    /// the first commit admitted.
+    #[must_use]
+    pub fn revoke(mut self, token: FencingToken) -> Self {
+        add(&mut self.revoke, token);
+        self
+    }
+
+    /// Leaves the line.
+    #[must_use]
+    pub fn cancel(mut self, id: LeaseId) -> Self {
+        add(&mut self.cancel, id);
+        self
+    }
+
+    /// Joins the line, or refreshes its place there.
+    #[must_use]
+    pub fn enqueue(mut self, acquisition: Arc<Acquisition>) -> Self {
+        match self.enqueue.iter_mut().find(|known| known.id == acquisition.id) {
+            // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
+            Some(known) if acquisition.wait => *known = acquisition,
+            Some(_) => {}
+            None => self.enqueue.push(acquisition),
+        }
+        self
+    }
+
+    /// Leases to renew.
+    #[must_use]
+    pub fn touched(&self) -> &[LeaseId] {
+        &self.touch
+    }
+
+    /// Leases to give back.
+    #[must_use]
+    pub fn released(&self) -> &[LeaseId] {
+        &self.release
+    }
+
+    /// Tokens of leases to take away.
+    #[must_use]
+    pub fn revoked(&self) -> &[FencingToken] {
+        &self.revoke
+    }
+
+    /// Waiters to leave the line.
+    #[must_use]
+    pub fn cancelled(&self) -> &[LeaseId] {
+        &self.cancel
+    }
+
+    /// Acquisitions to join the line, in the order of their arrival.
+    #[must_use]
+    pub fn enqueued(&self) -> &[Arc<Acquisition>] {
+        &self.enqueue
+    }
+}
+
+fn add<T: PartialEq>(list: &mut Vec<T>, item: T) {
+    if !list.contains(&item) {
+        list.push(item);
+    }
+}

@@ -1,0 +1,25 @@
+//! The rules, pure: what a lease is and how a record changes.
+//!
+//! Nothing here knows of a runtime, a wire, a database or a clock: `now` is always an argument, read from the
+//! store's clock by whoever calls. [`step`] is the specification; a store either runs it or says the same thing in
+//! its own language and is held to it by a differential test.
+
+mod answer;
+mod edit;
+mod id;
+mod key;
+mod record;
+mod step;
+#[cfg(test)]
+mod step_properties;
+#[cfg(test)]
+mod step_rules;
+mod time;
+
+pub use answer::{Snapshot, Standing, State};
+pub use edit::{Acquisition, Edit};
+pub use id::{FencingToken, LeaseId};
+pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
+pub use record::{Departure, Holder, Mode, Reason, Record, Waiter};
+pub use step::{MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, REMEMBERED_DEPARTURES, Rules, step};
+pub use time::{Timestamp, Ttl};

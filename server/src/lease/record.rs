@@ -1,0 +1,122 @@
+//! The one record of a key, which holds every fact about it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Acquisition, FencingToken, Key, LeaseId, Timestamp, Ttl};
+
+/// Everything known of a key. A key without a record is one that was never leased or was forgotten since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// What is leased.
+    pub key: Key,
+    /// The token granted last.
+    pub token: FencingToken,
+    /// Granted and not yet released, revoked or displaced; in the order of their grants.
+    pub holders: Vec<Holder>,
+    /// Standing in line; the head first.
+    pub waiters: Vec<Waiter>,
+    /// Who went lately and why; newest first.
+    pub departures: Vec<Departure>,
+    /// Nobody is admitted before this; `None` if nobody asked for it.
+    pub blocked_until: Option<Timestamp>,
+    /// Rises with every edit, so that each is a real write.
+    pub rev: i64,
+}
+
+/// Who may act on the key together with whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Alone.
+    Exclusive,
+    /// With other shared holders.
+    Shared,
+}
+
+/// A lease that has been granted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Names the acquisition.
+    pub id: LeaseId,
+    /// A label for people.
+    pub owner: String,
+    /// More labels.
+    pub metadata: BTreeMap<String, String>,
+    /// Alone or with others.
+    pub mode: Mode,
+    /// How long a touch lasts.
+    pub ttl: Ttl,
+    /// The token of this grant.
+    pub token: FencingToken,
+    /// When it was granted.
+    pub acquired_at: Timestamp,
+    /// When it runs out unless touched before.
+    pub expires_at: Timestamp,
+    /// The key stays taken at least this long after the grant, even if released.
+    pub min_hold: Duration,
+}
+
+/// An acquisition standing in line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiter {
+    /// What is asked for.
+    pub acquisition: Arc<Acquisition>,
+    /// When it came.
+    pub since: Timestamp,
+    /// When its place lapses unless refreshed before.
+    pub expires_at: Timestamp,
+}
+
+/// A lease that is no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Departure {
+    /// Whose.
+    pub id: LeaseId,
+    /// How it went.
+    pub reason: Reason,
+    /// When it went.
+    pub at: Timestamp,
+}
+
+/// How a lease went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// Given back by its holder.
+    Released,
+    /// Ran out, and another took its place.
+    Displaced,
+    /// Taken away by an operator.
+    Revoked,
+}
+
+impl Record {
+    /// The record of a key that has none.
+    #[must_use]
+    pub fn vacant(key: Key) -> Self {
+        Self {
+            key,
+            token: FencingToken::default(),
+            holders: Vec::new(),
+            waiters: Vec::new(),
+            departures: Vec::new(),
+            blocked_until: None,
+            rev: 0,
+        }
+    }
+
+    /// What holders and waiters add to the record, in bytes as [`Acquisition::size`] counts them.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let holders = self.holders.iter().map(|holder| footprint(&holder.owner, &holder.metadata));
+        let waiters = self.waiters.iter().map(|waiter| waiter.acquisition.size());
+        holders.chain(waiters).sum()
+    }
+}
+
+/// What one acquisition adds to a record: its labels and a fixed part for ids, times and field names.
+pub(super) fn footprint(owner: &str, metadata: &BTreeMap<String, String>) -> usize {
+    const FIXED: usize = 256;
+    let labels: usize = metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
+    FIXED + owner.len() + labels
+}

@@ -1,0 +1,251 @@
+//! An acquire from its first commit to its answer: granted, refused, or granted after a wait.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use super::committer::Committer;
+use super::line::Entry;
+use super::part::Part;
+use super::{CallError, Lessor};
+use crate::lease::{Acquisition, FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing, Timestamp, Ttl};
+use crate::store::Store;
+
+/// A request for a lease.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// What to lease.
+    pub key: Key,
+    /// By whom and how. Its `wait` says the same as this call's.
+    pub acquisition: Acquisition,
+    /// Who chose the id.
+    pub origin: Origin,
+    /// How long to stand in line at most.
+    pub wait: Duration,
+}
+
+/// Who chose a lease id, and so who can know of the lease when the answer is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The caller, who may repeat the call with it; what was granted is left to that or to its TTL.
+    Caller,
+    /// The daemon; nobody can ask for it again, so it is given back.
+    Daemon,
+}
+
+/// The answer to an acquire.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Acquired {
+    /// The caller holds the lease.
+    Granted(Grant),
+    /// Someone else holds it, also after the wait.
+    Held(Refusal),
+    /// The line takes no more.
+    QueueFull,
+    /// This acquisition was granted before and is over.
+    Lost(Reason),
+}
+
+/// A lease granted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Its id.
+    pub id: LeaseId,
+    /// Its token.
+    pub token: FencingToken,
+    /// How long it and each touch lasts.
+    pub ttl: Ttl,
+    /// When it was granted.
+    pub acquired_at: Timestamp,
+    /// When it runs out unless touched.
+    pub expires_at: Timestamp,
+    /// Granted from the line.
+    pub waited: bool,
+}
+
+/// Who stands in the way.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Refusal {
+    /// The holder's label; empty if nobody holds and the key is blocked.
+    pub owner: String,
+    /// The holder's token, or the last one granted.
+    pub token: FencingToken,
+    /// Until the holder's lease runs out or the key is not blocked any more.
+    pub remaining: Duration,
+    /// How many stood before the caller, if it stood in line.
+    pub position: Option<usize>,
+}
+
+impl<S: Store> Lessor<S> {
+    /// Asks for a lease, and stands in line for it if the call says so.
+    ///
+    /// Dropping the future ends the wait and leaves no place in line behind.
+    ///
+    /// # Errors
+    /// [`CallError`]; after an error of the store the call may be repeated with the same id.
+    pub async fn acquire(&self, call: Call) -> Result<Acquired, CallError> {
+        let until = Instant::now() + call.wait;
+        let Call { key, acquisition, origin, .. } = call;
+        let acquisition = Arc::new(acquisition);
+        let entry = if acquisition.wait { Some(self.enter(&key, &acquisition)?) } else { None };
+        let waits = entry.is_some();
+        let id = acquisition.id;
+        let mut attempt =
+            Attempt { committer: Arc::clone(&self.committer), key: key.clone(), id, origin, entry, open: true };
+
+        let first = loop {
+            let snapshot = self.commit(key.clone(), Part::Acquire(Arc::clone(&acquisition))).await?;
+            // Neither admitted nor kept out: someone deleted the record in between.
+            let vanished = snapshot.standing(id) == Standing::Unknown
+                && snapshot.record.holders.is_empty()
+                && snapshot.record.waiters.is_empty()
+                && snapshot.record.blocked_until.is_none_or(|until| until <= snapshot.now);
+            if !vanished {
+                break snapshot;
+            }
+        };
+        match first.standing(id) {
+            Standing::Waiter(_) if waits => self.wait(attempt, until).await,
+            standing => {
+                let answer = answer(&first, standing, waits);
+                attempt.close();
+                Ok(answer)
+            }
+        }
+    }
+
+    fn enter(&self, key: &Key, acquisition: &Arc<Acquisition>) -> Result<Entry, CallError> {
+        if self.draining.is_cancelled() {
+            return Err(CallError::ShuttingDown);
+        }
+        let limit = self.line.limit();
+        self.line.enter(key, acquisition).ok_or(CallError::TooManyWaiting { limit })
+    }
+
+    /// Stands in line until told, until the time is over, or until the daemon drains.
+    async fn wait(&self, mut attempt: Attempt<S>, until: Instant) -> Result<Acquired, CallError> {
+        let id = attempt.id;
+        let Some(entry) = &mut attempt.entry else { return Err(CallError::ShuttingDown) };
+        tokio::select! {
+            biased;
+            snapshot = entry.told() => {
+                let answer = match snapshot.standing(id) {
+                    Standing::Holder(holder) => granted(holder, true),
+                    Standing::Departed(reason) => Acquired::Lost(reason),
+                    Standing::Waiter(_) | Standing::Unknown => Acquired::QueueFull,
+                };
+                attempt.close();
+                Ok(answer)
+            }
+            () = sleep_until(until) => self.leave(attempt).await,
+            () = self.draining.cancelled() => {
+                // The place stays for a while: the caller goes on with the same id elsewhere.
+                if origin_is_caller(&attempt) {
+                    attempt.close();
+                }
+                Err(CallError::ShuttingDown)
+            }
+        }
+    }
+
+    /// Leaves the line, unless the turn came at this very moment.
+    async fn leave(&self, mut attempt: Attempt<S>) -> Result<Acquired, CallError> {
+        let id = attempt.id;
+        let latest = attempt.entry.as_ref().and_then(Entry::latest);
+        let last_position = latest.as_ref().and_then(|snapshot| match snapshot.standing(id) {
+            Standing::Waiter(position) => Some(position),
+            _ => None,
+        });
+        if attempt.entry.as_ref().is_some_and(Entry::is_shared) {
+            // Another call waits on with this id, and keeps the place.
+            attempt.close();
+            let refusal = latest.map(|snapshot| refusal(&snapshot, last_position)).unwrap_or_default();
+            return Ok(Acquired::Held(refusal));
+        }
+        let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?;
+        attempt.close();
+        Ok(match snapshot.standing(id) {
+            Standing::Holder(holder) => granted(holder, true),
+            Standing::Departed(reason) => Acquired::Lost(reason),
+            Standing::Waiter(_) | Standing::Unknown => Acquired::Held(refusal(&snapshot, last_position)),
+        })
+    }
+}
+
+fn origin_is_caller<S: Store>(attempt: &Attempt<S>) -> bool {
+    attempt.origin == Origin::Caller
+}
+
+fn answer(snapshot: &Snapshot, standing: Standing<'_>, waits: bool) -> Acquired {
+    match standing {
+        Standing::Holder(holder) => granted(holder, false),
+        Standing::Departed(reason) => Acquired::Lost(reason),
+        Standing::Waiter(position) => Acquired::Held(refusal(snapshot, Some(position))),
+        // Whoever waits is refused a place only for want of room.
+        Standing::Unknown if waits => Acquired::QueueFull,
+        Standing::Unknown => Acquired::Held(refusal(snapshot, None)),
+    }
+}
+
+fn granted(holder: &Holder, waited: bool) -> Acquired {
+    Acquired::Granted(Grant {
+        id: holder.id,
+        token: holder.token,
+        ttl: holder.ttl,
+        acquired_at: holder.acquired_at,
+        expires_at: holder.expires_at,
+        waited,
+    })
+}
+
+fn refusal(snapshot: &Snapshot, position: Option<usize>) -> Refusal {
+    match snapshot.foremost() {
+        Some(holder) => Refusal {
+            owner: holder.owner.clone(),
+            token: holder.token,
+            remaining: snapshot.remaining(holder),
+            position,
+        },
+        None => Refusal {
+            owner: String::new(),
+            token: snapshot.record.token,
+            remaining: snapshot.record.blocked_until.map_or(Duration::ZERO, |until| until - snapshot.now),
+            position,
+        },
+    }
+}
+
+/// An acquire under way. Dropped before it is closed, when the caller is gone or the store failed, it cleans up.
+struct Attempt<S: Store> {
+    committer: Arc<Committer<S>>,
+    key: Key,
+    id: LeaseId,
+    origin: Origin,
+    entry: Option<Entry>,
+    open: bool,
+}
+
+impl<S: Store> Attempt<S> {
+    /// The call has its answer; nothing is to be cleaned up.
+    fn close(&mut self) {
+        self.open = false;
+    }
+}
+
+impl<S: Store> Drop for Attempt<S> {
+    fn drop(&mut self) {
+        if !self.open {
+            return;
+        }
+        let stands_in_line = self.entry.as_ref().is_some_and(|entry| !entry.is_shared());
+        let part = match self.origin {
+            Origin::Daemon => Part::Abandon(self.id),
+            Origin::Caller if stands_in_line => Part::Cancel(self.id),
+            Origin::Caller => return,
+        };
+        // The entry goes first: what is committed from here on concerns nobody.
+        self.entry = None;
+        self.committer.submit_unanswered([(self.key.clone(), part)]);
+    }
+}

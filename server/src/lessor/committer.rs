@@ -1,0 +1,276 @@
+//! Natural batching: while some batches are in flight, the next one gathers; an idle daemon sends at once.
+//!
+//! What arrives for a key that is in flight merges into its next edit, so batches in flight have disjoint keys and
+//! the order per key is the order of arrival. No timers, no added delay. A batch runs in its own task: it completes
+//! whatever becomes of the calls that wait for it.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem::take;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use super::line::Line;
+use super::part::{Part, merge};
+use crate::lease::{Edit, Key, Snapshot};
+use crate::store::{Outcome, Store, StoreError};
+
+/// Batches in flight at once.
+const BATCHES: usize = 3;
+/// Keys in one batch.
+const BATCH_KEYS: usize = 1000;
+/// Bytes in one batch, far below what a command may have (16 MiB).
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Bytes in one edit; the rest goes into the next.
+const EDIT_BYTES: usize = 512 * 1024;
+
+type Answer = Result<Arc<Snapshot>, StoreError>;
+
+/// Gathers parts and commits them.
+#[derive(Debug)]
+pub(super) struct Committer<S> {
+    store: Arc<S>,
+    line: Arc<Line>,
+    deadline: Duration,
+    state: Mutex<State>,
+    idle: Notify,
+    /// Where batches run: a call may be dropped, and clean up, outside of any runtime.
+    runtime: Handle,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Keys with something to commit or in flight.
+    slots: HashMap<Key, Slot>,
+    /// Keys with something to commit that are not in flight; in the order of their oldest part.
+    ready: VecDeque<Key>,
+    batches: usize,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    gathering: VecDeque<Pending>,
+    in_flight: bool,
+}
+
+#[derive(Debug)]
+struct Pending {
+    part: Part,
+    reply: Reply,
+}
+
+/// Who waits for the record.
+#[derive(Debug)]
+enum Reply {
+    Nobody,
+    One(oneshot::Sender<Answer>),
+    /// The position of this answer among those of one submission.
+    OneOfMany(usize, mpsc::Sender<(usize, Answer)>),
+}
+
+impl Reply {
+    /// Whether the call has ended; then its part need not be committed any more.
+    fn is_moot(&self) -> bool {
+        match self {
+            Self::Nobody => false,
+            Self::One(sender) => sender.is_closed(),
+            Self::OneOfMany(_, sender) => sender.is_closed(),
+        }
+    }
+
+    fn send(self, answer: Answer) {
+        match self {
+            Self::Nobody => {}
+            Self::One(sender) => drop(sender.send(answer)),
+            // The channel has room for every answer, so this fails only when nobody listens.
+            Self::OneOfMany(position, sender) => drop(sender.try_send((position, answer))),
+        }
+    }
+}
+
+/// One key's share of a batch in flight.
+struct Taken {
+    key: Key,
+    edit: Edit,
+    replies: Vec<Reply>,
+}
+
+impl<S: Store> Committer<S> {
+    /// `deadline`: how long a batch is repeated after failures.
+    pub(super) fn new(store: Arc<S>, line: Arc<Line>, deadline: Duration) -> Self {
+        Self { store, line, deadline, state: Mutex::default(), idle: Notify::new(), runtime: Handle::current() }
+    }
+
+    pub(super) fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// Commits a part with the next edit of its key and returns the record after it.
+    pub(super) async fn submit(self: &Arc<Self>, key: Key, part: Part) -> Answer {
+        let (sender, receiver) = oneshot::channel();
+        self.gather([(key, Pending { part, reply: Reply::One(sender) })]);
+        receiver.await.unwrap_or_else(|_| Err(lost()))
+    }
+
+    /// The same for many parts, handed over in one go; the records stand in the order of `parts`.
+    pub(super) async fn submit_all(
+        self: &Arc<Self>,
+        parts: Vec<(Key, Part)>,
+    ) -> Result<Vec<Arc<Snapshot>>, StoreError> {
+        let count = parts.len();
+        let (sender, mut receiver) = mpsc::channel(count.max(1));
+        self.gather(parts.into_iter().enumerate().map(|(position, (key, part))| {
+            (key, Pending { part, reply: Reply::OneOfMany(position, sender.clone()) })
+        }));
+        drop(sender);
+        let mut records = vec![None; count];
+        while let Some((position, answer)) = receiver.recv().await {
+            records[position] = Some(answer?);
+        }
+        records.into_iter().collect::<Option<_>>().ok_or_else(lost)
+    }
+
+    /// Commits parts for which nobody waits.
+    pub(super) fn submit_unanswered(self: &Arc<Self>, parts: impl IntoIterator<Item = (Key, Part)>) {
+        self.gather(parts.into_iter().map(|(key, part)| (key, Pending { part, reply: Reply::Nobody })));
+    }
+
+    /// Waits until nothing gathers and nothing is in flight.
+    pub(super) async fn settle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.state().batches == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    fn gather(self: &Arc<Self>, parts: impl IntoIterator<Item = (Key, Pending)>) {
+        let mut state = self.state();
+        for (key, pending) in parts {
+            state.add(key, pending);
+        }
+        while state.batches < BATCHES {
+            let batch = state.take_batch();
+            if batch.is_empty() {
+                break;
+            }
+            state.batches += 1;
+            self.runtime.spawn(Arc::clone(self).work(batch));
+        }
+    }
+
+    /// Commits `batch`, and then whatever has gathered, until nothing has.
+    async fn work(self: Arc<Self>, mut batch: Vec<Taken>) {
+        while !batch.is_empty() {
+            let edits = batch.iter_mut().map(|taken| (taken.key.clone(), take(&mut taken.edit))).collect();
+            let outcome = self.store.commit(edits, self.deadline).await;
+            let keys = self.answer(batch, outcome);
+            let mut state = self.state();
+            state.landed(&keys);
+            batch = state.take_batch();
+            if batch.is_empty() {
+                state.batches -= 1;
+            }
+        }
+        self.idle.notify_waiters();
+    }
+
+    /// Tells the calls that wait in line, then those that wait for this commit. Returns the keys.
+    fn answer(&self, batch: Vec<Taken>, outcome: Result<Vec<Snapshot>, StoreError>) -> Vec<Key> {
+        let mut records = match outcome {
+            Ok(records) => Ok(records.into_iter().map(Arc::new)),
+            Err(error) => {
+                tracing::warn!(keys = batch.len(), %error, "a batch failed");
+                Err(error)
+            }
+        };
+        let mut keys = Vec::with_capacity(batch.len());
+        for taken in batch {
+            let answer = match &mut records {
+                Ok(records) => records.next().ok_or_else(lost),
+                Err(error) => Err(error.clone()),
+            };
+            if let Ok(record) = &answer {
+                self.line.observe(record);
+            }
+            for reply in taken.replies {
+                reply.send(answer.clone());
+            }
+            keys.push(taken.key);
+        }
+        keys
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn add(&mut self, key: Key, pending: Pending) {
+        let slot = self.slots.entry(key.clone()).or_default();
+        if slot.gathering.is_empty() && !slot.in_flight {
+            self.ready.push_back(key);
+        }
+        slot.gathering.push_back(pending);
+    }
+
+    /// The next batch; its keys are in flight from here on.
+    fn take_batch(&mut self) -> Vec<Taken> {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while batch.len() < BATCH_KEYS && bytes < BATCH_BYTES {
+            let Some(key) = self.ready.pop_front() else { break };
+            let Some(slot) = self.slots.get_mut(&key) else { continue };
+            let (parts, replies, weight) = slot.take_parts();
+            if parts.is_empty() {
+                self.slots.remove(&key);
+                continue;
+            }
+            slot.in_flight = true;
+            bytes += weight;
+            batch.push(Taken { key, edit: merge(parts.iter()), replies });
+        }
+        batch
+    }
+
+    /// Frees keys whose batch has returned.
+    fn landed(&mut self, keys: &[Key]) {
+        for key in keys {
+            let Some(slot) = self.slots.get_mut(key) else { continue };
+            slot.in_flight = false;
+            if slot.gathering.is_empty() {
+                self.slots.remove(key);
+            } else {
+                self.ready.push_back(key.clone());
+            }
+        }
+    }
+}
+
+impl Slot {
+    /// The parts of the next edit, leaving out those whose call has ended.
+    fn take_parts(&mut self) -> (Vec<Part>, Vec<Reply>, usize) {
+        let (mut parts, mut replies, mut weight) = (Vec::new(), Vec::new(), 0);
+        while weight < EDIT_BYTES {
+            let Some(Pending { part, reply }) = self.gathering.pop_front() else { break };
+            if reply.is_moot() {
+                continue;
+            }
+            weight += part.weight();
+            parts.push(part);
+            replies.push(reply);
+        }
+        (parts, replies, weight)
+    }
+}
+
+/// The answer when the task that would have given it is gone, which takes a shutdown or a defect.
+fn lost() -> StoreError {
+    StoreError::Unavailable { outcome: Outcome::Unknown, cause: "the commit was given up".to_owned() }
+}

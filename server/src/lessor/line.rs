@@ -1,0 +1,371 @@
+//! The calls of this daemon that stand in line, and when to look after them.
+//!
+//! Their places are in the records, where every daemon sees them; here is only whom to tell when a record says that
+//! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* every
+//! one to two seconds for what other daemons did, and a *refresh* of the places well before they lapse. Whoever
+//! learns of foreign changes sooner may call [`Line::observe_foreign`].
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::committer::Committer;
+use super::part::Part;
+use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot, Standing};
+use crate::store::Store;
+
+/// A release that another daemon committed is noticed within two seconds, the way to the store included.
+const CHECK: std::ops::Range<u64> = 1000..1800;
+/// Keys read with one command.
+const CHECK_KEYS: usize = 1000;
+/// Longer than any timer is set for.
+const FAR: Duration = Duration::from_secs(3600);
+
+/// Calls that wait, by key.
+#[derive(Debug)]
+pub(super) struct Line {
+    rules: Rules,
+    limit: usize,
+    state: Mutex<State>,
+    /// Rings when something is due earlier than before.
+    sooner: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    keys: HashMap<Key, Waiting>,
+    /// When each key is to be looked after next.
+    due: BTreeSet<(Instant, Key)>,
+    calls: usize,
+    last_number: u64,
+}
+
+/// What is known of one key's calls.
+#[derive(Debug)]
+struct Waiting {
+    calls: HashMap<LeaseId, Vec<WaitingCall>>,
+    latest: Option<Arc<Snapshot>>,
+    check_at: Instant,
+    refresh_at: Instant,
+    nudge_at: Option<Instant>,
+    /// Its entry in `State::due`.
+    due: Instant,
+    /// A check or refresh is under way.
+    busy: bool,
+}
+
+#[derive(Debug)]
+struct WaitingCall {
+    number: u64,
+    acquisition: Arc<Acquisition>,
+    tell: oneshot::Sender<Arc<Snapshot>>,
+}
+
+/// One call's entry; dropping it takes the call out.
+#[derive(Debug)]
+pub(super) struct Entry {
+    line: Arc<Line>,
+    key: Key,
+    id: LeaseId,
+    number: u64,
+    told: oneshot::Receiver<Arc<Snapshot>>,
+}
+
+impl Entry {
+    /// The record that says that the call waits no more.
+    pub(super) async fn told(&mut self) -> Arc<Snapshot> {
+        match (&mut self.told).await {
+            Ok(snapshot) => snapshot,
+            // Its sender goes only with the entry itself.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// The record as last seen.
+    pub(super) fn latest(&self) -> Option<Arc<Snapshot>> {
+        self.line.state().keys.get(&self.key)?.latest.clone()
+    }
+
+    /// Whether other calls of this daemon wait with the same id, as after a client's reconnect.
+    pub(super) fn is_shared(&self) -> bool {
+        let state = self.line.state();
+        let calls = state.keys.get(&self.key).and_then(|waiting| waiting.calls.get(&self.id));
+        calls.is_some_and(|calls| calls.iter().any(|call| call.number != self.number))
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let mut state = self.line.state();
+        let Some(waiting) = state.keys.get_mut(&self.key) else { return };
+        let Some(calls) = waiting.calls.get_mut(&self.id) else { return };
+        let before = calls.len();
+        calls.retain(|call| call.number != self.number);
+        let gone = before - calls.len();
+        if calls.is_empty() {
+            waiting.calls.remove(&self.id);
+        }
+        state.calls -= gone;
+        state.tidy(&self.key);
+    }
+}
+
+impl Line {
+    pub(super) fn new(rules: Rules, limit: usize) -> Self {
+        Self { rules, limit, state: Mutex::default(), sooner: Notify::new() }
+    }
+
+    /// Enters a call before its first commit, so that no record that concerns it is missed. `None`: too many wait.
+    pub(super) fn enter(self: &Arc<Self>, key: &Key, acquisition: &Arc<Acquisition>) -> Option<Entry> {
+        let (tell, told) = oneshot::channel();
+        let mut state = self.state();
+        if state.calls >= self.limit {
+            return None;
+        }
+        state.calls += 1;
+        state.last_number += 1;
+        let number = state.last_number;
+        let refresh = self.rules.place / 5;
+        let waiting = state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(refresh));
+        let call = WaitingCall { number, acquisition: Arc::clone(acquisition), tell };
+        waiting.calls.entry(acquisition.id).or_default().push(call);
+        self.rearm(&mut state, key);
+        drop(state);
+        Some(Entry { line: Arc::clone(self), key: key.clone(), id: acquisition.id, number, told })
+    }
+
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Takes note of a record that a commit of this daemon returned, and tells the calls whose wait is over.
+    pub(super) fn observe(&self, snapshot: &Arc<Snapshot>) {
+        let mut state = self.state();
+        let key = &snapshot.record.key;
+        let Some(waiting) = state.keys.get_mut(key) else { return };
+        waiting.note(snapshot, &self.rules);
+        let holders = snapshot.record.holders.iter().map(|holder| holder.id);
+        let departed = snapshot.record.departures.iter().map(|departure| departure.id);
+        let told: usize = holders.chain(departed).map(|id| waiting.tell(id, snapshot)).sum();
+        state.calls -= told;
+        state.tidy(key);
+        self.rearm(&mut state, key);
+    }
+
+    /// Takes note of a record as others left it, and returns what to commit: a turn that came by a foreign commit
+    /// is claimed first, so that the caller gets a lease with its whole TTL ahead.
+    pub(super) fn observe_foreign(&self, snapshot: &Arc<Snapshot>) -> Vec<(Key, Part)> {
+        let mut state = self.state();
+        let key = &snapshot.record.key;
+        let Some(waiting) = state.keys.get_mut(key) else { return Vec::new() };
+        waiting.note(snapshot, &self.rules);
+        let in_line: HashSet<LeaseId> =
+            snapshot.record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
+        let claims = waiting.acquisitions().filter(|acquisition| !in_line.contains(&acquisition.id));
+        let claims = claims.map(|acquisition| (key.clone(), Part::Acquire(acquisition))).collect();
+        self.rearm(&mut state, key);
+        claims
+    }
+
+    /// Tells a call that its place could not be kept.
+    fn give_up(&self, key: &Key, id: LeaseId, snapshot: &Arc<Snapshot>) {
+        let mut state = self.state();
+        let Some(waiting) = state.keys.get_mut(key) else { return };
+        let told = waiting.tell(id, snapshot);
+        state.calls -= told;
+        state.tidy(key);
+    }
+
+    fn next_due(&self) -> Instant {
+        self.state().due.first().map_or_else(|| Instant::now() + FAR, |(due, _)| *due)
+    }
+
+    /// What is to be done by `now`.
+    fn take_due(&self, now: Instant) -> Chores {
+        let mut state = self.state();
+        let mut chores = Chores::default();
+        while let Some((_, key)) = state.due.first().filter(|(due, _)| *due <= now).cloned() {
+            let Some(waiting) = state.keys.get_mut(&key) else {
+                state.due.pop_first();
+                continue;
+            };
+            waiting.chores(&key, now, self.rules.place / 5, &mut chores);
+            state.arm(&key);
+        }
+        chores
+    }
+
+    /// Allows the next check of these keys.
+    fn rest(&self, keys: &[Key]) {
+        let mut state = self.state();
+        for key in keys {
+            if let Some(waiting) = state.keys.get_mut(key) {
+                waiting.busy = false;
+            }
+            state.arm(key);
+        }
+        self.sooner.notify_one();
+    }
+
+    /// Arms the key's timer anew, and wakes the keeper if that is the earliest.
+    fn rearm(&self, state: &mut State, key: &Key) {
+        state.arm(key);
+        if state.due.first().is_some_and(|(_, first)| first == key) {
+            self.sooner.notify_one();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Enters the key's next due time.
+    fn arm(&mut self, key: &Key) {
+        let Some(waiting) = self.keys.get_mut(key) else { return };
+        self.due.remove(&(waiting.due, key.clone()));
+        waiting.due = waiting.next_due();
+        self.due.insert((waiting.due, key.clone()));
+    }
+
+    /// Forgets a key for which no call waits.
+    fn tidy(&mut self, key: &Key) {
+        if let Some(waiting) = self.keys.get(key).filter(|waiting| waiting.calls.is_empty()) {
+            self.due.remove(&(waiting.due, key.clone()));
+            self.keys.remove(key);
+        }
+    }
+}
+
+impl Waiting {
+    fn new(refresh: Duration) -> Self {
+        let now = Instant::now();
+        let check_at = now + check_pause();
+        Self {
+            calls: HashMap::new(),
+            latest: None,
+            check_at,
+            refresh_at: now + refresh,
+            nudge_at: None,
+            due: check_at,
+            busy: false,
+        }
+    }
+
+    fn note(&mut self, snapshot: &Arc<Snapshot>, rules: &Rules) {
+        self.nudge_at = snapshot.next_admission(rules).map(|time| Instant::now() + time);
+        self.latest = Some(Arc::clone(snapshot));
+    }
+
+    /// Tells all calls with this id and returns how many there were.
+    fn tell(&mut self, id: LeaseId, snapshot: &Arc<Snapshot>) -> usize {
+        let calls = self.calls.remove(&id).unwrap_or_default();
+        let count = calls.len();
+        for call in calls {
+            drop(call.tell.send(Arc::clone(snapshot)));
+        }
+        count
+    }
+
+    fn acquisitions(&self) -> impl Iterator<Item = Arc<Acquisition>> {
+        self.calls.values().filter_map(|calls| calls.first()).map(|call| Arc::clone(&call.acquisition))
+    }
+
+    fn next_due(&self) -> Instant {
+        let look = if self.busy { Instant::now() + FAR } else { self.check_at };
+        self.nudge_at.map_or(look, |nudge| nudge.min(look))
+    }
+
+    /// Adds what is due for this key to `chores`.
+    fn chores(&mut self, key: &Key, now: Instant, refresh: Duration, chores: &mut Chores) {
+        if self.nudge_at.is_some_and(|nudge| nudge <= now) {
+            self.nudge_at = None;
+            chores.nudges.push(key.clone());
+        }
+        if self.busy || self.check_at > now {
+            return;
+        }
+        self.busy = true;
+        self.check_at = now + check_pause();
+        if self.refresh_at <= now {
+            self.refresh_at = now + refresh;
+            chores.refreshes.extend(self.acquisitions().map(|acquisition| (key.clone(), acquisition)));
+            chores.refreshed.push(key.clone());
+        } else {
+            chores.checks.push(key.clone());
+        }
+    }
+}
+
+/// What the keeper has to do.
+#[derive(Debug, Default)]
+struct Chores {
+    nudges: Vec<Key>,
+    checks: Vec<Key>,
+    refreshes: Vec<(Key, Arc<Acquisition>)>,
+    refreshed: Vec<Key>,
+}
+
+/// Looks after the line until the daemon drains. Places last on for a while, so that their callers can go on
+/// elsewhere.
+pub(super) async fn keep<S: Store>(
+    line: Arc<Line>,
+    committer: Arc<Committer<S>>,
+    draining: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = draining.cancelled() => return,
+            () = line.sooner.notified() => {}
+            () = sleep_until(line.next_due()) => {}
+        }
+        let chores = line.take_due(Instant::now());
+        committer.submit_unanswered(chores.nudges.into_iter().map(|key| (key, Part::Nudge)));
+        if !chores.refreshed.is_empty() {
+            tokio::spawn(refresh(Arc::clone(&line), Arc::clone(&committer), chores.refreshes, chores.refreshed));
+        }
+        for keys in chores.checks.chunks(CHECK_KEYS) {
+            tokio::spawn(check(Arc::clone(&line), Arc::clone(&committer), keys.to_vec()));
+        }
+    }
+}
+
+/// Prolongs places. A call whose place is gone and finds no room for another is told.
+async fn refresh<S: Store>(
+    line: Arc<Line>,
+    committer: Arc<Committer<S>>,
+    places: Vec<(Key, Arc<Acquisition>)>,
+    keys: Vec<Key>,
+) {
+    let ids: Vec<_> = places.iter().map(|(key, acquisition)| (key.clone(), acquisition.id)).collect();
+    let parts = places.into_iter().map(|(key, acquisition)| (key, Part::Acquire(acquisition))).collect();
+    // A failure is tried again at the next turn; a place outlasts several.
+    if let Ok(snapshots) = committer.submit_all(parts).await {
+        for ((key, id), snapshot) in ids.iter().zip(&snapshots) {
+            if snapshot.standing(*id) == Standing::Unknown {
+                line.give_up(key, *id, snapshot);
+            }
+        }
+    }
+    line.rest(&keys);
+}
+
+/// Looks at records that other daemons may have changed.
+async fn check<S: Store>(line: Arc<Line>, committer: Arc<Committer<S>>, keys: Vec<Key>) {
+    if let Ok(found) = committer.store().read(keys.clone()).await {
+        for snapshot in found {
+            committer.submit_unanswered(line.observe_foreign(&Arc::new(snapshot)));
+        }
+    }
+    line.rest(&keys);
+}
+
+fn check_pause() -> Duration {
+    Duration::from_millis(fastrand::u64(CHECK))
+}

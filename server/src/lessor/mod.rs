@@ -1,0 +1,222 @@
+//! The engine over a store: turns calls into edits, edits into batches, and keeps the line of waiting calls.
+//!
+//! A call adds its part to the next edit of its key ([`committer`]), and reads its answer off the record that the
+//! commit returned. A call that waits has its place in the record; [`line`](mod@line) only remembers whom to tell.
+
+mod acquire;
+mod committer;
+mod line;
+mod part;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+pub use acquire::{Acquired, Call, Grant, Origin, Refusal};
+use committer::Committer;
+use line::Line;
+use part::Part;
+
+use crate::lease::{FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing};
+use crate::store::{ListQuery, Outcome, Page, Store, StoreError};
+
+/// The bounds that the engine keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// How long a call may take beyond its `wait`.
+    pub call: Duration,
+    /// Calls that may wait at once.
+    pub waiting_calls: usize,
+    /// Commands that may await their commit at once; more wait for room.
+    pub queued_commands: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { call: Duration::from_secs(5), waiting_calls: 100_000, queued_commands: 262_144 }
+    }
+}
+
+/// Why a call has no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Too many calls wait already.
+    #[error("{limit} calls wait already, as many as this daemon allows")]
+    TooManyWaiting {
+        /// The bound.
+        limit: usize,
+    },
+    /// The daemon is about to end; go elsewhere.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
+}
+
+/// What became of a touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Touched {
+    /// Renewed; this much time is left.
+    Kept(Duration),
+    /// Not held any more, and how it went if that is remembered.
+    Lost(Option<Reason>),
+}
+
+/// What became of a release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Released {
+    /// Given back, now or by an earlier call.
+    Done,
+    /// It was not held; how it went if that is remembered.
+    Lost(Option<Reason>),
+}
+
+/// Grants and renews leases over a store. Cheap to clone.
+#[derive(Debug)]
+pub struct Lessor<S> {
+    committer: Arc<Committer<S>>,
+    line: Arc<Line>,
+    room: Arc<Semaphore>,
+    bounds: Bounds,
+    draining: CancellationToken,
+}
+
+impl<S> Clone for Lessor<S> {
+    fn clone(&self) -> Self {
+        Self {
+            committer: Arc::clone(&self.committer),
+            line: Arc::clone(&self.line),
+            room: Arc::clone(&self.room),
+            bounds: self.bounds,
+            draining: self.draining.clone(),
+        }
+    }
+}
+
+impl<S: Store> Lessor<S> {
+    /// Starts an engine. Its tasks end when `draining` is cancelled and its last commit has returned.
+    #[must_use]
+    pub fn start(store: S, bounds: Bounds, draining: CancellationToken) -> Self {
+        let line = Arc::new(Line::new(store.rules(), bounds.waiting_calls));
+        let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&line), bounds.call));
+        tokio::spawn(line::keep(Arc::clone(&line), Arc::clone(&committer), draining.clone()));
+        let room = Arc::new(Semaphore::new(bounds.queued_commands));
+        Self { committer, line, room, bounds, draining }
+    }
+
+    /// The store, for what needs no engine.
+    #[must_use]
+    pub fn store(&self) -> &S {
+        self.committer.store()
+    }
+
+    /// Renews a lease.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails.
+    pub async fn touch(&self, key: Key, id: LeaseId) -> Result<Touched, CallError> {
+        let snapshot = self.commit(key, Part::Touch(id)).await?;
+        Ok(touched(&snapshot, id))
+    }
+
+    /// Renews many leases in one go; the answers stand in the order of `leases`.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails for any of them.
+    pub async fn touch_all(&self, leases: &[(Key, LeaseId)]) -> Result<Vec<Touched>, CallError> {
+        let parts = leases.iter().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
+        let snapshots = self.in_time(self.commit_all(parts)).await?;
+        Ok(leases.iter().zip(snapshots).map(|((_, id), snapshot)| touched(&snapshot, *id)).collect())
+    }
+
+    /// Gives a lease back. Whoever is next holds it when this returns.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails.
+    pub async fn release(&self, key: Key, id: LeaseId) -> Result<Released, CallError> {
+        let snapshot = self.commit(key, Part::Release(id)).await?;
+        Ok(match snapshot.standing(id) {
+            Standing::Departed(Reason::Released) => Released::Done,
+            Standing::Departed(reason) => Released::Lost(Some(reason)),
+            _ => Released::Lost(None),
+        })
+    }
+
+    /// Takes the lease with `token` away from its holder, or every holder's without one, and returns how many went.
+    ///
+    /// "Every holder" means those at the time of the call, found by a read: an edit that meant whoever holds when it
+    /// is committed could not be repeated after an unknown outcome.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails.
+    pub async fn revoke(&self, key: Key, token: Option<FencingToken>) -> Result<usize, CallError> {
+        let Some(before) = self.get(key.clone()).await? else { return Ok(0) };
+        let is_meant = |holder: &&Holder| token.is_none_or(|token| holder.token == token);
+        let (ids, tokens): (Vec<_>, Vec<_>) =
+            before.record.holders.iter().filter(is_meant).map(|holder| (holder.id, holder.token)).unzip();
+        if tokens.is_empty() {
+            return Ok(0);
+        }
+        let after = self.commit(key, Part::Revoke(tokens)).await?;
+        let is_revoked = |id: &&LeaseId| after.standing(**id) == Standing::Departed(Reason::Revoked);
+        Ok(ids.iter().filter(is_revoked).count())
+    }
+
+    /// The key's record, if it has one.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails.
+    pub async fn get(&self, key: Key) -> Result<Option<Snapshot>, CallError> {
+        let found = self.in_time(async { Ok(self.store().read(vec![key]).await?) }).await?;
+        // A record without a token is one that a batch was about to make.
+        Ok(found.into_iter().next().filter(|snapshot| snapshot.record.token != FencingToken::default()))
+    }
+
+    /// A page of records.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails.
+    pub async fn list(&self, query: ListQuery) -> Result<Page, CallError> {
+        self.in_time(async { Ok(self.store().list(query).await?) }).await
+    }
+
+    /// Waits until nothing is left to commit.
+    pub async fn settle(&self) {
+        self.committer.settle().await;
+    }
+
+    async fn commit(&self, key: Key, part: Part) -> Result<Arc<Snapshot>, CallError> {
+        self.in_time(async {
+            let _room = self.room.acquire().await;
+            Ok(self.committer.submit(key, part).await?)
+        })
+        .await
+    }
+
+    async fn commit_all(&self, parts: Vec<(Key, Part)>) -> Result<Vec<Arc<Snapshot>>, CallError> {
+        let count = u32::try_from(parts.len().min(self.bounds.queued_commands)).unwrap_or(u32::MAX);
+        let _room = self.room.acquire_many(count).await;
+        Ok(self.committer.submit_all(parts).await?)
+    }
+
+    /// Ends what takes longer than a call may.
+    async fn in_time<T>(&self, call: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+        timeout(self.bounds.call, call).await.unwrap_or_else(|_| {
+            let cause = format!("no answer within {:?}", self.bounds.call);
+            Err(StoreError::Unavailable { outcome: Outcome::Unknown, cause }.into())
+        })
+    }
+}
+
+fn touched(snapshot: &Snapshot, id: LeaseId) -> Touched {
+    match snapshot.standing(id) {
+        Standing::Holder(holder) => Touched::Kept(snapshot.remaining(holder)),
+        Standing::Departed(reason) => Touched::Lost(Some(reason)),
+        Standing::Waiter(_) | Standing::Unknown => Touched::Lost(None),
+    }
+}

@@ -1,0 +1,32 @@
+//! The lease daemon, as a library for its binary and for tests that run it in-process.
+//!
+//! In reading order: the rules, where records live, the engine, what callers see, and what runs it all.
+//! `ARCHITECTURE.md` draws the whole.
+
+#![warn(missing_debug_implementations)]
+
+/// The rules, pure.
+pub mod lease;
+/// Where records live.
+pub mod store;
+/// The engine: batching, and the line of waiting calls.
+pub mod lessor;
+
+/// Wire to domain and back.
+mod wire;
+/// The unary calls.
+mod service;
+/// The stream that keeps leases alive.
+mod keepalive;
+
+/// Whether this daemon should be asked.
+mod health;
+/// Accepting connections.
+mod accept;
+/// Running the daemon.
+pub mod server;
+
+/// What was typed and what it means.
+pub mod config;
+/// Log lines.
+pub mod telemetry;

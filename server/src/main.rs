@@ -1,0 +1,104 @@
+//! The daemon's process: telemetry, configuration, store, ports, run, exit code.
+
+use std::fmt::Display;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use leased::config::{Args, Config};
+use leased::server::{Listeners, run};
+use leased::store::mongo::{ConnectError, MongoStore};
+use leased::telemetry;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+/// Between tries to reach the store at start.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// How the process ends other than well.
+enum Failure {
+    /// Wrong usage or configuration: trying again as it is does not help.
+    Usage(String),
+    /// Something failed.
+    Running(String),
+}
+
+impl Failure {
+    fn usage(cause: impl Display) -> Self {
+        Self::Usage(format!("{cause:#}"))
+    }
+
+    fn running(cause: impl Display) -> Self {
+        Self::Running(format!("{cause:#}"))
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let (message, code) = match daemon().await {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Usage(message)) => (message, 2),
+        Err(Failure::Running(message)) => (message, 1),
+    };
+    eprintln!("leased: {message}");
+    ExitCode::from(code)
+}
+
+async fn daemon() -> Result<(), Failure> {
+    let config = Config::try_from(Args::parse()).map_err(Failure::usage)?;
+    telemetry::init(config.log_format, &config.log_level).map_err(Failure::usage)?;
+    let shutdown = on_signal().map_err(Failure::running)?;
+    let store = tokio::select! {
+        store = connect(&config) => store?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let listeners = Listeners::bind(&config).await.map_err(Failure::usage)?;
+    announce(&listeners).map_err(Failure::running)?;
+    run(listeners, store, &config, shutdown).await.map_err(Failure::running)
+}
+
+/// Connects, trying again while the store cannot be reached.
+async fn connect(config: &Config) -> Result<MongoStore, Failure> {
+    let give_up = config.store_timeout.map(|timeout| Instant::now() + timeout);
+    loop {
+        let cause = match MongoStore::connect(&config.location, config.rules).await {
+            Ok(store) => return Ok(store),
+            Err(error @ ConnectError::Unusable(_)) => return Err(Failure::usage(error)),
+            Err(error) => error,
+        };
+        if give_up.is_some_and(|give_up| Instant::now() >= give_up) {
+            return Err(Failure::running(format!("the store cannot be reached: {cause}")));
+        }
+        tracing::warn!(%cause, "the store cannot be reached yet; trying again");
+        sleep(RETRY).await;
+    }
+}
+
+/// The line that says that calls are accepted.
+fn announce(listeners: &Listeners) -> std::io::Result<()> {
+    let http = listeners.http()?.map_or_else(|| "off".to_owned(), |address| address.to_string());
+    println!("leased ready grpc={} http={http} store=mongodb", listeners.grpc()?);
+    Ok(())
+}
+
+/// Cancelled by the first SIGTERM or SIGINT; a second one ends the process at once.
+fn on_signal() -> std::io::Result<CancellationToken> {
+    let shutdown = CancellationToken::new();
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let drain = shutdown.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if drain.is_cancelled() {
+                eprintln!("leased: ended by a second signal");
+                std::process::exit(1);
+            }
+            drain.cancel();
+        }
+    });
+    Ok(shutdown)
+}

@@ -1,0 +1,182 @@
+//! Serves a store until told to stop: services, health, purge, drain.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Context;
+use leased_proto::v1::admin_service_server::AdminServiceServer;
+use leased_proto::v1::lease_service_server::LeaseServiceServer;
+use tokio::net::TcpListener;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::http::Response;
+use tonic::transport::Server;
+use tonic::{Code, Status};
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
+use tower::util::MapResponseLayer;
+
+use crate::accept::connections;
+use crate::config::{Config, Limits};
+use crate::health::Health;
+use crate::lessor::Lessor;
+use crate::service::Service;
+use crate::store::Store;
+use crate::wire::{MAX_MESSAGE_BYTES, oversized};
+
+/// The largest message that goes out.
+const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
+/// Between purges; they are spread so that daemons do not purge at the same moment.
+const PURGE_PERIOD: Duration = Duration::from_secs(3600);
+/// How long watchers of the health service may take to hear of the drain.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// Where calls come in.
+#[derive(Debug)]
+pub struct Listeners {
+    grpc: TcpListener,
+    http: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// Binds both ports.
+    ///
+    /// # Errors
+    /// A sentence that names the address that could not be bound.
+    pub async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let grpc = bind(config.listen).await?;
+        let http = match config.http_listen {
+            Some(address) => Some(bind(address).await?),
+            None => None,
+        };
+        Ok(Self { grpc, http })
+    }
+
+    /// The port that serves gRPC.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn grpc(&self) -> std::io::Result<SocketAddr> {
+        self.grpc.local_addr()
+    }
+
+    /// The side port, if there is one.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn http(&self) -> std::io::Result<Option<SocketAddr>> {
+        self.http.as_ref().map(TcpListener::local_addr).transpose()
+    }
+}
+
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Serves `store` until `shutdown`, then drains: no new waits, streams end with a status that sends callers
+/// elsewhere, open calls and commits complete. Returns when that is done or `drain_timeout` is over.
+///
+/// # Errors
+/// If the gRPC server fails.
+pub async fn run<S: Store>(
+    listeners: Listeners,
+    store: S,
+    config: &Config,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let ended = CancellationToken::new();
+    let _end_all = ended.clone().drop_guard();
+    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone());
+    let reporter = HealthReporter::new();
+    let health = Health::new(reporter.clone()).await;
+
+    let watched = (health.clone(), lessor.clone(), shutdown.clone());
+    tokio::spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
+    tokio::spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
+    if let Some(listener) = listeners.http {
+        tokio::spawn(health.clone().serve_http(listener, ended.clone()));
+    }
+
+    let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
+    let serve = router(service, reporter, &config.limits)?.serve_with_incoming_shutdown(
+        connections(listeners.grpc, config.limits.connections),
+        shutdown.clone().cancelled_owned(),
+    );
+    let drain = async {
+        shutdown.cancelled().await;
+        tracing::info!("draining");
+        sleep(FAREWELL).await;
+        health.end().await;
+        sleep(config.drain_timeout.saturating_sub(FAREWELL)).await;
+    };
+    tokio::select! {
+        served = serve => served.context("the gRPC server failed")?,
+        () = drain => tracing::warn!("calls were still open at the end of the drain and are cut"),
+    }
+    if timeout(config.drain_timeout, lessor.settle()).await.is_err() {
+        tracing::warn!("the store did not take the last commits");
+    }
+    Ok(())
+}
+
+fn router<S: Store>(
+    service: Service<S>,
+    reporter: HealthReporter,
+    limits: &Limits,
+) -> anyhow::Result<tonic::transport::server::Router<tower::layer::util::Stack<Oversize, tower::layer::util::Identity>>>
+{
+    let lease = LeaseServiceServer::new(service.clone())
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_ANSWER_BYTES);
+    let admin = AdminServiceServer::new(service)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_ANSWER_BYTES);
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(leased_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let router = Server::builder()
+        // Left unset, tonic switches off hyper's own bounds for the first and the third.
+        .max_concurrent_streams(limits.streams)
+        .http2_max_pending_accept_reset_streams(Some(20))
+        .http2_max_local_error_reset_streams(Some(128))
+        .http2_max_header_list_size(16 * 1024)
+        // Without pings a half-open connection looks alive for minutes.
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .layer(MapResponseLayer::new(oversize as fn(_) -> _))
+        .add_service(lease)
+        .add_service(admin)
+        .add_service(HealthServer::new(HealthService::from_health_reporter(reporter)))
+        .add_service(reflection().build_v1().context("reflection v1")?)
+        .add_service(reflection().build_v1alpha().context("reflection v1alpha")?);
+    Ok(router)
+}
+
+type Oversize = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
+
+/// A message that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.
+fn oversize(response: Response<Body>) -> Response<Body> {
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() == Code::OutOfRange => oversized().into_http(),
+        _ => response,
+    }
+}
+
+/// Forgets keys that have been free for long, again and again.
+async fn purge<S: Store>(lessor: Lessor<S>, free_for: Duration, draining: CancellationToken) {
+    loop {
+        let pause = PURGE_PERIOD.mul_f64(0.5 + fastrand::f64());
+        tokio::select! {
+            () = sleep(pause) => {}
+            () = draining.cancelled() => return,
+        }
+        match lessor.store().purge(free_for).await {
+            Ok(0) => {}
+            Ok(purged) => tracing::info!(purged, "forgot keys that have long been free"),
+            Err(error) => tracing::warn!(%error, "could not purge; trying again later"),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The unary calls: each reads its request, asks the engine, and answers.
+
+use leased_proto::v1::admin_service_server::AdminService;
+use leased_proto::v1::lease_service_server::LeaseService;
+use leased_proto::v1::{
+    AcquireRequest, AcquireResponse, GetRequest, GetResponse, KeepAliveRequest, ListRequest, ListResponse,
+    ReleaseRequest, ReleaseResponse, RevokeRequest, RevokeResponse, TouchRequest, TouchResponse, WatchRequest,
+    WatchResponse,
+};
+use prost::Message;
+use tokio_stream::Empty;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::config::Limits;
+use crate::keepalive::{self, Answers};
+use crate::lease::FencingToken;
+use crate::lessor::{Lessor, Released, Touched};
+use crate::store::{ListQuery, Store};
+use crate::wire;
+
+/// A page of a listing stays below this, in bytes, so that it fits into a message.
+const PAGE_BYTES: usize = 3 * 1024 * 1024;
+
+/// Both services, over one engine.
+#[derive(Debug)]
+pub(crate) struct Service<S> {
+    lessor: Lessor<S>,
+    limits: Limits,
+    draining: CancellationToken,
+}
+
+impl<S> Clone for Service<S> {
+    fn clone(&self) -> Self {
+        Self { lessor: self.lessor.clone(), limits: self.limits, draining: self.draining.clone() }
+    }
+}
+
+impl<S> Service<S> {
+    /// Services that end their streams when `draining` is cancelled.
+    #[must_use]
+    pub(crate) fn new(lessor: Lessor<S>, limits: Limits, draining: CancellationToken) -> Self {
+        Self { lessor, limits, draining }
+    }
+}
+
+#[tonic::async_trait]
+impl<S: Store> LeaseService for Service<S> {
+    async fn acquire(&self, request: Request<AcquireRequest>) -> Result<Response<AcquireResponse>, Status> {
+        let (headers, _, request) = request.into_parts();
+        let call = wire::acquire(request, &headers, &self.limits)?;
+        let key = call.key.clone();
+        let answer = self.lessor.acquire(call).await.map_err(wire::failed)?;
+        Ok(Response::new(wire::acquired(&key, answer)?))
+    }
+
+    async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
+        let request = request.into_inner();
+        wire::small(&request)?;
+        let (key, id) = wire::one_lease(request.lease.as_ref())?;
+        match self.lessor.release(key, id).await.map_err(wire::failed)? {
+            Released::Done => Ok(Response::new(ReleaseResponse {})),
+            Released::Lost(reason) => Err(wire::lost(reason)),
+        }
+    }
+
+    async fn touch(&self, request: Request<TouchRequest>) -> Result<Response<TouchResponse>, Status> {
+        let request = request.into_inner();
+        wire::small(&request)?;
+        let (key, id) = wire::one_lease(request.lease.as_ref())?;
+        match self.lessor.touch(key, id).await.map_err(wire::failed)? {
+            Touched::Kept(remaining) => {
+                Ok(Response::new(TouchResponse { remaining: Some(wire::to_duration(remaining)) }))
+            }
+            Touched::Lost(reason) => Err(wire::lost(reason)),
+        }
+    }
+
+    type KeepAliveStream = Answers;
+
+    async fn keep_alive(
+        &self,
+        request: Request<Streaming<KeepAliveRequest>>,
+    ) -> Result<Response<Answers>, Status> {
+        let messages = request.into_inner();
+        let answers =
+            keepalive::serve(messages, self.lessor.clone(), &self.limits, self.draining.clone());
+        Ok(Response::new(answers))
+    }
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
+        let request = request.into_inner();
+        wire::small(&request)?;
+        let key = wire::key("key", &request.key)?;
+        let snapshot = self.lessor.get(key).await.map_err(wire::failed)?.ok_or_else(wire::key_unknown)?;
+        Ok(Response::new(GetResponse { lease: Some(wire::to_lease(&snapshot)) }))
+    }
+
+    async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let request = request.into_inner();
+        let (after, limit) = wire::page(&request)?;
+        let query = ListQuery { prefix: request.prefix, after, limit, include_free: request.include_free };
+        let page = self.lessor.list(query).await.map_err(wire::failed)?;
+
+        let mut response = ListResponse::default();
+        let mut more = page.more;
+        let mut bytes = 0;
+        for snapshot in &page.snapshots {
+            let lease = wire::to_lease(snapshot);
+            bytes += lease.encoded_len();
+            if bytes > PAGE_BYTES && !response.leases.is_empty() {
+                more = true;
+                break;
+            }
+            response.leases.push(lease);
+        }
+        if more && let Some(last) = response.leases.last() {
+            response.next_page_token.clone_from(&last.key);
+        }
+        Ok(Response::new(response))
+    }
+
+    type WatchStream = Empty<Result<WatchResponse, Status>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("this daemon does not serve Watch; ask with Get or List"))
+    }
+}
+
+#[tonic::async_trait]
+impl<S: Store> AdminService for Service<S> {
+    async fn revoke(&self, request: Request<RevokeRequest>) -> Result<Response<RevokeResponse>, Status> {
+        let request = request.into_inner();
+        let key = wire::revoke(&request)?;
+        let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
+        let revoked = self.lessor.revoke(key, token).await.map_err(wire::failed)?;
+        let RevokeRequest { key, fencing_token, reason } = request;
+        tracing::info!(%key, fencing_token, %reason, revoked, "revoked");
+        Ok(Response::new(RevokeResponse { revoked: i32::try_from(revoked).unwrap_or(i32::MAX) }))
+    }
+}

@@ -1,0 +1,227 @@
+//! Records as MongoDB documents: the names and types of their fields.
+//!
+//! ```text
+//! { _id: key, token: long, rev: long, blocked_until: date | null,
+//!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, ttl: ms, min_hold: ms, size, token, acquired_at, expires_at }],
+//!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, wait, since, expires_at }],
+//!   departures: [{ id, reason, at }] }
+//! ```
+//!
+//! Metadata is an array of pairs: a caller's text never becomes a field name.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mongodb::bson::raw::{RawBsonRef, RawDocument};
+use mongodb::bson::spec::BinarySubtype;
+use mongodb::bson::{Binary, Bson, Document, doc};
+
+use crate::lease::{
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Mode, Reason, Record, Snapshot, Timestamp,
+    Ttl, Waiter,
+};
+
+/// A document that is not a record of ours.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("document {key:?} is not a lease record: field {field} is missing or of another type")]
+pub(super) struct Foreign {
+    key: String,
+    field: &'static str,
+}
+
+/// A projection of a whole record with the store's clock beside it.
+pub(super) fn projection() -> Document {
+    doc! {
+        "token": 1, "rev": 1, "blocked_until": 1, "holders": 1, "waiters": 1, "departures": 1, "now": "$$NOW",
+    }
+}
+
+pub(super) fn uuid(id: LeaseId) -> Bson {
+    Bson::Binary(Binary { subtype: BinarySubtype::Uuid, bytes: id.to_bytes().to_vec() })
+}
+
+pub(super) fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Exclusive => "exclusive",
+        Mode::Shared => "shared",
+    }
+}
+
+pub(super) fn reason(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Released => "released",
+        Reason::Displaced => "displaced",
+        Reason::Revoked => "revoked",
+    }
+}
+
+pub(super) fn long(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// What an arrival brings; the pipeline adds `since` and `expires_at`.
+pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
+    let metadata: Vec<Bson> =
+        acquisition.metadata.iter().map(|(k, v)| doc! { "k": k, "v": v }.into()).collect();
+    doc! {
+        "id": uuid(acquisition.id),
+        "owner": &acquisition.owner,
+        "metadata": metadata,
+        "mode": mode(acquisition.mode),
+        "shared_limit": i64::from(acquisition.shared_limit),
+        "ttl": long(acquisition.ttl.get()),
+        "min_hold": long(acquisition.min_hold),
+        "size": i64::try_from(acquisition.size()).unwrap_or(i64::MAX),
+        "wait": acquisition.wait,
+    }
+}
+
+/// Reads a document got with [`projection`].
+pub(super) fn snapshot(document: &RawDocument) -> Result<Snapshot, Foreign> {
+    let root = Fields { document, key: "?" };
+    let name = root.text("_id")?;
+    let root = Fields { document, key: name };
+    let key = Key::try_from(name).map_err(|_| root.foreign("_id"))?;
+    let record = Record {
+        key,
+        token: FencingToken(root.maybe("token", RawBsonRef::as_i64)?.unwrap_or(0)),
+        rev: root.maybe("rev", RawBsonRef::as_i64)?.unwrap_or(0),
+        blocked_until: root.maybe("blocked_until", date)?,
+        holders: root.list("holders", holder)?,
+        waiters: root.list("waiters", waiter)?,
+        departures: root.list("departures", departure)?,
+    };
+    Ok(Snapshot { record, now: root.date("now")? })
+}
+
+fn holder(fields: &Fields<'_>) -> Result<Holder, Foreign> {
+    Ok(Holder {
+        id: fields.id()?,
+        owner: fields.text("owner")?.to_owned(),
+        metadata: fields.metadata()?,
+        mode: fields.mode()?,
+        ttl: fields.ttl()?,
+        token: FencingToken(fields.long("token")?),
+        acquired_at: fields.date("acquired_at")?,
+        expires_at: fields.date("expires_at")?,
+        min_hold: fields.duration("min_hold")?,
+    })
+}
+
+fn waiter(fields: &Fields<'_>) -> Result<Waiter, Foreign> {
+    let acquisition = Acquisition {
+        id: fields.id()?,
+        owner: fields.text("owner")?.to_owned(),
+        metadata: fields.metadata()?,
+        mode: fields.mode()?,
+        shared_limit: u32::try_from(fields.long("shared_limit")?).map_err(|_| fields.foreign("shared_limit"))?,
+        ttl: fields.ttl()?,
+        min_hold: fields.duration("min_hold")?,
+        wait: fields.required("wait", RawBsonRef::as_bool)?,
+    };
+    Ok(Waiter {
+        acquisition: Arc::new(acquisition),
+        since: fields.date("since")?,
+        expires_at: fields.date("expires_at")?,
+    })
+}
+
+fn departure(fields: &Fields<'_>) -> Result<Departure, Foreign> {
+    let reason = match fields.text("reason")? {
+        "released" => Reason::Released,
+        "displaced" => Reason::Displaced,
+        "revoked" => Reason::Revoked,
+        _ => return Err(fields.foreign("reason")),
+    };
+    Ok(Departure { id: fields.id()?, reason, at: fields.date("at")? })
+}
+
+fn date(value: RawBsonRef<'_>) -> Option<Timestamp> {
+    value.as_datetime().map(|date| Timestamp(date.timestamp_millis()))
+}
+
+/// Typed access to the fields of one (sub)document of the record `key`.
+struct Fields<'a> {
+    document: &'a RawDocument,
+    key: &'a str,
+}
+
+impl<'a> Fields<'a> {
+    fn foreign(&self, field: &'static str) -> Foreign {
+        Foreign { key: self.key.to_owned(), field }
+    }
+
+    /// `None` if the field is absent or null.
+    fn maybe<T>(
+        &self,
+        field: &'static str,
+        read: impl FnOnce(RawBsonRef<'a>) -> Option<T>,
+    ) -> Result<Option<T>, Foreign> {
+        match self.document.get(field) {
+            Ok(None | Some(RawBsonRef::Null)) => Ok(None),
+            Ok(Some(value)) => read(value).map(Some).ok_or_else(|| self.foreign(field)),
+            Err(_) => Err(self.foreign(field)),
+        }
+    }
+
+    fn required<T>(
+        &self,
+        field: &'static str,
+        read: impl FnOnce(RawBsonRef<'a>) -> Option<T>,
+    ) -> Result<T, Foreign> {
+        self.maybe(field, read)?.ok_or_else(|| self.foreign(field))
+    }
+
+    fn text(&self, field: &'static str) -> Result<&'a str, Foreign> {
+        self.required(field, RawBsonRef::as_str)
+    }
+
+    fn long(&self, field: &'static str) -> Result<i64, Foreign> {
+        self.required(field, RawBsonRef::as_i64)
+    }
+
+    fn date(&self, field: &'static str) -> Result<Timestamp, Foreign> {
+        self.required(field, date)
+    }
+
+    fn duration(&self, field: &'static str) -> Result<Duration, Foreign> {
+        u64::try_from(self.long(field)?).map(Duration::from_millis).map_err(|_| self.foreign(field))
+    }
+
+    fn ttl(&self) -> Result<Ttl, Foreign> {
+        Ttl::new(self.duration("ttl")?).ok_or_else(|| self.foreign("ttl"))
+    }
+
+    fn id(&self) -> Result<LeaseId, Foreign> {
+        let bytes = self.required("id", |value| value.as_binary()?.bytes.try_into().ok())?;
+        Ok(<[u8; 16]>::into(bytes))
+    }
+
+    fn mode(&self) -> Result<Mode, Foreign> {
+        match self.text("mode")? {
+            "exclusive" => Ok(Mode::Exclusive),
+            "shared" => Ok(Mode::Shared),
+            _ => Err(self.foreign("mode")),
+        }
+    }
+
+    fn metadata(&self) -> Result<BTreeMap<String, String>, Foreign> {
+        let pairs = self.list("metadata", |pair| Ok((pair.text("k")?.to_owned(), pair.text("v")?.to_owned())))?;
+        Ok(pairs.into_iter().collect())
+    }
+
+    /// Empty if the field is absent.
+    fn list<T>(
+        &self,
+        field: &'static str,
+        read: impl Fn(&Fields<'a>) -> Result<T, Foreign>,
+    ) -> Result<Vec<T>, Foreign> {
+        let Some(array) = self.maybe(field, RawBsonRef::as_array)? else { return Ok(Vec::new()) };
+        let entries = array.into_iter().map(|entry| {
+            let document = entry.ok().and_then(|value| value.as_document()).ok_or_else(|| self.foreign(field))?;
+            read(&Fields { document, key: self.key })
+        });
+        entries.collect()
+    }
+}
