@@ -1,1 +1,13 @@
-//! x
+//! A real MongoDB replica set that lives exactly as long as the process that started it: for tests, for the
+//! benchmark, and for a first try without installing anything.
+//!
+//! Knows nothing of leases.
+
+/// The process and its end, whatever ends its parent.
+mod guardian;
+/// Finding a `mongod`, or fetching one.
+mod locate;
+/// A running server.
+mod mongod;
+
+pub use mongod::{Mongod, shared};

@@ -131,7 +131,7 @@ impl Pair {
 }
 
 async fn store() -> MongoStore {
-    let uri = std::env::var("LEASED_TEST_MONGODB_URI").expect("x");
+    let uri = throwaway_mongodb::shared().await.expect("a MongoDB for tests").to_owned();
     let location = Location { uri, database: "differential".into(), collection: LeaseId::random().reveal() };
     MongoStore::connect(&location, RULES).await.expect("a usable store")
 }

@@ -1,0 +1,179 @@
+//! Grants: one holder, rising tokens, repeatable calls.
+
+use leased_client::Reason;
+use leased_client::v1::LeaseState;
+use mongodb::bson::doc;
+use tokio::task::JoinSet;
+use tonic::Code;
+use uuid::Uuid;
+
+use crate::support::{Asking, Calls, Daemon, ask, eventually, ms, refusal, secs};
+
+#[tokio::test]
+async fn a_free_key_is_granted_with_what_was_asked_for() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let id = Uuid::new_v4();
+    let granted = client.get_lease(ask("job").id(id).owner("me").ttl(ms(2500))).await.unwrap();
+    let lease = granted.lease.unwrap();
+    assert_eq!((lease.key.as_str(), lease.lease_id.as_str()), ("job", id.to_string().as_str()));
+    assert!(granted.fencing_token > 0);
+    assert!(!granted.waited);
+    assert_eq!(granted.ttl, Some(ms(2500).try_into().unwrap()));
+    let (from, to) = (granted.acquire_time.unwrap(), granted.expire_time.unwrap());
+    let span = (to.seconds - from.seconds) * 1000 + i64::from((to.nanos - from.nanos) / 1_000_000);
+    assert_eq!(span, 2500);
+
+    let seen = client.look("job").await.unwrap();
+    assert_eq!(seen.state(), LeaseState::Held);
+    assert_eq!(seen.fencing_token, granted.fencing_token);
+    assert_eq!(seen.holders[0].owner, "me");
+}
+
+#[tokio::test]
+async fn without_an_id_and_a_ttl_the_daemon_picks_them() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let granted = client.get_lease(ask("job")).await.unwrap();
+    assert_eq!(granted.ttl, Some(secs(30).try_into().unwrap()));
+    let lease = granted.lease.unwrap();
+    assert!(Uuid::parse_str(&lease.lease_id).is_ok());
+    client.give_back(&lease).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_held_key_is_refused_and_the_refusal_names_the_holder() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let held = client.get_lease(ask("job").owner("first").ttl(secs(20))).await.unwrap();
+    let refused = client.get_lease(ask("job").owner("second")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    assert_eq!(refusal(&refused, "owner"), (Some(Reason::LeaseHeld), "first".to_owned()));
+    assert_eq!(refusal(&refused, "token").1, held.fencing_token.to_string());
+    let remaining: u64 = refusal(&refused, "remaining_ms").1.parse().unwrap();
+    assert!((1..=20_000).contains(&remaining), "{remaining}");
+    assert_eq!(refusal(&refused, "position").1, "", "it never stood in line");
+    assert!(client.look("job").await.unwrap().waiters.is_empty());
+}
+
+/// mongolock's first caveat: there, the second worker of a name released the first one's lock.
+#[tokio::test]
+async fn equal_owner_names_are_different_holders() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let first = client.get_lease(ask("job").owner("worker")).await.unwrap().lease.unwrap();
+    let refused = client.get_lease(ask("job").owner("worker")).await.unwrap_err();
+    assert_eq!(refusal(&refused, "owner"), (Some(Reason::LeaseHeld), "worker".to_owned()));
+    let mut other = first.clone();
+    other.lease_id = Uuid::new_v4().to_string();
+    assert_eq!(refusal(&client.give_back(&other).await.unwrap_err(), "").0, Some(Reason::LeaseLost));
+    client.renew(&first).await.unwrap();
+}
+
+#[tokio::test]
+async fn tokens_rise_over_release_expiry_and_deletion_of_the_record() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let mut last = 0;
+    let mut rises = |token: i64| {
+        assert!(token > last, "{token} after {last}");
+        last = token;
+    };
+    for _ in 0..5 {
+        let granted = client.get_lease(ask("job")).await.unwrap();
+        rises(granted.fencing_token);
+        client.give_back(&granted.lease.unwrap()).await.unwrap();
+    }
+    rises(client.get_lease(ask("job").ttl(ms(150))).await.unwrap().fencing_token);
+    let after_expiry = eventually(async || client.get_lease(ask("job")).await.ok()).await;
+    rises(after_expiry.fencing_token);
+    daemon.collection().await.delete_one(doc! { "_id": "job" }).await.unwrap();
+    rises(client.get_lease(ask("job")).await.unwrap().fencing_token);
+}
+
+#[tokio::test]
+async fn repeating_a_call_with_its_id_repeats_the_same_acquisition() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let request = ask("job").id(Uuid::new_v4()).ttl(secs(20));
+    let first = client.get_lease(request.clone()).await.unwrap();
+    let again = client.get_lease(request.clone()).await.unwrap();
+    assert_eq!(again.fencing_token, first.fencing_token);
+    assert_eq!(client.look("job").await.unwrap().holders.len(), 1);
+
+    client.give_back(&first.lease.unwrap()).await.unwrap();
+    let late = client.get_lease(request).await.unwrap_err();
+    assert_eq!(late.code(), Code::NotFound);
+    assert_eq!(refusal(&late, "loss"), (Some(Reason::LeaseLost), "released".to_owned()));
+    assert_eq!(client.look("job").await.unwrap().state(), LeaseState::Free, "no ghost");
+}
+
+/// Otherwise a client that counts from the repetition would believe past the end of the lease.
+#[tokio::test]
+async fn a_repeated_acquire_renews_what_it_finds() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let request = ask("job").id(Uuid::new_v4()).ttl(secs(20));
+    let first = client.get_lease(request.clone()).await.unwrap().expire_time.unwrap();
+    let instant = |time: &prost_types::Timestamp| (time.seconds, time.nanos);
+    eventually(async || {
+        let again = client.get_lease(request.clone()).await.unwrap().expire_time.unwrap();
+        (instant(&again) > instant(&first)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_256_callers_racing_for_a_key_one_wins() {
+    let daemon = Daemon::start().await;
+    let client = daemon.client().await;
+    let mut racers = JoinSet::new();
+    for _ in 0..256 {
+        let mut client = client.clone();
+        racers.spawn(async move { client.get_lease(ask("job")).await });
+    }
+    let outcomes = racers.join_all().await;
+    let (won, lost): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
+    assert_eq!(won.len(), 1);
+    for status in lost.into_iter().map(Result::unwrap_err) {
+        assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld), "{status:?}");
+    }
+}
+
+#[tokio::test]
+async fn two_thousand_keys_at_once() {
+    let daemon = Daemon::start().await;
+    let mut callers = JoinSet::new();
+    for connection in 0..10 {
+        let client = daemon.client().await;
+        for number in 0..200 {
+            let mut client = client.clone();
+            callers.spawn(async move { client.get_lease(ask(&format!("key/{connection}/{number}"))).await.unwrap() });
+        }
+    }
+    let leases = callers.join_all().await;
+    assert_eq!(leases.len(), 2000);
+    let mut client = daemon.client().await;
+    for granted in leases.iter().step_by(199) {
+        let lease = granted.lease.clone().unwrap();
+        assert_eq!(client.look(&lease.key).await.unwrap().fencing_token, granted.fencing_token);
+    }
+}
+
+#[tokio::test]
+async fn min_hold_keeps_the_key_taken_after_an_early_release() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let first = client.get_lease(ask("cron").min_hold(ms(1500))).await.unwrap();
+    client.give_back(&first.lease.clone().unwrap()).await.unwrap();
+    let refused = client.get_lease(ask("cron")).await.unwrap_err();
+    assert_eq!(refusal(&refused, "owner"), (Some(Reason::LeaseHeld), String::new()));
+    assert!(client.look("cron").await.unwrap().blocked_until.is_some());
+    let next = client.get_lease(ask("cron").wait(secs(20))).await.unwrap();
+    assert!(next.waited);
+    let instant = |time: Option<prost_types::Timestamp>| {
+        let time = time.unwrap();
+        time.seconds * 1000 + i64::from(time.nanos / 1_000_000)
+    };
+    assert!(instant(next.acquire_time) - instant(first.acquire_time) >= 1500);
+}

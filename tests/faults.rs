@@ -1,0 +1,161 @@
+//! A store that fails, a document that vanishes, a daemon that ends.
+
+use std::time::Duration;
+
+use leased::store::mongo::{ConnectError, MongoStore, Unusable};
+use leased_client::Reason;
+use leased_client::v1::keep_alive_result::Outcome;
+use leased_client::v1::{LeaseState, LossReason};
+use mongodb::bson::doc;
+use throwaway_mongodb::Mongod;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use uuid::Uuid;
+
+use crate::keepalive::{KeepAlive, kept};
+use crate::support::{Asking, Calls, Daemon, PATIENCE, ask, eventually, line_of, ms, refusal, secs};
+
+#[tokio::test]
+async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
+    let mongod = Mongod::start().await.unwrap();
+    let daemon = Daemon::over(mongod.uri(), |_| {}).await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("held").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let mut stream = KeepAlive::open(&mut client).await;
+    kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+    let mut waiting = client.clone();
+    let waiter = tokio::spawn(async move { waiting.get_lease(ask("held").wait(secs(120))).await });
+    line_of(&mut client, "held", 1).await;
+
+    mongod.pause().unwrap();
+    let stopped = Instant::now();
+    let sequence = stream.send(&[]).await;
+    let status = client.get_lease(ask("other").id(Uuid::new_v4())).await.unwrap_err();
+    assert_eq!((status.code(), refusal(&status, "").0), (Code::Unavailable, Some(Reason::StoreUnavailable)));
+    assert!(stopped.elapsed() < secs(8), "within the call's deadline: {:?}", stopped.elapsed());
+    let mut health = HealthClient::new(daemon.channel().await);
+    assert_eq!(
+        health.check(HealthCheckRequest::default()).await.unwrap().into_inner().status(),
+        ServingStatus::NotServing
+    );
+    sleep(Duration::from_secs(5).saturating_sub(stopped.elapsed())).await;
+    mongod.resume().unwrap();
+
+    // The stream is open, the message that was under way is answered, the waiter still stands in line.
+    let answer = stream.next().await.unwrap();
+    assert_eq!(answer.sequence, sequence);
+    kept(answer.results[0].outcome.as_ref().unwrap());
+    eventually(async || client.get_lease(ask("after")).await.ok()).await;
+    client.give_back(&lease).await.unwrap();
+    assert!(timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap().waited);
+}
+
+#[tokio::test]
+async fn a_killed_store_that_comes_back_has_every_acknowledged_lease() {
+    let mut mongod = Mongod::start().await.unwrap();
+    let daemon = Daemon::over(mongod.uri(), |_| {}).await;
+    let mut client = daemon.client().await;
+    let mut leases = Vec::new();
+    for number in 0..50 {
+        leases.push(client.get_lease(ask(&format!("key/{number}")).ttl(secs(120))).await.unwrap());
+    }
+    mongod.kill().unwrap();
+    let status = client.renew(leases[0].lease.as_ref().unwrap()).await.unwrap_err();
+    assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable));
+    mongod.restart().await.unwrap();
+    for granted in leases {
+        let lease = granted.lease.unwrap();
+        eventually(async || client.renew(&lease).await.ok()).await;
+        assert_eq!(client.look(&lease.key).await.unwrap().fencing_token, granted.fencing_token);
+    }
+}
+
+#[tokio::test]
+async fn a_deleted_document_loses_the_lease_and_nothing_else() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let granted = client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
+    let lease = granted.lease.unwrap();
+    let mut stream = KeepAlive::open(&mut client).await;
+    kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+    let mut waiting = client.clone();
+    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
+    line_of(&mut client, "job", 1).await;
+
+    daemon.collection().await.delete_one(doc! { "_id": "job" }).await.unwrap();
+    let results = stream.touch(&[]).await;
+    assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Gone));
+    let next = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
+    assert!(next.fencing_token > granted.fencing_token, "the waiter finds its way back, and tokens go on rising");
+}
+
+#[tokio::test]
+async fn a_foreign_document_is_refused_and_harms_no_other_key() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    daemon.collection().await.insert_one(doc! { "_id": "odd", "holders": [{ "name": "not ours" }] }).await.unwrap();
+    let status = client.look("odd").await.unwrap_err();
+    assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable));
+    client.get_lease(ask("fine")).await.unwrap();
+}
+
+#[tokio::test]
+async fn databases_on_which_leases_are_not_safe_are_refused() {
+    let daemon = Daemon::start().await;
+    let connect = async |change: &dyn Fn(&mut leased::store::mongo::Location)| {
+        let mut location = daemon.config.location.clone();
+        change(&mut location);
+        match MongoStore::connect(&location, daemon.config.rules).await {
+            Err(ConnectError::Unusable(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    };
+    for weak in ["w=1", "w=0", "journal=false", "w=nearby"] {
+        let why = connect(&|location| location.uri = format!("{}&{weak}", location.uri)).await;
+        assert!(matches!(why, Unusable::WeakWrites(_)), "{weak}: {why}");
+    }
+    let why = connect(&|location| location.uri = "mongodb:/nonsense".to_owned()).await;
+    assert!(matches!(why, Unusable::Uri(_)), "{why}");
+
+    let database = daemon.database().await;
+    let index = mongodb::IndexModel::builder()
+        .keys(doc! { "at": 1 })
+        .options(mongodb::options::IndexOptions::builder().expire_after(secs(60)).build())
+        .build();
+    database.collection::<mongodb::bson::Document>("expiring").create_index(index).await.unwrap();
+    let why = connect(&|location| location.collection = "expiring".to_owned()).await;
+    assert!(matches!(why, Unusable::TtlIndex(_)), "{why}");
+
+    let caseless = mongodb::options::Collation::builder().locale("en").build();
+    database.create_collection("caseless").collation(caseless).await.unwrap();
+    let why = connect(&|location| location.collection = "caseless".to_owned()).await;
+    assert_eq!(why, Unusable::Collation);
+}
+
+#[tokio::test]
+async fn a_standalone_server_is_refused_with_the_way_to_make_it_a_replica_set() {
+    let mongod = Mongod::standalone().await.unwrap();
+    let daemon = Daemon::start().await;
+    let mut location = daemon.config.location.clone();
+    location.uri = mongod.uri().to_owned();
+    let error = MongoStore::connect(&location, daemon.config.rules).await.unwrap_err().to_string();
+    assert!(error.contains("--replSet") && error.contains("rs.initiate()"), "{error}");
+}
+
+#[tokio::test]
+async fn leases_survive_the_end_of_every_daemon() {
+    let daemon = Daemon::start().await;
+    let config = daemon.config.clone();
+    let lease = daemon.client().await.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let sibling = daemon.sibling().await;
+    daemon.stop().await;
+    sibling.stop().await;
+    let daemon = Daemon::with(config).await;
+    let mut client = daemon.client().await;
+    assert_eq!(client.look("job").await.unwrap().state(), LeaseState::Held);
+    client.renew(&lease).await.unwrap();
+    assert!(client.get_lease(ask("job").wait(ms(100))).await.is_err());
+}

@@ -1,0 +1,111 @@
+//! Looking at keys.
+
+use std::collections::HashMap;
+
+use leased_client::Reason;
+use leased_client::v1::{AcquireRequest, LeaseState, ListRequest, ListResponse};
+use tonic::Code;
+
+use crate::support::{Asking, Calls, Daemon, Leases, ask, refusal, secs};
+
+async fn list(client: &mut Leases, request: ListRequest) -> ListResponse {
+    client.list(request).await.unwrap().into_inner()
+}
+
+fn keys(page: &ListResponse) -> Vec<&str> {
+    page.leases.iter().map(|lease| lease.key.as_str()).collect()
+}
+
+#[tokio::test]
+async fn get_shows_who_holds_and_never_a_lease_id() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let metadata = HashMap::from([("host".to_owned(), "a1".to_owned()), ("pid".to_owned(), "7".to_owned())]);
+    let request = AcquireRequest { metadata: metadata.clone(), ..ask("job").owner("me").ttl(secs(20)) };
+    let granted = client.get_lease(request).await.unwrap();
+    let seen = client.look("job").await.unwrap();
+    let holder = &seen.holders[0];
+    assert_eq!((holder.owner.as_str(), &holder.metadata), ("me", &metadata));
+    assert_eq!(holder.ttl, Some(secs(20).try_into().unwrap()));
+    assert_eq!((holder.acquire_time, holder.expire_time), (granted.acquire_time, granted.expire_time));
+    assert!(!format!("{seen:?}").contains(&granted.lease.unwrap().lease_id));
+}
+
+#[tokio::test]
+async fn a_key_never_leased_is_unknown() {
+    let daemon = Daemon::start().await;
+    let status = daemon.client().await.look("nothing").await.unwrap_err();
+    assert_eq!((status.code(), refusal(&status, "").0), (Code::NotFound, Some(Reason::KeyUnknown)));
+}
+
+#[tokio::test]
+async fn list_goes_by_prefix_in_order_a_page_at_a_time() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    for key in ["b/2", "a/1", "b/1", "b/10", "b", "c/1", "b/é", "b/\u{10ffff}"] {
+        client.get_lease(ask(key)).await.unwrap();
+    }
+    let request = ListRequest { prefix: "b/".to_owned(), page_size: 2, ..ListRequest::default() };
+    let first = list(&mut client, request.clone()).await;
+    assert_eq!(keys(&first), ["b/1", "b/10"]);
+    let request = ListRequest { page_token: first.next_page_token, ..request };
+    let second = list(&mut client, request.clone()).await;
+    assert_eq!(keys(&second), ["b/2", "b/é"]);
+    let request = ListRequest { page_token: second.next_page_token, ..request };
+    let third = list(&mut client, request).await;
+    assert_eq!(keys(&third), ["b/\u{10ffff}"]);
+    assert_eq!(third.next_page_token, "");
+    assert_eq!(list(&mut client, ListRequest::default()).await.leases.len(), 8);
+    let none = ListRequest { prefix: "nothing".to_owned(), ..ListRequest::default() };
+    assert!(list(&mut client, none).await.leases.is_empty());
+}
+
+#[tokio::test]
+async fn free_keys_are_listed_on_demand() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("free")).await.unwrap().lease.unwrap();
+    client.give_back(&lease).await.unwrap();
+    client.get_lease(ask("held")).await.unwrap();
+    assert_eq!(keys(&list(&mut client, ListRequest::default()).await), ["held"]);
+    let all = list(&mut client, ListRequest { include_free: true, ..ListRequest::default() }).await;
+    assert_eq!(keys(&all), ["free", "held"]);
+    assert_eq!(all.leases[0].state(), LeaseState::Free);
+}
+
+#[tokio::test]
+async fn a_page_of_large_records_fits_into_a_message() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let metadata = HashMap::from([("x".to_owned(), "y".repeat(4000))]);
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..1200 {
+        let mut client = client.clone();
+        let request = AcquireRequest { metadata: metadata.clone(), ..ask(&format!("{number:04}")) };
+        callers.spawn(async move { client.get_lease(request).await.unwrap() });
+    }
+    callers.join_all().await;
+    let mut request = ListRequest { page_size: 1000, ..ListRequest::default() };
+    let mut seen = 0;
+    loop {
+        let page = list(&mut client, request.clone()).await;
+        seen += page.leases.len();
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(seen, 1200);
+}
+
+#[tokio::test]
+async fn a_page_token_of_another_listing_is_refused() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    for (prefix, page_token) in [("b/", "a/1"), ("", "a\0b"), ("a", &"x".repeat(600))] {
+        let request =
+            ListRequest { prefix: prefix.to_owned(), page_token: page_token.to_owned(), page_size: -1, ..ListRequest::default() };
+        let status = client.list(request).await.unwrap_err();
+        assert_eq!(crate::support::wrong_fields(&status), ["page_size", "page_token"]);
+    }
+}

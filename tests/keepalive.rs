@@ -1,0 +1,195 @@
+//! Renewing leases on a stream.
+
+use std::time::Duration;
+
+use leased_client::Reason;
+use leased_client::v1::keep_alive_result::Outcome;
+use leased_client::v1::{KeepAliveRequest, KeepAliveResponse, LeaseRef, LossReason};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+use uuid::Uuid;
+
+use crate::support::{Asking, Calls, Daemon, Leases, PATIENCE, ask, ms, named, refusal, secs, wrong_fields};
+
+/// A keepalive stream as a stub user holds it.
+pub(crate) struct KeepAlive {
+    requests: mpsc::Sender<KeepAliveRequest>,
+    answers: Streaming<KeepAliveResponse>,
+    sequence: u64,
+}
+
+impl KeepAlive {
+    pub(crate) async fn open(client: &mut Leases) -> Self {
+        let (requests, receiver) = mpsc::channel(64);
+        let answers = client.keep_alive(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+        Self { requests, answers, sequence: 0 }
+    }
+
+    pub(crate) async fn send(&mut self, leases: &[LeaseRef]) -> u64 {
+        self.sequence += 1;
+        let request = KeepAliveRequest { leases: leases.to_vec(), sequence: self.sequence };
+        self.requests.send(request).await.unwrap();
+        self.sequence
+    }
+
+    pub(crate) async fn next(&mut self) -> Result<KeepAliveResponse, Status> {
+        timeout(PATIENCE, self.answers.message()).await.unwrap().map(Option::unwrap)
+    }
+
+    /// One message and its answer: the lease ids and what became of them.
+    pub(crate) async fn touch(&mut self, leases: &[LeaseRef]) -> Vec<(LeaseRef, Outcome)> {
+        let sequence = self.send(leases).await;
+        let answer = self.next().await.unwrap();
+        assert_eq!(answer.sequence, sequence);
+        answer.results.into_iter().map(|result| (result.lease.unwrap(), result.outcome.unwrap())).collect()
+    }
+}
+
+pub(crate) fn kept(outcome: &Outcome) -> Duration {
+    match outcome {
+        Outcome::Kept(kept) => kept.remaining.unwrap().try_into().unwrap(),
+        Outcome::Lost(lost) => panic!("lost: {lost:?}"),
+    }
+}
+
+fn lost(outcome: &Outcome) -> LossReason {
+    match outcome {
+        Outcome::Kept(kept) => panic!("kept: {kept:?}"),
+        Outcome::Lost(lost) => lost.reason(),
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_names_none_touches_all_that_the_stream_carries() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let first = client.get_lease(ask("a").ttl(secs(10))).await.unwrap().lease.unwrap();
+    let second = client.get_lease(ask("b").ttl(secs(20))).await.unwrap().lease.unwrap();
+    let mut stream = KeepAlive::open(&mut client).await;
+
+    assert!(stream.touch(&[]).await.is_empty(), "nothing is carried yet");
+    let results = stream.touch(std::slice::from_ref(&first)).await;
+    assert_eq!(results[0].0, first);
+    let remaining = kept(&results[0].1);
+    assert!(remaining <= secs(10) && remaining > secs(5), "{remaining:?}");
+    stream.touch(std::slice::from_ref(&second)).await;
+
+    let mut results = stream.touch(&[]).await;
+    results.sort_by(|a, b| a.0.key.cmp(&b.0.key));
+    assert_eq!(results.iter().map(|result| &result.0).collect::<Vec<_>>(), [&first, &second]);
+    assert!(kept(&results[1].1) > secs(10));
+}
+
+#[tokio::test]
+async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let good = client.get_lease(ask("good")).await.unwrap().lease.unwrap();
+    let released = client.get_lease(ask("released")).await.unwrap().lease.unwrap();
+    client.give_back(&released).await.unwrap();
+    let displaced = client.get_lease(ask("displaced").ttl(ms(100))).await.unwrap().lease.unwrap();
+    client.get_lease(ask("displaced").wait(secs(30))).await.unwrap();
+    let unknown = named("good", Uuid::new_v4());
+
+    let mut stream = KeepAlive::open(&mut client).await;
+    let results = stream.touch(&[released, good.clone(), displaced, unknown]).await;
+    assert_eq!(lost(&results[0].1), LossReason::Released);
+    kept(&results[1].1);
+    assert_eq!(lost(&results[2].1), LossReason::Displaced);
+    assert_eq!(lost(&results[3].1), LossReason::Gone);
+    let carried = stream.touch(&[]).await;
+    assert_eq!(carried.iter().map(|result| &result.0).collect::<Vec<_>>(), [&good], "the lost are not carried");
+}
+
+/// The heart of it: nobody renews, so the lease runs out by itself and the next in line has it.
+#[tokio::test]
+async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let granted = client.get_lease(ask("job").ttl(ms(600))).await.unwrap();
+    let lease = granted.lease.unwrap();
+    let mut holder = daemon.client().await;
+    let mut stream = KeepAlive::open(&mut holder).await;
+
+    let mut waiting = client.clone();
+    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
+    let start = tokio::time::Instant::now();
+    while start.elapsed() < ms(2000) {
+        kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+        assert!(!waiter.is_finished(), "held over several TTLs");
+        tokio::time::sleep(ms(100)).await;
+    }
+    drop((stream, holder));
+    let next = waiter.await.unwrap().unwrap();
+    assert!(next.fencing_token > granted.fencing_token);
+    assert_eq!(refusal(&client.renew(&lease).await.unwrap_err(), "loss").1, "displaced");
+}
+
+#[tokio::test]
+async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let mut bystander = KeepAlive::open(&mut client).await;
+    kept(&bystander.touch(std::slice::from_ref(&lease)).await[0].1);
+
+    let mut stream = KeepAlive::open(&mut client).await;
+    let not_a_uuid = LeaseRef { key: "job".to_owned(), lease_id: "42".to_owned() };
+    let no_key = LeaseRef { key: String::new(), lease_id: Uuid::new_v4().to_string() };
+    stream.send(&[lease.clone(), not_a_uuid, no_key]).await;
+    let status = stream.next().await.unwrap_err();
+    assert_eq!(wrong_fields(&status), ["leases[1].lease_id", "leases[2].key"]);
+
+    let mut stream = KeepAlive::open(&mut client).await;
+    stream.requests.send(KeepAliveRequest { leases: vec![lease.clone()], sequence: 0 }).await.unwrap();
+    assert_eq!(wrong_fields(&stream.next().await.unwrap_err()), ["sequence"]);
+
+    kept(&bystander.touch(&[]).await[0].1);
+}
+
+#[tokio::test]
+async fn a_stream_carries_only_so_many_leases() {
+    let daemon = Daemon::start_with(|config| config.limits.stream_leases = 3).await;
+    let mut client = daemon.client().await;
+    let mut stream = KeepAlive::open(&mut client).await;
+    let some: Vec<LeaseRef> = (0..4).map(|_| named("job", Uuid::new_v4())).collect();
+    assert_eq!(stream.touch(&some[..3]).await.len(), 3);
+    // Those were lost at once, so there is room again.
+    assert_eq!(stream.touch(&some[1..]).await.len(), 3);
+    stream.send(&some).await;
+    let status = stream.next().await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "stream_leases".to_owned()));
+    assert_eq!(refusal(&status, "value").1, "3");
+}
+
+/// Messages are answered as the store answers, not one after the other.
+#[tokio::test]
+async fn many_messages_may_be_under_way() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let mut stream = KeepAlive::open(&mut client).await;
+    for _ in 0..50 {
+        stream.send(std::slice::from_ref(&lease)).await;
+    }
+    let mut answered = Vec::new();
+    for _ in 0..50 {
+        answered.push(stream.next().await.unwrap().sequence);
+    }
+    answered.sort_unstable();
+    assert_eq!(answered, (1..=50).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_stream_that_is_closed_by_its_caller_is_answered_to_the_end() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let request = KeepAliveRequest { leases: vec![lease], sequence: 7 };
+    let mut answers = client.keep_alive(tokio_stream::iter([request])).await.unwrap().into_inner();
+    assert_eq!(answers.message().await.unwrap().unwrap().sequence, 7);
+    assert!(answers.message().await.unwrap().is_none());
+}

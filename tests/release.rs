@@ -1,0 +1,51 @@
+//! Giving back, and who is next.
+
+use leased_client::Reason;
+use leased_client::v1::LeaseState;
+use tonic::Code;
+use uuid::Uuid;
+
+use crate::support::{Asking, Calls, Daemon, ask, line_of, named, refusal, secs};
+
+#[tokio::test]
+async fn a_release_frees_the_key_and_may_be_repeated() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    client.give_back(&lease).await.unwrap();
+    assert_eq!(client.look("job").await.unwrap().state(), LeaseState::Free);
+    client.give_back(&lease).await.unwrap();
+
+    let next = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    client.give_back(&lease).await.unwrap();
+    client.renew(&next).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_never_held_cannot_release_and_changes_nothing() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let held = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    for stranger in [named("job", Uuid::new_v4()), named("never leased", Uuid::new_v4())] {
+        let status = client.give_back(&stranger).await.unwrap_err();
+        assert_eq!((status.code(), refusal(&status, "loss")), (Code::NotFound, (Some(Reason::LeaseLost), String::new())));
+    }
+    client.renew(&held).await.unwrap();
+    assert_eq!(refusal(&client.look("never leased").await.unwrap_err(), "").0, Some(Reason::KeyUnknown));
+}
+
+#[tokio::test]
+async fn the_next_in_line_holds_when_a_release_returns() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let mut waiting = client.clone();
+    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").owner("next").wait(secs(30))).await });
+    line_of(&mut client, "job", 1).await;
+    client.give_back(&lease).await.unwrap();
+    let seen = client.look("job").await.unwrap();
+    assert_eq!((seen.state(), seen.holders[0].owner.as_str()), (LeaseState::Held, "next"));
+    let granted = waiter.await.unwrap().unwrap();
+    assert!(granted.waited);
+    assert_eq!(granted.fencing_token, seen.fencing_token);
+}

@@ -1,0 +1,145 @@
+//! Health, reflection, drain.
+
+use std::net::SocketAddr;
+
+use futures_util::StreamExt;
+use leased_client::Reason;
+use leased_client::v1::WatchRequest;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use uuid::Uuid;
+
+use crate::keepalive::{KeepAlive, kept};
+use crate::support::{Asking, Calls, Daemon, ask, eventually, line_of, refusal, secs};
+
+/// The status line and the body of a GET.
+async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
+    let mut stream = TcpStream::connect(address).await.ok()?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    Some((head.lines().next()?.to_owned(), body.to_owned()))
+}
+
+#[tokio::test]
+async fn a_daemon_whose_store_answers_is_serving_and_ready() {
+    let daemon = Daemon::start().await;
+    let mut health = HealthClient::new(daemon.channel().await);
+    for service in ["", "leased.v1.LeaseService", "leased.v1.AdminService"] {
+        let request = HealthCheckRequest { service: service.to_owned() };
+        eventually(async || {
+            let answer = health.check(request.clone()).await.ok()?.into_inner();
+            (answer.status() == ServingStatus::Serving).then_some(())
+        })
+        .await;
+    }
+    let ready = eventually(async || http(daemon.http, "/readyz").await.filter(|answer| answer.0.contains("200"))).await;
+    assert_eq!(ready.1, "ready\n");
+    assert!(http(daemon.http, "/livez").await.unwrap().0.contains("200"));
+}
+
+#[tokio::test]
+async fn reflection_shows_the_api_in_both_versions() {
+    let daemon = Daemon::start().await;
+    {
+        use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+        use tonic_reflection::pb::v1::{
+            ServerReflectionRequest, server_reflection_request::MessageRequest,
+            server_reflection_response::MessageResponse,
+        };
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut client = ServerReflectionClient::new(daemon.channel().await);
+        let answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+        let answer = answers.collect::<Vec<_>>().await.remove(0).unwrap();
+        let Some(MessageResponse::ListServicesResponse(services)) = answer.message_response else { panic!("{answer:?}") };
+        let names: Vec<_> = services.service.into_iter().map(|service| service.name).collect();
+        assert!(names.contains(&"leased.v1.LeaseService".to_owned()), "{names:?}");
+        assert!(names.contains(&"grpc.health.v1.Health".to_owned()), "{names:?}");
+    }
+    {
+        use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
+        use tonic_reflection::pb::v1alpha::{
+            ServerReflectionRequest, server_reflection_request::MessageRequest,
+            server_reflection_response::MessageResponse,
+        };
+        let symbol = "leased.v1.AdminService".to_owned();
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::FileContainingSymbol(symbol)),
+        };
+        let mut client = ServerReflectionClient::new(daemon.channel().await);
+        let answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+        let answer = answers.collect::<Vec<_>>().await.remove(0).unwrap();
+        assert!(matches!(answer.message_response, Some(MessageResponse::FileDescriptorResponse(_))), "{answer:?}");
+    }
+}
+
+#[tokio::test]
+async fn watch_says_that_it_is_not_served() {
+    let daemon = Daemon::start().await;
+    let status = daemon.client().await.watch(WatchRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented);
+}
+
+#[tokio::test]
+async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
+    let daemon = Daemon::start().await;
+    let other = daemon.sibling().await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let mut stream = KeepAlive::open(&mut client).await;
+    kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+    let mut health = HealthClient::new(daemon.channel().await);
+    let mut statuses = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    let (mut with_id, mut without) = (client.clone(), client.clone());
+    let chosen = tokio::spawn(async move { with_id.get_lease(ask("job").id(Uuid::new_v4()).wait(secs(60))).await });
+    let picked = tokio::spawn(async move { without.get_lease(ask("job").wait(secs(60))).await });
+    line_of(&mut client, "job", 2).await;
+
+    daemon.drain();
+    let status = stream.next().await.unwrap_err();
+    assert_eq!((status.code(), refusal(&status, "").0), (Code::Unavailable, Some(Reason::ShuttingDown)));
+    for waiting in [chosen, picked] {
+        let status = waiting.await.unwrap().unwrap_err();
+        assert_eq!(refusal(&status, "").0, Some(Reason::ShuttingDown), "{status:?}");
+    }
+    let told = async {
+        while let Some(Ok(answer)) = statuses.next().await {
+            if answer.status() == ServingStatus::NotServing {
+                return true;
+            }
+        }
+        false
+    };
+    assert!(told.await, "watchers of the health service hear of it");
+    let started = tokio::time::Instant::now();
+    daemon.stop().await;
+    assert!(started.elapsed() < secs(8), "nothing is left to wait for: {:?}", started.elapsed());
+
+    // The lease is carried on elsewhere, with the same id.
+    let mut client = other.client().await;
+    let mut stream = KeepAlive::open(&mut client).await;
+    kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+    // Whose id the caller chose keeps its place; an id that nobody knows leaves none behind.
+    assert_eq!(client.look("job").await.unwrap().waiters.len(), 1);
+}
+
+/// A peer that never speaks must not hold up the end.
+#[tokio::test]
+async fn a_drain_is_bounded() {
+    let daemon = Daemon::start_with(|config| config.drain_timeout = secs(1)).await;
+    let address = daemon.grpc;
+    let _silent = TcpStream::connect(address).await.unwrap();
+    let mut halfway = TcpStream::connect(address).await.unwrap();
+    halfway.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    daemon.stop().await;
+}

@@ -1,0 +1,72 @@
+//! Shared leases.
+
+use leased_client::Reason;
+use leased_client::v1::Mode;
+
+use crate::support::{Asking, Calls, Daemon, ask, line_of, refusal, secs};
+
+#[tokio::test]
+async fn shared_holders_hold_together_up_to_the_limit_they_name() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let first = client.get_lease(ask("pool").shared(2)).await.unwrap();
+    let second = client.get_lease(ask("pool").shared(2)).await.unwrap();
+    assert!(second.fencing_token > first.fencing_token);
+    let third = client.get_lease(ask("pool").shared(2)).await.unwrap_err();
+    assert_eq!(refusal(&third, "").0, Some(Reason::LeaseHeld));
+    client.get_lease(ask("pool").shared(0)).await.unwrap();
+    let seen = client.look("pool").await.unwrap();
+    assert_eq!(seen.holders.len(), 3);
+    assert!(seen.holders.iter().all(|holder| holder.mode() == Mode::Shared));
+}
+
+#[tokio::test]
+async fn exclusive_and_shared_keep_each_other_out() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let alone = client.get_lease(ask("pool")).await.unwrap().lease.unwrap();
+    assert_eq!(refusal(&client.get_lease(ask("pool").shared(0)).await.unwrap_err(), "").0, Some(Reason::LeaseHeld));
+    client.give_back(&alone).await.unwrap();
+    client.get_lease(ask("pool").shared(0)).await.unwrap();
+    assert_eq!(refusal(&client.get_lease(ask("pool")).await.unwrap_err(), "").0, Some(Reason::LeaseHeld));
+}
+
+#[tokio::test]
+async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let reader = client.get_lease(ask("pool").shared(0).ttl(secs(60))).await.unwrap().lease.unwrap();
+    let mut waiting = client.clone();
+    let writer = tokio::spawn(async move { waiting.get_lease(ask("pool").owner("writer").wait(secs(60))).await });
+    line_of(&mut client, "pool", 1).await;
+    let status = client.get_lease(ask("pool").shared(0)).await.unwrap_err();
+    assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld), "the writer comes first");
+    let mut waiting = client.clone();
+    let late = tokio::spawn(async move { waiting.get_lease(ask("pool").shared(0).wait(secs(60))).await });
+    line_of(&mut client, "pool", 2).await;
+
+    client.give_back(&reader).await.unwrap();
+    let writer = writer.await.unwrap().unwrap();
+    assert!(!late.is_finished());
+    client.give_back(&writer.lease.unwrap()).await.unwrap();
+    assert!(late.await.unwrap().unwrap().fencing_token > writer.fencing_token);
+}
+
+#[tokio::test]
+async fn one_release_admits_all_shared_waiters_at_the_head() {
+    let daemon = Daemon::start().await;
+    let mut client = daemon.client().await;
+    let writer = client.get_lease(ask("pool").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let readers: Vec<_> = (0..5)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.get_lease(ask("pool").shared(0).wait(secs(60))).await })
+        })
+        .collect();
+    line_of(&mut client, "pool", 5).await;
+    client.give_back(&writer).await.unwrap();
+    assert_eq!(client.look("pool").await.unwrap().holders.len(), 5);
+    for reader in readers {
+        reader.await.unwrap().unwrap();
+    }
+}

@@ -1,0 +1,227 @@
+//! Daemons in-process over a database of their own, and requests as tests write them.
+
+use std::time::Duration;
+
+use clap::Parser;
+use leased::config::{Args, Config};
+use leased::server::{self, Listeners};
+use leased::store::mongo::MongoStore;
+use leased_client::Reason;
+use leased_client::v1::admin_service_client::AdminServiceClient;
+use leased_client::v1::lease_service_client::LeaseServiceClient;
+use leased_client::v1::{self, AcquireRequest, AcquireResponse, LeaseRef};
+use mongodb::bson::Document;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+use tonic_types::StatusExt;
+use uuid::Uuid;
+
+pub(crate) type Leases = LeaseServiceClient<Channel>;
+
+/// Longer than anything in a test takes; what is waited for is a condition.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// The grace of daemons in tests.
+pub(crate) const GRACE: Duration = Duration::from_millis(200);
+
+/// A daemon in this process.
+pub(crate) struct Daemon {
+    pub config: Config,
+    pub http: std::net::SocketAddr,
+    pub grpc: std::net::SocketAddr,
+    endpoint: Endpoint,
+    shutdown: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Daemon {
+    /// Over a new database of the MongoDB that all tests share.
+    pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    pub(crate) async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        let uri = throwaway_mongodb::shared().await.unwrap();
+        Self::over(uri, change).await
+    }
+
+    /// Over a new database of the MongoDB at `uri`.
+    pub(crate) async fn over(uri: &str, change: impl FnOnce(&mut Config)) -> Self {
+        let database = format!("leased-test-{}", Uuid::new_v4());
+        let grace = format!("{}ms", GRACE.as_millis());
+        let options = ["leased", "--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--grace", &grace];
+        let store = ["--mongodb-uri", uri, "--mongodb-database", &database];
+        let args = Args::try_parse_from(options.iter().chain(&store)).unwrap();
+        let mut config = Config::try_from(args).unwrap();
+        change(&mut config);
+        Self::with(config).await
+    }
+
+    /// Another daemon over the same database.
+    pub(crate) async fn sibling(&self) -> Self {
+        Self::with(self.config.clone()).await
+    }
+
+    pub(crate) async fn with(config: Config) -> Self {
+        let store = MongoStore::connect(&config.location, config.rules).await.unwrap();
+        let listeners = Listeners::bind(&config).await.unwrap();
+        let grpc = listeners.grpc().unwrap();
+        let endpoint = Endpoint::from_shared(format!("http://{grpc}")).unwrap();
+        let http = listeners.http().unwrap().unwrap();
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn({
+            let (config, shutdown) = (config.clone(), shutdown.clone());
+            async move { server::run(listeners, store, &config, shutdown).await }
+        });
+        Self { config, http, grpc, endpoint, shutdown, task }
+    }
+
+    pub(crate) async fn channel(&self) -> Channel {
+        self.endpoint.connect().await.unwrap()
+    }
+
+    /// A client with a connection of its own.
+    pub(crate) async fn client(&self) -> Leases {
+        LeaseServiceClient::new(self.channel().await)
+    }
+
+    pub(crate) async fn admin(&self) -> AdminServiceClient<Channel> {
+        AdminServiceClient::new(self.channel().await)
+    }
+
+    /// Tells the daemon to drain.
+    pub(crate) fn drain(&self) {
+        self.shutdown.cancel();
+    }
+
+    /// Drains and waits for the end.
+    pub(crate) async fn stop(self) {
+        self.drain();
+        tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
+    }
+
+    /// The daemon's collection, to look at and to damage.
+    pub(crate) async fn collection(&self) -> mongodb::Collection<Document> {
+        self.database().await.collection(&self.config.location.collection)
+    }
+
+    pub(crate) async fn database(&self) -> mongodb::Database {
+        let client = mongodb::Client::with_uri_str(&self.config.location.uri).await.unwrap();
+        client.database(&self.config.location.database)
+    }
+}
+
+/// An exclusive try at `key`.
+pub(crate) fn ask(key: &str) -> AcquireRequest {
+    AcquireRequest { key: key.to_owned(), owner: "test".to_owned(), ..AcquireRequest::default() }
+}
+
+/// The same with more to it.
+pub(crate) trait Asking {
+    fn id(self, id: Uuid) -> Self;
+    fn owner(self, owner: &str) -> Self;
+    fn ttl(self, ttl: Duration) -> Self;
+    fn wait(self, wait: Duration) -> Self;
+    fn shared(self, limit: u32) -> Self;
+    fn min_hold(self, min_hold: Duration) -> Self;
+}
+
+impl Asking for AcquireRequest {
+    fn id(self, id: Uuid) -> Self {
+        Self { lease_id: id.to_string(), ..self }
+    }
+
+    fn owner(self, owner: &str) -> Self {
+        Self { owner: owner.to_owned(), ..self }
+    }
+
+    fn ttl(self, ttl: Duration) -> Self {
+        Self { ttl: Some(ttl.try_into().unwrap()), ..self }
+    }
+
+    fn wait(self, wait: Duration) -> Self {
+        Self { wait: Some(wait.try_into().unwrap()), ..self }
+    }
+
+    fn shared(self, limit: u32) -> Self {
+        Self { mode: v1::Mode::Shared.into(), shared_limit: limit, ..self }
+    }
+
+    fn min_hold(self, min_hold: Duration) -> Self {
+        Self { min_hold: Some(min_hold.try_into().unwrap()), ..self }
+    }
+}
+
+/// Calls whose requests name a lease.
+pub(crate) trait Calls {
+    async fn get_lease(&mut self, request: AcquireRequest) -> Result<AcquireResponse, Status>;
+    async fn give_back(&mut self, lease: &LeaseRef) -> Result<(), Status>;
+    async fn renew(&mut self, lease: &LeaseRef) -> Result<Duration, Status>;
+    async fn look(&mut self, key: &str) -> Result<v1::Lease, Status>;
+}
+
+impl Calls for Leases {
+    async fn get_lease(&mut self, request: AcquireRequest) -> Result<AcquireResponse, Status> {
+        self.acquire(request).await.map(Response::into_inner)
+    }
+
+    async fn give_back(&mut self, lease: &LeaseRef) -> Result<(), Status> {
+        self.release(v1::ReleaseRequest { lease: Some(lease.clone()) }).await.map(drop)
+    }
+
+    async fn renew(&mut self, lease: &LeaseRef) -> Result<Duration, Status> {
+        let answer = self.touch(v1::TouchRequest { lease: Some(lease.clone()) }).await?;
+        Ok(answer.into_inner().remaining.unwrap().try_into().unwrap())
+    }
+
+    async fn look(&mut self, key: &str) -> Result<v1::Lease, Status> {
+        Ok(self.get(v1::GetRequest { key: key.to_owned() }).await?.into_inner().lease.unwrap())
+    }
+}
+
+/// A lease by key and id.
+pub(crate) fn named(key: &str, id: Uuid) -> LeaseRef {
+    LeaseRef { key: key.to_owned(), lease_id: id.to_string() }
+}
+
+/// The reason of a refusal, and one entry of its metadata.
+pub(crate) fn refusal(status: &Status, entry: &str) -> (Option<Reason>, String) {
+    let info = status.get_details_error_info();
+    (Reason::of(status), info.and_then(|info| info.metadata.get(entry).cloned()).unwrap_or_default())
+}
+
+/// The fields that an `INVALID_ARGUMENT` names, in order.
+pub(crate) fn wrong_fields(status: &Status) -> Vec<String> {
+    assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status:?}");
+    let bad_request = status.get_details_bad_request().unwrap();
+    let mut fields: Vec<String> = bad_request.field_violations.into_iter().map(|wrong| wrong.field).collect();
+    fields.sort();
+    fields
+}
+
+/// Asks again until the answer is `Some`.
+pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let asking = async {
+        loop {
+            if let Some(answer) = ask().await {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking).await.expect("it did not happen in time")
+}
+
+/// Waits until so many stand in line for `key`.
+pub(crate) async fn line_of(client: &mut Leases, key: &str, length: usize) {
+    eventually(async || client.look(key).await.ok().filter(|lease| lease.waiters.len() == length)).await;
+}
+
+pub(crate) const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+pub(crate) const fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
