@@ -7,7 +7,11 @@ mod reason;
 pub use reason::Reason;
 
 /// The API itself, generated from `proto/leased/v1/lease.proto`.
-#[allow(missing_docs, clippy::allow_attributes_without_reason, reason = "generated; documented in the .proto file")]
+#[allow(
+    missing_docs,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; documented in the .proto file"
+)]
 pub mod v1 {
     tonic::include_proto!("leased.v1");
 }

@@ -78,11 +78,7 @@ impl Reason {
 
     /// The status of this refusal: `message` for people, `metadata` for programs.
     #[must_use]
-    pub fn status<const N: usize>(
-        self,
-        message: impl Into<String>,
-        metadata: [(&str, String); N],
-    ) -> Status {
+    pub fn status<const N: usize>(self, message: impl Into<String>, metadata: [(&str, String); N]) -> Status {
         let metadata: HashMap<String, String> =
             metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let mut details = ErrorDetails::with_error_info(self.as_str(), DOMAIN, metadata);

@@ -148,7 +148,9 @@ async fn two_thousand_keys_at_once() {
         let client = daemon.client().await;
         for number in 0..200 {
             let mut client = client.clone();
-            callers.spawn(async move { client.get_lease(ask(&format!("key/{connection}/{number}"))).await.unwrap() });
+            callers.spawn(async move {
+                client.get_lease(ask(&format!("key/{connection}/{number}"))).await.unwrap()
+            });
         }
     }
     let leases = callers.join_all().await;

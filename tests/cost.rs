@@ -20,7 +20,8 @@ impl Profile {
     async fn stop(self, daemon: &Daemon) -> Vec<Document> {
         self.0.run_command(doc! { "profile": 0 }).await.unwrap();
         let namespace = format!("{}.{}", self.0.name(), daemon.config.location.collection);
-        let mut found = self.0.collection::<Document>("system.profile").find(doc! { "ns": namespace }).await.unwrap();
+        let mut found =
+            self.0.collection::<Document>("system.profile").find(doc! { "ns": namespace }).await.unwrap();
         let mut commands = Vec::new();
         while found.advance().await.unwrap() {
             let command = found.deserialize_current().unwrap();
@@ -51,9 +52,12 @@ async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
     let mut callers = JoinSet::new();
     for number in 0..200 {
         let mut client = client.clone();
-        callers.spawn(async move { client.get_lease(ask(&format!("key/{number}")).ttl(secs(60))).await.unwrap() });
+        callers.spawn(
+            async move { client.get_lease(ask(&format!("key/{number}")).ttl(secs(60))).await.unwrap() },
+        );
     }
-    let leases: Vec<LeaseRef> = callers.join_all().await.into_iter().filter_map(|granted| granted.lease).collect();
+    let leases: Vec<LeaseRef> =
+        callers.join_all().await.into_iter().filter_map(|granted| granted.lease).collect();
     let mut stream = KeepAlive::open(&mut client).await;
     let profile = Profile::start(&daemon).await;
     let results = stream.touch(&leases).await;

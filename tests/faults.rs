@@ -89,14 +89,22 @@ async fn a_deleted_document_loses_the_lease_and_nothing_else() {
     let results = stream.touch(&[]).await;
     assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Gone));
     let next = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
-    assert!(next.fencing_token > granted.fencing_token, "the waiter finds its way back, and tokens go on rising");
+    assert!(
+        next.fencing_token > granted.fencing_token,
+        "the waiter finds its way back, and tokens go on rising"
+    );
 }
 
 #[tokio::test]
 async fn a_foreign_document_is_refused_and_harms_no_other_key() {
     let daemon = Daemon::start().await;
     let mut client = daemon.client().await;
-    daemon.collection().await.insert_one(doc! { "_id": "odd", "holders": [{ "name": "not ours" }] }).await.unwrap();
+    daemon
+        .collection()
+        .await
+        .insert_one(doc! { "_id": "odd", "holders": [{ "name": "not ours" }] })
+        .await
+        .unwrap();
     let status = client.look("odd").await.unwrap_err();
     assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable));
     client.get_lease(ask("fine")).await.unwrap();

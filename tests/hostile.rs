@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use leased_client::Reason;
 use leased_client::v1::{
-    AcquireRequest, GetRequest, KeepAliveRequest, LeaseRef, ListRequest, ReleaseRequest, RevokeRequest, TouchRequest,
+    AcquireRequest, GetRequest, KeepAliveRequest, LeaseRef, ListRequest, ReleaseRequest, RevokeRequest,
+    TouchRequest,
 };
 use prost_types::Duration as Proto;
 use tonic::Code;
@@ -15,10 +16,48 @@ use crate::support::{Asking, Calls, Daemon, ask, named, refusal, secs, wrong_fie
 /// Text that a careless daemon would take for code, or mangle.
 fn hostile() -> Vec<String> {
     let mut texts: Vec<String> = [
-        "$holders", "$$NOW", "$$ROOT", "$$value.token", "$", "$$", "a.b", "a.$.b", "$a.b", "__proto__", "constructor",
-        "_id", "$where", "{\"$gt\":\"\"}", "'; DROP TABLE leases; --", "\"quoted\"", "'", "\\", "`", "%s%n", "../../etc",
-        "null", "true", "0", "NaN", " ", "  leading and trailing  ", "ünïcödé", "Ελληνικά", "кириллица", "עברית", "العربية",
-        "日本語", "中文", "한국어", "ไทย", "हिन्दी", "🔑👩‍👩‍👧‍👦", "e\u{301}", "\u{202e}rtl", "\u{feff}bom", "\u{10ffff}",
+        "$holders",
+        "$$NOW",
+        "$$ROOT",
+        "$$value.token",
+        "$",
+        "$$",
+        "a.b",
+        "a.$.b",
+        "$a.b",
+        "__proto__",
+        "constructor",
+        "_id",
+        "$where",
+        "{\"$gt\":\"\"}",
+        "'; DROP TABLE leases; --",
+        "\"quoted\"",
+        "'",
+        "\\",
+        "`",
+        "%s%n",
+        "../../etc",
+        "null",
+        "true",
+        "0",
+        "NaN",
+        " ",
+        "  leading and trailing  ",
+        "ünïcödé",
+        "Ελληνικά",
+        "кириллица",
+        "עברית",
+        "العربية",
+        "日本語",
+        "中文",
+        "한국어",
+        "ไทย",
+        "हिन्दी",
+        "🔑👩‍👩‍👧‍👦",
+        "e\u{301}",
+        "\u{202e}rtl",
+        "\u{feff}bom",
+        "\u{10ffff}",
     ]
     .map(str::to_owned)
     .to_vec();
@@ -37,8 +76,10 @@ async fn hostile_keys_owners_and_metadata_come_back_as_they_were() {
         let mut client = client.clone();
         taken.spawn(async move {
             let owner = text.chars().take(60).collect::<String>();
-            let metadata = HashMap::from([(owner.clone(), text.clone()), ("$set".to_owned(), "$$REMOVE".to_owned())]);
-            let request = AcquireRequest { metadata: metadata.clone(), ..ask(&text).owner(&owner).ttl(secs(60)) };
+            let metadata =
+                HashMap::from([(owner.clone(), text.clone()), ("$set".to_owned(), "$$REMOVE".to_owned())]);
+            let request =
+                AcquireRequest { metadata: metadata.clone(), ..ask(&text).owner(&owner).ttl(secs(60)) };
             let granted = client.get_lease(request).await.unwrap();
             let seen = client.look(&text).await.unwrap();
             assert_eq!(seen.key, text);
@@ -51,7 +92,8 @@ async fn hostile_keys_owners_and_metadata_come_back_as_they_were() {
     }
     let leases = taken.join_all().await;
     // Each alone and all of them in the same batches: neither changed a record that was not its own.
-    let all = client.list(ListRequest { page_size: 1000, ..ListRequest::default() }).await.unwrap().into_inner();
+    let all =
+        client.list(ListRequest { page_size: 1000, ..ListRequest::default() }).await.unwrap().into_inner();
     let mut keys: Vec<String> = all.leases.into_iter().map(|lease| lease.key).collect();
     let mut expected = texts;
     keys.sort();
@@ -68,7 +110,8 @@ async fn a_waiter_with_a_hostile_owner_keeps_it_through_the_line() {
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("$waiters").owner("$$this").ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut waiting = client.clone();
-    let waiter = tokio::spawn(async move { waiting.get_lease(ask("$waiters").owner("$$value").wait(secs(60))).await });
+    let waiter =
+        tokio::spawn(async move { waiting.get_lease(ask("$waiters").owner("$$value").wait(secs(60))).await });
     crate::support::line_of(&mut client, "$waiters", 1).await;
     client.give_back(&lease).await.unwrap();
     waiter.await.unwrap().unwrap();
@@ -93,7 +136,8 @@ async fn every_wrong_field_is_named_at_once_and_nothing_is_changed() {
     let status = client.get_lease(request).await.unwrap_err();
     let all = ["key", "lease_id", "metadata", "min_hold", "mode", "owner", "ttl", "wait"];
     assert_eq!(wrong_fields(&status), all);
-    let kept = client.list(ListRequest { include_free: true, ..ListRequest::default() }).await.unwrap().into_inner();
+    let kept =
+        client.list(ListRequest { include_free: true, ..ListRequest::default() }).await.unwrap().into_inner();
     assert!(kept.leases.is_empty());
 }
 
@@ -121,7 +165,11 @@ async fn wrong_durations_are_refused() {
         assert_eq!(wrong_fields(&status), ["min_hold", "ttl", "wait"], "{duration:?}");
     }
     for ttl in [Duration::ZERO, Duration::from_millis(99), Duration::from_nanos(1)] {
-        assert_eq!(wrong_fields(&client.get_lease(ask("job").ttl(ttl)).await.unwrap_err()), ["ttl"], "{ttl:?}");
+        assert_eq!(
+            wrong_fields(&client.get_lease(ask("job").ttl(ttl)).await.unwrap_err()),
+            ["ttl"],
+            "{ttl:?}"
+        );
     }
     let longest = ask("job").ttl(secs(24 * 3600)).min_hold(secs(24 * 3600));
     client.get_lease(longest).await.unwrap();
@@ -142,7 +190,8 @@ async fn wrong_keys_and_ids_are_refused_by_every_call() {
     let request = RevokeRequest { key: "\0".to_owned(), fencing_token: -1, reason: "r".repeat(2000) };
     let revoke = daemon.admin().await.revoke(request).await.unwrap_err();
     assert_eq!(wrong_fields(&revoke), ["fencing_token", "key", "reason"]);
-    for id in ["", "0", "zzzzzzzz-zzzz-4zzz-zzzz-zzzzzzzzzzzz", "$oid", "00000000-0000-0000-0000-00000000000"] {
+    for id in ["", "0", "zzzzzzzz-zzzz-4zzz-zzzz-zzzzzzzzzzzz", "$oid", "00000000-0000-0000-0000-00000000000"]
+    {
         let lease = LeaseRef { key: "job".to_owned(), lease_id: id.to_owned() };
         assert_eq!(wrong_fields(&client.renew(&lease).await.unwrap_err()), ["lease.lease_id"], "{id:?}");
     }
@@ -157,7 +206,10 @@ async fn oversized_requests_are_past_a_limit_and_harm_nobody() {
         assert_eq!(status.code(), Code::ResourceExhausted, "{bytes}");
         assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), limit.to_owned()));
     }
-    let huge = KeepAliveRequest { sequence: 1, leases: vec![LeaseRef { key: "x".repeat(2 << 20), lease_id: String::new() }] };
+    let huge = KeepAliveRequest {
+        sequence: 1,
+        leases: vec![LeaseRef { key: "x".repeat(2 << 20), lease_id: String::new() }],
+    };
     let mut answers = client.keep_alive(tokio_stream::iter([huge])).await.unwrap().into_inner();
     let status = answers.message().await.unwrap_err();
     assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "message_bytes".to_owned()));

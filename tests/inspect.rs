@@ -103,8 +103,12 @@ async fn a_page_token_of_another_listing_is_refused() {
     let daemon = Daemon::start().await;
     let mut client = daemon.client().await;
     for (prefix, page_token) in [("b/", "a/1"), ("", "a\0b"), ("a", &"x".repeat(600))] {
-        let request =
-            ListRequest { prefix: prefix.to_owned(), page_token: page_token.to_owned(), page_size: -1, ..ListRequest::default() };
+        let request = ListRequest {
+            prefix: prefix.to_owned(),
+            page_token: page_token.to_owned(),
+            page_size: -1,
+            ..ListRequest::default()
+        };
         let status = client.list(request).await.unwrap_err();
         assert_eq!(crate::support::wrong_fields(&status), ["page_size", "page_token"]);
     }

@@ -100,7 +100,11 @@ async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others() {
     assert_eq!(lost(&results[2].1), LossReason::Displaced);
     assert_eq!(lost(&results[3].1), LossReason::Gone);
     let carried = stream.touch(&[]).await;
-    assert_eq!(carried.iter().map(|result| &result.0).collect::<Vec<_>>(), [&good], "the lost are not carried");
+    assert_eq!(
+        carried.iter().map(|result| &result.0).collect::<Vec<_>>(),
+        [&good],
+        "the lost are not carried"
+    );
 }
 
 /// The heart of it: nobody renews, so the lease runs out by itself and the next in line has it.

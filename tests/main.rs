@@ -7,27 +7,27 @@ mod support;
 
 /// Grants: one holder, rising tokens, repeatable calls.
 mod acquire;
-/// Giving back, and who is next.
-mod release;
-/// Renewing one lease.
-mod touch;
-/// Renewing leases on a stream.
-mod keepalive;
-/// Waiting in line, over one daemon and two.
-mod queue;
-/// Shared leases.
-mod shared;
-/// Looking at keys.
-mod inspect;
-/// Taking leases away.
-mod revoke;
-/// Requests that are wrong, and requests that only look so.
-mod hostile;
-/// Health, reflection, drain.
-mod serving;
-/// A store that fails, a document that vanishes, a daemon that ends.
-mod faults;
 /// What things cost in commands to the database.
 mod cost;
+/// A store that fails, a document that vanishes, a daemon that ends.
+mod faults;
+/// Requests that are wrong, and requests that only look so.
+mod hostile;
+/// Looking at keys.
+mod inspect;
+/// Renewing leases on a stream.
+mod keepalive;
 /// Keys that nobody needs any more.
 mod purge;
+/// Waiting in line, over one daemon and two.
+mod queue;
+/// Giving back, and who is next.
+mod release;
+/// Taking leases away.
+mod revoke;
+/// Health, reflection, drain.
+mod serving;
+/// Shared leases.
+mod shared;
+/// Renewing one lease.
+mod touch;

@@ -22,7 +22,8 @@ async fn keys_long_free_are_forgotten_and_others_are_not() {
     client.get_lease(ask("lapsed").ttl(ms(100))).await.unwrap();
     let blocked = client.get_lease(ask("blocked").min_hold(secs(60))).await.unwrap().lease.unwrap();
     client.give_back(&blocked).await.unwrap();
-    eventually(async || client.look("lapsed").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed)).await;
+    eventually(async || client.look("lapsed").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed))
+        .await;
 
     assert_eq!(store.purge(secs(60)).await.unwrap(), 0, "not yet free for so long");
     let purged = eventually(async || store.purge(ms(100)).await.ok().filter(|purged| *purged > 0)).await;

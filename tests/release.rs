@@ -28,7 +28,10 @@ async fn who_never_held_cannot_release_and_changes_nothing() {
     let held = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     for stranger in [named("job", Uuid::new_v4()), named("never leased", Uuid::new_v4())] {
         let status = client.give_back(&stranger).await.unwrap_err();
-        assert_eq!((status.code(), refusal(&status, "loss")), (Code::NotFound, (Some(Reason::LeaseLost), String::new())));
+        assert_eq!(
+            (status.code(), refusal(&status, "loss")),
+            (Code::NotFound, (Some(Reason::LeaseLost), String::new()))
+        );
     }
     client.renew(&held).await.unwrap();
     assert_eq!(refusal(&client.look("never leased").await.unwrap_err(), "").0, Some(Reason::KeyUnknown));
@@ -40,7 +43,8 @@ async fn the_next_in_line_holds_when_a_release_returns() {
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     let mut waiting = client.clone();
-    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").owner("next").wait(secs(30))).await });
+    let waiter =
+        tokio::spawn(async move { waiting.get_lease(ask("job").owner("next").wait(secs(30))).await });
     line_of(&mut client, "job", 1).await;
     client.give_back(&lease).await.unwrap();
     let seen = client.look("job").await.unwrap();

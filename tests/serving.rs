@@ -39,7 +39,9 @@ async fn a_daemon_whose_store_answers_is_serving_and_ready() {
         })
         .await;
     }
-    let ready = eventually(async || http(daemon.http, "/readyz").await.filter(|answer| answer.0.contains("200"))).await;
+    let ready =
+        eventually(async || http(daemon.http, "/readyz").await.filter(|answer| answer.0.contains("200")))
+            .await;
     assert_eq!(ready.1, "ready\n");
     assert!(http(daemon.http, "/livez").await.unwrap().0.contains("200"));
 }
@@ -58,9 +60,12 @@ async fn reflection_shows_the_api_in_both_versions() {
             message_request: Some(MessageRequest::ListServices(String::new())),
         };
         let mut client = ServerReflectionClient::new(daemon.channel().await);
-        let answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+        let answers =
+            client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
         let answer = answers.collect::<Vec<_>>().await.remove(0).unwrap();
-        let Some(MessageResponse::ListServicesResponse(services)) = answer.message_response else { panic!("{answer:?}") };
+        let Some(MessageResponse::ListServicesResponse(services)) = answer.message_response else {
+            panic!("{answer:?}")
+        };
         let names: Vec<_> = services.service.into_iter().map(|service| service.name).collect();
         assert!(names.contains(&"leased.v1.LeaseService".to_owned()), "{names:?}");
         assert!(names.contains(&"grpc.health.v1.Health".to_owned()), "{names:?}");
@@ -77,9 +82,13 @@ async fn reflection_shows_the_api_in_both_versions() {
             message_request: Some(MessageRequest::FileContainingSymbol(symbol)),
         };
         let mut client = ServerReflectionClient::new(daemon.channel().await);
-        let answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+        let answers =
+            client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
         let answer = answers.collect::<Vec<_>>().await.remove(0).unwrap();
-        assert!(matches!(answer.message_response, Some(MessageResponse::FileDescriptorResponse(_))), "{answer:?}");
+        assert!(
+            matches!(answer.message_response, Some(MessageResponse::FileDescriptorResponse(_))),
+            "{answer:?}"
+        );
     }
 }
 
@@ -101,7 +110,8 @@ async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
     let mut health = HealthClient::new(daemon.channel().await);
     let mut statuses = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     let (mut with_id, mut without) = (client.clone(), client.clone());
-    let chosen = tokio::spawn(async move { with_id.get_lease(ask("job").id(Uuid::new_v4()).wait(secs(60))).await });
+    let chosen =
+        tokio::spawn(async move { with_id.get_lease(ask("job").id(Uuid::new_v4()).wait(secs(60))).await });
     let picked = tokio::spawn(async move { without.get_lease(ask("job").wait(secs(60))).await });
     line_of(&mut client, "job", 2).await;
 

@@ -25,7 +25,10 @@ async fn exclusive_and_shared_keep_each_other_out() {
     let daemon = Daemon::start().await;
     let mut client = daemon.client().await;
     let alone = client.get_lease(ask("pool")).await.unwrap().lease.unwrap();
-    assert_eq!(refusal(&client.get_lease(ask("pool").shared(0)).await.unwrap_err(), "").0, Some(Reason::LeaseHeld));
+    assert_eq!(
+        refusal(&client.get_lease(ask("pool").shared(0)).await.unwrap_err(), "").0,
+        Some(Reason::LeaseHeld)
+    );
     client.give_back(&alone).await.unwrap();
     client.get_lease(ask("pool").shared(0)).await.unwrap();
     assert_eq!(refusal(&client.get_lease(ask("pool")).await.unwrap_err(), "").0, Some(Reason::LeaseHeld));
@@ -37,7 +40,8 @@ async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one() {
     let mut client = daemon.client().await;
     let reader = client.get_lease(ask("pool").shared(0).ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut waiting = client.clone();
-    let writer = tokio::spawn(async move { waiting.get_lease(ask("pool").owner("writer").wait(secs(60))).await });
+    let writer =
+        tokio::spawn(async move { waiting.get_lease(ask("pool").owner("writer").wait(secs(60))).await });
     line_of(&mut client, "pool", 1).await;
     let status = client.get_lease(ask("pool").shared(0)).await.unwrap_err();
     assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld), "the writer comes first");

@@ -21,7 +21,8 @@ async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life() {
     let daemon = Daemon::start().await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job").ttl(ms(100))).await.unwrap();
-    eventually(async || client.look("job").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed)).await;
+    eventually(async || client.look("job").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed))
+        .await;
     client.renew(&granted.lease.unwrap()).await.unwrap();
     let seen = client.look("job").await.unwrap();
     assert_eq!(seen.fencing_token, granted.fencing_token);
@@ -47,5 +48,9 @@ async fn a_lease_that_never_was_cannot_be_touched() {
     let mut client = daemon.client().await;
     let status = client.renew(&named("job", Uuid::new_v4())).await.unwrap_err();
     assert_eq!(refusal(&status, "loss"), (Some(Reason::LeaseLost), String::new()));
-    assert_eq!(refusal(&client.look("job").await.unwrap_err(), "").0, Some(Reason::KeyUnknown), "no record is made");
+    assert_eq!(
+        refusal(&client.look("job").await.unwrap_err(), "").0,
+        Some(Reason::KeyUnknown),
+        "no record is made"
+    );
 }

@@ -57,7 +57,8 @@ async fn keep_alive(mut leased: LeaseServiceClient<Channel>, lease: LeaseRef) ->
         timeout_at(deadline, ticks.tick()).await.context("no word from the daemon in time")?;
         let sent_at = Instant::now();
         requests.send(KeepAliveRequest { leases: vec![lease.clone()], sequence }).await?;
-        let answer = timeout_at(deadline, answers.message()).await.context("no word from the daemon in time")??;
+        let answer =
+            timeout_at(deadline, answers.message()).await.context("no word from the daemon in time")??;
         let results = answer.context("the daemon ended the stream")?.results;
         match results.into_iter().next().and_then(|result| result.outcome) {
             Some(Outcome::Kept(kept)) => {

@@ -18,7 +18,7 @@ const MIN_PURGE_AFTER: Duration = Duration::from_secs(3600);
 /// leased grants leases over gRPC: the right to act on a key until a time that keeps moving forward for as long as
 /// its holder touches it.
 #[derive(Debug, Parser)]
-#[command(name = "leased", version, max_term_width = 110)]
+#[command(name = "leased", version, max_term_width = 110, args_override_self = true)]
 pub struct Args {
     /// Where to serve gRPC; port 0 picks a free one.
     #[arg(long, env = "LEASED_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:5327")]
@@ -273,7 +273,9 @@ fn http_listen(text: &str) -> Result<HttpListen, String> {
     if text == "off" {
         return Ok(HttpListen::Off);
     }
-    text.parse().map(HttpListen::At).map_err(|_| "neither an address such as 127.0.0.1:5328 nor `off`".to_owned())
+    text.parse()
+        .map(HttpListen::At)
+        .map_err(|_| "neither an address such as 127.0.0.1:5328 nor `off`".to_owned())
 }
 
 fn positive(text: &str) -> Result<usize, String> {

@@ -7,22 +7,22 @@
 
 /// The rules, pure.
 pub mod lease;
-/// Where records live.
-pub mod store;
 /// The engine: batching, and the line of waiting calls.
 pub mod lessor;
+/// Where records live.
+pub mod store;
 
-/// Wire to domain and back.
-mod wire;
-/// The unary calls.
-mod service;
 /// The stream that keeps leases alive.
 mod keepalive;
+/// The unary calls.
+mod service;
+/// Wire to domain and back.
+mod wire;
 
-/// Whether this daemon should be asked.
-mod health;
 /// Accepting connections.
 mod accept;
+/// Whether this daemon should be asked.
+mod health;
 /// Running the daemon.
 pub mod server;
 

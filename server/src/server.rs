@@ -124,8 +124,9 @@ fn router<S: Store>(
     service: Service<S>,
     reporter: HealthReporter,
     limits: &Limits,
-) -> anyhow::Result<tonic::transport::server::Router<tower::layer::util::Stack<Oversize, tower::layer::util::Identity>>>
-{
+) -> anyhow::Result<
+    tonic::transport::server::Router<tower::layer::util::Stack<Oversize, tower::layer::util::Identity>>,
+> {
     let lease = LeaseServiceServer::new(service.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);

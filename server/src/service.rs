@@ -4,8 +4,8 @@ use leased_proto::v1::admin_service_server::AdminService;
 use leased_proto::v1::lease_service_server::LeaseService;
 use leased_proto::v1::{
     AcquireRequest, AcquireResponse, GetRequest, GetResponse, KeepAliveRequest, ListRequest, ListResponse,
-    ReleaseRequest, ReleaseResponse, RevokeRequest, RevokeResponse, TouchRequest, TouchResponse, WatchRequest,
-    WatchResponse,
+    ReleaseRequest, ReleaseResponse, RevokeRequest, RevokeResponse, TouchRequest, TouchResponse,
+    WatchRequest, WatchResponse,
 };
 use prost::Message;
 use tokio_stream::Empty;
@@ -83,8 +83,7 @@ impl<S: Store> LeaseService for Service<S> {
         request: Request<Streaming<KeepAliveRequest>>,
     ) -> Result<Response<Answers>, Status> {
         let messages = request.into_inner();
-        let answers =
-            keepalive::serve(messages, self.lessor.clone(), &self.limits, self.draining.clone());
+        let answers = keepalive::serve(messages, self.lessor.clone(), &self.limits, self.draining.clone());
         Ok(Response::new(answers))
     }
 

@@ -12,7 +12,8 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::config::{DAY, Limits};
 use crate::lease::{
-    Acquisition, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Snapshot, State, Timestamp, Ttl, Waiter,
+    Acquisition, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Snapshot, State, Timestamp, Ttl,
+    Waiter,
 };
 use crate::lessor::{Acquired, Call, CallError, Grant, Origin, Refusal, Touched};
 use crate::store::StoreError;
@@ -270,7 +271,9 @@ pub(crate) fn acquired(key: &Key, answer: Acquired) -> Result<v1::AcquireRespons
     match answer {
         Acquired::Granted(grant) => Ok(granted(key, &grant)),
         Acquired::Held(refusal) => Err(held(&refusal)),
-        Acquired::QueueFull => Err(Refused::QueueFull.status("the line of this key is full; try again later", [])),
+        Acquired::QueueFull => {
+            Err(Refused::QueueFull.status("the line of this key is full; try again later", []))
+        }
         Acquired::Lost(reason) => Err(lost(Some(reason))),
     }
 }
@@ -295,10 +298,8 @@ fn held(refusal: &Refusal) -> Status {
     let remaining = remaining.as_millis().to_string();
     let (owner, token) = (("owner", owner.clone()), ("token", token.to_string()));
     match position {
-        Some(position) => Refused::LeaseHeld.status(
-            message,
-            [owner, token, ("remaining_ms", remaining), ("position", position.to_string())],
-        ),
+        Some(position) => Refused::LeaseHeld
+            .status(message, [owner, token, ("remaining_ms", remaining), ("position", position.to_string())]),
         None => Refused::LeaseHeld.status(message, [owner, token, ("remaining_ms", remaining)]),
     }
 }
@@ -328,7 +329,8 @@ pub(crate) fn failed(error: CallError) -> Status {
                 crate::store::Outcome::NotApplied => "not_applied",
                 crate::store::Outcome::Unknown => "unknown",
             };
-            let message = format!("the store does not answer ({outcome}); repeat the call with the same lease id");
+            let message =
+                format!("the store does not answer ({outcome}); repeat the call with the same lease id");
             Refused::StoreUnavailable.status(message, [("outcome", name.to_owned())])
         }
         CallError::Store(StoreError::Refused { .. }) => Refused::StoreUnavailable

@@ -103,7 +103,6 @@ impl Snapshot {
         self.record.holders.iter().max_by_key(|holder| (holder.mode == Mode::Exclusive, holder.expires_at))
     }
 
-
     fn in_line(&self, waiter: &Waiter) -> bool {
         self.now < waiter.expires_at
     }

@@ -9,7 +9,9 @@ use super::committer::Committer;
 use super::line::Entry;
 use super::part::Part;
 use super::{CallError, Lessor};
-use crate::lease::{Acquisition, FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing, Timestamp, Ttl};
+use crate::lease::{
+    Acquisition, FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing, Timestamp, Ttl,
+};
 use crate::store::Store;
 
 /// A request for a lease.
@@ -91,8 +93,14 @@ impl<S: Store> Lessor<S> {
         let entry = if acquisition.wait { Some(self.enter(&key, &acquisition)?) } else { None };
         let waits = entry.is_some();
         let id = acquisition.id;
-        let mut attempt =
-            Attempt { committer: Arc::clone(&self.committer), key: key.clone(), id, origin, entry, open: true };
+        let mut attempt = Attempt {
+            committer: Arc::clone(&self.committer),
+            key: key.clone(),
+            id,
+            origin,
+            entry,
+            open: true,
+        };
 
         let first = loop {
             let snapshot = self.commit(key.clone(), Part::Acquire(Arc::clone(&acquisition))).await?;

@@ -17,8 +17,9 @@ use super::part::{Part, merge};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
 
-/// Batches in flight at once.
-const BATCHES: usize = 3;
+/// Batches in flight at once. One leaves the database idle while it waits for its journal; with each more, batches
+/// get smaller, and most of what a small one costs is the parsing.
+const BATCHES: usize = 2;
 /// Keys in one batch.
 const BATCH_KEYS: usize = 1000;
 /// Bytes in one batch, far below what a command may have (16 MiB).
@@ -100,7 +101,14 @@ struct Taken {
 impl<S: Store> Committer<S> {
     /// `deadline`: how long a batch is repeated after failures.
     pub(super) fn new(store: Arc<S>, line: Arc<Line>, deadline: Duration) -> Self {
-        Self { store, line, deadline, state: Mutex::default(), idle: Notify::new(), runtime: Handle::current() }
+        Self {
+            store,
+            line,
+            deadline,
+            state: Mutex::default(),
+            idle: Notify::new(),
+            runtime: Handle::current(),
+        }
     }
 
     pub(super) fn store(&self) -> &S {

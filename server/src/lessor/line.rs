@@ -328,7 +328,12 @@ pub(super) async fn keep<S: Store>(
         let chores = line.take_due(Instant::now());
         committer.submit_unanswered(chores.nudges.into_iter().map(|key| (key, Part::Nudge)));
         if !chores.refreshed.is_empty() {
-            tokio::spawn(refresh(Arc::clone(&line), Arc::clone(&committer), chores.refreshes, chores.refreshed));
+            tokio::spawn(refresh(
+                Arc::clone(&line),
+                Arc::clone(&committer),
+                chores.refreshes,
+                chores.refreshed,
+            ));
         }
         for keys in chores.checks.chunks(CHECK_KEYS) {
             tokio::spawn(check(Arc::clone(&line), Arc::clone(&committer), keys.to_vec()));

@@ -49,7 +49,8 @@ impl Guarded {
         let mut line = String::new();
         let output = shell.stdout.take().context("the shell's output")?;
         BufReader::new(output).read_line(&mut line)?;
-        let server = line.trim().parse().ok().and_then(Pid::from_raw).context("the server has no process id")?;
+        let server =
+            line.trim().parse().ok().and_then(Pid::from_raw).context("the server has no process id")?;
         Ok(Self { shell, server })
     }
 

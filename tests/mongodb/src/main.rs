@@ -61,7 +61,8 @@ async fn serve(command: &[String]) -> Result<u8> {
     let mut child = Command::new(program);
     child.args(arguments).env("LEASED_MONGODB_URI", mongod.uri());
     let mut child = child.spawn().with_context(|| format!("cannot run {program}"))?;
-    let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the command has no process id")?;
+    let id =
+        i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the command has no process id")?;
     let mut ended = tokio::task::spawn_blocking(move || child.wait());
     loop {
         tokio::select! {

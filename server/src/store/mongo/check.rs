@@ -34,7 +34,9 @@ pub enum Unusable {
     #[error("this MongoDB is older than 6.0; upgrade it")]
     TooOld,
     /// Writes that a failover may undo.
-    #[error("the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; use w=majority or leave it out")]
+    #[error(
+        "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; use w=majority or leave it out"
+    )]
     WeakWrites(String),
     /// The user may not do what a daemon must.
     #[error(
@@ -43,7 +45,9 @@ pub enum Unusable {
     )]
     Rights(String),
     /// MongoDB would delete records by itself.
-    #[error("the collection has a TTL index, {0:?}, which deletes records of leases that are held; drop that index")]
+    #[error(
+        "the collection has a TTL index, {0:?}, which deletes records of leases that are held; drop that index"
+    )]
     TtlIndex(String),
     /// Keys that differ could be taken for the same.
     #[error("the collection has a collation, under which different keys may count as equal; use one without")]
@@ -97,11 +101,15 @@ fn write_concern(asked: Option<WriteConcern>, members: Option<usize>) -> Result<
     }
     let mut concern = match asked.w {
         None | Some(Acknowledgment::Majority) => WriteConcern::majority(),
-        Some(Acknowledgment::Nodes(nodes)) if members.is_some_and(|members| nodes as usize > members / 2 && nodes > 1) => {
+        Some(Acknowledgment::Nodes(nodes))
+            if members.is_some_and(|members| nodes as usize > members / 2 && nodes > 1) =>
+        {
             WriteConcern::nodes(nodes)
         }
         Some(Acknowledgment::Nodes(nodes)) => return Err(Unusable::WeakWrites(format!("w={nodes}"))),
-        Some(other) => return Err(Unusable::WeakWrites(format!("w={other:?}, which may be less than a majority"))),
+        Some(other) => {
+            return Err(Unusable::WeakWrites(format!("w={other:?}, which may be less than a majority")));
+        }
     };
     concern.journal = Some(true);
     Ok(concern)

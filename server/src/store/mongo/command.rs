@@ -7,10 +7,10 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mongodb::Database;
 use mongodb::bson::{Document, doc};
 use mongodb::error::{Error, ErrorKind, WriteFailure};
 use mongodb::options::{Acknowledgment, WriteConcern};
-use mongodb::Database;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
@@ -157,7 +157,10 @@ fn matched(reply: &Document) -> Result<u64, Failure> {
     for error in errors.filter_map(|error| error.as_document()) {
         let code = error.get_i32("code").unwrap_or(0);
         if code != 11000 {
-            return Err(Failure::from_code(code, error.get_str("errmsg").unwrap_or("write error").to_owned()));
+            return Err(Failure::from_code(
+                code,
+                error.get_str("errmsg").unwrap_or("write error").to_owned(),
+            ));
         }
     }
     if let Ok(error) = reply.get_document("writeConcernError") {
@@ -179,7 +182,8 @@ mod tests {
     #[test]
     fn a_reply_that_says_ok_may_hold_a_failure() {
         assert!(matches!(matched(&doc! { "ok": 1, "n": 3 }), Ok(3)));
-        let rolled_back = doc! { "ok": 1, "n": 3, "writeConcernError": { "code": 64, "errmsg": "timed out" } };
+        let rolled_back =
+            doc! { "ok": 1, "n": 3, "writeConcernError": { "code": 64, "errmsg": "timed out" } };
         assert!(matches!(matched(&rolled_back), Err(Failure::Unknown(_))));
         let forbidden = doc! { "ok": 1, "n": 0, "writeErrors": [{ "code": 13, "errmsg": "no" }] };
         assert!(matches!(matched(&forbidden), Err(Failure::Refused(_))));

@@ -118,9 +118,15 @@ impl Pair {
     /// Applies the batch on both sides and compares.
     async fn apply(&mut self, batch: Vec<(Key, Edit)>) -> Result<(), TestCaseError> {
         self.store.clock = Bson::DateTime(DateTime::from_millis(self.now));
-        let found = self.store.attempt(&batch).await.map_err(|failure| TestCaseError::fail(format!("{failure:?}")))?;
+        let found = self
+            .store
+            .attempt(&batch)
+            .await
+            .map_err(|failure| TestCaseError::fail(format!("{failure:?}")))?;
         for ((key, edit), found) in batch.into_iter().zip(found) {
-            if let Some(record) = self.records.remove(&key).or_else(|| makes_record(&edit).then(|| Record::vacant(key.clone()))) {
+            if let Some(record) =
+                self.records.remove(&key).or_else(|| makes_record(&edit).then(|| Record::vacant(key.clone())))
+            {
                 self.records.insert(key.clone(), step(record, &edit, Timestamp(self.now), &RULES));
             }
             let expected = self.records.get(&key).cloned().unwrap_or_else(|| Record::vacant(key.clone()));
@@ -147,11 +153,13 @@ fn the_pipeline_says_what_step_says() {
     let config = Config { cases: cases(), failure_persistence: None, ..Config::default() };
     let outcome = TestRunner::new(config).run(&moments(), |moments| {
         let run = LeaseId::random().reveal();
-        let keys: Vec<Key> = (0..KEYS).map(|n| Key::try_from(format!("{run}/$key.{n}").as_str()).expect("a key")).collect();
+        let keys: Vec<Key> =
+            (0..KEYS).map(|n| Key::try_from(format!("{run}/$key.{n}").as_str()).expect("a key")).collect();
         let mut pair = Pair { store: store.clone(), records: HashMap::new(), now: START };
         for moment in moments {
             pair.now += moment.passed;
-            let batch = moment.edits.iter().map(|(&n, ops)| (keys[n].clone(), edit(ops, pair.records.get(&keys[n]))));
+            let batch =
+                moment.edits.iter().map(|(&n, ops)| (keys[n].clone(), edit(ops, pair.records.get(&keys[n]))));
             let batch = batch.collect();
             runtime.block_on(pair.apply(batch))?;
         }
@@ -195,10 +203,15 @@ fn long_lines_and_many_departures_are_the_same() {
         };
         let record = apply(crowd(0, 60, true), 0).await;
         assert_eq!(record.holders.len(), 60);
-        let leave = record.holders.iter().take(40).fold(Edit::default(), |edit, holder| edit.release(holder.id));
+        let leave =
+            record.holders.iter().take(40).fold(Edit::default(), |edit, holder| edit.release(holder.id));
         assert_eq!(apply(leave, 1).await.departures.len(), 40);
         assert_eq!(apply(crowd(100, MAX_WAITERS, false), 1).await.waiters.len(), MAX_WAITERS);
-        assert_eq!(apply(crowd(5000, 10, false), 1).await.waiters.len(), MAX_WAITERS, "a full line takes nobody");
+        assert_eq!(
+            apply(crowd(5000, 10, false), 1).await.waiters.len(),
+            MAX_WAITERS,
+            "a full line takes nobody"
+        );
         assert_eq!(apply(crowd(6000, 10, false), 1000).await.waiters.len(), 0, "but loses lapsed places");
         assert_eq!(apply(crowd(7000, 10, false), 1).await.waiters.len(), 10);
     });

@@ -115,7 +115,8 @@ fn waiter(fields: &Fields<'_>) -> Result<Waiter, Foreign> {
         owner: fields.text("owner")?.to_owned(),
         metadata: fields.metadata()?,
         mode: fields.mode()?,
-        shared_limit: u32::try_from(fields.long("shared_limit")?).map_err(|_| fields.foreign("shared_limit"))?,
+        shared_limit: u32::try_from(fields.long("shared_limit")?)
+            .map_err(|_| fields.foreign("shared_limit"))?,
         ttl: fields.ttl()?,
         min_hold: fields.duration("min_hold")?,
         wait: fields.required("wait", RawBsonRef::as_bool)?,
@@ -207,7 +208,8 @@ impl<'a> Fields<'a> {
     }
 
     fn metadata(&self) -> Result<BTreeMap<String, String>, Foreign> {
-        let pairs = self.list("metadata", |pair| Ok((pair.text("k")?.to_owned(), pair.text("v")?.to_owned())))?;
+        let pairs =
+            self.list("metadata", |pair| Ok((pair.text("k")?.to_owned(), pair.text("v")?.to_owned())))?;
         Ok(pairs.into_iter().collect())
     }
 
@@ -219,7 +221,8 @@ impl<'a> Fields<'a> {
     ) -> Result<Vec<T>, Foreign> {
         let Some(array) = self.maybe(field, RawBsonRef::as_array)? else { return Ok(Vec::new()) };
         let entries = array.into_iter().map(|entry| {
-            let document = entry.ok().and_then(|value| value.as_document()).ok_or_else(|| self.foreign(field))?;
+            let document =
+                entry.ok().and_then(|value| value.as_document()).ok_or_else(|| self.foreign(field))?;
             read(&Fields { document, key: self.key })
         });
         entries.collect()

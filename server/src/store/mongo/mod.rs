@@ -2,10 +2,10 @@
 
 mod check;
 mod command;
-mod document;
-mod pipeline;
 #[cfg(test)]
 mod differential;
+mod document;
+mod pipeline;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -264,7 +264,11 @@ impl Store for MongoStore {
             let blocked = doc! { "$gt": ["$blocked_until", self.clock.clone()] };
             filter.insert(
                 "$or",
-                [doc! { "holders.0": { "$exists": true } }, doc! { "waiters.0": { "$exists": true } }, doc! { "$expr": blocked }],
+                [
+                    doc! { "holders.0": { "$exists": true } },
+                    doc! { "waiters.0": { "$exists": true } },
+                    doc! { "$expr": blocked },
+                ],
             );
         }
         let read = Read { projection: document::projection(), limit: query.limit + 1, bytes: PAGE_BYTES };
@@ -280,16 +284,18 @@ impl Store for MongoStore {
         loop {
             let read = Read { projection: doc! { "_id": 1 }, limit: PURGE_PAGE, bytes: usize::MAX };
             let found = self.find_raw(free_since(free_for, &self.clock), read).await?;
-            let names: Vec<Bson> =
-                found.documents.iter().filter_map(|found| found.get_str("_id").ok().map(Bson::from)).collect();
+            let names: Vec<Bson> = found
+                .documents
+                .iter()
+                .filter_map(|found| found.get_str("_id").ok().map(Bson::from))
+                .collect();
             if names.is_empty() {
                 return Ok(purged);
             }
             // The condition stands in the deletion too: a key may have been leased since it was found.
             let mut which = free_since(free_for, &self.clock);
             which.insert("_id", doc! { "$in": names });
-            let delete =
-                doc! { "delete": self.collection.name(), "deletes": [{ "q": which, "limit": 0 }] };
+            let delete = doc! { "delete": self.collection.name(), "deletes": [{ "q": which, "limit": 0 }] };
             purged += self.runner.write(&self.database, delete, &self.concern).await?;
         }
     }

@@ -9,9 +9,7 @@
 use mongodb::bson::{Bson, Document, doc};
 
 use super::document::{acquisition, long, reason, uuid};
-use crate::lease::{
-    Edit, Key, MAX_RECORD_BYTES, MAX_WAITERS, REMEMBERED_DEPARTURES, Reason, Rules,
-};
+use crate::lease::{Edit, Key, MAX_RECORD_BYTES, MAX_WAITERS, REMEMBERED_DEPARTURES, Reason, Rules};
 
 /// More than any array of a record holds; `$slice` wants a count.
 const ALL: i32 = i32::MAX;
@@ -64,7 +62,11 @@ impl Source {
             [(_, edit)] => Self::Inline(encode(edit, parts)),
             _ => Self::Table {
                 keys: batch.iter().map(|(key, _)| Bson::from(key.as_str())).collect::<Vec<_>>().into(),
-                edits: batch.iter().map(|(_, edit)| Bson::from(encode(edit, parts))).collect::<Vec<_>>().into(),
+                edits: batch
+                    .iter()
+                    .map(|(_, edit)| Bson::from(encode(edit, parts)))
+                    .collect::<Vec<_>>()
+                    .into(),
             },
         }
     }

@@ -1,0 +1,87 @@
+//! What was measured: pairs, their latencies, the processors' shares; medians and ranges.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use hdrhistogram::Histogram;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::Round;
+
+/// One round's pairs.
+#[derive(Debug)]
+pub(crate) struct Pairs {
+    latencies: Histogram<u64>,
+    time: Duration,
+}
+
+impl Pairs {
+    pub(crate) fn new() -> Self {
+        let latencies = Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("microseconds up to an hour");
+        Self { latencies, time: Duration::ZERO }
+    }
+
+    /// Counts a pair that took `latency`.
+    pub(crate) fn add(&mut self, latency: Duration) {
+        self.latencies.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// The pairs of all callers since `start`.
+    pub(crate) async fn join(mut callers: JoinSet<Result<Self>>, start: Instant) -> Result<Self> {
+        let mut all = Self::new();
+        while let Some(pairs) = callers.join_next().await {
+            all.latencies.add(pairs??.latencies)?;
+        }
+        all.time = start.elapsed();
+        ensure!(!all.latencies.is_empty(), "not one pair was done");
+        Ok(all)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a count of pairs is far below 2^52")]
+    fn rate(&self) -> f64 {
+        self.latencies.len() as f64 / self.time.as_secs_f64()
+    }
+}
+
+/// All rounds.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    rates: BTreeMap<&'static str, Vec<f64>>,
+}
+
+impl Report {
+    /// Notes and prints a round.
+    pub(crate) fn add(&mut self, kind: &'static str, round: u64, pairs: Pairs, cpu: &[(&str, Duration)]) {
+        let rate = pairs.rate();
+        let [p50, p99] =
+            [0.5, 0.99].map(|quantile| Duration::from_micros(pairs.latencies.value_at_quantile(quantile)));
+        let cpu: Vec<String> = cpu
+            .iter()
+            .map(|(name, spent)| {
+                format!("{name} {:.0} %", 100.0 * spent.as_secs_f64() / pairs.time.as_secs_f64())
+            })
+            .collect();
+        println!(
+            "round {round}  {kind:<16} {rate:>8.0} pairs/s  p50 {p50:>9.2?}  p99 {p99:>9.2?}  cpu: {}",
+            cpu.join(", ")
+        );
+        self.rates.entry(kind).or_default().push(rate);
+    }
+
+    /// Prints the medians and their ratio.
+    pub(crate) fn print(mut self, round: Round) {
+        println!("\n{} callers, {:?} a round; median (least .. most) pairs/s", round.callers, round.time);
+        let mut medians = Vec::new();
+        for (kind, rates) in &mut self.rates {
+            rates.sort_by(f64::total_cmp);
+            let median = rates[rates.len() / 2];
+            println!("  {kind:<16} {median:>8.0} ({:.0} .. {:.0})", rates[0], rates[rates.len() - 1]);
+            medians.push((*kind, median));
+        }
+        if let [(direct, slow), (leased, fast)] = medians[..] {
+            println!("  {leased} / {direct}: {:.2}", fast / slow);
+        }
+    }
+}
