@@ -1,7 +1,10 @@
 //! The daemon as a process: its ready line, its exit codes, its signals.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
-#![expect(clippy::disallowed_methods, reason = "processes are watched from a plain thread, by the host's clock")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "processes are watched from a plain thread, by the host's clock"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -39,6 +39,10 @@ impl Acquisition {
 /// One key's share of a batch. Its parts are concurrent with each other, for none has been answered; the order in
 /// which [`step`](super::step) takes them is the rule. Each list names an id or token once.
 ///
+/// Applying an edit twice gives the same answers, as long as it does not ask for an id that it also releases or
+/// cancels: whoever merges commands puts the second of such two into the next edit. (A release of an id that stands
+/// in line may come before or after its grant, and repeated it comes after; both are answers to that race.)
+///
 /// An edit that contains nothing is a *nudge*: it admits whoever's turn has come.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edit {

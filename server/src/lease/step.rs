@@ -58,7 +58,9 @@ fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
 fn depart(record: &mut Record, edit: &Edit, now: Timestamp) -> Vec<Departure> {
     let released = take(&mut record.holders, |holder| edit.released().contains(&holder.id));
     let revoked = take(&mut record.holders, |holder| edit.revoked().contains(&holder.token));
-    let held_for = released.iter().map(|holder| Some(holder.acquired_at + holder.min_hold));
+    // Without a `min_hold` there is nothing to wait for, and a clock that stepped back must not make it so.
+    let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
+    let held_for = held_for.map(|holder| Some(holder.acquired_at + holder.min_hold));
     record.blocked_until = held_for.chain([record.blocked_until]).max().flatten();
     let mut gone = note(&revoked, Reason::Revoked, now);
     gone.extend(note(&released, Reason::Released, now));

@@ -1,1 +1,396 @@
-//! Rules.
+//! The rules, one by one, as sentences.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+
+const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(15_000) };
+const TTL: i64 = 1000;
+
+/// A key's record and the store's clock.
+struct Desk {
+    record: Record,
+    now: i64,
+}
+
+/// The lease id that a name stands for.
+fn id(name: &str) -> LeaseId {
+    let mut bytes = [0; 16];
+    for (byte, letter) in bytes.iter_mut().zip(name.bytes()) {
+        *byte = letter;
+    }
+    LeaseId::from(bytes)
+}
+
+/// An exclusive acquisition that waits.
+fn asking(name: &str) -> Acquisition {
+    Acquisition {
+        id: id(name),
+        owner: name.to_owned(),
+        metadata: BTreeMap::new(),
+        mode: Mode::Exclusive,
+        shared_limit: 1,
+        ttl: Ttl::new(Duration::from_millis(1000)).expect("a second"),
+        min_hold: Duration::ZERO,
+        wait: true,
+    }
+}
+
+fn trying(name: &str) -> Acquisition {
+    Acquisition { wait: false, ..asking(name) }
+}
+
+fn sharing(name: &str, limit: u32) -> Acquisition {
+    Acquisition { mode: Mode::Shared, shared_limit: limit, ..asking(name) }
+}
+
+impl Desk {
+    fn open() -> Self {
+        Self { record: Record::vacant(Key::try_from("desk").expect("a key")), now: 1_000_000 }
+    }
+
+    fn apply(&mut self, edit: &Edit) -> &mut Self {
+        self.record = step(self.record.clone(), edit, Timestamp(self.now), &RULES);
+        self
+    }
+
+    fn passes(&mut self, millis: i64) -> &mut Self {
+        self.now += millis;
+        self
+    }
+
+    fn ask(&mut self, acquisition: Acquisition) -> &mut Self {
+        self.apply(&Edit::default().enqueue(Arc::new(acquisition)))
+    }
+
+    fn touch(&mut self, name: &str) -> &mut Self {
+        self.apply(&Edit::default().touch(id(name)))
+    }
+
+    fn release(&mut self, name: &str) -> &mut Self {
+        self.apply(&Edit::default().release(id(name)))
+    }
+
+    fn cancel(&mut self, name: &str) -> &mut Self {
+        self.apply(&Edit::default().cancel(id(name)))
+    }
+
+    fn nudge(&mut self) -> &mut Self {
+        self.apply(&Edit::default())
+    }
+
+    fn holders(&self) -> Vec<&str> {
+        self.record.holders.iter().map(|holder| holder.owner.as_str()).collect()
+    }
+
+    fn line(&self) -> Vec<&str> {
+        self.record.waiters.iter().map(|waiter| waiter.acquisition.owner.as_str()).collect()
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot { record: self.record.clone(), now: Timestamp(self.now) }
+    }
+
+    fn departed(&self, name: &str) -> Option<Reason> {
+        match self.snapshot().standing(id(name)) {
+            Standing::Departed(reason) => Some(reason),
+            _ => None,
+        }
+    }
+
+    fn expires_at(&self, name: &str) -> i64 {
+        let holder = self.record.holders.iter().find(|holder| holder.id == id(name));
+        holder.expect("a holder").expires_at.0
+    }
+}
+
+#[test]
+fn a_free_key_is_granted_at_once_with_the_clock_for_a_token() {
+    let mut desk = Desk::open();
+    desk.ask(trying("a"));
+    assert_eq!(desk.holders(), ["a"]);
+    assert_eq!(desk.record.token, FencingToken(desk.now));
+    assert_eq!(desk.record.holders[0].token, FencingToken(desk.now));
+    assert_eq!(desk.expires_at("a"), desk.now + TTL);
+}
+
+#[test]
+fn a_token_rises_also_when_the_clock_stands_still_or_steps_back() {
+    let mut desk = Desk::open();
+    desk.ask(trying("a")).release("a").ask(trying("b"));
+    assert_eq!(desk.record.token, FencingToken(desk.now + 1));
+    let last = desk.record.token;
+    desk.release("b").passes(-500).ask(trying("c")).passes(500).nudge();
+    assert_eq!(desk.record.token, FencingToken(last.0 + 1));
+}
+
+#[test]
+fn who_only_tries_leaves_the_line_and_who_waits_stays() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(trying("b")).ask(asking("c"));
+    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["c"]));
+    assert_eq!(desk.snapshot().standing(id("b")), Standing::Unknown);
+    assert_eq!(desk.snapshot().standing(id("c")), Standing::Waiter(0));
+}
+
+#[test]
+fn a_release_hands_over_to_the_first_in_line_in_the_same_step() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("a");
+    assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec!["c"]));
+    assert_eq!(desk.departed("a"), Some(Reason::Released));
+}
+
+#[test]
+fn a_release_is_remembered_and_may_be_repeated() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).release("a").ask(asking("b")).release("a");
+    assert_eq!(desk.departed("a"), Some(Reason::Released));
+    assert_eq!(desk.holders(), ["b"]);
+}
+
+#[test]
+fn a_touch_extends_and_never_shortens() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).passes(600).touch("a");
+    let extended = desk.expires_at("a");
+    assert_eq!(extended, desk.now + TTL);
+    desk.passes(-500).touch("a");
+    assert_eq!(desk.expires_at("a"), extended);
+}
+
+#[test]
+fn touching_what_one_does_not_hold_changes_nothing_but_the_revision() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(asking("b"));
+    let before = desk.record.clone();
+    desk.touch("b").touch("stranger");
+    assert_eq!(desk.record, Record { rev: before.rev + 2, ..before });
+}
+
+#[test]
+fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a"));
+    let token = desk.record.token;
+    desk.passes(10 * TTL).nudge().touch("a");
+    assert_eq!(desk.holders(), ["a"]);
+    assert_eq!(desk.expires_at("a"), desk.now + TTL);
+    assert_eq!(desk.record.token, token);
+}
+
+#[test]
+fn a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_before() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(asking("b")).passes(TTL + 99).nudge();
+    assert_eq!(desk.holders(), ["a"]);
+    desk.passes(1).nudge();
+    assert_eq!(desk.holders(), ["b"]);
+    assert_eq!(desk.departed("a"), Some(Reason::Displaced));
+    desk.touch("a");
+    assert_eq!(desk.holders(), ["b"], "gone for good");
+}
+
+#[test]
+fn a_late_duplicate_of_a_call_whose_lease_departed_makes_no_ghost() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).release("a").ask(asking("a"));
+    assert!(desk.holders().is_empty() && desk.line().is_empty());
+}
+
+#[test]
+fn repeating_an_acquire_keeps_the_grant_and_the_place() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(asking("b")).ask(asking("c"));
+    desk.ask(asking("b")).ask(asking("a"));
+    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b", "c"]));
+}
+
+#[test]
+fn a_revocation_takes_the_holder_with_that_token_only() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(asking("b"));
+    let token = desk.record.token;
+    desk.apply(&Edit::default().revoke(FencingToken(token.0 - 1)));
+    assert_eq!(desk.holders(), ["a"]);
+    let revoke = Edit::default().revoke(token);
+    desk.apply(&revoke).apply(&revoke);
+    assert_eq!(desk.holders(), ["b"], "repeated, it does not hit the successor");
+    assert_eq!(desk.departed("a"), Some(Reason::Revoked));
+}
+
+#[test]
+fn min_hold_keeps_others_out_after_an_early_release() {
+    let mut desk = Desk::open();
+    desk.ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("a") }).ask(asking("b"));
+    desk.passes(100).release("a");
+    assert!(desk.holders().is_empty());
+    assert_eq!(desk.record.blocked_until, Some(Timestamp(desk.now + 400)));
+    desk.passes(399).nudge();
+    assert!(desk.holders().is_empty());
+    desk.passes(1).nudge();
+    assert_eq!(desk.holders(), ["b"]);
+}
+
+#[test]
+fn who_cancels_leaves_the_line_and_a_holder_cannot() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).cancel("b").cancel("a");
+    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["c"]));
+}
+
+#[test]
+fn a_lapsed_place_is_lost_at_its_turn_and_not_before() {
+    let mut desk = Desk::open();
+    desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
+    desk.ask(asking("b")).passes(14_000).ask(asking("c")).passes(2000).nudge();
+    assert_eq!(desk.line(), ["b", "c"], "lapsed, and still there");
+    assert_eq!(desk.snapshot().standing(id("c")), Standing::Waiter(0), "but not counted or shown");
+    desk.release("a");
+    assert_eq!((desk.holders(), desk.line()), (vec!["c"], vec![]));
+}
+
+#[test]
+fn a_refreshed_place_is_kept() {
+    let mut desk = Desk::open();
+    desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
+    desk.ask(asking("b")).passes(14_000).ask(asking("b")).passes(14_000).release("a");
+    assert_eq!(desk.holders(), ["b"]);
+}
+
+#[test]
+fn shared_holders_hold_together_up_to_the_limit_each_of_them_names() {
+    let mut desk = Desk::open();
+    desk.ask(sharing("a", 2)).ask(sharing("b", 2)).ask(sharing("c", 2));
+    assert_eq!((desk.holders(), desk.line()), (vec!["a", "b"], vec!["c"]));
+    desk.release("a");
+    assert_eq!(desk.holders(), ["b", "c"]);
+    let tokens: Vec<_> = desk.record.holders.iter().map(|holder| holder.token).collect();
+    assert!(tokens[0] < tokens[1]);
+}
+
+#[test]
+fn a_shared_request_does_not_overtake_an_earlier_exclusive_one() {
+    let mut desk = Desk::open();
+    desk.ask(sharing("reader", 9)).ask(asking("writer")).ask(sharing("late", 9));
+    assert_eq!((desk.holders(), desk.line()), (vec!["reader"], vec!["writer", "late"]));
+    desk.release("reader");
+    assert_eq!((desk.holders(), desk.line()), (vec!["writer"], vec!["late"]));
+}
+
+#[test]
+fn an_admission_takes_the_places_of_all_whose_time_is_over() {
+    let mut desk = Desk::open();
+    desk.ask(sharing("a", 2)).passes(TTL + 100).ask(sharing("b", 2));
+    assert_eq!(desk.holders(), ["b"], "were it touched back to life, too many would hold");
+    assert_eq!(desk.departed("a"), Some(Reason::Displaced));
+}
+
+#[test]
+fn of_a_crowd_in_one_edit_the_first_is_admitted_and_the_others_are_refused() {
+    let mut desk = Desk::open();
+    let names: Vec<String> = (0..256).map(|number| number.to_string()).collect();
+    let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(trying(name))));
+    desk.apply(&crowd);
+    assert_eq!((desk.holders(), desk.line()), (vec!["0"], vec![]));
+}
+
+#[test]
+fn departures_are_remembered_newest_first_and_all_of_the_latest_edit() {
+    let mut desk = Desk::open();
+    let names: Vec<String> = (0..40).map(|number| number.to_string()).collect();
+    let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(sharing(name, 99))));
+    let leave = names.iter().fold(Edit::default(), |edit, name| edit.release(id(name)));
+    desk.apply(&crowd).apply(&leave);
+    assert!(names.iter().all(|name| desk.departed(name) == Some(Reason::Released)));
+    desk.ask(asking("next")).release("next");
+    assert_eq!(desk.record.departures.len(), REMEMBERED_DEPARTURES);
+    assert_eq!(desk.record.departures[0].id, id("next"));
+}
+
+#[test]
+fn a_full_line_takes_nobody_but_loses_its_lapsed_places() {
+    let mut desk = Desk::open();
+    desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("holder") });
+    let names: Vec<String> = (0..MAX_WAITERS).map(|number| number.to_string()).collect();
+    let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(asking(name))));
+    desk.apply(&crowd).ask(asking("late"));
+    assert_eq!(desk.line().len(), MAX_WAITERS);
+    assert_eq!(desk.snapshot().standing(id("late")), Standing::Unknown);
+    desk.passes(15_000).ask(asking("0")).ask(asking("late"));
+    assert_eq!(desk.line(), ["0"]);
+    desk.ask(asking("late"));
+    assert_eq!(desk.line(), ["0", "late"]);
+}
+
+#[test]
+fn a_record_full_of_metadata_takes_nobody() {
+    let mut desk = Desk::open();
+    let bulky = |name: &str| Acquisition {
+        metadata: BTreeMap::from([("x".to_owned(), "y".repeat(4000))]),
+        ..sharing(name, 1024)
+    };
+    for number in 0..1000 {
+        desk.ask(bulky(&number.to_string()));
+    }
+    assert!(desk.record.size() >= MAX_RECORD_BYTES);
+    assert!(desk.record.size() < MAX_RECORD_BYTES + 8192);
+}
+
+#[test]
+fn every_edit_is_a_write_and_be_it_a_nudge() {
+    let mut desk = Desk::open();
+    desk.nudge().nudge().ask(asking("a")).touch("stranger");
+    assert_eq!(desk.record.rev, 4);
+}
+
+/// The timer's hint: a nudge just before it changes nothing, and one at that instant admits the head.
+fn admits_at(desk: &mut Desk, wait: i64) {
+    let hint = desk.snapshot().next_admission(&RULES);
+    assert_eq!(hint, Some(Duration::from_millis(u64::try_from(wait).expect("a time ahead"))));
+    let line = desk.line().len();
+    desk.passes(wait - 1).nudge();
+    assert_eq!(desk.line().len(), line);
+    desk.passes(1).nudge();
+    assert_eq!(desk.line().len(), line - 1);
+}
+
+#[test]
+fn the_next_admission_is_when_the_holder_is_not_live_any_more() {
+    let mut desk = Desk::open();
+    desk.ask(asking("a"));
+    assert_eq!(desk.snapshot().next_admission(&RULES), None, "nobody waits");
+    desk.ask(asking("b")).passes(300);
+    admits_at(&mut desk, TTL + 100 - 300);
+}
+
+#[test]
+fn the_next_admission_of_a_shared_head_is_when_enough_have_gone() {
+    let mut desk = Desk::open();
+    desk.ask(sharing("a", 3)).passes(100).ask(sharing("b", 3)).passes(100).ask(sharing("c", 3));
+    desk.ask(sharing("d", 2));
+    admits_at(&mut desk, TTL + 100 - 100);
+}
+
+#[test]
+fn the_next_admission_of_a_blocked_key_is_the_end_of_the_block() {
+    let mut desk = Desk::open();
+    desk.ask(Acquisition { min_hold: Duration::from_millis(700), ..asking("a") })
+        .ask(asking("b"))
+        .release("a");
+    admits_at(&mut desk, 700);
+}
+
+#[test]
+fn the_state_is_free_held_or_lapsed() {
+    let mut desk = Desk::open();
+    assert_eq!(desk.snapshot().state(), State::Free);
+    desk.ask(asking("a"));
+    assert_eq!(desk.snapshot().state(), State::Held);
+    assert_eq!(desk.snapshot().remaining(&desk.record.holders[0]), Duration::from_millis(1000));
+    desk.passes(TTL);
+    assert_eq!(desk.snapshot().state(), State::Lapsed);
+    assert_eq!(desk.snapshot().remaining(&desk.record.holders[0]), Duration::ZERO);
+}

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::line::Line;
-use super::part::{Part, merge};
+use super::part::{Gathered, Part};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
 
@@ -235,14 +235,14 @@ impl State {
         while batch.len() < BATCH_KEYS && bytes < BATCH_BYTES {
             let Some(key) = self.ready.pop_front() else { break };
             let Some(slot) = self.slots.get_mut(&key) else { continue };
-            let (parts, replies, weight) = slot.take_parts();
-            if parts.is_empty() {
+            let (edit, replies, weight) = slot.take_edit();
+            if replies.is_empty() {
                 self.slots.remove(&key);
                 continue;
             }
             slot.in_flight = true;
             bytes += weight;
-            batch.push(Taken { key, edit: merge(parts.iter()), replies });
+            batch.push(Taken { key, edit, replies });
         }
         batch
     }
@@ -262,19 +262,22 @@ impl State {
 }
 
 impl Slot {
-    /// The parts of the next edit, leaving out those whose call has ended.
-    fn take_parts(&mut self) -> (Vec<Part>, Vec<Reply>, usize) {
-        let (mut parts, mut replies, mut weight) = (Vec::new(), Vec::new(), 0);
+    /// The next edit, who waits for it, and about how many bytes it has. Leaves out parts whose call has ended.
+    fn take_edit(&mut self) -> (Edit, Vec<Reply>, usize) {
+        let (mut gathered, mut replies, mut weight) = (Gathered::default(), Vec::new(), 0);
         while weight < EDIT_BYTES {
             let Some(Pending { part, reply }) = self.gathering.pop_front() else { break };
             if reply.is_moot() {
                 continue;
             }
+            if !gathered.merge(&part) {
+                self.gathering.push_front(Pending { part, reply });
+                break;
+            }
             weight += part.weight();
-            parts.push(part);
             replies.push(reply);
         }
-        (parts, replies, weight)
+        (gathered.into_edit(), replies, weight)
     }
 }
 

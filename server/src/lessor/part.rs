@@ -1,5 +1,7 @@
 //! What one call brings to the next edit of its key, and how parts merge into that edit.
 
+use std::collections::HashSet;
+use std::mem::take;
 use std::sync::Arc;
 
 use crate::lease::{Acquisition, Edit, FencingToken, LeaseId};
@@ -21,24 +23,58 @@ pub(super) enum Part {
     Nudge,
 }
 
-/// The edit that contains all `parts`.
-///
-/// The parts are concurrent, so whatever the order, it is a right one. A call that ended and another that took over
-/// its id, which happens when a client reconnects, cancel out in favour of the place in line.
-pub(super) fn merge<'a>(parts: impl Iterator<Item = &'a Part> + Clone) -> Edit {
-    let arrives = |id: LeaseId| {
-        parts.clone().any(|part| matches!(part, Part::Acquire(acquisition) if acquisition.id == id))
-    };
-    parts.clone().fold(Edit::default(), |edit, part| match part {
-        Part::Acquire(acquisition) => edit.touch(acquisition.id).enqueue(Arc::clone(acquisition)),
-        Part::Touch(id) => edit.touch(*id),
-        Part::Release(id) => edit.release(*id),
-        Part::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
-        Part::Cancel(id) if arrives(*id) => edit,
-        Part::Cancel(id) => edit.cancel(*id),
-        Part::Abandon(id) => edit.cancel(*id).release(*id),
-        Part::Nudge => edit,
-    })
+/// Parts that may become one edit.
+#[derive(Debug, Default)]
+pub(super) struct Gathered {
+    edit: Edit,
+    asked: HashSet<LeaseId>,
+    given_up: HashSet<LeaseId>,
+}
+
+impl Gathered {
+    /// Merges `part`, unless it asks for an id that an earlier one gives up or the other way round. Such an edit
+    /// would not be idempotent; the part is for the next.
+    pub(super) fn merge(&mut self, part: &Part) -> bool {
+        let fits = match part {
+            Part::Acquire(acquisition) => !self.given_up.contains(&acquisition.id),
+            Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => !self.asked.contains(id),
+            Part::Touch(_) | Part::Revoke(_) | Part::Nudge => true,
+        };
+        if fits {
+            self.edit = self.with(part);
+        }
+        fits
+    }
+
+    /// The edit that contains all that was merged.
+    pub(super) fn into_edit(self) -> Edit {
+        self.edit
+    }
+
+    fn with(&mut self, part: &Part) -> Edit {
+        let edit = take(&mut self.edit);
+        match part {
+            Part::Acquire(acquisition) => {
+                self.asked.insert(acquisition.id);
+                edit.touch(acquisition.id).enqueue(Arc::clone(acquisition))
+            }
+            Part::Touch(id) => edit.touch(*id),
+            Part::Release(id) => {
+                self.given_up.insert(*id);
+                edit.release(*id)
+            }
+            Part::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
+            Part::Cancel(id) => {
+                self.given_up.insert(*id);
+                edit.cancel(*id)
+            }
+            Part::Abandon(id) => {
+                self.given_up.insert(*id);
+                edit.cancel(*id).release(*id)
+            }
+            Part::Nudge => edit,
+        }
+    }
 }
 
 impl Part {
@@ -48,6 +84,42 @@ impl Part {
             Self::Acquire(acquisition) => acquisition.size(),
             Self::Revoke(tokens) => 16 * tokens.len(),
             _ => 32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::lease::{Mode, Ttl};
+
+    fn acquire(id: LeaseId) -> Part {
+        Part::Acquire(Arc::new(Acquisition {
+            id,
+            owner: String::new(),
+            metadata: BTreeMap::new(),
+            mode: Mode::Exclusive,
+            shared_limit: 1,
+            ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
+            min_hold: Duration::ZERO,
+            wait: true,
+        }))
+    }
+
+    #[test]
+    fn an_id_is_not_asked_for_and_given_up_in_one_edit() {
+        let [one, two] = [LeaseId::random(), LeaseId::random()];
+        for give_up in [Part::Release(one), Part::Cancel(one), Part::Abandon(one)] {
+            for (first, second) in [(acquire(one), give_up.clone()), (give_up, acquire(one))] {
+                let mut gathered = Gathered::default();
+                assert!(gathered.merge(&first));
+                assert!(gathered.merge(&acquire(two)));
+                assert!(!gathered.merge(&second), "{first:?} then {second:?}");
+                assert!(gathered.merge(&Part::Touch(one)));
+            }
         }
     }
 }

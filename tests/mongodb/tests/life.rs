@@ -1,7 +1,10 @@
 //! The server lives exactly as long as it should.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
-#![expect(clippy::disallowed_methods, reason = "processes are watched from a plain thread, by the host's clock")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "processes are watched from a plain thread, by the host's clock"
+)]
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;

@@ -129,7 +129,8 @@ fn edit_holders(parts: &Parts, source: &Source, now: &Bson) -> Document {
         let leaving = filter("$holders", "h", released.clone());
         gone.push(note(&leaving, Reason::Released, now));
         stay = filter(stay, "h", not(&released));
-        let held_until = map(leaving, "h", doc! { "$add": ["$$h.acquired_at", "$$h.min_hold"] });
+        let bound = filter(leaving, "h", doc! { "$gt": ["$$h.min_hold", 0_i64] });
+        let held_until = map(bound, "h", doc! { "$add": ["$$h.acquired_at", "$$h.min_hold"] });
         fields.insert("blocked_until", doc! { "$max": ["$blocked_until", { "$max": held_until }] });
     }
     if parts.touch {
