@@ -53,6 +53,36 @@ async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
     assert!(timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap().waited);
 }
 
+/// Failures that the server is told to make: before it acts, after it acted, and with the answer lost.
+#[tokio::test]
+async fn an_unknown_outcome_is_resolved_by_the_daemon_itself() {
+    let mongod = Mongod::start().await.unwrap();
+    let daemon = Daemon::over(mongod.uri(), |_| {}).await;
+    let mut client = daemon.client().await;
+    let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
+    for failure in [
+        doc! { "errorCode": 189 },
+        doc! { "errorCode": 10107 },
+        doc! { "errorCode": 50 },
+        doc! { "closeConnection": true },
+        doc! { "writeConcernError": { "code": 64, "errmsg": "waiting for replication timed out" } },
+    ] {
+        let mut data = failure.clone();
+        data.insert("failCommands", ["findAndModify"]);
+        let times = doc! { "times": 2 };
+        admin
+            .run_command(doc! { "configureFailPoint": "failCommand", "mode": times, "data": data })
+            .await
+            .unwrap();
+        let granted = client.get_lease(ask("job").id(Uuid::new_v4()).ttl(secs(60))).await;
+        let granted = granted.unwrap_or_else(|status| panic!("{failure:?}: {status:?}"));
+        let seen = client.look("job").await.unwrap();
+        assert_eq!(seen.holders.len(), 1, "{failure:?}");
+        assert_eq!(seen.fencing_token, granted.fencing_token, "{failure:?}: one acquisition, one token");
+        client.give_back(&granted.lease.unwrap()).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_killed_store_that_comes_back_has_every_acknowledged_lease() {
     let mut mongod = Mongod::start().await.unwrap();
