@@ -7,10 +7,16 @@
 mod guardian;
 /// Finding a `mongod`, or fetching one.
 mod locate;
-/// A running server.
+/// One server, on its port and data.
+mod node;
+
+/// A server alone.
 mod mongod;
+/// Three servers that replicate each other.
+mod replica_set;
 /// One server for all of a process.
 mod shared;
 
 pub use mongod::Mongod;
+pub use replica_set::ReplicaSet;
 pub use shared::shared;

@@ -5,6 +5,9 @@
 /// The server as its owner sees it.
 mod server;
 
+/// Three servers and their failovers.
+mod replica_set;
+
 /// The command that gives another one a server.
 mod command;
 /// What must be gone when a server is.
