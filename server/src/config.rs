@@ -1,6 +1,7 @@
 //! What was typed ([`Args`]) and what it means ([`Config`]). Relations between settings are checked here.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as Group, Parser, ValueEnum};
@@ -32,7 +33,11 @@ pub struct Args {
     #[arg(long, env = "LEASED_INSECURE")]
     insecure: bool,
 
-    /// The MongoDB replica set that keeps the leases; every option of the URI holds.
+    /// Where the leases are kept on this host; made if it is missing, for one daemon at a time.
+    #[arg(long, env = "LEASED_DATA_DIR", value_name = "DIR", default_value = "./leased-data")]
+    data_dir: PathBuf,
+
+    /// Keep the leases in this MongoDB replica set instead, for any number of daemons; every option of the URI holds.
     #[arg(long, env = "LEASED_MONGODB_URI", value_name = "URI", hide_env_values = true)]
     mongodb_uri: Option<String>,
 
@@ -44,7 +49,7 @@ pub struct Args {
     #[arg(long, env = "LEASED_MONGODB_COLLECTION", value_name = "NAME", default_value = "leases")]
     mongodb_collection: String,
 
-    /// Give up when the store cannot be reached at start for this long; without it, keep trying.
+    /// Give up when MongoDB, or the disk, cannot be reached at start for this long; without it, keep trying.
     #[arg(long, env = "LEASED_STORE_TIMEOUT", value_name = "DURATION", value_parser = parse_duration)]
     store_timeout: Option<Duration>,
 
@@ -60,10 +65,10 @@ pub struct Args {
     #[arg(long, env = "LEASED_MAX_TTL", value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     max_ttl: Duration,
 
-    /// How long after it ran out a lease may be taken by another. Covers the difference between the clocks of the
-    /// store's nodes after a failover; the same for all daemons of a store.
-    #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", default_value = "1s", value_parser = parse_duration)]
-    grace: Duration,
+    /// How long after it ran out a lease may be taken by another. Covers the difference between the clocks of
+    /// MongoDB's nodes after a failover; the same for all daemons of a database [default: 1s on MongoDB, else 0s].
+    #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", value_parser = parse_duration)]
+    grace: Option<Duration>,
 
     /// Forget keys that have been free for this long; at least 1h.
     #[arg(long, env = "LEASED_PURGE_AFTER", value_name = "DURATION", default_value = "7d", value_parser = parse_duration)]
@@ -137,7 +142,7 @@ pub struct Config {
     /// The side port's address, if it is on.
     pub http_listen: Option<SocketAddr>,
     /// Where the leases are.
-    pub location: Location,
+    pub place: Place,
     /// How long to try to reach the store at start; `None` for ever.
     pub store_timeout: Option<Duration>,
     /// What the rules are given.
@@ -152,6 +157,25 @@ pub struct Config {
     pub log_level: String,
     /// What requests may ask.
     pub limits: Limits,
+}
+
+/// Where the leases are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// In a folder of this host.
+    Folder(PathBuf),
+    /// In a MongoDB collection.
+    MongoDb(Location),
+}
+
+impl Place {
+    /// The grace that fits: a single clock needs none.
+    fn grace(&self) -> Duration {
+        match self {
+            Self::Folder(_) => Duration::ZERO,
+            Self::MongoDb(_) => Duration::from_secs(1),
+        }
+    }
 }
 
 /// The bounds of what callers may do.
@@ -195,23 +219,22 @@ impl TryFrom<Args> for Config {
             http_listen.map_or(Ok(()), |address| reachable_only_here("--http-listen", address))?;
         }
         at_least("--purge-after", args.purge_after, MIN_PURGE_AFTER)?;
-        let Some(uri) = args.mongodb_uri.clone() else {
-            return Err(Contradiction(
-                "there is no store: name a MongoDB replica set with --mongodb-uri; for a first try without one see \
-                 \"Quick start\" in the README"
-                    .to_owned(),
-            ));
+        let place = match &args.mongodb_uri {
+            None => Place::Folder(args.data_dir.clone()),
+            Some(uri) => Place::MongoDb(Location {
+                uri: uri.clone(),
+                database: args.mongodb_database.clone(),
+                collection: args.mongodb_collection.clone(),
+            }),
         };
+        let grace = args.grace.unwrap_or_else(|| place.grace());
+        at_most("--grace", grace, Duration::from_secs(60))?;
         Ok(Self {
             listen: args.listen,
             http_listen,
-            location: Location {
-                uri,
-                database: args.mongodb_database.clone(),
-                collection: args.mongodb_collection.clone(),
-            },
+            place,
             store_timeout: args.store_timeout,
-            rules: Rules { grace: args.grace, place: Duration::from_secs(15) },
+            rules: Rules { grace, place: Duration::from_secs(15) },
             purge_after: args.purge_after,
             drain_timeout: args.drain_timeout,
             log_format: args.log_format,
@@ -226,7 +249,6 @@ fn limits(args: &Args) -> Result<Limits, Contradiction> {
     at_most("--min-ttl", args.min_ttl, args.default_ttl)?;
     at_most("--default-ttl", args.default_ttl, args.max_ttl)?;
     at_most("--max-wait", args.limits.max_wait, DAY)?;
-    at_most("--grace", args.grace, Duration::from_secs(60))?;
     let ttl = |option: &str, value| {
         Ttl::new(value).ok_or_else(|| Contradiction(format!("{option} must be at least 1ms")))
     };
@@ -287,8 +309,7 @@ mod tests {
     use super::*;
 
     fn config(options: &[&str]) -> Result<Config, Contradiction> {
-        let command = ["leased", "--mongodb-uri", "mongodb://127.0.0.1"];
-        let args = Args::try_parse_from(command.iter().chain(options)).expect("options that parse");
+        let args = Args::try_parse_from(["leased"].iter().chain(options)).expect("options that parse");
         Config::try_from(args)
     }
 
@@ -297,7 +318,18 @@ mod tests {
         let config = config(&[]).expect("the defaults");
         assert_eq!(config.listen.port(), 5327);
         assert_eq!(config.limits.default_ttl.get(), Duration::from_secs(30));
-        assert_eq!(config.rules.grace, Duration::from_secs(1));
+        assert_eq!(config.place, Place::Folder("./leased-data".into()));
+        assert_eq!(config.rules.grace, Duration::ZERO);
+    }
+
+    #[test]
+    fn with_a_uri_the_leases_are_in_mongodb_and_there_is_a_grace() {
+        let uri = ["--mongodb-uri", "mongodb://127.0.0.1"];
+        let shared = config(&uri).expect("the defaults");
+        assert!(matches!(shared.place, Place::MongoDb(location) if location.collection == "leases"));
+        assert_eq!(shared.rules.grace, Duration::from_secs(1));
+        let chosen = config(&[uri[0], uri[1], "--grace", "3s"]).expect("a grace");
+        assert_eq!(chosen.rules.grace, Duration::from_secs(3));
     }
 
     #[test]

@@ -5,13 +5,18 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use leased::config::{Args, Config};
+use leased::config::{Args, Config, Place};
 use leased::server::{Listeners, run};
-use leased::store::mongo::{ConnectError, MongoStore};
+use leased::store::embedded::EmbeddedStore;
+use leased::store::mongo::MongoStore;
+use leased::store::{StartError, Store};
 use leased::telemetry;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Between tries to reach the store at start.
 const RETRY: Duration = Duration::from_secs(1);
@@ -49,22 +54,44 @@ async fn daemon() -> Result<(), Failure> {
     let config = Config::try_from(Args::parse()).map_err(Failure::usage)?;
     telemetry::init(config.log_format, &config.log_level).map_err(Failure::usage)?;
     let shutdown = on_signal().map_err(Failure::running)?;
-    let store = tokio::select! {
-        store = connect(&config) => store?,
-        () = shutdown.cancelled() => return Ok(()),
-    };
-    let listeners = Listeners::bind(&config).await.map_err(Failure::usage)?;
-    announce(&listeners).map_err(Failure::running)?;
-    run(listeners, store, &config, shutdown).await.map_err(Failure::running)
+    match &config.place {
+        Place::Folder(folder) => {
+            let open = async || Ok(EmbeddedStore::open(folder, config.rules).await?);
+            serve(&config, shutdown, "embedded", open).await
+        }
+        Place::MongoDb(location) => {
+            let connect = async || Ok(MongoStore::connect(location, config.rules).await?);
+            serve(&config, shutdown, "mongodb", connect).await
+        }
+    }
 }
 
-/// Connects, trying again while the store cannot be reached.
-async fn connect(config: &Config) -> Result<MongoStore, Failure> {
+/// Serves the store that `start` gives, until told to stop.
+async fn serve<S: Store>(
+    config: &Config,
+    shutdown: CancellationToken,
+    kind: &str,
+    start: impl AsyncFn() -> Result<S, StartError>,
+) -> Result<(), Failure> {
+    let store = tokio::select! {
+        store = reach(config, start) => store?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let listeners = Listeners::bind(config).await.map_err(Failure::usage)?;
+    announce(&listeners, kind).map_err(Failure::running)?;
+    run(listeners, store, config, shutdown).await.map_err(Failure::running)
+}
+
+/// Starts the store, trying again while it cannot be reached.
+async fn reach<S: Store>(
+    config: &Config,
+    start: impl AsyncFn() -> Result<S, StartError>,
+) -> Result<S, Failure> {
     let give_up = config.store_timeout.map(|timeout| Instant::now() + timeout);
     loop {
-        let cause = match MongoStore::connect(&config.location, config.rules).await {
+        let cause = match start().await {
             Ok(store) => return Ok(store),
-            Err(error @ ConnectError::Unusable(_)) => return Err(Failure::usage(error)),
+            Err(error @ StartError::Unusable(_)) => return Err(Failure::usage(error)),
             Err(error) => error,
         };
         if give_up.is_some_and(|give_up| Instant::now() >= give_up) {
@@ -76,9 +103,9 @@ async fn connect(config: &Config) -> Result<MongoStore, Failure> {
 }
 
 /// The line that says that calls are accepted.
-fn announce(listeners: &Listeners) -> std::io::Result<()> {
+fn announce(listeners: &Listeners, store: &str) -> std::io::Result<()> {
     let http = listeners.http()?.map_or_else(|| "off".to_owned(), |address| address.to_string());
-    println!("leased ready grpc={} http={http} store=mongodb", listeners.grpc()?);
+    println!("leased ready grpc={} http={http} store={store}", listeners.grpc()?);
     Ok(())
 }
 

@@ -12,8 +12,6 @@ mod record;
 mod step;
 #[cfg(test)]
 mod step_properties;
-#[cfg(test)]
-mod step_rules;
 mod time;
 
 pub use answer::{Snapshot, Standing, State};

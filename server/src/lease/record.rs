@@ -105,6 +105,23 @@ impl Record {
         }
     }
 
+    /// Whether nobody holds the key, waits for it or keeps it blocked.
+    #[must_use]
+    pub fn is_free(&self, now: Timestamp) -> bool {
+        self.holders.is_empty() && self.waiters.is_empty() && self.blocked_until <= Some(now)
+    }
+
+    /// Whether nobody has held the key, waited for it or kept it blocked for `free_for`, so that it may be forgotten.
+    ///
+    /// The last token is the time of a grant or later than it, so a record goes only when the clock alone gives a
+    /// higher one.
+    #[must_use]
+    pub fn is_forgettable(&self, now: Timestamp, free_for: Duration) -> bool {
+        let departed = self.departures.iter().map(|departure| departure.at);
+        let last = departed.chain(self.blocked_until).chain([Timestamp(self.token.0)]).max();
+        self.holders.is_empty() && self.waiters.is_empty() && last.is_none_or(|last| last + free_for < now)
+    }
+
     /// What holders and waiters add to the record, in bytes as [`Acquisition::size`] counts them.
     #[must_use]
     pub fn size(&self) -> usize {

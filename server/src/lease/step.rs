@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Acquisition, Departure, Edit, FencingToken, Holder, Mode, Reason, Record, Timestamp, Waiter};
 
 /// Departures a record remembers at least; those of its latest edit are all there, however many.
-pub const REMEMBERED_DEPARTURES: usize = 16;
+pub const REMEMBERED_DEPARTURES: usize = 8;
 /// A line this long takes no more.
 pub const MAX_WAITERS: usize = 1024;
 /// A record this large, as [`Record::size`] counts, takes no more.

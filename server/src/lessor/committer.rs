@@ -1,4 +1,5 @@
-//! Natural batching: while some batches are in flight, the next one gathers; an idle daemon sends at once.
+//! Natural batching: while a batch is in flight, the next one gathers; an idle daemon commits at once what all those
+//! bring who are ready.
 //!
 //! What arrives for a key that is in flight merges into its next edit, so batches in flight have disjoint keys and
 //! the order per key is the order of arrival. No timers, no added delay. A batch runs in its own task: it completes
@@ -11,15 +12,13 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::yield_now;
 
 use super::line::Line;
 use super::part::{Gathered, Part};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
 
-/// Batches in flight at once. One leaves the database idle while it waits for its journal; with each more, batches
-/// get smaller, and most of what a small one costs is the parsing.
-const BATCHES: usize = 2;
 /// Keys in one batch.
 const BATCH_KEYS: usize = 1000;
 /// Bytes in one batch, far below what a command may have (16 MiB).
@@ -33,6 +32,8 @@ type Answer = Result<Arc<Snapshot>, StoreError>;
 #[derive(Debug)]
 pub(super) struct Committer<S> {
     store: Arc<S>,
+    /// Batches in flight at once.
+    lanes: usize,
     line: Arc<Line>,
     deadline: Duration,
     state: Mutex<State>,
@@ -102,6 +103,7 @@ impl<S: Store> Committer<S> {
     /// `deadline`: how long a batch is repeated after failures.
     pub(super) fn new(store: Arc<S>, line: Arc<Line>, deadline: Duration) -> Self {
         Self {
+            lanes: store.lanes(),
             store,
             line,
             deadline,
@@ -161,28 +163,30 @@ impl<S: Store> Committer<S> {
         for (key, pending) in parts {
             state.add(key, pending);
         }
-        while state.batches < BATCHES {
-            let batch = state.take_batch();
-            if batch.is_empty() {
-                break;
-            }
+        if state.batches < self.lanes && !state.ready.is_empty() {
             state.batches += 1;
-            self.runtime.spawn(Arc::clone(self).work(batch));
+            self.runtime.spawn(Arc::clone(self).work());
         }
     }
 
-    /// Commits `batch`, and then whatever has gathered, until nothing has.
-    async fn work(self: Arc<Self>, mut batch: Vec<Taken>) {
-        while !batch.is_empty() {
+    /// Commits what has gathered, batch after batch, until nothing has.
+    async fn work(self: Arc<Self>) {
+        loop {
+            // What came in together with the first part, or was answered by the last batch, is about to add its own.
+            yield_now().await;
+            let mut batch = {
+                let mut state = self.state();
+                let batch = state.take_batch();
+                if batch.is_empty() {
+                    state.batches -= 1;
+                    break;
+                }
+                batch
+            };
             let edits = batch.iter_mut().map(|taken| (taken.key.clone(), take(&mut taken.edit))).collect();
             let outcome = self.store.commit(edits, self.deadline).await;
             let keys = self.answer(batch, outcome);
-            let mut state = self.state();
-            state.landed(&keys);
-            batch = state.take_batch();
-            if batch.is_empty() {
-                state.batches -= 1;
-            }
+            self.state().landed(&keys);
         }
         self.idle.notify_waiters();
     }

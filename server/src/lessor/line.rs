@@ -2,8 +2,8 @@
 //!
 //! Their places are in the records, where every daemon sees them; here is only whom to tell when a record says that
 //! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* every
-//! one to two seconds for what other daemons did, and a *refresh* of the places well before they lapse. Whoever
-//! learns of foreign changes sooner may call [`Line::observe_foreign`].
+//! one to two seconds for what other daemons did, if there can be others, and a *refresh* of the places well before
+//! they lapse. Whoever learns of foreign changes sooner may call [`Line::observe_foreign`].
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +29,8 @@ const FAR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub(super) struct Line {
     rules: Rules,
+    /// Whether other daemons change records too.
+    is_shared: bool,
     limit: usize,
     state: Mutex<State>,
     /// Rings when something is due earlier than before.
@@ -115,8 +117,9 @@ impl Drop for Entry {
 }
 
 impl Line {
-    pub(super) fn new(rules: Rules, limit: usize) -> Self {
-        Self { rules, limit, state: Mutex::default(), sooner: Notify::new() }
+    pub(super) fn new(store: &impl Store, limit: usize) -> Self {
+        let (rules, is_shared) = (store.rules(), store.is_shared());
+        Self { rules, is_shared, limit, state: Mutex::default(), sooner: Notify::new() }
     }
 
     /// Enters a call before its first commit, so that no record that concerns it is missed. `None`: too many wait.
@@ -129,13 +132,23 @@ impl Line {
         state.calls += 1;
         state.last_number += 1;
         let number = state.last_number;
-        let refresh = self.rules.place / 5;
-        let waiting = state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(refresh));
+        let waiting =
+            state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(self.check_pause(), self.refresh()));
         let call = WaitingCall { number, acquisition: Arc::clone(acquisition), tell };
         waiting.calls.entry(acquisition.id).or_default().push(call);
         self.rearm(&mut state, key);
         drop(state);
         Some(Entry { line: Arc::clone(self), key: key.clone(), id: acquisition.id, number, told })
+    }
+
+    /// Between two refreshes of a place.
+    fn refresh(&self) -> Duration {
+        self.rules.place / 5
+    }
+
+    /// Until the next look at a key. Where nobody else changes it, the refreshes will do.
+    fn check_pause(&self) -> Duration {
+        if self.is_shared { Duration::from_millis(fastrand::u64(CHECK)) } else { self.refresh() }
     }
 
     pub(super) fn limit(&self) -> usize {
@@ -193,7 +206,7 @@ impl Line {
                 state.due.pop_first();
                 continue;
             };
-            waiting.chores(&key, now, self.rules.place / 5, &mut chores);
+            waiting.chores(&key, now, self, &mut chores);
             state.arm(&key);
         }
         chores
@@ -244,9 +257,9 @@ impl State {
 }
 
 impl Waiting {
-    fn new(refresh: Duration) -> Self {
+    fn new(check: Duration, refresh: Duration) -> Self {
         let now = Instant::now();
-        let check_at = now + check_pause();
+        let check_at = now + check;
         Self {
             calls: HashMap::new(),
             latest: None,
@@ -283,7 +296,7 @@ impl Waiting {
     }
 
     /// Adds what is due for this key to `chores`.
-    fn chores(&mut self, key: &Key, now: Instant, refresh: Duration, chores: &mut Chores) {
+    fn chores(&mut self, key: &Key, now: Instant, line: &Line, chores: &mut Chores) {
         if self.nudge_at.is_some_and(|nudge| nudge <= now) {
             self.nudge_at = None;
             chores.nudges.push(key.clone());
@@ -292,9 +305,9 @@ impl Waiting {
             return;
         }
         self.busy = true;
-        self.check_at = now + check_pause();
+        self.check_at = now + line.check_pause();
         if self.refresh_at <= now {
-            self.refresh_at = now + refresh;
+            self.refresh_at = now + line.refresh();
             chores.refreshes.extend(self.acquisitions().map(|acquisition| (key.clone(), acquisition)));
             chores.refreshed.push(key.clone());
         } else {
@@ -369,8 +382,4 @@ async fn check<S: Store>(line: Arc<Line>, committer: Arc<Committer<S>>, keys: Ve
         }
     }
     line.rest(&keys);
-}
-
-fn check_pause() -> Duration {
-    Duration::from_millis(fastrand::u64(CHECK))
 }

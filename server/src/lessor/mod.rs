@@ -102,7 +102,7 @@ impl<S: Store> Lessor<S> {
     /// Starts an engine. Its tasks end when `draining` is cancelled and its last commit has returned.
     #[must_use]
     pub fn start(store: S, bounds: Bounds, draining: CancellationToken) -> Self {
-        let line = Arc::new(Line::new(store.rules(), bounds.waiting_calls));
+        let line = Arc::new(Line::new(&store, bounds.waiting_calls));
         let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&line), bounds.call));
         tokio::spawn(line::keep(Arc::clone(&line), Arc::clone(&committer), draining.clone()));
         let room = Arc::new(Semaphore::new(bounds.queued_commands));

@@ -1,6 +1,5 @@
 //! What one call brings to the next edit of its key, and how parts merge into that edit.
 
-use std::collections::HashSet;
 use std::mem::take;
 use std::sync::Arc;
 
@@ -25,59 +24,47 @@ pub(super) enum Part {
 
 /// Parts that may become one edit.
 #[derive(Debug, Default)]
-pub(super) struct Gathered {
-    edit: Edit,
-    asked: HashSet<LeaseId>,
-    given_up: HashSet<LeaseId>,
-}
+pub(super) struct Gathered(Edit);
 
 impl Gathered {
     /// Merges `part`, unless it asks for an id that an earlier one gives up or the other way round. Such an edit
     /// would not be idempotent; the part is for the next.
     pub(super) fn merge(&mut self, part: &Part) -> bool {
+        let edit = &self.0;
         let fits = match part {
-            Part::Acquire(acquisition) => !self.given_up.contains(&acquisition.id),
-            Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => !self.asked.contains(id),
+            Part::Acquire(acquisition) => {
+                !edit.released().contains(&acquisition.id) && !edit.cancelled().contains(&acquisition.id)
+            }
+            Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => {
+                !edit.enqueued().iter().any(|acquisition| acquisition.id == *id)
+            }
             Part::Touch(_) | Part::Revoke(_) | Part::Nudge => true,
         };
         if fits {
-            self.edit = self.with(part);
+            self.0 = part.add_to(take(&mut self.0));
         }
         fits
     }
 
     /// The edit that contains all that was merged.
     pub(super) fn into_edit(self) -> Edit {
-        self.edit
-    }
-
-    fn with(&mut self, part: &Part) -> Edit {
-        let edit = take(&mut self.edit);
-        match part {
-            Part::Acquire(acquisition) => {
-                self.asked.insert(acquisition.id);
-                edit.touch(acquisition.id).enqueue(Arc::clone(acquisition))
-            }
-            Part::Touch(id) => edit.touch(*id),
-            Part::Release(id) => {
-                self.given_up.insert(*id);
-                edit.release(*id)
-            }
-            Part::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
-            Part::Cancel(id) => {
-                self.given_up.insert(*id);
-                edit.cancel(*id)
-            }
-            Part::Abandon(id) => {
-                self.given_up.insert(*id);
-                edit.cancel(*id).release(*id)
-            }
-            Part::Nudge => edit,
-        }
+        self.0
     }
 }
 
 impl Part {
+    fn add_to(&self, edit: Edit) -> Edit {
+        match self {
+            Self::Acquire(acquisition) => edit.touch(acquisition.id).enqueue(Arc::clone(acquisition)),
+            Self::Touch(id) => edit.touch(*id),
+            Self::Release(id) => edit.release(*id),
+            Self::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
+            Self::Cancel(id) => edit.cancel(*id),
+            Self::Abandon(id) => edit.cancel(*id).release(*id),
+            Self::Nudge => edit,
+        }
+    }
+
     /// About how much the part adds to a command, in bytes.
     pub(super) fn weight(&self) -> usize {
         match self {

@@ -1,11 +1,19 @@
-//! Where records live: the trait that the engine stands on, and its home.
+//! Where records live: the trait that the engine stands on, and its two homes.
 
+#[cfg(test)]
+mod conformance;
+pub mod embedded;
 pub mod mongo;
 
 use std::future::Future;
 use std::time::Duration;
 
-use crate::lease::{Edit, Key, Rules, Snapshot};
+use tokio::time::{Instant, sleep_until};
+
+use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
+
+/// The pause before the first repetition of a batch; it doubles up to eight times this.
+const BACK_OFF: Duration = Duration::from_millis(25);
 
 /// Keeps records and applies the rules to them, atomically per record.
 pub trait Store: Send + Sync + 'static {
@@ -49,6 +57,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// The rules that commits obey.
     fn rules(&self) -> Rules;
+
+    /// Batches that are worth having in flight at once.
+    fn lanes(&self) -> usize;
+
+    /// Whether others commit here too, so that records change without this daemon's doing.
+    fn is_shared(&self) -> bool;
 }
 
 /// Which records a page holds.
@@ -71,6 +85,17 @@ pub struct Page {
     pub snapshots: Vec<Snapshot>,
     /// Whether others follow.
     pub more: bool,
+}
+
+/// Why there is no store to begin with.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StartError {
+    /// It is there and cannot be used; the sentence says what to do.
+    #[error("{0}")]
+    Unusable(String),
+    /// It cannot be reached; trying again later may help.
+    #[error("{0}")]
+    Unreachable(String),
 }
 
 /// Why the store did not do what was asked.
@@ -109,4 +134,42 @@ impl std::fmt::Display for Outcome {
             Self::Unknown => "outcome unknown",
         })
     }
+}
+
+/// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over. Edits are idempotent.
+async fn repeat<T, F>(deadline: Duration, mut attempt: impl FnMut() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let deadline = Instant::now() + deadline;
+    let mut outcome = Outcome::NotApplied;
+    let mut pause = BACK_OFF;
+    loop {
+        let cause = match attempt().await {
+            Err(StoreError::Unavailable { outcome: latest, cause }) => {
+                if latest == Outcome::Unknown {
+                    outcome = latest;
+                }
+                cause
+            }
+            end => return end,
+        };
+        let again = Instant::now() + pause;
+        if again >= deadline {
+            return Err(StoreError::Unavailable { outcome, cause });
+        }
+        tracing::debug!(%cause, "repeating a batch");
+        sleep_until(again).await;
+        pause = (pause * 2).min(BACK_OFF * 8);
+    }
+}
+
+/// Only an arrival makes a record: touching or releasing a key that nobody ever leased leaves no trace.
+fn makes_record(edit: &Edit) -> bool {
+    !edit.enqueued().is_empty()
+}
+
+/// The answer for a key without a record. It holds nothing that its instant could matter to.
+fn vacant(key: &Key) -> Snapshot {
+    Snapshot { record: Record::vacant(key.clone()), now: Timestamp(0) }
 }

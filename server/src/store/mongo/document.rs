@@ -30,10 +30,10 @@ pub(super) struct Foreign {
     field: &'static str,
 }
 
-/// A projection of a whole record with the store's clock beside it.
-pub(super) fn projection() -> Document {
+/// A projection of a whole record with the store's clock beside it, given as an expression.
+pub(super) fn projection(now: &Bson) -> Document {
     doc! {
-        "token": 1, "rev": 1, "blocked_until": 1, "holders": 1, "waiters": 1, "departures": 1, "now": "$$NOW",
+        "token": 1, "rev": 1, "blocked_until": 1, "holders": 1, "waiters": 1, "departures": 1, "now": now.clone(),
     }
 }
 

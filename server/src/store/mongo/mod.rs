@@ -2,10 +2,10 @@
 
 mod check;
 mod command;
-#[cfg(test)]
-mod differential;
 mod document;
 mod pipeline;
+#[cfg(test)]
+mod wrong;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -14,20 +14,17 @@ use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::{ReadConcern, ReturnDocument, WriteConcern};
 use mongodb::{Client, Collection, Database};
-use tokio::time::{Instant, sleep_until};
 
 pub use check::Unusable;
 use command::{ATTEMPT, Failure, Runner};
 
-use super::{ListQuery, Outcome, Page, Store, StoreError};
-use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
+use super::{ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant};
+use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// Keys forgotten with one command.
 const PURGE_PAGE: usize = 1000;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
-/// The pause before the first repetition of a batch; it doubles up to eight times this.
-const BACK_OFF: Duration = Duration::from_millis(25);
 
 /// Where the records are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +46,8 @@ pub struct MongoStore {
     concern: WriteConcern,
     runner: Runner,
     clock: Bson,
+    #[cfg(test)]
+    pub(super) wrong: Option<super::conformance::wrongs::Wrong>,
 }
 
 impl MongoStore {
@@ -69,9 +68,27 @@ impl MongoStore {
             concern: WriteConcern::majority(),
             runner: Runner::new(),
             clock: pipeline::CLOCK.into(),
+            #[cfg(test)]
+            wrong: None,
         };
         store.concern = check::database(&store, asked).await?;
         Ok(store)
+    }
+
+    /// Stops the clock at `now`, also if that is earlier.
+    #[cfg(test)]
+    pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
+        self.clock = mongodb::bson::DateTime::from_millis(now.0).into();
+    }
+
+    fn stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
+        let stages = pipeline::pipeline(batch, &self.rules, &self.clock);
+        #[cfg(test)]
+        let stages = match self.wrong {
+            Some(wrong) => wrong::put_into(stages, wrong),
+            None => stages,
+        };
+        stages
     }
 
     /// One try at a batch.
@@ -86,11 +103,12 @@ impl MongoStore {
     /// A single edit: one round trip.
     async fn alone(&self, key: &Key, edit: &Edit) -> Result<Snapshot, Failure> {
         let batch = [(key.clone(), edit.clone())];
-        let stages = pipeline::pipeline(&batch, &self.rules, &self.clock);
+        let stages = self.stages(&batch);
         let collection = self.collection.clone();
         let filter = doc! { "_id": key.as_str() };
         let mut concern = self.concern.clone();
         concern.w_timeout = Some(ATTEMPT);
+        let projection = document::projection(&self.clock);
         let upsert = makes_record(edit);
         let found = self
             .runner
@@ -99,7 +117,7 @@ impl MongoStore {
                     .find_one_and_update(filter, stages)
                     .upsert(upsert)
                     .return_document(ReturnDocument::After)
-                    .projection(document::projection())
+                    .projection(projection)
                     .max_time(ATTEMPT)
                     .write_concern(concern)
                     .await
@@ -147,7 +165,7 @@ impl MongoStore {
     }
 
     async fn update(&self, batch: &[(Key, Edit)]) -> Result<usize, Failure> {
-        let stages = pipeline::pipeline(batch, &self.rules, &self.clock);
+        let stages = self.stages(batch);
         let statement = doc! { "q": { "_id": { "$in": names(batch) } }, "u": stages, "multi": true };
         let update = doc! { "update": self.collection.name(), "updates": [statement] };
         let matched = self.runner.write(&self.database, update, &self.concern).await?;
@@ -156,7 +174,7 @@ impl MongoStore {
 
     /// Records as a majority has them: what is shown here is never rolled back.
     async fn find(&self, filter: Document, limit: usize) -> Result<Vec<Snapshot>, Failure> {
-        let read = Read { projection: document::projection(), limit, bytes: usize::MAX };
+        let read = Read { projection: document::projection(&self.clock), limit, bytes: usize::MAX };
         read_all(&self.find_raw(filter, read).await?.documents)
     }
 
@@ -222,28 +240,7 @@ fn read_all(documents: &[RawDocumentBuf]) -> Result<Vec<Snapshot>, Failure> {
 
 impl Store for MongoStore {
     async fn commit(&self, batch: Vec<(Key, Edit)>, deadline: Duration) -> Result<Vec<Snapshot>, StoreError> {
-        let deadline = Instant::now() + deadline;
-        let mut may_be_applied = false;
-        let mut pause = BACK_OFF;
-        loop {
-            let failure = match self.attempt(&batch).await {
-                Ok(snapshots) => return Ok(snapshots),
-                Err(failure) => failure,
-            };
-            may_be_applied |= matches!(failure, Failure::Unknown(_));
-            let again = Instant::now() + pause;
-            if matches!(failure, Failure::Refused(_)) || again >= deadline {
-                return Err(match failure.into() {
-                    StoreError::Unavailable { cause, .. } if may_be_applied => {
-                        StoreError::Unavailable { outcome: Outcome::Unknown, cause }
-                    }
-                    error => error,
-                });
-            }
-            tracing::debug!(keys = batch.len(), ?failure, "repeating a batch");
-            sleep_until(again).await;
-            pause = (pause * 2).min(BACK_OFF * 8);
-        }
+        repeat(deadline, async || Ok(self.attempt(&batch).await?)).await
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
@@ -271,7 +268,8 @@ impl Store for MongoStore {
                 ],
             );
         }
-        let read = Read { projection: document::projection(), limit: query.limit + 1, bytes: PAGE_BYTES };
+        let read =
+            Read { projection: document::projection(&self.clock), limit: query.limit + 1, bytes: PAGE_BYTES };
         let found = self.find_raw(filter, read).await?;
         let mut snapshots = read_all(&found.documents)?;
         let more = found.cut || snapshots.len() > query.limit;
@@ -311,6 +309,16 @@ impl Store for MongoStore {
     fn rules(&self) -> Rules {
         self.rules
     }
+
+    /// With one the database idles while it waits for its journal; with each more, batches get smaller, and most of
+    /// what a small one costs is the parsing.
+    fn lanes(&self) -> usize {
+        2
+    }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
 }
 
 /// Why there is no store.
@@ -325,6 +333,15 @@ pub enum ConnectError {
     Unreachable(String),
 }
 
+impl From<ConnectError> for StartError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Unusable(why) => Self::Unusable(why.to_string()),
+            ConnectError::Unreachable(why) => Self::Unreachable(why),
+        }
+    }
+}
+
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
@@ -332,16 +349,6 @@ impl From<Failure> for ConnectError {
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
     }
-}
-
-/// Only an arrival makes a record: touching or releasing a key that nobody ever leased leaves no trace.
-fn makes_record(edit: &Edit) -> bool {
-    !edit.enqueued().is_empty()
-}
-
-/// The answer for a key without a record. It holds nothing that its instant could matter to.
-fn vacant(key: &Key) -> Snapshot {
-    Snapshot { record: Record::vacant(key.clone()), now: Timestamp(0) }
 }
 
 fn names(batch: &[(Key, Edit)]) -> Vec<&str> {

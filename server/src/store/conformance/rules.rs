@@ -1,16 +1,23 @@
-//! The rules, one by one, as sentences.
+//! The rules, one by one, as sentences, for the specification and for both stores.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::*;
+use rstest::rstest;
+
+use super::homes::{Applier, Home};
+use crate::lease::{
+    Acquisition, Edit, FencingToken, Key, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, Mode,
+    REMEMBERED_DEPARTURES, Reason, Record, Rules, Snapshot, Standing, State, Timestamp, Ttl,
+};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(15_000) };
 const TTL: i64 = 1000;
 
 /// A key's record and the store's clock.
 struct Desk {
+    applier: Applier,
     record: Record,
     now: i64,
 }
@@ -47,12 +54,14 @@ fn sharing(name: &str, limit: u32) -> Acquisition {
 }
 
 impl Desk {
-    fn open() -> Self {
-        Self { record: Record::vacant(Key::try_from("desk").expect("a key")), now: 1_000_000 }
+    fn at(home: Home) -> Self {
+        let key = Key::try_from(LeaseId::random().reveal().as_str()).expect("a key");
+        Self { applier: home.applier(RULES), record: Record::vacant(key), now: 1_000_000 }
     }
 
     fn apply(&mut self, edit: &Edit) -> &mut Self {
-        self.record = step(self.record.clone(), edit, Timestamp(self.now), &RULES);
+        let batch = vec![(self.record.key.clone(), edit.clone())];
+        self.record = self.applier.apply(batch, Timestamp(self.now)).remove(0);
         self
     }
 
@@ -106,9 +115,11 @@ impl Desk {
     }
 }
 
-#[test]
-fn a_free_key_is_granted_at_once_with_the_clock_for_a_token() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_free_key_is_granted_at_once_with_the_clock_for_a_token(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(trying("a"));
     assert_eq!(desk.holders(), ["a"]);
     assert_eq!(desk.record.token, FencingToken(desk.now));
@@ -116,9 +127,11 @@ fn a_free_key_is_granted_at_once_with_the_clock_for_a_token() {
     assert_eq!(desk.expires_at("a"), desk.now + TTL);
 }
 
-#[test]
-fn a_token_rises_also_when_the_clock_stands_still_or_steps_back() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_token_rises_also_when_the_clock_stands_still_or_steps_back(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(trying("a")).release("a").ask(trying("b"));
     assert_eq!(desk.record.token, FencingToken(desk.now + 1));
     let last = desk.record.token;
@@ -126,34 +139,42 @@ fn a_token_rises_also_when_the_clock_stands_still_or_steps_back() {
     assert_eq!(desk.record.token, FencingToken(last.0 + 1));
 }
 
-#[test]
-fn who_only_tries_leaves_the_line_and_who_waits_stays() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn who_only_tries_leaves_the_line_and_who_waits_stays(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(trying("b")).ask(asking("c"));
     assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["c"]));
     assert_eq!(desk.snapshot().standing(id("b")), Standing::Unknown);
     assert_eq!(desk.snapshot().standing(id("c")), Standing::Waiter(0));
 }
 
-#[test]
-fn a_release_hands_over_to_the_first_in_line_in_the_same_step() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_release_hands_over_to_the_first_in_line_in_the_same_step(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("a");
     assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec!["c"]));
     assert_eq!(desk.departed("a"), Some(Reason::Released));
 }
 
-#[test]
-fn a_release_is_remembered_and_may_be_repeated() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_release_is_remembered_and_may_be_repeated(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).release("a").ask(asking("b")).release("a");
     assert_eq!(desk.departed("a"), Some(Reason::Released));
     assert_eq!(desk.holders(), ["b"]);
 }
 
-#[test]
-fn a_touch_extends_and_never_shortens() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_touch_extends_and_never_shortens(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).passes(600).touch("a");
     let extended = desk.expires_at("a");
     assert_eq!(extended, desk.now + TTL);
@@ -161,18 +182,22 @@ fn a_touch_extends_and_never_shortens() {
     assert_eq!(desk.expires_at("a"), extended);
 }
 
-#[test]
-fn touching_what_one_does_not_hold_changes_nothing_but_the_revision() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn touching_what_one_does_not_hold_changes_nothing_but_the_revision(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b"));
     let before = desk.record.clone();
-    desk.touch("b").touch("stranger");
+    desk.passes(300).touch("b").touch("stranger");
     assert_eq!(desk.record, Record { rev: before.rev + 2, ..before });
 }
 
-#[test]
-fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a"));
     let token = desk.record.token;
     desk.passes(10 * TTL).nudge().touch("a");
@@ -181,9 +206,11 @@ fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life() {
     assert_eq!(desk.record.token, token);
 }
 
-#[test]
-fn a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_before() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_before(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b")).passes(TTL + 99).nudge();
     assert_eq!(desk.holders(), ["a"]);
     desk.passes(1).nudge();
@@ -193,24 +220,30 @@ fn a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_b
     assert_eq!(desk.holders(), ["b"], "gone for good");
 }
 
-#[test]
-fn a_late_duplicate_of_a_call_whose_lease_departed_makes_no_ghost() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_late_duplicate_of_a_call_whose_lease_departed_makes_no_ghost(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).release("a").ask(asking("a"));
     assert!(desk.holders().is_empty() && desk.line().is_empty());
 }
 
-#[test]
-fn repeating_an_acquire_keeps_the_grant_and_the_place() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn repeating_an_acquire_keeps_the_grant_and_the_place(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b")).ask(asking("c"));
     desk.ask(asking("b")).ask(asking("a"));
     assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b", "c"]));
 }
 
-#[test]
-fn a_revocation_takes_the_holder_with_that_token_only() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_revocation_takes_the_holder_with_that_token_only(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b"));
     let token = desk.record.token;
     desk.apply(&Edit::default().revoke(FencingToken(token.0 - 1)));
@@ -221,9 +254,11 @@ fn a_revocation_takes_the_holder_with_that_token_only() {
     assert_eq!(desk.departed("a"), Some(Reason::Revoked));
 }
 
-#[test]
-fn min_hold_keeps_others_out_after_an_early_release() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn min_hold_keeps_others_out_after_an_early_release(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("a") }).ask(asking("b"));
     desk.passes(100).release("a");
     assert!(desk.holders().is_empty());
@@ -234,16 +269,20 @@ fn min_hold_keeps_others_out_after_an_early_release() {
     assert_eq!(desk.holders(), ["b"]);
 }
 
-#[test]
-fn who_cancels_leaves_the_line_and_a_holder_cannot() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn who_cancels_leaves_the_line_and_a_holder_cannot(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).cancel("b").cancel("a");
     assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["c"]));
 }
 
-#[test]
-fn a_lapsed_place_is_lost_at_its_turn_and_not_before() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_lapsed_place_is_lost_at_its_turn_and_not_before(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
     desk.ask(asking("b")).passes(14_000).ask(asking("c")).passes(2000).nudge();
     assert_eq!(desk.line(), ["b", "c"], "lapsed, and still there");
@@ -252,17 +291,19 @@ fn a_lapsed_place_is_lost_at_its_turn_and_not_before() {
     assert_eq!((desk.holders(), desk.line()), (vec!["c"], vec![]));
 }
 
-#[test]
-fn a_refreshed_place_is_kept() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_refreshed_place_is_kept(#[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home) {
+    let mut desk = Desk::at(home);
     desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
     desk.ask(asking("b")).passes(14_000).ask(asking("b")).passes(14_000).release("a");
     assert_eq!(desk.holders(), ["b"]);
 }
 
-#[test]
-fn shared_holders_hold_together_up_to_the_limit_each_of_them_names() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn shared_holders_hold_together_up_to_the_limit_each_of_them_names(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(sharing("a", 2)).ask(sharing("b", 2)).ask(sharing("c", 2));
     assert_eq!((desk.holders(), desk.line()), (vec!["a", "b"], vec!["c"]));
     desk.release("a");
@@ -271,35 +312,43 @@ fn shared_holders_hold_together_up_to_the_limit_each_of_them_names() {
     assert!(tokens[0] < tokens[1]);
 }
 
-#[test]
-fn a_shared_request_does_not_overtake_an_earlier_exclusive_one() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_shared_request_does_not_overtake_an_earlier_exclusive_one(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(sharing("reader", 9)).ask(asking("writer")).ask(sharing("late", 9));
     assert_eq!((desk.holders(), desk.line()), (vec!["reader"], vec!["writer", "late"]));
     desk.release("reader");
     assert_eq!((desk.holders(), desk.line()), (vec!["writer"], vec!["late"]));
 }
 
-#[test]
-fn an_admission_takes_the_places_of_all_whose_time_is_over() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn an_admission_takes_the_places_of_all_whose_time_is_over(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(sharing("a", 2)).passes(TTL + 100).ask(sharing("b", 2));
     assert_eq!(desk.holders(), ["b"], "were it touched back to life, too many would hold");
     assert_eq!(desk.departed("a"), Some(Reason::Displaced));
 }
 
-#[test]
-fn of_a_crowd_in_one_edit_the_first_is_admitted_and_the_others_are_refused() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn of_a_crowd_in_one_edit_the_first_is_admitted_and_the_others_are_refused(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     let names: Vec<String> = (0..256).map(|number| number.to_string()).collect();
     let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(trying(name))));
     desk.apply(&crowd);
     assert_eq!((desk.holders(), desk.line()), (vec!["0"], vec![]));
 }
 
-#[test]
-fn departures_are_remembered_newest_first_and_all_of_the_latest_edit() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn departures_are_remembered_newest_first_and_all_of_the_latest_edit(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     let names: Vec<String> = (0..40).map(|number| number.to_string()).collect();
     let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(sharing(name, 99))));
     let leave = names.iter().fold(Edit::default(), |edit, name| edit.release(id(name)));
@@ -310,9 +359,11 @@ fn departures_are_remembered_newest_first_and_all_of_the_latest_edit() {
     assert_eq!(desk.record.departures[0].id, id("next"));
 }
 
-#[test]
-fn a_full_line_takes_nobody_but_loses_its_lapsed_places() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_full_line_takes_nobody_but_loses_its_lapsed_places(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("holder") });
     let names: Vec<String> = (0..MAX_WAITERS).map(|number| number.to_string()).collect();
     let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(asking(name))));
@@ -325,25 +376,55 @@ fn a_full_line_takes_nobody_but_loses_its_lapsed_places() {
     assert_eq!(desk.line(), ["0", "late"]);
 }
 
-#[test]
-fn a_record_full_of_metadata_takes_nobody() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn a_record_full_of_metadata_takes_nobody(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     let bulky = |name: &str| Acquisition {
         metadata: BTreeMap::from([("x".to_owned(), "y".repeat(4000))]),
         ..sharing(name, 1024)
     };
-    for number in 0..1000 {
+    let crowd = |count: usize| {
+        (0..count)
+            .fold(Edit::default(), |edit, number| edit.enqueue(Arc::new(bulky(&format!("{count}.{number}")))))
+    };
+    desk.apply(&crowd(240));
+    for number in 0..20 {
         desk.ask(bulky(&number.to_string()));
     }
     assert!(desk.record.size() >= MAX_RECORD_BYTES);
     assert!(desk.record.size() < MAX_RECORD_BYTES + 8192);
 }
 
-#[test]
-fn every_edit_is_a_write_and_be_it_a_nudge() {
-    let mut desk = Desk::open();
-    desk.nudge().nudge().ask(asking("a")).touch("stranger");
+#[rstest]
+pub(super) fn every_edit_is_a_write_and_be_it_a_nudge(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.ask(asking("a")).nudge().nudge().touch("stranger");
     assert_eq!(desk.record.rev, 4);
+}
+
+#[rstest]
+pub(super) fn what_a_caller_writes_is_text_and_nothing_else(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    for text in
+        ["$_id", "$$NOW", "$holders", "$$ROOT", "{$rev: 1}", "a.b", "\"'\\", "", "$", "владелец", "鍵"]
+    {
+        let mut desk = Desk::at(home);
+        let metadata =
+            BTreeMap::from([("$where".to_owned(), text.to_owned()), (text.to_owned(), "x".to_owned())]);
+        let quoting =
+            |name: &str| Acquisition { owner: text.to_owned(), metadata: metadata.clone(), ..asking(name) };
+        desk.ask(quoting("a")).ask(quoting("b"));
+        assert_eq!(desk.record.holders[0].owner, text);
+        assert_eq!(desk.record.holders[0].metadata, metadata);
+        assert_eq!(desk.record.waiters[0].acquisition.metadata, metadata);
+        desk.release("a");
+        assert_eq!(desk.record.holders[0].owner, text);
+    }
 }
 
 /// The timer's hint: a nudge just before it changes nothing, and one at that instant admits the head.
@@ -357,35 +438,43 @@ fn admits_at(desk: &mut Desk, wait: i64) {
     assert_eq!(desk.line().len(), line - 1);
 }
 
-#[test]
-fn the_next_admission_is_when_the_holder_is_not_live_any_more() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn the_next_admission_is_when_the_holder_is_not_live_any_more(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(asking("a"));
     assert_eq!(desk.snapshot().next_admission(&RULES), None, "nobody waits");
     desk.ask(asking("b")).passes(300);
     admits_at(&mut desk, TTL + 100 - 300);
 }
 
-#[test]
-fn the_next_admission_of_a_shared_head_is_when_enough_have_gone() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn the_next_admission_of_a_shared_head_is_when_enough_have_gone(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(sharing("a", 3)).passes(100).ask(sharing("b", 3)).passes(100).ask(sharing("c", 3));
     desk.ask(sharing("d", 2));
     admits_at(&mut desk, TTL + 100 - 100);
 }
 
-#[test]
-fn the_next_admission_of_a_blocked_key_is_the_end_of_the_block() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn the_next_admission_of_a_blocked_key_is_the_end_of_the_block(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     desk.ask(Acquisition { min_hold: Duration::from_millis(700), ..asking("a") })
         .ask(asking("b"))
         .release("a");
     admits_at(&mut desk, 700);
 }
 
-#[test]
-fn the_state_is_free_held_or_lapsed() {
-    let mut desk = Desk::open();
+#[rstest]
+pub(super) fn the_state_is_free_held_or_lapsed(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
     assert_eq!(desk.snapshot().state(), State::Free);
     desk.ask(asking("a"));
     assert_eq!(desk.snapshot().state(), State::Held);

@@ -1,0 +1,97 @@
+//! Forgetting what nobody needs, and nothing else.
+
+use std::time::Duration;
+
+use rstest::rstest;
+
+use super::homes::{Home, TestStore, wait_for};
+use super::reading::{NOW, ask, asking, commit, empty, free, key};
+use crate::lease::{Acquisition, Edit, LeaseId, Timestamp};
+use crate::store::Store;
+
+const FREE_FOR: Duration = Duration::from_secs(60);
+
+/// The clock this long after [`NOW`].
+fn later(seconds: i64) -> Timestamp {
+    Timestamp(NOW.0 + seconds * 1000)
+}
+
+fn purge(store: &TestStore) -> u64 {
+    wait_for(store.purge(FREE_FOR)).expect("a purge")
+}
+
+fn known(store: &TestStore, name: &str) -> bool {
+    !wait_for(store.read(vec![key(name)])).expect("a read").is_empty()
+}
+
+#[rstest]
+fn a_key_is_forgotten_when_it_has_been_free_for_so_long(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let mut store = empty(home);
+    free(&store, "free", asking(LeaseId::random()));
+    store.set_clock(later(60));
+    assert_eq!(purge(&store), 0, "not a moment before");
+    store.set_clock(Timestamp(later(60).0 + 1));
+    assert_eq!(purge(&store), 1);
+    assert!(!known(&store, "free"));
+    assert_eq!(purge(&store), 0);
+}
+
+#[rstest]
+fn who_holds_waits_or_keeps_a_key_blocked_is_not_forgotten(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut store = empty(home);
+    commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
+    let hold = Acquisition { min_hold: Duration::from_secs(86_400), ..asking(LeaseId::random()) };
+    let waits = Acquisition { wait: true, ..asking(LeaseId::random()) };
+    for name in ["blocked", "waited-for"] {
+        let hold = Acquisition { id: LeaseId::random(), ..hold.clone() };
+        free(&store, name, hold);
+    }
+    commit(&store, vec![(key("waited-for"), ask(waits))]);
+    store.set_clock(later(3600));
+    assert_eq!(purge(&store), 0);
+    for name in ["lapsed", "blocked", "waited-for"] {
+        assert!(known(&store, name), "{name}");
+    }
+}
+
+#[rstest]
+fn a_key_whose_token_ran_ahead_of_the_clock_waits_for_the_clock(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut store = empty(home);
+    free(&store, "job", asking(LeaseId::random()));
+    // The clock is set back by ten minutes, and the token goes on from where it was.
+    store.set_clock(later(-600));
+    free(&store, "job", asking(LeaseId::random()));
+    store.set_clock(later(-600 + 61));
+    assert_eq!(purge(&store), 0, "it would be granted the same token again");
+    store.set_clock(later(62));
+    assert_eq!(purge(&store), 1);
+    let granted = commit(&store, vec![(key("job"), ask(asking(LeaseId::random())))]);
+    assert!(granted[0].record.token.0 > NOW.0 + 1, "tokens rise over the purge");
+}
+
+#[rstest]
+fn thousands_of_keys_are_forgotten_and_those_between_them_stay(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut store = empty(home);
+    let ids: Vec<LeaseId> = (0..2500).map(|_| LeaseId::random()).collect();
+    let name = |number: usize| key(&format!("{number:04}"));
+    let each = |edit: &dyn Fn(LeaseId) -> Edit| {
+        ids.iter().enumerate().map(|(number, id)| (name(number), edit(*id))).collect::<Vec<_>>()
+    };
+    commit(&store, each(&|id| ask(asking(id))));
+    let release = each(&|id| Edit::default().release(id));
+    commit(
+        &store,
+        release.into_iter().enumerate().filter(|(number, _)| number % 5 != 0).map(|it| it.1).collect(),
+    );
+    store.set_clock(later(61));
+    assert_eq!(purge(&store), 2000);
+    let left = wait_for(store.read((0..2500).map(name).collect())).expect("a read");
+    assert_eq!(left.len(), 500);
+    assert!(left.iter().all(|snapshot| !snapshot.record.holders.is_empty()));
+}

@@ -1,0 +1,191 @@
+//! Commits of many keys, reads, and listings.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rstest::rstest;
+
+use super::homes::{Home, TestStore, wait_for};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, State, Timestamp, Ttl};
+use crate::store::{ListQuery, Page, Store};
+
+const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
+pub(super) const NOW: Timestamp = Timestamp(1_700_000_000_000);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(in crate::store) fn key(name: &str) -> Key {
+    Key::try_from(name).expect("a key")
+}
+
+pub(in crate::store) fn asking(id: LeaseId) -> Acquisition {
+    Acquisition {
+        id,
+        owner: "me".to_owned(),
+        metadata: BTreeMap::new(),
+        mode: Mode::Exclusive,
+        shared_limit: 1,
+        ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
+        min_hold: Duration::ZERO,
+        wait: false,
+    }
+}
+
+pub(in crate::store) fn ask(acquisition: Acquisition) -> Edit {
+    Edit::default().enqueue(Arc::new(acquisition))
+}
+
+/// An empty store at [`NOW`].
+pub(super) fn empty(home: Home) -> TestStore {
+    let mut store = home.store(RULES);
+    store.set_clock(NOW);
+    store
+}
+
+pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
+    wait_for(store.commit(batch, PATIENCE)).expect("a commit")
+}
+
+/// Leases of these names, all held.
+fn holding(home: Home, names: &[&str]) -> TestStore {
+    let store = empty(home);
+    commit(&store, names.iter().map(|name| (key(name), ask(asking(LeaseId::random())))).collect());
+    store
+}
+
+/// A key that was held and released.
+pub(super) fn free(store: &TestStore, name: &str, acquisition: Acquisition) {
+    let id = acquisition.id;
+    commit(store, vec![(key(name), ask(acquisition))]);
+    commit(store, vec![(key(name), Edit::default().release(id))]);
+}
+
+fn all() -> ListQuery {
+    ListQuery { prefix: String::new(), after: None, limit: 100, include_free: false }
+}
+
+fn list(store: &TestStore, query: ListQuery) -> Page {
+    wait_for(store.list(query)).expect("a listing")
+}
+
+fn names(page: &Page) -> Vec<&str> {
+    page.snapshots.iter().map(|snapshot| snapshot.record.key.as_str()).collect()
+}
+
+#[rstest]
+fn a_batch_is_answered_in_its_order_at_one_instant(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let store = empty(home);
+    let names: Vec<String> = (0..1000).map(|number| format!("{}", (number * 7919) % 1000)).collect();
+    let batch = || names.iter().map(|name| (key(name), ask(asking(LeaseId::random())))).collect();
+    let granted = commit(&store, batch());
+    for (name, snapshot) in names.iter().zip(&granted) {
+        assert_eq!((snapshot.record.key.as_str(), snapshot.now), (name.as_str(), NOW));
+        assert_eq!(snapshot.state(), State::Held);
+    }
+    let refused = commit(&store, batch());
+    assert!(refused.iter().zip(&granted).all(|(second, first)| second.record.token == first.record.token));
+}
+
+#[rstest]
+fn only_an_arrival_makes_a_record(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let store = empty(home);
+    let stranger = LeaseId::random();
+    let edits = [Edit::default(), Edit::default().touch(stranger), Edit::default().release(stranger)];
+    let batch = edits.into_iter().enumerate().map(|(number, edit)| (key(&format!("{number}")), edit));
+    let mut batch: Vec<_> = batch.collect();
+    batch.insert(1, (key("real"), ask(asking(LeaseId::random()))));
+    let answers = commit(&store, batch);
+    assert_eq!(
+        answers.iter().map(|answer| answer.state()).collect::<Vec<_>>(),
+        [State::Free, State::Held, State::Free, State::Free]
+    );
+    assert_eq!(names(&list(&store, ListQuery { include_free: true, ..all() })), ["real"]);
+}
+
+#[rstest]
+fn a_read_finds_what_there_is(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let store = holding(home, &["a", "b"]);
+    let mut found = wait_for(store.read(vec![key("b"), key("none"), key("a")])).expect("a read");
+    found.sort_by(|one, other| one.record.key.cmp(&other.record.key));
+    assert_eq!(found.iter().map(|one| one.record.key.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    assert!(found.iter().all(|one| one.now == NOW && one.record.holders.len() == 1));
+    assert!(wait_for(store.read(Vec::new())).expect("a read").is_empty());
+    wait_for(store.check()).expect("a store that answers");
+}
+
+#[rstest]
+fn a_listing_goes_by_the_bytes_of_the_keys(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let names_in_order =
+        ["A", "a", "a b", "a/1", "a/10", "a/2", "b", "z", "é", "\u{d7ff}", "\u{e000}", "鍵", "🔑"];
+    let mut sorted = names_in_order.to_vec();
+    sorted.sort_unstable();
+    let store = holding(home, &names_in_order);
+    assert_eq!(names(&list(&store, all())), sorted);
+}
+
+#[rstest]
+fn a_prefix_is_the_beginning_of_a_key_and_nothing_else(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let store = holding(home, &["a", "a/", "a/1", "a/é", "a/\u{10ffff}", "a0", "b", "%", "a.*", "$a"]);
+    for (prefix, expected) in [
+        ("a/", &["a/", "a/1", "a/é", "a/\u{10ffff}"][..]),
+        ("a/\u{10ffff}", &["a/\u{10ffff}"]),
+        ("a.*", &["a.*"]),
+        ("$a", &["$a"]),
+        ("%", &["%"]),
+        ("c", &[]),
+    ] {
+        assert_eq!(names(&list(&store, ListQuery { prefix: prefix.to_owned(), ..all() })), expected);
+    }
+}
+
+#[rstest]
+fn pages_follow_each_other_without_gap_or_overlap(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let expected: Vec<String> = (0..25).map(|number| format!("k/{number:02}")).collect();
+    let store = holding(home, &expected.iter().map(String::as_str).chain(["j", "l"]).collect::<Vec<_>>());
+    for limit in [1, 7, 25, 26] {
+        let mut seen = Vec::new();
+        let mut query = ListQuery { prefix: "k/".to_owned(), limit, ..all() };
+        loop {
+            let page = list(&store, query.clone());
+            assert!(page.snapshots.len() <= limit);
+            seen.extend(names(&page).into_iter().map(ToOwned::to_owned));
+            if !page.more {
+                break;
+            }
+            query.after = page.snapshots.last().map(|snapshot| snapshot.record.key.clone());
+        }
+        assert_eq!(seen, expected, "{limit} a page");
+    }
+}
+
+#[rstest]
+fn a_page_ends_early_when_its_records_are_large(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let store = empty(home);
+    let metadata = BTreeMap::from([("x".to_owned(), "y".repeat(4000))]);
+    for round in 0..3 {
+        let bulky = || Acquisition { metadata: metadata.clone(), ..asking(LeaseId::random()) };
+        commit(&store, (0..500).map(|number| (key(&format!("{round}/{number:03}")), ask(bulky()))).collect());
+    }
+    let page = list(&store, ListQuery { limit: 1500, ..all() });
+    assert!(page.more && (900..1200).contains(&page.snapshots.len()), "{}", page.snapshots.len());
+    let after = page.snapshots.last().map(|snapshot| snapshot.record.key.clone());
+    let rest = list(&store, ListQuery { limit: 1500, after, ..all() });
+    assert!(!rest.more);
+    assert_eq!(page.snapshots.len() + rest.snapshots.len(), 1500);
+}
+
+#[rstest]
+fn free_keys_are_listed_on_demand_and_blocked_ones_always(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut store = holding(home, &["held"]);
+    free(&store, "free", asking(LeaseId::random()));
+    let blocked = Acquisition { min_hold: Duration::from_secs(5), ..asking(LeaseId::random()) };
+    free(&store, "blocked", blocked);
+    assert_eq!(names(&list(&store, all())), ["blocked", "held"]);
+    assert_eq!(names(&list(&store, ListQuery { include_free: true, ..all() })), ["blocked", "free", "held"]);
+    store.set_clock(Timestamp(NOW.0 + 5000));
+    let page = list(&store, all());
+    assert_eq!(names(&page), ["held"], "the block is over");
+    assert_eq!(page.snapshots[0].state(), State::Lapsed, "and a lapsed lease is not free");
+}

@@ -1,0 +1,107 @@
+//! Deliberate wrongs, in the specification and in the pipeline, and for each the sentence that notices it. Were one of
+//! these rules lost in a change, that sentence would say so.
+
+use std::panic::catch_unwind;
+
+use rstest::rstest;
+
+use super::homes::{Home, Step, Unanswered};
+use super::{differential, rules};
+use crate::lease::{Edit, FencingToken, Mode, Record, Rules, Timestamp, step};
+use crate::store::StoreError;
+
+/// A rule broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Wrong {
+    TokenResetOnRelease,
+    TouchWithoutId,
+    ReleaseWithoutId,
+    LapsedWaiterAdmitted,
+    SharedOvertakes,
+    GraceIgnored,
+    RevisionKept,
+    MinHoldIgnored,
+    DeparturesForgotten,
+    /// A caller's value stands in the pipeline as it is.
+    OutsideLiteral,
+}
+
+impl Wrong {
+    /// The specification with this wrong in it.
+    pub(super) fn step(self) -> Step {
+        match self {
+            Self::TokenResetOnRelease => |record, edit, now, rules| {
+                let mut after = step(record, edit, now, rules);
+                if after.holders.is_empty() {
+                    after.token = FencingToken(0);
+                }
+                after
+            },
+            Self::TouchWithoutId => |record, edit, now, rules| {
+                let all = record.holders.iter().fold(edit.clone(), |edit, holder| edit.touch(holder.id));
+                step(record, if edit.touched().is_empty() { edit } else { &all }, now, rules)
+            },
+            Self::ReleaseWithoutId => |record, edit, now, rules| {
+                let all = record.holders.iter().fold(edit.clone(), |edit, holder| edit.release(holder.id));
+                step(record, if edit.released().is_empty() { edit } else { &all }, now, rules)
+            },
+            Self::LapsedWaiterAdmitted => |mut record, edit, now, rules| {
+                for waiter in &mut record.waiters {
+                    waiter.expires_at = waiter.expires_at.max(Timestamp(now.0 + 1));
+                }
+                step(record, edit, now, rules)
+            },
+            Self::SharedOvertakes => |mut record, edit, now, rules| {
+                record.waiters.sort_by_key(|waiter| waiter.acquisition.mode == Mode::Exclusive);
+                step(record, edit, now, rules)
+            },
+            Self::GraceIgnored => |record, edit, now, rules| {
+                step(record, edit, now, &Rules { grace: std::time::Duration::ZERO, ..*rules })
+            },
+            Self::RevisionKept => |record, edit, now, rules| {
+                let rev = record.rev;
+                Record { rev, ..step(record, edit, now, rules) }
+            },
+            Self::MinHoldIgnored => |record, edit, now, rules| {
+                let blocked_until = record.blocked_until;
+                Record { blocked_until, ..step(record, edit, now, rules) }
+            },
+            Self::DeparturesForgotten => |record, edit: &Edit, now, rules| Record {
+                departures: Vec::new(),
+                ..step(record, edit, now, rules)
+            },
+            Self::OutsideLiteral => panic!("the specification quotes nothing"),
+        }
+    }
+}
+
+/// Runs a sentence that must fail, and not because the store is away.
+fn is_noticed(sentence: fn(Home), home: Home) -> bool {
+    let Err(panic) = catch_unwind(|| sentence(home)) else { return false };
+    if let Some(Unanswered(error @ StoreError::Unavailable { .. })) = panic.downcast_ref() {
+        panic!("the sentence came to no end: {error}");
+    }
+    true
+}
+
+#[rstest]
+#[case(Wrong::TokenResetOnRelease, rules::a_token_rises_also_when_the_clock_stands_still_or_steps_back)]
+#[case(Wrong::TouchWithoutId, rules::touching_what_one_does_not_hold_changes_nothing_but_the_revision)]
+#[case(Wrong::ReleaseWithoutId, rules::a_release_is_remembered_and_may_be_repeated)]
+#[case(Wrong::LapsedWaiterAdmitted, rules::a_lapsed_place_is_lost_at_its_turn_and_not_before)]
+#[case(Wrong::SharedOvertakes, rules::a_shared_request_does_not_overtake_an_earlier_exclusive_one)]
+#[case(
+    Wrong::GraceIgnored,
+    rules::a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_before
+)]
+#[case(Wrong::RevisionKept, rules::every_edit_is_a_write_and_be_it_a_nudge)]
+#[case(Wrong::MinHoldIgnored, rules::min_hold_keeps_others_out_after_an_early_release)]
+#[case(Wrong::DeparturesForgotten, rules::a_late_duplicate_of_a_call_whose_lease_departed_makes_no_ghost)]
+#[case(Wrong::OutsideLiteral, rules::what_a_caller_writes_is_text_and_nothing_else)]
+fn each_wrong_is_noticed(#[case] wrong: Wrong, #[case] sentence: fn(Home)) {
+    if wrong != Wrong::OutsideLiteral {
+        assert!(is_noticed(sentence, Home::WrongStep(wrong)), "in the specification");
+    }
+    assert!(is_noticed(sentence, Home::WrongPipeline(wrong)), "in the pipeline");
+    assert!(differential::finds_a_difference(wrong), "by random edits");
+}

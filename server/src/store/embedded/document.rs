@@ -1,0 +1,257 @@
+//! Records as bytes: protocol buffers, so that a later version may add fields and still read these.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::{Enumeration, Message};
+
+use crate::lease::{
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Mode, Reason, Record, Timestamp, Ttl, Waiter,
+};
+
+/// Bytes that are not a record of ours.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the record of {key:?} cannot be read: {what}")]
+pub(super) struct Unreadable {
+    key: Key,
+    what: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredRecord {
+    #[prost(int64, tag = "1")]
+    token: i64,
+    #[prost(int64, tag = "2")]
+    rev: i64,
+    #[prost(int64, optional, tag = "3")]
+    blocked_until: Option<i64>,
+    #[prost(message, repeated, tag = "4")]
+    holders: Vec<StoredHolder>,
+    #[prost(message, repeated, tag = "5")]
+    waiters: Vec<StoredWaiter>,
+    #[prost(message, repeated, tag = "6")]
+    departures: Vec<StoredDeparture>,
+}
+
+/// A lease id in two halves: unlike bytes they need no room of their own while they are read.
+#[derive(Clone, Copy, PartialEq, Message)]
+struct StoredId {
+    #[prost(fixed64, tag = "1")]
+    high: u64,
+    #[prost(fixed64, tag = "2")]
+    low: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredHolder {
+    #[prost(message, required, tag = "1")]
+    id: StoredId,
+    #[prost(string, tag = "2")]
+    owner: String,
+    #[prost(btree_map = "string, string", tag = "3")]
+    metadata: BTreeMap<String, String>,
+    #[prost(enumeration = "StoredMode", tag = "4")]
+    mode: i32,
+    #[prost(uint64, tag = "5")]
+    ttl_ms: u64,
+    #[prost(int64, tag = "6")]
+    token: i64,
+    #[prost(int64, tag = "7")]
+    acquired_at: i64,
+    #[prost(int64, tag = "8")]
+    expires_at: i64,
+    #[prost(uint64, tag = "9")]
+    min_hold_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredWaiter {
+    #[prost(message, required, tag = "1")]
+    id: StoredId,
+    #[prost(string, tag = "2")]
+    owner: String,
+    #[prost(btree_map = "string, string", tag = "3")]
+    metadata: BTreeMap<String, String>,
+    #[prost(enumeration = "StoredMode", tag = "4")]
+    mode: i32,
+    #[prost(uint64, tag = "5")]
+    ttl_ms: u64,
+    #[prost(uint32, tag = "6")]
+    shared_limit: u32,
+    #[prost(uint64, tag = "7")]
+    min_hold_ms: u64,
+    #[prost(bool, tag = "8")]
+    wait: bool,
+    #[prost(int64, tag = "9")]
+    since: i64,
+    #[prost(int64, tag = "10")]
+    expires_at: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredDeparture {
+    #[prost(message, required, tag = "1")]
+    id: StoredId,
+    #[prost(enumeration = "StoredReason", tag = "2")]
+    reason: i32,
+    #[prost(int64, tag = "3")]
+    at: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Enumeration)]
+enum StoredMode {
+    Unknown = 0,
+    Exclusive = 1,
+    Shared = 2,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Enumeration)]
+enum StoredReason {
+    Unknown = 0,
+    Released = 1,
+    Displaced = 2,
+    Revoked = 3,
+}
+
+/// The record as bytes. The key is kept beside them.
+pub(super) fn encode(record: &Record) -> Vec<u8> {
+    StoredRecord {
+        token: record.token.0,
+        rev: record.rev,
+        blocked_until: record.blocked_until.map(|at| at.0),
+        holders: record.holders.iter().map(holder_out).collect(),
+        waiters: record.waiters.iter().map(waiter_out).collect(),
+        departures: record.departures.iter().map(departure_out).collect(),
+    }
+    .encode_to_vec()
+}
+
+/// The record of `key` out of bytes.
+pub(super) fn decode(key: &Key, bytes: &[u8]) -> Result<Record, Unreadable> {
+    let unreadable = |what: String| Unreadable { key: key.clone(), what };
+    let stored = StoredRecord::decode(bytes).map_err(|error| unreadable(error.to_string()))?;
+    let missing = |what: &str| unreadable(format!("{what} is missing or of another kind"));
+    Ok(Record {
+        key: key.clone(),
+        token: FencingToken(stored.token),
+        rev: stored.rev,
+        blocked_until: stored.blocked_until.map(Timestamp),
+        holders: all(stored.holders, holder_in).ok_or_else(|| missing("a holder"))?,
+        waiters: all(stored.waiters, waiter_in).ok_or_else(|| missing("a waiter"))?,
+        departures: all(stored.departures, departure_in).ok_or_else(|| missing("a departure"))?,
+    })
+}
+
+fn all<S, T>(stored: Vec<S>, read: impl Fn(S) -> Option<T>) -> Option<Vec<T>> {
+    stored.into_iter().map(read).collect()
+}
+
+fn holder_out(holder: &Holder) -> StoredHolder {
+    StoredHolder {
+        id: id_out(holder.id),
+        owner: holder.owner.clone(),
+        metadata: holder.metadata.clone(),
+        mode: mode_out(holder.mode).into(),
+        ttl_ms: millis(holder.ttl.get()),
+        token: holder.token.0,
+        acquired_at: holder.acquired_at.0,
+        expires_at: holder.expires_at.0,
+        min_hold_ms: millis(holder.min_hold),
+    }
+}
+
+fn holder_in(stored: StoredHolder) -> Option<Holder> {
+    Some(Holder {
+        id: id_in(stored.id),
+        mode: mode_in(stored.mode())?,
+        owner: stored.owner,
+        metadata: stored.metadata,
+        ttl: Ttl::new(Duration::from_millis(stored.ttl_ms))?,
+        token: FencingToken(stored.token),
+        acquired_at: Timestamp(stored.acquired_at),
+        expires_at: Timestamp(stored.expires_at),
+        min_hold: Duration::from_millis(stored.min_hold_ms),
+    })
+}
+
+fn waiter_out(waiter: &Waiter) -> StoredWaiter {
+    let asked = &waiter.acquisition;
+    StoredWaiter {
+        id: id_out(asked.id),
+        owner: asked.owner.clone(),
+        metadata: asked.metadata.clone(),
+        mode: mode_out(asked.mode).into(),
+        ttl_ms: millis(asked.ttl.get()),
+        shared_limit: asked.shared_limit,
+        min_hold_ms: millis(asked.min_hold),
+        wait: asked.wait,
+        since: waiter.since.0,
+        expires_at: waiter.expires_at.0,
+    }
+}
+
+fn waiter_in(stored: StoredWaiter) -> Option<Waiter> {
+    let acquisition = Acquisition {
+        id: id_in(stored.id),
+        mode: mode_in(stored.mode())?,
+        owner: stored.owner,
+        metadata: stored.metadata,
+        shared_limit: stored.shared_limit,
+        ttl: Ttl::new(Duration::from_millis(stored.ttl_ms))?,
+        min_hold: Duration::from_millis(stored.min_hold_ms),
+        wait: stored.wait,
+    };
+    Some(Waiter {
+        acquisition: Arc::new(acquisition),
+        since: Timestamp(stored.since),
+        expires_at: Timestamp(stored.expires_at),
+    })
+}
+
+fn departure_out(departure: &Departure) -> StoredDeparture {
+    let reason = match departure.reason {
+        Reason::Released => StoredReason::Released,
+        Reason::Displaced => StoredReason::Displaced,
+        Reason::Revoked => StoredReason::Revoked,
+    };
+    StoredDeparture { id: id_out(departure.id), reason: reason.into(), at: departure.at.0 }
+}
+
+fn departure_in(stored: StoredDeparture) -> Option<Departure> {
+    let reason = match stored.reason() {
+        StoredReason::Unknown => return None,
+        StoredReason::Released => Reason::Released,
+        StoredReason::Displaced => Reason::Displaced,
+        StoredReason::Revoked => Reason::Revoked,
+    };
+    Some(Departure { id: id_in(stored.id), reason, at: Timestamp(stored.at) })
+}
+
+fn mode_out(mode: Mode) -> StoredMode {
+    match mode {
+        Mode::Exclusive => StoredMode::Exclusive,
+        Mode::Shared => StoredMode::Shared,
+    }
+}
+
+fn mode_in(mode: StoredMode) -> Option<Mode> {
+    match mode {
+        StoredMode::Unknown => None,
+        StoredMode::Exclusive => Some(Mode::Exclusive),
+        StoredMode::Shared => Some(Mode::Shared),
+    }
+}
+
+fn id_out(id: LeaseId) -> StoredId {
+    let both = u128::from_be_bytes(id.to_bytes());
+    StoredId { high: (both >> 64) as u64, low: both as u64 }
+}
+
+fn id_in(stored: StoredId) -> LeaseId {
+    LeaseId::from((u128::from(stored.high) << 64 | u128::from(stored.low)).to_be_bytes())
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

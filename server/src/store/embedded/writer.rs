@@ -1,0 +1,343 @@
+//! The thread that writes: one transaction a batch, and the file opened anew after a failure.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+#[cfg(test)]
+use redb::ReadableDatabase;
+use redb::{Database, ReadableTable, WriteTransaction};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+
+use super::clock::Clock;
+use super::disk::Unsynced;
+use super::document;
+use super::file::{self, FACTS, LATEST, Medium, OpenError, RECORDS};
+use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
+use crate::store::{Outcome, StoreError, makes_record, vacant};
+
+/// Orders that may await the writer. The engine has no more than a few batches in flight; those that have been given
+/// up are passed over.
+const ORDERS: usize = 16;
+/// How long a purge or a check waits for the writer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What writer and readers share.
+#[derive(Debug)]
+pub(super) struct Home {
+    medium: Box<dyn Medium>,
+    rules: Rules,
+    clock: Mutex<Clock>,
+    unsynced: Unsynced,
+    /// `None` after a failure, until it has been opened anew.
+    database: Mutex<Option<Arc<Database>>>,
+    /// Whether the latest write failed.
+    fails: AtomicBool,
+}
+
+/// Gives orders to the thread, which ends with the last of these.
+#[derive(Debug, Clone)]
+pub(super) struct Writer(SyncSender<Order>);
+
+#[derive(Debug)]
+enum Order {
+    Commit { batch: Arc<Vec<(Key, Edit)>>, until: Instant, reply: Reply<Vec<Snapshot>> },
+    Forget { keys: Vec<Key>, free_for: Duration, reply: Reply<u64> },
+    Check { reply: Reply<()> },
+}
+
+type Reply<T> = oneshot::Sender<Result<T, Failure>>;
+
+/// What became of an order.
+#[derive(Debug, Clone)]
+pub(super) enum Failure {
+    /// Nothing was changed.
+    NotApplied(String),
+    /// All or nothing was changed.
+    Unknown(String),
+    /// It will not be done, however often it is asked.
+    Refused(String),
+}
+
+impl Failure {
+    pub(super) fn not_applied(cause: impl ToString) -> Self {
+        Self::NotApplied(cause.to_string())
+    }
+
+    pub(super) fn refused(cause: impl ToString) -> Self {
+        Self::Refused(cause.to_string())
+    }
+}
+
+impl From<Failure> for StoreError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::NotApplied(cause) => Self::Unavailable { outcome: Outcome::NotApplied, cause },
+            Failure::Unknown(cause) => Self::Unavailable { outcome: Outcome::Unknown, cause },
+            Failure::Refused(cause) => Self::Refused { cause },
+        }
+    }
+}
+
+impl From<document::Unreadable> for Failure {
+    fn from(unreadable: document::Unreadable) -> Self {
+        Self::refused(unreadable)
+    }
+}
+
+/// Before its commit a transaction has changed nothing.
+macro_rules! not_applied {
+    ($($error:ty),*) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Self::not_applied(error)
+            }
+        }
+    )*};
+}
+not_applied!(redb::TransactionError, redb::TableError, redb::StorageError);
+
+impl From<redb::CommitError> for Failure {
+    fn from(error: redb::CommitError) -> Self {
+        Self::Unknown(error.to_string())
+    }
+}
+
+impl Home {
+    pub(super) fn open(medium: Box<dyn Medium>, rules: Rules) -> Result<Self, OpenError> {
+        let unsynced = Unsynced::default();
+        let (database, latest) = file::open(&*medium, &unsynced)?;
+        Ok(Self {
+            medium,
+            rules,
+            clock: Mutex::new(Clock::after(latest)),
+            unsynced,
+            database: Mutex::new(Some(Arc::new(database))),
+            fails: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn rules(&self) -> Rules {
+        self.rules
+    }
+
+    /// The database, if it can be used.
+    pub(super) fn database(&self) -> Result<Arc<Database>, Failure> {
+        self.slot().clone().ok_or_else(|| Failure::not_applied("the file is being opened anew"))
+    }
+
+    pub(super) fn now(&self) -> Timestamp {
+        self.clock().now()
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_clock(&self, now: Timestamp) {
+        self.clock().set(now);
+    }
+
+    /// A stored record as it is now.
+    pub(super) fn snapshot(&self, key: &Key, bytes: &[u8]) -> Result<Snapshot, Failure> {
+        Ok(Snapshot { record: document::decode(key, bytes)?, now: self.now() })
+    }
+
+    #[cfg(test)]
+    pub(super) fn look(&self, key: &Key) -> Result<Option<Record>, Failure> {
+        let records = self.database()?.begin_read()?.open_table(RECORDS)?;
+        let found = records.get(key.as_str())?;
+        found.map(|bytes| Ok(document::decode(key, bytes.value())?)).transpose()
+    }
+
+    #[cfg(test)]
+    pub(super) fn forget_unsynced(&self) {
+        *self.unsynced.lock().expect("ranges") = super::disk::Ranges::default();
+    }
+
+    fn clock(&self) -> MutexGuard<'_, Clock> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<Database>>> {
+        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The database, opened anew if an earlier failure has closed it.
+    fn reopened(&self) -> Result<Arc<Database>, Failure> {
+        if let Ok(database) = self.database() {
+            return Ok(database);
+        }
+        let (database, _) = file::open(&*self.medium, &self.unsynced).map_err(Failure::not_applied)?;
+        Ok(Arc::clone(self.slot().insert(Arc::new(database))))
+    }
+
+    /// Runs `write` in a transaction and commits it, unless it changed nothing. After any failure the file is closed:
+    /// redb takes no more writes then, and says that what it has in memory cannot be trusted.
+    fn transact<T>(
+        &self,
+        write: impl FnOnce(&WriteTransaction) -> Result<(T, Changed), Failure>,
+    ) -> Result<T, Failure> {
+        let database = self.reopened()?;
+        let transact = || {
+            let transaction = database.begin_write()?;
+            let (value, changed) = write(&transaction)?;
+            if changed == Changed::Something {
+                transaction.open_table(FACTS)?.insert(LATEST, self.now().0)?;
+                transaction.commit()?;
+            }
+            Ok(value)
+        };
+        let done = transact();
+        match &done {
+            Err(Failure::Refused(_)) => {}
+            Err(failure) => self.close(failure),
+            Ok(_) if self.fails.swap(false, Ordering::Relaxed) => {
+                tracing::info!("the file takes writes again")
+            }
+            Ok(_) => {}
+        }
+        done
+    }
+
+    /// Closes the file after a failure; the next write opens it anew.
+    fn close(&self, failure: &Failure) {
+        *self.slot() = None;
+        if !self.fails.swap(true, Ordering::Relaxed) {
+            tracing::error!(?failure, "the file takes no writes; trying again with every commit");
+        }
+    }
+
+    /// Applies every edit at one instant.
+    pub(super) fn commit(&self, batch: &[(Key, Edit)]) -> Result<Vec<Snapshot>, Failure> {
+        self.transact(|transaction| {
+            let mut records = transaction.open_table(RECORDS)?;
+            let mut changed = Changed::Nothing;
+            let now = self.now();
+            let mut snapshots = Vec::with_capacity(batch.len());
+            for (key, edit) in batch {
+                let known = match records.get(key.as_str())? {
+                    Some(bytes) => Some(document::decode(key, bytes.value())?),
+                    None => makes_record(edit).then(|| Record::vacant(key.clone())),
+                };
+                let Some(record) = known else {
+                    snapshots.push(vacant(key));
+                    continue;
+                };
+                let record = step(record, edit, now, &self.rules);
+                records.insert(key.as_str(), document::encode(&record).as_slice())?;
+                changed = Changed::Something;
+                snapshots.push(Snapshot { record, now });
+            }
+            Ok((snapshots, changed))
+        })
+    }
+
+    /// Forgets those of the keys that have been free for long.
+    fn forget(&self, keys: &[Key], free_for: Duration) -> Result<u64, Failure> {
+        self.transact(|transaction| {
+            let mut records = transaction.open_table(RECORDS)?;
+            let now = self.now();
+            let mut forgotten = 0;
+            for key in keys {
+                let Some(bytes) = records.get(key.as_str())? else { continue };
+                let is_forgettable = document::decode(key, bytes.value())?.is_forgettable(now, free_for);
+                drop(bytes);
+                if is_forgettable {
+                    records.remove(key.as_str())?;
+                    forgotten += 1;
+                }
+            }
+            Ok((forgotten, if forgotten > 0 { Changed::Something } else { Changed::Nothing }))
+        })
+    }
+
+    /// Turns a panic, of which redb has some for damage that it meets on the way, into a failure.
+    fn guarded<T>(&self, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            let failure = Failure::Unknown("the store panicked".to_owned());
+            self.close(&failure);
+            Err(failure)
+        })
+    }
+
+    /// Whether a commit would do now. Writes only after a failure.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        if self.database().is_ok() {
+            return Ok(());
+        }
+        self.transact(|_| Ok(((), Changed::Something)))
+    }
+}
+
+/// Whether a transaction is worth a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Changed {
+    Nothing,
+    Something,
+}
+
+impl Writer {
+    pub(super) fn start(home: Arc<Home>) -> Self {
+        let (sender, orders) = sync_channel(ORDERS);
+        thread::Builder::new()
+            .name("store".to_owned())
+            .spawn(move || work(&home, &orders))
+            .expect("the system has room for a thread at start");
+        Self(sender)
+    }
+
+    /// Applies a batch, if the thread comes to it within `patience`.
+    pub(super) async fn commit(
+        &self,
+        batch: &Arc<Vec<(Key, Edit)>>,
+        patience: Duration,
+    ) -> Result<Vec<Snapshot>, Failure> {
+        let (batch, until) = (Arc::clone(batch), Instant::now() + patience);
+        self.order(patience, |reply| Order::Commit { batch, until, reply }).await
+    }
+
+    /// Forgets those of the keys that have been free for `free_for`, and returns how many.
+    pub(super) async fn forget(&self, keys: Vec<Key>, free_for: Duration) -> Result<u64, Failure> {
+        self.order(PATIENCE, |reply| Order::Forget { keys, free_for, reply }).await
+    }
+
+    /// Whether the file takes writes.
+    pub(super) async fn check(&self) -> Result<(), Failure> {
+        self.order(PATIENCE, |reply| Order::Check { reply }).await
+    }
+
+    async fn order<T>(
+        &self,
+        patience: Duration,
+        order: impl FnOnce(Reply<T>) -> Order,
+    ) -> Result<T, Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.0.try_send(order(reply)).map_err(|error| match error {
+            TrySendError::Full(_) => {
+                Failure::not_applied("the disk is slow and the writer has too much to do")
+            }
+            TrySendError::Disconnected(_) => Failure::not_applied("the writer has ended"),
+        })?;
+        match timeout(patience, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(Failure::Unknown("the writer has ended".to_owned())),
+            Err(_) => Err(Failure::Unknown(format!("the disk took longer than {patience:?}"))),
+        }
+    }
+}
+
+fn work(home: &Home, orders: &Receiver<Order>) {
+    // Whoever has given up hears nothing.
+    while let Ok(order) = orders.recv() {
+        match order {
+            Order::Commit { until, .. } if until < Instant::now() => {}
+            Order::Commit { batch, reply, .. } => drop(reply.send(home.guarded(|| home.commit(&batch)))),
+            Order::Forget { keys, free_for, reply } => {
+                drop(reply.send(home.guarded(|| home.forget(&keys, free_for))));
+            }
+            Order::Check { reply } => drop(reply.send(home.guarded(|| home.check()))),
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Killed at any moment under load, and short of room: everything acknowledged is there afterwards.
+
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use leased_proto::v1::lease_service_client::LeaseServiceClient;
+use leased_proto::v1::{AcquireRequest, GetRequest, LeaseRef, ReleaseRequest};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+use uuid::Uuid;
+
+use crate::support::{Running, daemon};
+
+type Leases = LeaseServiceClient<Channel>;
+
+/// How often the daemon is killed.
+const KILLS: u64 = 12;
+/// Callers at once, each with a key of its own.
+const CALLERS: u64 = 16;
+/// Longer than the test.
+const TTL: Duration = Duration::from_secs(3600);
+
+/// One caller, who acquires and releases by turns, and what it has been told.
+struct Caller {
+    key: String,
+    acknowledged: Arc<AtomicU64>,
+    last_token: i64,
+    state: State,
+}
+
+#[derive(Clone)]
+enum State {
+    /// The latest lease, if there was one, is known to be released.
+    Free(Option<Uuid>),
+    /// Asked for, and not answered.
+    Asking(Uuid),
+    Held(Uuid),
+    /// To be given back, and not answered.
+    GivingBack(Uuid),
+}
+
+impl Caller {
+    fn named(&self, id: Uuid) -> LeaseRef {
+        LeaseRef { key: self.key.clone(), lease_id: id.to_string() }
+    }
+
+    async fn acquire(&mut self, client: &mut Leases, id: Uuid) -> Result<(), Status> {
+        self.state = State::Asking(id);
+        let request = AcquireRequest {
+            key: self.key.clone(),
+            lease_id: id.to_string(),
+            ttl: Some(TTL.try_into().unwrap()),
+            ..AcquireRequest::default()
+        };
+        let granted = client.acquire(request).await?.into_inner();
+        assert!(granted.fencing_token > self.last_token, "{}: a token that does not rise", self.key);
+        self.last_token = granted.fencing_token;
+        self.state = State::Held(id);
+        Ok(())
+    }
+
+    async fn release(&mut self, client: &mut Leases, id: Uuid) -> Result<(), Status> {
+        self.state = State::GivingBack(id);
+        client.release(ReleaseRequest { lease: Some(self.named(id)) }).await?;
+        self.state = State::Free(Some(id));
+        Ok(())
+    }
+
+    /// Goes on until the daemon is gone.
+    async fn work(mut self, mut client: Leases) -> Self {
+        loop {
+            let done = match self.state.clone() {
+                State::Held(id) => self.release(&mut client, id).await,
+                _ => self.acquire(&mut client, Uuid::new_v4()).await,
+            };
+            match done {
+                Ok(()) => self.acknowledged.fetch_add(1, Ordering::Relaxed),
+                // Whatever a broken connection is called; a refusal would be something else.
+                Err(status)
+                    if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) =>
+                {
+                    return self;
+                }
+                Err(status) => panic!("{}: {status:?}", self.key),
+            };
+        }
+    }
+
+    /// What was acknowledged is there; what was not is asked for again.
+    async fn check(mut self, mut client: Leases) -> Self {
+        match self.state.clone() {
+            State::Free(None) => {}
+            State::Free(Some(id)) => {
+                assert!(self.holders(&mut client).await.is_empty(), "{}: a release is gone", self.key);
+                self.release(&mut client, id).await.unwrap();
+            }
+            State::Held(_) => {
+                assert_eq!(
+                    self.holders(&mut client).await,
+                    [self.last_token],
+                    "{}: a grant is gone",
+                    self.key
+                );
+            }
+            State::Asking(id) => self.acquire(&mut client, id).await.unwrap(),
+            State::GivingBack(id) => self.release(&mut client, id).await.unwrap(),
+        }
+        self
+    }
+
+    async fn holders(&self, client: &mut Leases) -> Vec<i64> {
+        let seen = client.get(GetRequest { key: self.key.clone() }).await.unwrap().into_inner();
+        seen.lease.unwrap().holders.into_iter().map(|holder| holder.fencing_token).collect()
+    }
+}
+
+/// Lets every caller do the same at once.
+async fn each<F>(callers: Vec<Caller>, client: &Leases, act: impl Fn(Caller, Leases) -> F) -> JoinSet<Caller>
+where
+    F: Future<Output = Caller> + Send + 'static,
+{
+    let mut acting = JoinSet::new();
+    for caller in callers {
+        acting.spawn(act(caller, client.clone()));
+    }
+    acting
+}
+
+#[tokio::test]
+async fn a_daemon_killed_at_any_moment_has_everything_it_acknowledged() {
+    let folder = tempfile::tempdir().unwrap();
+    let acknowledged = Arc::new(AtomicU64::new(0));
+    let caller = |number| Caller {
+        key: format!("key/{number}"),
+        acknowledged: Arc::clone(&acknowledged),
+        last_token: 0,
+        state: State::Free(None),
+    };
+    let mut callers: Vec<Caller> = (0..CALLERS).map(caller).collect();
+    for round in 1..=KILLS {
+        let running = Running::start_in(folder.path(), &[]);
+        let client = running.client().await;
+        callers = each(callers, &client, Caller::check).await.join_all().await;
+        let before = acknowledged.load(Ordering::Relaxed);
+        let working = each(callers, &client, Caller::work).await;
+        // So many calls into its life: at another moment each time, however fast the machine is.
+        while acknowledged.load(Ordering::Relaxed) < before + 37 * round {
+            sleep(Duration::from_millis(1)).await;
+        }
+        running.kill();
+        callers = working.join_all().await;
+    }
+    let running = Running::start_in(folder.path(), &[]);
+    each(callers, &running.client().await, Caller::check).await.join_all().await;
+}
+
+/// Bounds the size of files that a process may write; `None`: no bound.
+fn bound_file_size(process: u32, bytes: Option<u64>) {
+    let process = Pid::from_raw(i32::try_from(process).unwrap());
+    prlimit(process, Resource::Fsize, Rlimit { current: bytes, maximum: None }).unwrap();
+}
+
+fn bulky(number: usize) -> AcquireRequest {
+    AcquireRequest {
+        key: format!("key/{number:04}"),
+        ttl: Some(TTL.try_into().unwrap()),
+        metadata: [("x".to_owned(), "y".repeat(4000))].into(),
+        ..AcquireRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn without_room_nothing_is_acknowledged_or_lost_and_with_room_it_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    // The signal that comes with a bound would end the process; a full disk sends none.
+    let mut patient = Command::new("sh");
+    let plain = daemon(&[]);
+    patient.args(["-c", r#"trap '' XFSZ; exec "$@""#, "sh"]).arg(plain.get_program()).args(plain.get_args());
+    patient
+        .env_remove("LEASED_MONGODB_URI")
+        .current_dir(folder.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let running = Running::spawn(patient).ready();
+    let mut client = running.client().await;
+    bound_file_size(running.child.id(), Some(1024 * 1024));
+
+    let mut granted = Vec::new();
+    let status = loop {
+        match client.acquire(bulky(granted.len())).await {
+            Ok(answer) => granted.push(answer.into_inner()),
+            Err(status) => break status,
+        }
+        assert!(granted.len() < 2000, "a megabyte does not hold so many");
+    };
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert!(granted.len() > 20, "{} granted", granted.len());
+
+    bound_file_size(running.child.id(), None);
+    for number in granted.len()..granted.len() + 50 {
+        client.acquire(bulky(number)).await.unwrap();
+    }
+    running.kill();
+    let running = Running::start_in(folder.path(), &[]);
+    let mut client = running.client().await;
+    for answer in granted {
+        let lease = answer.lease.unwrap();
+        let seen =
+            client.get(GetRequest { key: lease.key.clone() }).await.unwrap().into_inner().lease.unwrap();
+        assert_eq!(seen.fencing_token, answer.fencing_token);
+        client.release(ReleaseRequest { lease: Some(lease) }).await.unwrap();
+    }
+}

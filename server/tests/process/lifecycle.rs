@@ -1,0 +1,128 @@
+//! The ready line, the exit codes, the signals.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+
+use rstest::rstest;
+use throwaway_mongodb::Mongod;
+
+use crate::support::{Running, daemon, end};
+
+async fn uri() -> &'static str {
+    throwaway_mongodb::shared().await.unwrap()
+}
+
+#[rstest]
+#[tokio::test]
+async fn the_ready_line_names_the_ports_and_sigterm_drains(
+    #[values("embedded", "mongodb")] store: &str,
+    #[values("TERM", "INT")] signal: &str,
+) {
+    let options = ["--mongodb-uri", uri().await, "--mongodb-database", "process"];
+    let mut running = Running::start(if store == "mongodb" { &options } else { &[] });
+    assert!(running.ready.starts_with("leased ready grpc=127.0.0.1:"), "{}", running.ready);
+    assert!(running.ready.ends_with(&format!(" store={store}\n")), "{}", running.ready);
+    let mut http = TcpStream::connect(running.address("http=")).unwrap();
+    http.write_all(b"GET /livez HTTP/1.1\r\nHost: l\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    http.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    TcpStream::connect(running.address("grpc=")).unwrap();
+    running.signal(signal);
+    assert_eq!(running.code(), Some(0));
+    let mut rest = String::new();
+    running.stdout.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "", "one line on standard output and no more");
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = daemon(&["--drain-timeout=5m"]);
+    command.current_dir(folder.path());
+    let mut running = Running::spawn(command).ready();
+    // A peer that never speaks keeps the drain from ending by itself, once the daemon has taken it in: it greets first.
+    let mut silent = TcpStream::connect(running.address("grpc=")).unwrap();
+    silent.read_exact(&mut [0]).unwrap();
+    running.signal("TERM");
+    let mut stderr = BufReader::new(running.child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("draining") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it drained");
+    }
+    running.signal("TERM");
+    assert_eq!(running.code(), Some(1));
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2_and_a_sentence() {
+    for (options, named) in [
+        (&["--nonsense"][..], "--nonsense"),
+        (&["--default-ttl=soon"], "--default-ttl"),
+        (&["--default-ttl=1ms"], "--min-ttl"),
+        (&["--purge-after=1s"], "--purge-after"),
+        (&["--listen=0.0.0.0:0"], "--insecure"),
+        (&["--log-level=a=b=c"], "--log-level"),
+        (&["--mongodb-uri=nonsense"], "URI"),
+    ] {
+        let (code, stderr) = end(options);
+        assert_eq!(code, Some(2), "{options:?}: {stderr}");
+        assert!(stderr.contains(named) && !stderr.contains("panicked"), "{options:?}: {stderr}");
+    }
+}
+
+#[tokio::test]
+async fn an_unusable_store_is_exit_code_2_and_says_what_to_do() {
+    let standalone = Mongod::standalone().await.unwrap();
+    let (code, stderr) = end(&["--mongodb-uri", standalone.uri()]);
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("--replSet"), "{stderr}");
+
+    let (code, stderr) = end(&["--mongodb-uri", &format!("{}&w=1", uri().await)]);
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("w=majority"), "{stderr}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_exit_code_2() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let (code, stderr) = end(&["--listen", &address]);
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains(&address), "{stderr}");
+}
+
+#[test]
+fn a_store_that_cannot_be_reached_is_tried_for_as_long_as_asked() {
+    let (code, stderr) =
+        end(&["--mongodb-uri=mongodb://user:secret@127.0.0.1:1/?replicaSet=rs0", "--store-timeout=4s"]);
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains("trying again"), "{stderr}");
+    assert!(!stderr.contains("secret"), "a password in the log: {stderr}");
+}
+
+#[test]
+fn a_daemon_that_waits_for_its_store_can_be_stopped() {
+    let mut running = Running::spawn(daemon(&["--mongodb-uri=mongodb://127.0.0.1:1/?replicaSet=rs0"]));
+    let mut stderr = BufReader::new(running.child.stderr.take().unwrap());
+    let mut line = String::new();
+    stderr.read_line(&mut line).unwrap();
+    assert!(line.contains("trying again"), "{line}");
+    running.signal("TERM");
+    assert_eq!(running.code(), Some(0));
+}
+
+#[test]
+fn help_shows_defaults_and_environment_variables_and_no_secret() {
+    let mut command = daemon(&["--help"]);
+    let output = command.env("LEASED_MONGODB_URI", "mongodb://user:secret@db/").output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let help = String::from_utf8(output.stdout).unwrap();
+    for shown in
+        ["127.0.0.1:5327", "LEASED_LISTEN", "--mongodb-uri", "30s", "--drain-timeout", "LEASED_PURGE_AFTER"]
+    {
+        assert!(help.contains(shown), "{shown}: {help}");
+    }
+    assert!(!help.contains("secret"));
+}

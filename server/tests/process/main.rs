@@ -1,0 +1,18 @@
+//! The daemon as a process.
+
+#![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "processes are watched from a plain thread, by the host's clock"
+)]
+
+mod support;
+
+/// The ready line, the exit codes, the signals.
+mod lifecycle;
+
+/// The data of the embedded store: whose it is, and in which state.
+mod data;
+
+/// Killed at any moment, and short of room.
+mod crash;
