@@ -3,15 +3,17 @@
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
 use mongodb::bson::doc;
+use rstest::rstest;
 use tokio::task::JoinSet;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::support::{Asking, Calls, Daemon, ask, eventually, ms, refusal, secs};
+use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, ms, refusal, secs};
 
+#[rstest]
 #[tokio::test]
-async fn a_free_key_is_granted_with_what_was_asked_for() {
-    let daemon = Daemon::start().await;
+async fn a_free_key_is_granted_with_what_was_asked_for(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let id = Uuid::new_v4();
     let granted = client.get_lease(ask("job").id(id).owner("me").ttl(ms(2500))).await.unwrap();
@@ -30,9 +32,10 @@ async fn a_free_key_is_granted_with_what_was_asked_for() {
     assert_eq!(seen.holders[0].owner, "me");
 }
 
+#[rstest]
 #[tokio::test]
-async fn without_an_id_and_a_ttl_the_daemon_picks_them() {
-    let daemon = Daemon::start().await;
+async fn without_an_id_and_a_ttl_the_daemon_picks_them(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job")).await.unwrap();
     assert_eq!(granted.ttl, Some(secs(30).try_into().unwrap()));
@@ -41,9 +44,10 @@ async fn without_an_id_and_a_ttl_the_daemon_picks_them() {
     client.give_back(&lease).await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_held_key_is_refused_and_the_refusal_names_the_holder() {
-    let daemon = Daemon::start().await;
+async fn a_held_key_is_refused_and_the_refusal_names_the_holder(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let held = client.get_lease(ask("job").owner("first").ttl(secs(20))).await.unwrap();
     let refused = client.get_lease(ask("job").owner("second")).await.unwrap_err();
@@ -57,9 +61,10 @@ async fn a_held_key_is_refused_and_the_refusal_names_the_holder() {
 }
 
 /// mongolock's first caveat: there, the second worker of a name released the first one's lock.
+#[rstest]
 #[tokio::test]
-async fn equal_owner_names_are_different_holders() {
-    let daemon = Daemon::start().await;
+async fn equal_owner_names_are_different_holders(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("job").owner("worker")).await.unwrap().lease.unwrap();
     let refused = client.get_lease(ask("job").owner("worker")).await.unwrap_err();
@@ -72,7 +77,7 @@ async fn equal_owner_names_are_different_holders() {
 
 #[tokio::test]
 async fn tokens_rise_over_release_expiry_and_deletion_of_the_record() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let mut last = 0;
     let mut rises = |token: i64| {
@@ -91,9 +96,10 @@ async fn tokens_rise_over_release_expiry_and_deletion_of_the_record() {
     rises(client.get_lease(ask("job")).await.unwrap().fencing_token);
 }
 
+#[rstest]
 #[tokio::test]
-async fn repeating_a_call_with_its_id_repeats_the_same_acquisition() {
-    let daemon = Daemon::start().await;
+async fn repeating_a_call_with_its_id_repeats_the_same_acquisition(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let request = ask("job").id(Uuid::new_v4()).ttl(secs(20));
     let first = client.get_lease(request.clone()).await.unwrap();
@@ -109,9 +115,10 @@ async fn repeating_a_call_with_its_id_repeats_the_same_acquisition() {
 }
 
 /// Otherwise a client that counts from the repetition would believe past the end of the lease.
+#[rstest]
 #[tokio::test]
-async fn a_repeated_acquire_renews_what_it_finds() {
-    let daemon = Daemon::start().await;
+async fn a_repeated_acquire_renews_what_it_finds(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let request = ask("job").id(Uuid::new_v4()).ttl(secs(20));
     let first = client.get_lease(request.clone()).await.unwrap().expire_time.unwrap();
@@ -123,9 +130,10 @@ async fn a_repeated_acquire_renews_what_it_finds() {
     .await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn of_256_callers_racing_for_a_key_one_wins() {
-    let daemon = Daemon::start().await;
+async fn of_256_callers_racing_for_a_key_one_wins(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let client = daemon.client().await;
     let mut racers = JoinSet::new();
     for _ in 0..256 {
@@ -140,9 +148,10 @@ async fn of_256_callers_racing_for_a_key_one_wins() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn two_thousand_keys_at_once() {
-    let daemon = Daemon::start().await;
+async fn two_thousand_keys_at_once(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut callers = JoinSet::new();
     for connection in 0..10 {
         let client = daemon.client().await;
@@ -162,9 +171,10 @@ async fn two_thousand_keys_at_once() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn min_hold_keeps_the_key_taken_after_an_early_release() {
-    let daemon = Daemon::start().await;
+async fn min_hold_keeps_the_key_taken_after_an_early_release(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("cron").min_hold(ms(1500))).await.unwrap();
     client.give_back(&first.lease.clone().unwrap()).await.unwrap();

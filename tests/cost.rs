@@ -5,7 +5,7 @@ use mongodb::bson::{Document, doc};
 use tokio::task::JoinSet;
 
 use crate::keepalive::{KeepAlive, kept};
-use crate::support::{Asking, Calls, Daemon, ask, secs};
+use crate::support::{Asking, Calls, Daemon, MongoDb, ask, secs};
 
 /// Counts the commands on a daemon's collection from here on.
 struct Profile(mongodb::Database);
@@ -19,7 +19,7 @@ impl Profile {
 
     async fn stop(self, daemon: &Daemon) -> Vec<Document> {
         self.0.run_command(doc! { "profile": 0 }).await.unwrap();
-        let namespace = format!("{}.{}", self.0.name(), daemon.config.location.collection);
+        let namespace = format!("{}.{}", self.0.name(), daemon.location().collection);
         let mut found =
             self.0.collection::<Document>("system.profile").find(doc! { "ns": namespace }).await.unwrap();
         let mut commands = Vec::new();
@@ -36,7 +36,7 @@ impl Profile {
 
 #[tokio::test]
 async fn a_lone_acquire_takes_one_round_trip() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let profile = Profile::start(&daemon).await;
     client.get_lease(ask("new")).await.unwrap();
@@ -47,7 +47,7 @@ async fn a_lone_acquire_takes_one_round_trip() {
 
 #[tokio::test]
 async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let mut callers = JoinSet::new();
     for number in 0..200 {
@@ -71,7 +71,7 @@ async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
 
 #[tokio::test]
 async fn a_crowd_of_256_costs_a_handful_of_commands() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let client = daemon.client().await;
     client.clone().get_lease(ask("job").ttl(secs(60))).await.unwrap();
     let profile = Profile::start(&daemon).await;

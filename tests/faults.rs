@@ -7,6 +7,7 @@ use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::{LeaseState, LossReason};
 use mongodb::bson::doc;
+use rstest::rstest;
 use throwaway_mongodb::Mongod;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
@@ -16,7 +17,9 @@ use tonic_health::pb::health_client::HealthClient;
 use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept};
-use crate::support::{Asking, Calls, Daemon, PATIENCE, ask, eventually, line_of, ms, refusal, secs};
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, PATIENCE, ask, eventually, line_of, ms, refusal, secs,
+};
 
 #[tokio::test]
 async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
@@ -105,7 +108,7 @@ async fn a_killed_store_that_comes_back_has_every_acknowledged_lease() {
 
 #[tokio::test]
 async fn a_deleted_document_loses_the_lease_and_nothing_else() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
     let lease = granted.lease.unwrap();
@@ -127,7 +130,7 @@ async fn a_deleted_document_loses_the_lease_and_nothing_else() {
 
 #[tokio::test]
 async fn a_foreign_document_is_refused_and_harms_no_other_key() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     daemon
         .collection()
@@ -142,9 +145,9 @@ async fn a_foreign_document_is_refused_and_harms_no_other_key() {
 
 #[tokio::test]
 async fn databases_on_which_leases_are_not_safe_are_refused() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let connect = async |change: &dyn Fn(&mut leased::store::mongo::Location)| {
-        let mut location = daemon.config.location.clone();
+        let mut location = daemon.location().clone();
         change(&mut location);
         match MongoStore::connect(&location, daemon.config.rules).await {
             Err(ConnectError::Unusable(why)) => why,
@@ -176,24 +179,25 @@ async fn databases_on_which_leases_are_not_safe_are_refused() {
 #[tokio::test]
 async fn a_standalone_server_is_refused_with_the_way_to_make_it_a_replica_set() {
     let mongod = Mongod::standalone().await.unwrap();
-    let daemon = Daemon::start().await;
-    let mut location = daemon.config.location.clone();
+    let daemon = Daemon::start(MongoDb).await;
+    let mut location = daemon.location().clone();
     location.uri = mongod.uri().to_owned();
     let error = MongoStore::connect(&location, daemon.config.rules).await.unwrap_err().to_string();
     assert!(error.contains("--replSet") && error.contains("rs.initiate()"), "{error}");
 }
 
+#[rstest]
 #[tokio::test]
-async fn leases_survive_the_end_of_every_daemon() {
-    let daemon = Daemon::start().await;
-    let config = daemon.config.clone();
-    let lease = daemon.client().await.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
-    let sibling = daemon.sibling().await;
-    daemon.stop().await;
-    sibling.stop().await;
-    let daemon = Daemon::with(config).await;
+async fn leases_survive_the_end_of_every_daemon(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let granted = daemon.client().await.get_lease(ask("job").ttl(secs(60))).await.unwrap();
+    let daemon = daemon.restart().await;
     let mut client = daemon.client().await;
-    assert_eq!(client.look("job").await.unwrap().state(), LeaseState::Held);
+    let seen = client.look("job").await.unwrap();
+    assert_eq!((seen.state(), seen.fencing_token), (LeaseState::Held, granted.fencing_token));
+    let lease = granted.lease.unwrap();
     client.renew(&lease).await.unwrap();
     assert!(client.get_lease(ask("job").wait(ms(100))).await.is_err());
+    client.give_back(&lease).await.unwrap();
+    assert!(client.get_lease(ask("job")).await.unwrap().fencing_token > granted.fencing_token);
 }

@@ -11,7 +11,11 @@ use leased_client::v1::{
 use prost_types::Duration as Proto;
 use tonic::Code;
 
-use crate::support::{Asking, Calls, Daemon, ask, named, refusal, secs, wrong_fields};
+use rstest::rstest;
+
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, named, refusal, secs, wrong_fields,
+};
 
 /// Text that a careless daemon would take for code, or mangle.
 fn hostile() -> Vec<String> {
@@ -66,9 +70,10 @@ fn hostile() -> Vec<String> {
     texts
 }
 
+#[rstest]
 #[tokio::test]
-async fn hostile_keys_owners_and_metadata_come_back_as_they_were() {
-    let daemon = Daemon::start().await;
+async fn hostile_keys_owners_and_metadata_come_back_as_they_were(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let texts = hostile();
     let mut taken = tokio::task::JoinSet::new();
@@ -104,9 +109,10 @@ async fn hostile_keys_owners_and_metadata_come_back_as_they_were() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_waiter_with_a_hostile_owner_keeps_it_through_the_line() {
-    let daemon = Daemon::start().await;
+async fn a_waiter_with_a_hostile_owner_keeps_it_through_the_line(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("$waiters").owner("$$this").ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut waiting = client.clone();
@@ -118,9 +124,10 @@ async fn a_waiter_with_a_hostile_owner_keeps_it_through_the_line() {
     assert_eq!(client.look("$waiters").await.unwrap().holders[0].owner, "$$value");
 }
 
+#[rstest]
 #[tokio::test]
-async fn every_wrong_field_is_named_at_once_and_nothing_is_changed() {
-    let daemon = Daemon::start().await;
+async fn every_wrong_field_is_named_at_once_and_nothing_is_changed(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let request = AcquireRequest {
         key: "a\nb".to_owned(),
@@ -141,9 +148,10 @@ async fn every_wrong_field_is_named_at_once_and_nothing_is_changed() {
     assert!(kept.leases.is_empty());
 }
 
+#[rstest]
 #[tokio::test]
-async fn wrong_durations_are_refused() {
-    let daemon = Daemon::start().await;
+async fn wrong_durations_are_refused(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let wrong = [
         Proto { seconds: -1, nanos: 0 },
@@ -175,9 +183,10 @@ async fn wrong_durations_are_refused() {
     client.get_lease(longest).await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn wrong_keys_and_ids_are_refused_by_every_call() {
-    let daemon = Daemon::start().await;
+async fn wrong_keys_and_ids_are_refused_by_every_call(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let wrong_lease = Some(LeaseRef { key: "x".repeat(513), lease_id: "123".to_owned() });
     let fields = ["lease.key", "lease.lease_id"];
@@ -197,9 +206,10 @@ async fn wrong_keys_and_ids_are_refused_by_every_call() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn oversized_requests_are_past_a_limit_and_harm_nobody() {
-    let daemon = Daemon::start().await;
+async fn oversized_requests_are_past_a_limit_and_harm_nobody(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for (bytes, limit) in [(65 * 1024, "request_bytes"), (2 * 1024 * 1024, "message_bytes")] {
         let status = client.get_lease(ask(&"x".repeat(bytes))).await.unwrap_err();
@@ -216,9 +226,10 @@ async fn oversized_requests_are_past_a_limit_and_harm_nobody() {
     client.get_lease(ask("job")).await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn headers_past_the_limit_are_refused_and_harm_nobody() {
-    let daemon = Daemon::start().await;
+async fn headers_past_the_limit_are_refused_and_harm_nobody(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let mut request = tonic::Request::new(ask("job"));
     request.metadata_mut().insert("x-padding", "p".repeat(17 * 1024).parse().unwrap());
@@ -226,9 +237,10 @@ async fn headers_past_the_limit_are_refused_and_harm_nobody() {
     daemon.client().await.get_lease(ask("job")).await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn an_id_of_one_key_means_nothing_for_another() {
-    let daemon = Daemon::start().await;
+async fn an_id_of_one_key_means_nothing_for_another(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("a")).await.unwrap().lease.unwrap();
     client.get_lease(ask("b")).await.unwrap();

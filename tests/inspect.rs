@@ -6,7 +6,9 @@ use leased_client::Reason;
 use leased_client::v1::{AcquireRequest, LeaseState, ListRequest, ListResponse};
 use tonic::Code;
 
-use crate::support::{Asking, Calls, Daemon, Leases, ask, refusal, secs};
+use rstest::rstest;
+
+use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, refusal, secs};
 
 async fn list(client: &mut Leases, request: ListRequest) -> ListResponse {
     client.list(request).await.unwrap().into_inner()
@@ -16,9 +18,10 @@ fn keys(page: &ListResponse) -> Vec<&str> {
     page.leases.iter().map(|lease| lease.key.as_str()).collect()
 }
 
+#[rstest]
 #[tokio::test]
-async fn get_shows_who_holds_and_never_a_lease_id() {
-    let daemon = Daemon::start().await;
+async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("host".to_owned(), "a1".to_owned()), ("pid".to_owned(), "7".to_owned())]);
     let request = AcquireRequest { metadata: metadata.clone(), ..ask("job").owner("me").ttl(secs(20)) };
@@ -31,16 +34,18 @@ async fn get_shows_who_holds_and_never_a_lease_id() {
     assert!(!format!("{seen:?}").contains(&granted.lease.unwrap().lease_id));
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_key_never_leased_is_unknown() {
-    let daemon = Daemon::start().await;
+async fn a_key_never_leased_is_unknown(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let status = daemon.client().await.look("nothing").await.unwrap_err();
     assert_eq!((status.code(), refusal(&status, "").0), (Code::NotFound, Some(Reason::KeyUnknown)));
 }
 
+#[rstest]
 #[tokio::test]
-async fn list_goes_by_prefix_in_order_a_page_at_a_time() {
-    let daemon = Daemon::start().await;
+async fn list_goes_by_prefix_in_order_a_page_at_a_time(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for key in ["b/2", "a/1", "b/1", "b/10", "b", "c/1", "b/é", "b/\u{10ffff}"] {
         client.get_lease(ask(key)).await.unwrap();
@@ -60,9 +65,10 @@ async fn list_goes_by_prefix_in_order_a_page_at_a_time() {
     assert!(list(&mut client, none).await.leases.is_empty());
 }
 
+#[rstest]
 #[tokio::test]
-async fn free_keys_are_listed_on_demand() {
-    let daemon = Daemon::start().await;
+async fn free_keys_are_listed_on_demand(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("free")).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
@@ -73,9 +79,10 @@ async fn free_keys_are_listed_on_demand() {
     assert_eq!(all.leases[0].state(), LeaseState::Free);
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_page_of_large_records_fits_into_a_message() {
-    let daemon = Daemon::start().await;
+async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("x".to_owned(), "y".repeat(4000))]);
     let mut callers = tokio::task::JoinSet::new();
@@ -98,9 +105,10 @@ async fn a_page_of_large_records_fits_into_a_message() {
     assert_eq!(seen, 1200);
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_page_token_of_another_listing_is_refused() {
-    let daemon = Daemon::start().await;
+async fn a_page_token_of_another_listing_is_refused(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for (prefix, page_token) in [("b/", "a/1"), ("", "a\0b"), ("a", &"x".repeat(600))] {
         let request = ListRequest {

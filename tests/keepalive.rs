@@ -5,13 +5,17 @@ use std::time::Duration;
 use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::{KeepAliveRequest, KeepAliveResponse, LeaseRef, LossReason};
+use rstest::rstest;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
 
-use crate::support::{Asking, Calls, Daemon, Leases, PATIENCE, ask, ms, named, refusal, secs, wrong_fields};
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, PATIENCE, ask, ms, named, refusal, secs,
+    wrong_fields,
+};
 
 /// A keepalive stream as a stub user holds it.
 pub(crate) struct KeepAlive {
@@ -61,9 +65,12 @@ fn lost(outcome: &Outcome) -> LossReason {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_message_that_names_none_touches_all_that_the_stream_carries() {
-    let daemon = Daemon::start().await;
+async fn a_message_that_names_none_touches_all_that_the_stream_carries(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("a").ttl(secs(10))).await.unwrap().lease.unwrap();
     let second = client.get_lease(ask("b").ttl(secs(20))).await.unwrap().lease.unwrap();
@@ -82,9 +89,12 @@ async fn a_message_that_names_none_touches_all_that_the_stream_carries() {
     assert!(kept(&results[1].1) > secs(10));
 }
 
+#[rstest]
 #[tokio::test]
-async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others() {
-    let daemon = Daemon::start().await;
+async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let good = client.get_lease(ask("good")).await.unwrap().lease.unwrap();
     let released = client.get_lease(ask("released")).await.unwrap().lease.unwrap();
@@ -108,9 +118,12 @@ async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others() {
 }
 
 /// The heart of it: nobody renews, so the lease runs out by itself and the next in line has it.
+#[rstest]
 #[tokio::test]
-async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one() {
-    let daemon = Daemon::start().await;
+async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job").ttl(ms(600))).await.unwrap();
     let lease = granted.lease.unwrap();
@@ -131,9 +144,12 @@ async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one() {
     assert_eq!(refusal(&client.renew(&lease).await.unwrap_err(), "loss").1, "displaced");
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field() {
-    let daemon = Daemon::start().await;
+async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     let mut bystander = KeepAlive::open(&mut client).await;
@@ -153,9 +169,10 @@ async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field() {
     kept(&bystander.touch(&[]).await[0].1);
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_stream_carries_only_so_many_leases() {
-    let daemon = Daemon::start_with(|config| config.limits.stream_leases = 3).await;
+async fn a_stream_carries_only_so_many_leases(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start_with(home, |config| config.limits.stream_leases = 3).await;
     let mut client = daemon.client().await;
     let mut stream = KeepAlive::open(&mut client).await;
     let some: Vec<LeaseRef> = (0..4).map(|_| named("job", Uuid::new_v4())).collect();
@@ -170,9 +187,10 @@ async fn a_stream_carries_only_so_many_leases() {
 }
 
 /// Messages are answered as the store answers, not one after the other.
+#[rstest]
 #[tokio::test]
-async fn many_messages_may_be_under_way() {
-    let daemon = Daemon::start().await;
+async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
@@ -187,9 +205,12 @@ async fn many_messages_may_be_under_way() {
     assert_eq!(answered, (1..=50).collect::<Vec<_>>());
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_stream_that_is_closed_by_its_caller_is_answered_to_the_end() {
-    let daemon = Daemon::start().await;
+async fn a_stream_that_is_closed_by_its_caller_is_answered_to_the_end(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     let request = KeepAliveRequest { leases: vec![lease], sequence: 7 };

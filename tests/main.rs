@@ -1,5 +1,5 @@
-//! What leased promises, tried over real gRPC against a real MongoDB. One binary; a module for each behaviour, a
-//! database for each test.
+//! What leased promises, tried over real gRPC, with the embedded store and against a real MongoDB. One binary; a module
+//! for each behaviour, a folder or a database for each test.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 

@@ -5,13 +5,13 @@ use leased::store::mongo::MongoStore;
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
 
-use crate::support::{Asking, Calls, Daemon, ask, eventually, ms, refusal, secs};
+use crate::support::{Asking, Calls, Daemon, MongoDb, ask, eventually, ms, refusal, secs};
 
 #[tokio::test]
 async fn keys_long_free_are_forgotten_and_others_are_not() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
-    let store = MongoStore::connect(&daemon.config.location, daemon.config.rules).await.unwrap();
+    let store = MongoStore::connect(daemon.location(), daemon.config.rules).await.unwrap();
     let mut free = Vec::new();
     for number in 0..30 {
         let granted = client.get_lease(ask(&format!("free/{number}"))).await.unwrap();

@@ -4,12 +4,16 @@ use std::time::Duration;
 
 use leased_client::Reason;
 use leased_client::v1::AcquireResponse;
+use rstest::rstest;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
-use crate::support::{Asking, Calls, Daemon, GRACE, Leases, ask, eventually, line_of, ms, refusal, secs};
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, GRACE, Home, Leases, MongoDb, ask, eventually, line_of, ms, refusal,
+    secs,
+};
 
 type Waiting = JoinHandle<Result<AcquireResponse, Status>>;
 
@@ -24,7 +28,7 @@ async fn stand(client: &mut Leases, owner: &str, place: usize) -> Waiting {
 
 #[tokio::test]
 async fn first_come_first_served_over_two_daemons() {
-    let one = Daemon::start().await;
+    let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut lease = at_one.get_lease(ask("job").owner("0")).await.unwrap().lease.unwrap();
@@ -53,7 +57,7 @@ async fn first_come_first_served_over_two_daemons() {
 /// What travels between daemons is a hint; without any, a look every other second finds it.
 #[tokio::test]
 async fn a_release_at_another_daemon_is_noticed_within_two_seconds_or_little_more() {
-    let one = Daemon::start().await;
+    let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let lease = at_one.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -67,9 +71,12 @@ async fn a_release_at_another_daemon_is_noticed_within_two_seconds_or_little_mor
     assert!(remaining > secs(25), "a foreign grant is claimed with a touch: {remaining:?}");
 }
 
+#[rstest]
 #[tokio::test]
-async fn when_the_wait_runs_out_the_caller_is_told_who_holds_and_leaves_the_line() {
-    let daemon = Daemon::start().await;
+async fn when_the_wait_runs_out_the_caller_is_told_who_holds_and_leaves_the_line(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").owner("holder").ttl(secs(60))).await.unwrap();
     let first = stand(&mut client, "first", 1).await;
@@ -81,9 +88,12 @@ async fn when_the_wait_runs_out_the_caller_is_told_who_holds_and_leaves_the_line
     first.abort();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_call_whose_deadline_ends_while_it_waits_is_answered_before_that() {
-    let daemon = Daemon::start().await;
+async fn a_call_whose_deadline_ends_while_it_waits_is_answered_before_that(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
     let mut request = Request::new(ask("job").wait(secs(60)));
@@ -93,9 +103,10 @@ async fn a_call_whose_deadline_ends_while_it_waits_is_answered_before_that() {
     line_of(&mut client, "job", 0).await;
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_caller_that_hangs_up_leaves_the_line_at_once() {
-    let daemon = Daemon::start().await;
+async fn a_caller_that_hangs_up_leaves_the_line_at_once(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
     let gone = stand(&mut client, "gone", 1).await;
@@ -109,9 +120,12 @@ async fn a_caller_that_hangs_up_leaves_the_line_at_once() {
 }
 
 /// A lost answer to acquire must not leave an orphan: nobody else can know an id that the daemon picked.
+#[rstest]
 #[tokio::test]
-async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease() {
-    let daemon = Daemon::start().await;
+async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for _ in 0..20 {
         let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -130,9 +144,12 @@ async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_holder_that_falls_silent_is_displaced_after_ttl_and_grace_and_not_before() {
-    let daemon = Daemon::start().await;
+async fn a_holder_that_falls_silent_is_displaced_after_ttl_and_grace_and_not_before(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let before = Instant::now();
     client.get_lease(ask("job").ttl(ms(1000))).await.unwrap();
@@ -145,9 +162,10 @@ async fn a_holder_that_falls_silent_is_displaced_after_ttl_and_grace_and_not_bef
     assert!(took < secs(20), "{took:?}");
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_place_outlasts_its_lapse_time_while_its_call_lives() {
-    let daemon = Daemon::start_with(|config| config.rules.place = ms(1000)).await;
+async fn a_place_outlasts_its_lapse_time_while_its_call_lives(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start_with(home, |config| config.rules.place = ms(1000)).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
     let first = stand(&mut client, "first", 1).await;
@@ -162,7 +180,7 @@ async fn a_place_outlasts_its_lapse_time_while_its_call_lives() {
 /// The daemon that held the call is gone without a word; its place lapses and is passed over at its turn.
 #[tokio::test]
 async fn the_waiters_of_a_dead_daemon_are_passed_over() {
-    let daemon = Daemon::start_with(|config| config.rules.place = ms(1500)).await;
+    let daemon = Daemon::start_with(MongoDb, |config| config.rules.place = ms(1500)).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
     // On drain the place of a caller that chose its id is left to it.
@@ -182,7 +200,7 @@ async fn the_waiters_of_a_dead_daemon_are_passed_over() {
 
 #[tokio::test]
 async fn a_caller_of_a_draining_daemon_keeps_its_place_at_another() {
-    let one = Daemon::start().await;
+    let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let lease = at_two.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -205,9 +223,10 @@ async fn a_caller_of_a_draining_daemon_keeps_its_place_at_another() {
 }
 
 /// A client that reconnects repeats its call before the daemon has seen the old one end.
+#[rstest]
 #[tokio::test]
-async fn a_repeated_wait_keeps_the_place_of_the_first() {
-    let daemon = Daemon::start().await;
+async fn a_repeated_wait_keeps_the_place_of_the_first(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
     let request = ask("job").owner("same").id(Uuid::new_v4()).wait(secs(60));
@@ -229,9 +248,10 @@ async fn a_repeated_wait_keeps_the_place_of_the_first() {
     behind.await.unwrap().unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_full_line_takes_no_more() {
-    let daemon = Daemon::start().await;
+async fn a_full_line_takes_no_more(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
     let mut crowd = tokio::task::JoinSet::new();
@@ -251,9 +271,10 @@ async fn a_full_line_takes_no_more() {
     assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld), "who only tries needs no place");
 }
 
+#[rstest]
 #[tokio::test]
-async fn only_so_many_calls_may_wait_at_one_daemon() {
-    let daemon = Daemon::start_with(|config| config.limits.bounds.waiting_calls = 1).await;
+async fn only_so_many_calls_may_wait_at_one_daemon(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start_with(home, |config| config.limits.bounds.waiting_calls = 1).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
     let first = stand(&mut client, "first", 1).await;

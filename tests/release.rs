@@ -5,11 +5,14 @@ use leased_client::v1::LeaseState;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::support::{Asking, Calls, Daemon, ask, line_of, named, refusal, secs};
+use rstest::rstest;
 
+use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, line_of, named, refusal, secs};
+
+#[rstest]
 #[tokio::test]
-async fn a_release_frees_the_key_and_may_be_repeated() {
-    let daemon = Daemon::start().await;
+async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
@@ -21,9 +24,10 @@ async fn a_release_frees_the_key_and_may_be_repeated() {
     client.renew(&next).await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn who_never_held_cannot_release_and_changes_nothing() {
-    let daemon = Daemon::start().await;
+async fn who_never_held_cannot_release_and_changes_nothing(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let held = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     for stranger in [named("job", Uuid::new_v4()), named("never leased", Uuid::new_v4())] {
@@ -37,9 +41,10 @@ async fn who_never_held_cannot_release_and_changes_nothing() {
     assert_eq!(refusal(&client.look("never leased").await.unwrap_err(), "").0, Some(Reason::KeyUnknown));
 }
 
+#[rstest]
 #[tokio::test]
-async fn the_next_in_line_holds_when_a_release_returns() {
-    let daemon = Daemon::start().await;
+async fn the_next_in_line_holds_when_a_release_returns(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     let mut waiting = client.clone();

@@ -5,16 +5,21 @@ use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::{LeaseState, LossReason};
 
 use crate::keepalive::KeepAlive;
-use crate::support::{Asking, Calls, Daemon, ask, line_of, refusal, secs};
+use rstest::rstest;
+
+use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, line_of, refusal, secs};
 
 async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i32 {
     let request = RevokeRequest { key: key.to_owned(), fencing_token, reason: "a test".to_owned() };
     daemon.admin().await.revoke(request).await.unwrap().into_inner().revoked
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_the_key() {
-    let daemon = Daemon::start().await;
+async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_the_key(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
     let lease = granted.lease.unwrap();
@@ -34,9 +39,10 @@ async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_t
     assert_eq!(refusal(&client.give_back(&lease).await.unwrap_err(), "loss").1, "revoked");
 }
 
+#[rstest]
 #[tokio::test]
-async fn without_a_token_every_holder_goes_but_not_who_comes_after() {
-    let daemon = Daemon::start().await;
+async fn without_a_token_every_holder_goes_but_not_who_comes_after(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for _ in 0..3 {
         client.get_lease(ask("pool").shared(3).ttl(secs(60))).await.unwrap();
@@ -50,9 +56,10 @@ async fn without_a_token_every_holder_goes_but_not_who_comes_after() {
     assert_eq!(client.look("pool").await.unwrap().state(), LeaseState::Held);
 }
 
+#[rstest]
 #[tokio::test]
-async fn there_is_nothing_to_revoke_on_a_free_or_unknown_key() {
-    let daemon = Daemon::start().await;
+async fn there_is_nothing_to_revoke_on_a_free_or_unknown_key(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use futures_util::StreamExt;
 use leased_client::Reason;
 use leased_client::v1::WatchRequest;
+use rstest::rstest;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::Code;
@@ -14,7 +15,9 @@ use tonic_health::pb::health_client::HealthClient;
 use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept};
-use crate::support::{Asking, Calls, Daemon, ask, eventually, line_of, refusal, secs};
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, line_of, refusal, secs,
+};
 
 /// The status line and the body of a GET.
 async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
@@ -27,9 +30,10 @@ async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
     Some((head.lines().next()?.to_owned(), body.to_owned()))
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_daemon_whose_store_answers_is_serving_and_ready() {
-    let daemon = Daemon::start().await;
+async fn a_daemon_whose_store_answers_is_serving_and_ready(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut health = HealthClient::new(daemon.channel().await);
     for service in ["", "leased.v1.LeaseService", "leased.v1.AdminService"] {
         let request = HealthCheckRequest { service: service.to_owned() };
@@ -46,9 +50,10 @@ async fn a_daemon_whose_store_answers_is_serving_and_ready() {
     assert!(http(daemon.http, "/livez").await.unwrap().0.contains("200"));
 }
 
+#[rstest]
 #[tokio::test]
-async fn reflection_shows_the_api_in_both_versions() {
-    let daemon = Daemon::start().await;
+async fn reflection_shows_the_api_in_both_versions(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     {
         use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
         use tonic_reflection::pb::v1::{
@@ -92,16 +97,17 @@ async fn reflection_shows_the_api_in_both_versions() {
     }
 }
 
+#[rstest]
 #[tokio::test]
-async fn watch_says_that_it_is_not_served() {
-    let daemon = Daemon::start().await;
+async fn watch_says_that_it_is_not_served(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let status = daemon.client().await.watch(WatchRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
 }
 
 #[tokio::test]
 async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
-    let daemon = Daemon::start().await;
+    let daemon = Daemon::start(MongoDb).await;
     let other = daemon.sibling().await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -144,9 +150,10 @@ async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
 }
 
 /// A peer that never speaks must not hold up the end.
+#[rstest]
 #[tokio::test]
-async fn a_drain_is_bounded() {
-    let daemon = Daemon::start_with(|config| config.drain_timeout = secs(1)).await;
+async fn a_drain_is_bounded(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start_with(home, |config| config.drain_timeout = secs(1)).await;
     let address = daemon.grpc;
     let _silent = TcpStream::connect(address).await.unwrap();
     let mut halfway = TcpStream::connect(address).await.unwrap();

@@ -3,11 +3,14 @@
 use leased_client::Reason;
 use leased_client::v1::Mode;
 
-use crate::support::{Asking, Calls, Daemon, ask, line_of, refusal, secs};
+use rstest::rstest;
 
+use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, line_of, refusal, secs};
+
+#[rstest]
 #[tokio::test]
-async fn shared_holders_hold_together_up_to_the_limit_they_name() {
-    let daemon = Daemon::start().await;
+async fn shared_holders_hold_together_up_to_the_limit_they_name(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("pool").shared(2)).await.unwrap();
     let second = client.get_lease(ask("pool").shared(2)).await.unwrap();
@@ -20,9 +23,10 @@ async fn shared_holders_hold_together_up_to_the_limit_they_name() {
     assert!(seen.holders.iter().all(|holder| holder.mode() == Mode::Shared));
 }
 
+#[rstest]
 #[tokio::test]
-async fn exclusive_and_shared_keep_each_other_out() {
-    let daemon = Daemon::start().await;
+async fn exclusive_and_shared_keep_each_other_out(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let alone = client.get_lease(ask("pool")).await.unwrap().lease.unwrap();
     assert_eq!(
@@ -34,9 +38,12 @@ async fn exclusive_and_shared_keep_each_other_out() {
     assert_eq!(refusal(&client.get_lease(ask("pool")).await.unwrap_err(), "").0, Some(Reason::LeaseHeld));
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one() {
-    let daemon = Daemon::start().await;
+async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let reader = client.get_lease(ask("pool").shared(0).ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut waiting = client.clone();
@@ -56,9 +63,10 @@ async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one() {
     assert!(late.await.unwrap().unwrap().fencing_token > writer.fencing_token);
 }
 
+#[rstest]
 #[tokio::test]
-async fn one_release_admits_all_shared_waiters_at_the_head() {
-    let daemon = Daemon::start().await;
+async fn one_release_admits_all_shared_waiters_at_the_head(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let writer = client.get_lease(ask("pool").ttl(secs(60))).await.unwrap().lease.unwrap();
     let readers: Vec<_> = (0..5)

@@ -5,20 +5,26 @@ use leased_client::v1::LeaseState;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::support::{Asking, Calls, Daemon, ask, eventually, ms, named, refusal, secs};
+use rstest::rstest;
 
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, ms, named, refusal, secs,
+};
+
+#[rstest]
 #[tokio::test]
-async fn a_touch_gives_the_whole_ttl_again() {
-    let daemon = Daemon::start().await;
+async fn a_touch_gives_the_whole_ttl_again(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(20))).await.unwrap().lease.unwrap();
     let remaining = client.renew(&lease).await.unwrap();
     assert!(remaining <= secs(20) && remaining > secs(15), "{remaining:?}");
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life() {
-    let daemon = Daemon::start().await;
+async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job").ttl(ms(100))).await.unwrap();
     eventually(async || client.look("job").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed))
@@ -28,9 +34,12 @@ async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life() {
     assert_eq!(seen.fencing_token, granted.fencing_token);
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why() {
-    let daemon = Daemon::start().await;
+async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(ms(100))).await.unwrap().lease.unwrap();
     let next = client.get_lease(ask("job").wait(secs(30))).await.unwrap();
@@ -42,9 +51,10 @@ async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why() {
     client.renew(&next.lease.unwrap()).await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_lease_that_never_was_cannot_be_touched() {
-    let daemon = Daemon::start().await;
+async fn a_lease_that_never_was_cannot_be_touched(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let status = client.renew(&named("job", Uuid::new_v4())).await.unwrap_err();
     assert_eq!(refusal(&status, "loss"), (Some(Reason::LeaseLost), String::new()));

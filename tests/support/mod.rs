@@ -1,16 +1,20 @@
-//! Daemons in-process over a database of their own, and requests as tests write them.
+//! Daemons in-process over a store of their own, and requests as tests write them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use leased::config::{Args, Config};
+use leased::config::{Args, Config, Place};
 use leased::server::{self, Listeners};
-use leased::store::mongo::MongoStore;
+use leased::store::Store;
+use leased::store::embedded::{EmbeddedStore, OpenError};
+use leased::store::mongo::{Location, MongoStore};
 use leased_client::Reason;
 use leased_client::v1::admin_service_client::AdminServiceClient;
 use leased_client::v1::lease_service_client::LeaseServiceClient;
 use leased_client::v1::{self, AcquireRequest, AcquireResponse, LeaseRef};
 use mongodb::bson::Document;
+use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -25,6 +29,15 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// The grace of daemons in tests.
 pub(crate) const GRACE: Duration = Duration::from_millis(200);
 
+/// Where a daemon keeps its leases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Home {
+    Embedded,
+    MongoDb,
+}
+
+pub(crate) use Home::{Embedded, MongoDb};
+
 /// A daemon in this process.
 pub(crate) struct Daemon {
     pub config: Config,
@@ -33,48 +46,68 @@ pub(crate) struct Daemon {
     endpoint: Endpoint,
     shutdown: CancellationToken,
     task: JoinHandle<anyhow::Result<()>>,
+    /// Removed with the last daemon that uses it.
+    folder: Option<Arc<TempDir>>,
 }
 
 impl Daemon {
-    /// Over a new database of the MongoDB that all tests share.
-    pub(crate) async fn start() -> Self {
-        Self::start_with(|_| {}).await
+    /// Over a new folder, or over a new database of the MongoDB that all tests share.
+    pub(crate) async fn start(home: Home) -> Self {
+        Self::start_with(home, |_| {}).await
     }
 
-    pub(crate) async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
-        let uri = throwaway_mongodb::shared().await.unwrap();
-        Self::over(uri, change).await
+    pub(crate) async fn start_with(home: Home, change: impl FnOnce(&mut Config)) -> Self {
+        match home {
+            Embedded => {
+                let folder = tempfile::tempdir().unwrap();
+                let mut config = config(&["--data-dir", folder.path().to_str().unwrap()]);
+                change(&mut config);
+                Self::with(config, Some(Arc::new(folder))).await
+            }
+            MongoDb => Self::over(throwaway_mongodb::shared().await.unwrap(), change).await,
+        }
     }
 
     /// Over a new database of the MongoDB at `uri`.
     pub(crate) async fn over(uri: &str, change: impl FnOnce(&mut Config)) -> Self {
         let database = format!("leased-test-{}", Uuid::new_v4());
-        let grace = format!("{}ms", GRACE.as_millis());
-        let options = ["leased", "--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--grace", &grace];
-        let store = ["--mongodb-uri", uri, "--mongodb-database", &database];
-        let args = Args::try_parse_from(options.iter().chain(&store)).unwrap();
-        let mut config = Config::try_from(args).unwrap();
+        let mut config = config(&["--mongodb-uri", uri, "--mongodb-database", &database]);
         change(&mut config);
-        Self::with(config).await
+        Self::with(config, None).await
     }
 
     /// Another daemon over the same database.
     pub(crate) async fn sibling(&self) -> Self {
-        Self::with(self.config.clone()).await
+        Self::with(self.config.clone(), None).await
     }
 
-    pub(crate) async fn with(config: Config) -> Self {
-        let store = MongoStore::connect(&config.location, config.rules).await.unwrap();
+    /// Drains, waits for the end, and starts over the same leases.
+    pub(crate) async fn restart(self) -> Self {
+        let (config, folder) = (self.config.clone(), self.folder.clone());
+        self.stop().await;
+        Self::with(config, folder).await
+    }
+
+    async fn with(config: Config, folder: Option<Arc<TempDir>>) -> Self {
         let listeners = Listeners::bind(&config).await.unwrap();
-        let grpc = listeners.grpc().unwrap();
+        let (grpc, http) = (listeners.grpc().unwrap(), listeners.http().unwrap().unwrap());
         let endpoint = Endpoint::from_shared(format!("http://{grpc}")).unwrap();
-        let http = listeners.http().unwrap().unwrap();
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn({
-            let (config, shutdown) = (config.clone(), shutdown.clone());
-            async move { server::run(listeners, store, &config, shutdown).await }
-        });
-        Self { config, http, grpc, endpoint, shutdown, task }
+        let task = match &config.place {
+            Place::Folder(folder) => {
+                // A daemon that has just ended may still be about to close its file.
+                let store = eventually(async || match EmbeddedStore::open(folder, config.rules).await {
+                    Err(OpenError::InUse(_)) => None,
+                    opened => Some(opened.unwrap()),
+                });
+                serve(listeners, store.await, &config, &shutdown)
+            }
+            Place::MongoDb(location) => {
+                let store = MongoStore::connect(location, config.rules).await.unwrap();
+                serve(listeners, store, &config, &shutdown)
+            }
+        };
+        Self { config, http, grpc, endpoint, shutdown, task, folder }
     }
 
     pub(crate) async fn channel(&self) -> Channel {
@@ -101,15 +134,39 @@ impl Daemon {
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
     }
 
+    /// Where a daemon over MongoDB has its records.
+    pub(crate) fn location(&self) -> &Location {
+        match &self.config.place {
+            Place::MongoDb(location) => location,
+            Place::Folder(folder) => panic!("the leases are in {}", folder.display()),
+        }
+    }
+
     /// The daemon's collection, to look at and to damage.
     pub(crate) async fn collection(&self) -> mongodb::Collection<Document> {
-        self.database().await.collection(&self.config.location.collection)
+        self.database().await.collection(&self.location().collection)
     }
 
     pub(crate) async fn database(&self) -> mongodb::Database {
-        let client = mongodb::Client::with_uri_str(&self.config.location.uri).await.unwrap();
-        client.database(&self.config.location.database)
+        let client = mongodb::Client::with_uri_str(&self.location().uri).await.unwrap();
+        client.database(&self.location().database)
     }
+}
+
+fn config(store: &[&str]) -> Config {
+    let grace = format!("{}ms", GRACE.as_millis());
+    let options = ["leased", "--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--grace", &grace];
+    Config::try_from(Args::try_parse_from(options.iter().chain(store)).unwrap()).unwrap()
+}
+
+fn serve<S: Store>(
+    listeners: Listeners,
+    store: S,
+    config: &Config,
+    shutdown: &CancellationToken,
+) -> JoinHandle<anyhow::Result<()>> {
+    let (config, shutdown) = (config.clone(), shutdown.clone());
+    tokio::spawn(async move { server::run(listeners, store, &config, shutdown).await })
 }
 
 /// An exclusive try at `key`.
