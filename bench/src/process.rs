@@ -1,47 +1,77 @@
-//! The daemon under load, in a process of its own, and what processes spend of the processors.
+//! Those under load, each in a process of its own, and what processes spend of the processors.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use tokio::time::{Instant, sleep};
 
-/// A daemon that ends with this program.
+use crate::etcd;
+
+/// A process under load; it and its data end with this program.
 #[derive(Debug)]
-pub(crate) struct Daemon {
+pub(crate) struct Process {
+    name: &'static str,
     child: Child,
-    endpoint: String,
+    folder: PathBuf,
 }
 
-impl Daemon {
-    /// Starts `binary`, or the one beside this program, over the MongoDB at `uri`.
-    pub(crate) fn start(binary: Option<PathBuf>, uri: &str) -> Result<Self> {
+impl Process {
+    /// Starts `binary`, or the daemon beside this program, over the MongoDB at `uri` or with its embedded store.
+    /// Returns where it listens.
+    pub(crate) fn leased(binary: Option<&Path>, uri: Option<&str>) -> Result<(String, Self)> {
         let beside = || Ok::<_, anyhow::Error>(std::env::current_exe()?.with_file_name("leased"));
-        let binary = binary.map_or_else(beside, Ok)?;
-        let mut child = Command::new(&binary)
-            .args([
-                "--listen=127.0.0.1:0",
-                "--http-listen=off",
-                "--mongodb-database=leased-bench",
-                "--log-level=warn",
-            ])
-            .env("LEASED_MONGODB_URI", uri)
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| {
-                format!("cannot run {}; build it with cargo build --release", binary.display())
-            })?;
+        let binary = binary.map_or_else(beside, |binary| Ok(binary.to_owned()))?;
+        let folder = new_folder()?;
+        let mut command = Command::new(&binary);
+        command
+            .args(["--listen=127.0.0.1:0", "--http-listen=off", "--log-level=warn", "--data-dir"])
+            .arg(&folder);
+        command.env_remove("LEASED_MONGODB_URI").stdout(Stdio::piped());
+        if let Some(uri) = uri {
+            command.env("LEASED_MONGODB_URI", uri).arg("--mongodb-database=leased-bench");
+        }
+        let child = command.spawn().with_context(|| {
+            format!("cannot run {}; build it with cargo build --release", binary.display())
+        })?;
+        let mut process = Self { name: "leased", child, folder };
         let mut ready = String::new();
-        BufReader::new(child.stdout.take().context("the daemon's output")?).read_line(&mut ready)?;
+        BufReader::new(process.child.stdout.take().context("the daemon's output")?).read_line(&mut ready)?;
         let address = ready.split_whitespace().find_map(|word| word.strip_prefix("grpc="));
-        let endpoint = format!("http://{}", address.context("the daemon did not become ready")?);
-        Ok(Self { child, endpoint })
+        Ok((format!("http://{}", address.context("the daemon did not become ready")?), process))
     }
 
-    pub(crate) fn endpoint(&self) -> &str {
-        &self.endpoint
+    /// Starts etcd with one node, as it comes.
+    pub(crate) async fn etcd() -> Result<(String, Self)> {
+        let [client, peer] = [free_address()?, free_address()?];
+        let folder = new_folder()?;
+        let mut command = Command::new("etcd");
+        command.arg("--data-dir").arg(folder.join("data")).args(["--listen-client-urls", &client]);
+        command.args(["--advertise-client-urls", &client, "--listen-peer-urls", &peer]);
+        command.args([
+            "--initial-advertise-peer-urls",
+            &peer,
+            "--initial-cluster",
+            &format!("default={peer}"),
+        ]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().context("cannot run etcd; Debian's package is etcd-server")?;
+        let process = Self { name: "etcd", child, folder };
+        let start = Instant::now();
+        while !etcd::answers(&client).await {
+            ensure!(start.elapsed() < Duration::from_secs(30), "etcd does not answer");
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok((client, process))
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -49,11 +79,32 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+impl Drop for Process {
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
+        drop(fs::remove_dir_all(&self.folder));
     }
+}
+
+/// Whether a program is on the `PATH`.
+pub(crate) fn is_installed(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
+/// An empty folder beside this program, so on the disk that builds are on and not in memory.
+fn new_folder() -> Result<PathBuf> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("bench-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let folder = std::env::current_exe()?.with_file_name(name);
+    fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    Ok(folder)
+}
+
+fn free_address() -> Result<String> {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    Ok(format!("http://127.0.0.1:{port}"))
 }
 
 /// Processor time at an instant, by process; this program is one of them.
@@ -61,9 +112,8 @@ impl Drop for Daemon {
 pub(crate) struct Cpu(Vec<(&'static str, u32, Duration)>);
 
 impl Cpu {
-    pub(crate) fn now(processes: &[(&'static str, Option<u32>)]) -> Self {
-        let own = ("load", Some(std::process::id()));
-        let known = processes.iter().copied().chain([own]).filter_map(|(name, id)| Some((name, id?)));
+    pub(crate) fn now(processes: &[(&'static str, u32)]) -> Self {
+        let known = processes.iter().copied().chain([("load", std::process::id())]);
         Self(known.filter_map(|(name, id)| Some((name, id, cpu_time(id)?))).collect())
     }
 

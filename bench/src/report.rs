@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::Round;
+use crate::{Contender, Round};
 
 /// One round's pairs.
 #[derive(Debug)]
@@ -48,12 +48,12 @@ impl Pairs {
 /// All rounds.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
-    rates: BTreeMap<&'static str, Vec<f64>>,
+    rates: BTreeMap<Contender, Vec<f64>>,
 }
 
 impl Report {
     /// Notes and prints a round.
-    pub(crate) fn add(&mut self, kind: &'static str, round: u64, pairs: Pairs, cpu: &[(&str, Duration)]) {
+    pub(crate) fn add(&mut self, who: Contender, round: u64, pairs: &Pairs, cpu: &[(&str, Duration)]) {
         let rate = pairs.rate();
         let [p50, p99] =
             [0.5, 0.99].map(|quantile| Duration::from_micros(pairs.latencies.value_at_quantile(quantile)));
@@ -64,24 +64,36 @@ impl Report {
             })
             .collect();
         println!(
-            "round {round}  {kind:<16} {rate:>8.0} pairs/s  p50 {p50:>9.2?}  p99 {p99:>9.2?}  cpu: {}",
+            "round {round}  {:<10} {rate:>8.0} pairs/s  p50 {p50:>9.2?}  p99 {p99:>9.2?}  cpu: {}",
+            format!("{who:?}"),
             cpu.join(", ")
         );
-        self.rates.entry(kind).or_default().push(rate);
+        self.rates.entry(who).or_default().push(rate);
     }
 
     /// Prints the medians and their ratio.
     pub(crate) fn print(mut self, round: Round) {
         println!("\n{} callers, {:?} a round; median (least .. most) pairs/s", round.callers, round.time);
-        let mut medians = Vec::new();
-        for (kind, rates) in &mut self.rates {
-            rates.sort_by(f64::total_cmp);
-            let median = rates[rates.len() / 2];
-            println!("  {kind:<16} {median:>8.0} ({:.0} .. {:.0})", rates[0], rates[rates.len() - 1]);
-            medians.push((*kind, median));
-        }
-        if let [(direct, slow), (leased, fast)] = medians[..] {
-            println!("  {leased} / {direct}: {:.2}", fast / slow);
+        let medians: Vec<(Contender, f64)> = self
+            .rates
+            .iter_mut()
+            .map(|(who, rates)| {
+                rates.sort_by(f64::total_cmp);
+                let median = rates[rates.len() / 2];
+                println!(
+                    "  {:<10} {median:>8.0} ({:.0} .. {:.0})",
+                    format!("{who:?}"),
+                    rates[0],
+                    rates[rates.len() - 1]
+                );
+                (*who, median)
+            })
+            .collect();
+        let of_leased = |who| matches!(who, Contender::Embedded | Contender::Mongodb);
+        for (leased, fast) in medians.iter().filter(|(who, _)| of_leased(*who)) {
+            for (other, slow) in medians.iter().filter(|(who, _)| !of_leased(*who)) {
+                println!("  {leased:?} / {other:?}: {:.2}", fast / slow);
+            }
         }
     }
 }
