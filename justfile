@@ -1,7 +1,11 @@
 # What contributors run; each line is plain cargo. `just --list` shows all.
 
-# The daemon with a throwaway MongoDB.
+# The daemon with its embedded store.
 run *OPTIONS:
+    cargo run --bin leased -- {{OPTIONS}}
+
+# The daemon over a throwaway MongoDB.
+run-mongodb *OPTIONS:
     cargo run -p throwaway-mongodb -- cargo run --bin leased -- {{OPTIONS}}
 
 # All tests; fetches a mongod if there is none.
@@ -12,11 +16,11 @@ test:
 ci:
     bash .ci/run
 
-# The specification against the database, for longer.
+# The specification against both stores, for longer.
 differential CASES="20000":
     LEASED_DIFFERENTIAL_CASES={{CASES}} cargo test -p leased --lib differential
 
-# Acquire and release pairs, beside plain findOneAndUpdate.
+# Acquire and release pairs, beside others.
 bench *OPTIONS:
     cargo build --release -p leased -p leased-bench
     cargo run --release -p leased-bench -- {{OPTIONS}}
