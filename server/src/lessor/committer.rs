@@ -6,15 +6,15 @@
 //! whatever becomes of the calls that wait for it.
 
 use std::collections::{HashMap, VecDeque};
-use std::mem::take;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::yield_now;
+use tokio::time::Instant;
 
-use super::line::Line;
+use super::audience::Audience;
 use super::part::{Gathered, Part};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
@@ -34,7 +34,7 @@ pub(super) struct Committer<S> {
     store: Arc<S>,
     /// Batches in flight at once.
     lanes: usize,
-    line: Arc<Line>,
+    audience: Arc<Audience>,
     deadline: Duration,
     state: Mutex<State>,
     idle: Notify,
@@ -92,20 +92,20 @@ impl Reply {
     }
 }
 
-/// One key's share of a batch in flight.
-struct Taken {
-    key: Key,
-    edit: Edit,
-    replies: Vec<Reply>,
+/// What is committed together, and who waits for each key's record.
+#[derive(Default)]
+struct Batch {
+    edits: Vec<(Key, Edit)>,
+    replies: Vec<Vec<Reply>>,
 }
 
 impl<S: Store> Committer<S> {
     /// `deadline`: how long a batch is repeated after failures.
-    pub(super) fn new(store: Arc<S>, line: Arc<Line>, deadline: Duration) -> Self {
+    pub(super) fn new(store: Arc<S>, audience: Arc<Audience>, deadline: Duration) -> Self {
         Self {
             lanes: store.lanes(),
             store,
-            line,
+            audience,
             deadline,
             state: Mutex::default(),
             idle: Notify::new(),
@@ -174,47 +174,51 @@ impl<S: Store> Committer<S> {
         loop {
             // What came in together with the first part, or was answered by the last batch, is about to add its own.
             yield_now().await;
-            let mut batch = {
+            let Batch { edits, replies } = {
                 let mut state = self.state();
                 let batch = state.take_batch();
-                if batch.is_empty() {
+                if batch.edits.is_empty() {
                     state.batches -= 1;
                     break;
                 }
                 batch
             };
-            let edits = batch.iter_mut().map(|taken| (taken.key.clone(), take(&mut taken.edit))).collect();
-            let outcome = self.store.commit(edits, self.deadline).await;
-            let keys = self.answer(batch, outcome);
-            self.state().landed(&keys);
+            let edits = Arc::new(edits);
+            let sent_at = Instant::now();
+            let outcome = self.store.commit(Arc::clone(&edits), self.deadline).await;
+            self.answer(&edits, replies, sent_at, outcome);
+            self.state().landed(&edits);
         }
         self.idle.notify_waiters();
     }
 
-    /// Tells the calls that wait in line, then those that wait for this commit. Returns the keys.
-    fn answer(&self, batch: Vec<Taken>, outcome: Result<Vec<Snapshot>, StoreError>) -> Vec<Key> {
+    /// Tells all who hear of records, then the calls that wait for this commit.
+    fn answer(
+        &self,
+        edits: &[(Key, Edit)],
+        replies: Vec<Vec<Reply>>,
+        sent_at: Instant,
+        outcome: Result<Vec<Snapshot>, StoreError>,
+    ) {
         let mut records = match outcome {
             Ok(records) => Ok(records.into_iter().map(Arc::new)),
             Err(error) => {
-                tracing::warn!(keys = batch.len(), %error, "a batch failed");
+                tracing::warn!(keys = edits.len(), %error, "a batch failed");
                 Err(error)
             }
         };
-        let mut keys = Vec::with_capacity(batch.len());
-        for taken in batch {
+        for ((_, edit), replies) in edits.iter().zip(replies) {
             let answer = match &mut records {
                 Ok(records) => records.next().ok_or_else(lost),
                 Err(error) => Err(error.clone()),
             };
             if let Ok(record) = &answer {
-                self.line.observe(record);
+                self.audience.own(record, edit.touched(), sent_at);
             }
-            for reply in taken.replies {
+            for reply in replies {
                 reply.send(answer.clone());
             }
-            keys.push(taken.key);
         }
-        keys
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -233,10 +237,10 @@ impl State {
     }
 
     /// The next batch; its keys are in flight from here on.
-    fn take_batch(&mut self) -> Vec<Taken> {
-        let mut batch = Vec::new();
+    fn take_batch(&mut self) -> Batch {
+        let mut batch = Batch::default();
         let mut bytes = 0;
-        while batch.len() < BATCH_KEYS && bytes < BATCH_BYTES {
+        while batch.edits.len() < BATCH_KEYS && bytes < BATCH_BYTES {
             let Some(key) = self.ready.pop_front() else { break };
             let Some(slot) = self.slots.get_mut(&key) else { continue };
             let (edit, replies, weight) = slot.take_edit();
@@ -246,14 +250,15 @@ impl State {
             }
             slot.in_flight = true;
             bytes += weight;
-            batch.push(Taken { key, edit, replies });
+            batch.edits.push((key, edit));
+            batch.replies.push(replies);
         }
         batch
     }
 
     /// Frees keys whose batch has returned.
-    fn landed(&mut self, keys: &[Key]) {
-        for key in keys {
+    fn landed(&mut self, edits: &[(Key, Edit)]) {
+        for (key, _) in edits {
             let Some(slot) = self.slots.get_mut(key) else { continue };
             slot.in_flight = false;
             if slot.gathering.is_empty() {

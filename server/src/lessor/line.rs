@@ -3,7 +3,7 @@
 //! Their places are in the records, where every daemon sees them; here is only whom to tell when a record says that
 //! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* every
 //! one to two seconds for what other daemons did, if there can be others, and a *refresh* of the places well before
-//! they lapse. Whoever learns of foreign changes sooner may call [`Line::observe_foreign`].
+//! they lapse. A feed of others' changes is usually sooner than a check; the checks are the net under it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::audience::{self, Audience};
 use super::committer::Committer;
 use super::part::Part;
 use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot, Standing};
@@ -20,8 +21,6 @@ use crate::store::Store;
 
 /// A release that another daemon committed is noticed within two seconds, the way to the store included.
 const CHECK: std::ops::Range<u64> = 1000..1800;
-/// Keys read with one command.
-const CHECK_KEYS: usize = 1000;
 /// Longer than any timer is set for.
 const FAR: Duration = Duration::from_secs(3600);
 
@@ -175,6 +174,9 @@ impl Line {
         let mut state = self.state();
         let key = &snapshot.record.key;
         let Some(waiting) = state.keys.get_mut(key) else { return Vec::new() };
+        if waiting.latest.as_ref().is_some_and(|latest| latest.record.is_newer_than(&snapshot.record)) {
+            return Vec::new();
+        }
         waiting.note(snapshot, &self.rules);
         let in_line: HashSet<LeaseId> =
             snapshot.record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
@@ -182,6 +184,26 @@ impl Line {
         let claims = claims.map(|acquisition| (key.clone(), Part::Acquire(acquisition))).collect();
         self.rearm(&mut state, key);
         claims
+    }
+
+    /// Takes note that the key has no record, and returns what to commit: its calls join the line anew.
+    pub(super) fn missing(&self, key: &Key) -> Vec<(Key, Part)> {
+        let state = self.state();
+        let Some(waiting) = state.keys.get(key) else { return Vec::new() };
+        waiting.acquisitions().map(|acquisition| (key.clone(), Part::Acquire(acquisition))).collect()
+    }
+
+    /// Whether calls wait for the key, and have not seen its record as of `rev`.
+    pub(super) fn wants(&self, key: &Key, rev: Option<i64>) -> bool {
+        let state = self.state();
+        let Some(waiting) = state.keys.get(key) else { return false };
+        let seen = waiting.latest.as_ref().map(|latest| latest.record.rev);
+        rev.is_none() || seen < rev
+    }
+
+    /// The keys for which calls wait.
+    pub(super) fn keys(&self) -> Vec<Key> {
+        self.state().keys.keys().cloned().collect()
     }
 
     /// Tells a call that its place could not be kept.
@@ -328,10 +350,11 @@ struct Chores {
 /// Looks after the line until the daemon drains. Places last on for a while, so that their callers can go on
 /// elsewhere.
 pub(super) async fn keep<S: Store>(
-    line: Arc<Line>,
+    audience: Arc<Audience>,
     committer: Arc<Committer<S>>,
     draining: CancellationToken,
 ) {
+    let line = &audience.line;
     loop {
         tokio::select! {
             () = draining.cancelled() => return,
@@ -342,14 +365,14 @@ pub(super) async fn keep<S: Store>(
         committer.submit_unanswered(chores.nudges.into_iter().map(|key| (key, Part::Nudge)));
         if !chores.refreshed.is_empty() {
             tokio::spawn(refresh(
-                Arc::clone(&line),
+                Arc::clone(line),
                 Arc::clone(&committer),
                 chores.refreshes,
                 chores.refreshed,
             ));
         }
-        for keys in chores.checks.chunks(CHECK_KEYS) {
-            tokio::spawn(check(Arc::clone(&line), Arc::clone(&committer), keys.to_vec()));
+        if !chores.checks.is_empty() {
+            tokio::spawn(check(Arc::clone(&audience), Arc::clone(&committer), chores.checks));
         }
     }
 }
@@ -375,11 +398,7 @@ async fn refresh<S: Store>(
 }
 
 /// Looks at records that other daemons may have changed.
-async fn check<S: Store>(line: Arc<Line>, committer: Arc<Committer<S>>, keys: Vec<Key>) {
-    if let Ok(found) = committer.store().read(keys.clone()).await {
-        for snapshot in found {
-            committer.submit_unanswered(line.observe_foreign(&Arc::new(snapshot)));
-        }
-    }
-    line.rest(&keys);
+async fn check<S: Store>(audience: Arc<Audience>, committer: Arc<Committer<S>>, keys: Vec<Key>) {
+    audience::read(&audience, &committer, &keys).await;
+    audience.line.rest(&keys);
 }

@@ -4,9 +4,12 @@
 //! commit returned. A call that waits has its place in the record; [`line`](mod@line) only remembers whom to tell.
 
 mod acquire;
+mod audience;
+mod carried;
 mod committer;
 mod line;
 mod part;
+mod watchers;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +19,12 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 pub use acquire::{Acquired, Call, Grant, Origin, Refusal};
+use audience::Audience;
+use carried::Carried;
 use committer::Committer;
 use line::Line;
 use part::Part;
+use watchers::Watchers;
 
 use crate::lease::{FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing};
 use crate::store::{ListQuery, Outcome, Page, Store, StoreError};
@@ -103,8 +109,12 @@ impl<S: Store> Lessor<S> {
     #[must_use]
     pub fn start(store: S, bounds: Bounds, draining: CancellationToken) -> Self {
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
-        let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&line), bounds.call));
-        tokio::spawn(line::keep(Arc::clone(&line), Arc::clone(&committer), draining.clone()));
+        let carried = Arc::new(Carried::default());
+        let watchers = Arc::new(Watchers::default());
+        let audience = Arc::new(Audience { line: Arc::clone(&line), carried, watchers });
+        let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
+        tokio::spawn(line::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tokio::spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         let room = Arc::new(Semaphore::new(bounds.queued_commands));
         Self { committer, line, room, bounds, draining }
     }

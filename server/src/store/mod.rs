@@ -6,9 +6,12 @@ pub mod embedded;
 pub mod mongo;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
 
@@ -27,7 +30,7 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError`]; what it says of the outcome holds for every edit of the batch.
     fn commit(
         &self,
-        batch: Vec<(Key, Edit)>,
+        batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
 
@@ -58,11 +61,37 @@ pub trait Store: Send + Sync + 'static {
     /// The rules that commits obey.
     fn rules(&self) -> Rules;
 
+    /// Tells of changes that others make, until `draining` is cancelled or nobody listens any more; at once if there
+    /// are no others. Changes of this daemon's own may be among them.
+    fn feed(
+        &self,
+        events: mpsc::Sender<FeedEvent>,
+        draining: CancellationToken,
+    ) -> impl Future<Output = ()> + Send;
+
+    /// How far what the feed has told may be behind; `None` while there is no feed, because nobody else commits here
+    /// or it cannot be had.
+    fn feed_lag(&self) -> Option<Duration>;
+
     /// Batches that are worth having in flight at once.
     fn lanes(&self) -> usize;
 
     /// Whether others commit here too, so that records change without this daemon's doing.
     fn is_shared(&self) -> bool;
+}
+
+/// What a store tells of changes. A hint: it may come late or twice, and says when it may have missed some.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FeedEvent {
+    /// Someone came to the key, went, or was admitted; a touch alone is not told.
+    Changed {
+        /// Whose record it is.
+        key: Key,
+        /// Its revision after the change; `None` if that is not known, or the record is gone.
+        rev: Option<i64>,
+    },
+    /// Changes may have been missed before this: it comes first of all, and after every failure.
+    Gap,
 }
 
 /// Which records a page holds.

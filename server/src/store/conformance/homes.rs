@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::wrongs::Wrong;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
-use crate::store::{ListQuery, Page, Store, StoreError, makes_record};
+use crate::store::{FeedEvent, ListQuery, Page, Store, StoreError, makes_record};
 
 /// Who applies the edits of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +112,7 @@ impl Applier {
             }
             Self::Store(store) => {
                 store.set_clock(now);
-                let committed = wait_for(store.commit(batch, Duration::from_secs(30)));
+                let committed = wait_for(store.commit(Arc::new(batch), Duration::from_secs(30)));
                 let snapshots = committed.unwrap_or_else(|error| panic_any(Unanswered(error)));
                 snapshots.into_iter().map(|snapshot| snapshot.record).collect()
             }
@@ -147,7 +149,11 @@ impl TestStore {
 }
 
 impl Store for TestStore {
-    async fn commit(&self, batch: Vec<(Key, Edit)>, deadline: Duration) -> Result<Vec<Snapshot>, StoreError> {
+    async fn commit(
+        &self,
+        batch: Arc<Vec<(Key, Edit)>>,
+        deadline: Duration,
+    ) -> Result<Vec<Snapshot>, StoreError> {
         match self {
             Self::Embedded(store, _) => store.commit(batch, deadline).await,
             Self::MongoDb(store) => store.commit(batch, deadline).await,
@@ -193,6 +199,20 @@ impl Store for TestStore {
         match self {
             Self::Embedded(store, _) => store.lanes(),
             Self::MongoDb(store) => store.lanes(),
+        }
+    }
+
+    async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
+        match self {
+            Self::Embedded(store, _) => store.feed(events, draining).await,
+            Self::MongoDb(store) => store.feed(events, draining).await,
+        }
+    }
+
+    fn feed_lag(&self) -> Option<Duration> {
+        match self {
+            Self::Embedded(store, _) => store.feed_lag(),
+            Self::MongoDb(store) => store.feed_lag(),
         }
     }
 

@@ -43,7 +43,7 @@ pub(super) fn empty(home: Home) -> TestStore {
 }
 
 pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    wait_for(store.commit(batch, PATIENCE)).expect("a commit")
+    wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("a commit")
 }
 
 /// Leases of these names, all held.

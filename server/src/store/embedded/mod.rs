@@ -16,14 +16,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use redb::ReadableDatabase;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
+use tokio_util::sync::CancellationToken;
 
 pub use file::OpenError;
 use file::{DataFile, RECORDS};
 use writer::{Failure, Home, Writer};
 
-use super::{ListQuery, Page, StartError, Store, StoreError, repeat};
+use super::{FeedEvent, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// Reads at once; each is a thread while it lasts.
@@ -77,8 +78,11 @@ impl EmbeddedStore {
 type Records = redb::ReadOnlyTable<&'static str, &'static [u8]>;
 
 impl Store for EmbeddedStore {
-    async fn commit(&self, batch: Vec<(Key, Edit)>, deadline: Duration) -> Result<Vec<Snapshot>, StoreError> {
-        let batch = Arc::new(batch);
+    async fn commit(
+        &self,
+        batch: Arc<Vec<(Key, Edit)>>,
+        deadline: Duration,
+    ) -> Result<Vec<Snapshot>, StoreError> {
         repeat(deadline, async || Ok(self.writer.commit(&batch, deadline).await?)).await
     }
 
@@ -123,6 +127,12 @@ impl Store for EmbeddedStore {
     /// One thread writes; a second batch would only make both smaller.
     fn lanes(&self) -> usize {
         1
+    }
+
+    async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
+
+    fn feed_lag(&self) -> Option<Duration> {
+        None
     }
 
     fn is_shared(&self) -> bool {
@@ -213,7 +223,7 @@ mod tests {
             (0..keys).map(|name| (key(&format!("report/{number}/{name}")), LeaseId::random())).collect();
         for names in names.chunks(1000) {
             let batch = |edit: &dyn Fn(LeaseId) -> Edit| {
-                names.iter().map(|(key, id)| (key.clone(), edit(*id))).collect()
+                Arc::new(names.iter().map(|(key, id)| (key.clone(), edit(*id))).collect())
             };
             store.commit(batch(&|id| ask(asking(id))), DAY).await.expect("a commit");
             store.commit(batch(&|id| Edit::default().release(id)), DAY).await.expect("a commit");

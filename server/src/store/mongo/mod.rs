@@ -8,17 +8,20 @@ mod pipeline;
 mod wrong;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::{ReadConcern, ReturnDocument, WriteConcern};
 use mongodb::{Client, Collection, Database};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 pub use check::Unusable;
 use command::{ATTEMPT, Failure, Runner};
 
-use super::{ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant};
+use super::{FeedEvent, ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// Keys forgotten with one command.
@@ -239,7 +242,11 @@ fn read_all(documents: &[RawDocumentBuf]) -> Result<Vec<Snapshot>, Failure> {
 }
 
 impl Store for MongoStore {
-    async fn commit(&self, batch: Vec<(Key, Edit)>, deadline: Duration) -> Result<Vec<Snapshot>, StoreError> {
+    async fn commit(
+        &self,
+        batch: Arc<Vec<(Key, Edit)>>,
+        deadline: Duration,
+    ) -> Result<Vec<Snapshot>, StoreError> {
         repeat(deadline, async || Ok(self.attempt(&batch).await?)).await
     }
 
@@ -314,6 +321,12 @@ impl Store for MongoStore {
     /// what a small one costs is the parsing.
     fn lanes(&self) -> usize {
         2
+    }
+
+    async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
+
+    fn feed_lag(&self) -> Option<Duration> {
+        None
     }
 
     fn is_shared(&self) -> bool {

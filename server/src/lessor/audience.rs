@@ -1,0 +1,110 @@
+//! Who hears of records: the calls in line, the streams that carry leases, the watchers.
+//!
+//! Records come from two sides. What a commit of this daemon returned is *own*, and comes once for each commit, in the
+//! order of the commits of its key. What was read because others may have changed it is *foreign*: it may be older than
+//! what is known already, and each of those who hear knows to tell.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::carried::Carried;
+use super::committer::Committer;
+use super::line::Line;
+use super::part::Part;
+use super::watchers::Watchers;
+use crate::lease::{Key, LeaseId, Snapshot};
+use crate::store::{FeedEvent, Store};
+
+/// Keys read with one command.
+const READ_KEYS: usize = 1000;
+/// Events of the feed that await their reading; the store's side waits when there is no room.
+const EVENTS: usize = 4096;
+
+/// Everyone who hears of records.
+#[derive(Debug)]
+pub(super) struct Audience {
+    pub(super) line: Arc<Line>,
+    pub(super) carried: Arc<Carried>,
+    pub(super) watchers: Arc<Watchers>,
+}
+
+impl Audience {
+    /// A record as a commit of this daemon left it, which renewed the leases `touched`. The commit was sent after
+    /// `sent_at`.
+    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, touched: &[LeaseId], sent_at: Instant) {
+        self.carried.own(snapshot, touched, sent_at);
+        self.watchers.observe(snapshot);
+        self.line.observe(snapshot);
+    }
+
+    /// A record as others may have left it. Returns what to commit.
+    pub(super) fn foreign(&self, snapshot: &Arc<Snapshot>) -> Vec<(Key, Part)> {
+        self.carried.foreign(snapshot);
+        self.watchers.observe(snapshot);
+        self.line.observe_foreign(snapshot)
+    }
+
+    /// A key that has no record any more, or had none yet.
+    fn missing(&self, key: &Key) -> Vec<(Key, Part)> {
+        self.watchers.missing(key);
+        self.line.missing(key)
+    }
+
+    /// Whether anyone wants to see the key's record, unless they have seen it as of `rev` or later.
+    fn wants(&self, key: &Key, rev: Option<i64>) -> bool {
+        self.line.wants(key, rev) || self.carried.wants(key, rev) || self.watchers.wants(key, rev)
+    }
+
+    /// Every key that anyone but the watchers wants to see.
+    fn keys(&self) -> HashSet<Key> {
+        self.line.keys().into_iter().chain(self.carried.keys()).collect()
+    }
+}
+
+/// Reads records that others may have changed, and passes them on.
+pub(super) async fn read<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>, keys: &[Key]) {
+    for keys in keys.chunks(READ_KEYS) {
+        let Ok(found) = committer.store().read(keys.to_vec()).await else { continue };
+        let mut missing: HashSet<&Key> = keys.iter().collect();
+        for snapshot in found {
+            missing.remove(&snapshot.record.key);
+            committer.submit_unanswered(audience.foreign(&Arc::new(snapshot)));
+        }
+        for key in missing {
+            committer.submit_unanswered(audience.missing(key));
+        }
+    }
+}
+
+/// Follows the store's feed until the store ends it. While records are read the next events gather, so that a crowd
+/// of changes costs few reads.
+pub(super) async fn follow<S: Store>(
+    audience: Arc<Audience>,
+    committer: Arc<Committer<S>>,
+    draining: CancellationToken,
+) {
+    let (events, mut heard) = mpsc::channel(EVENTS);
+    let feed = committer.store().feed(events, draining);
+    let listen = async {
+        let mut some = Vec::new();
+        while heard.recv_many(&mut some, EVENTS).await > 0 {
+            let mut keys = HashSet::new();
+            for event in some.drain(..) {
+                match event {
+                    FeedEvent::Changed { key, rev } if audience.wants(&key, rev) => drop(keys.insert(key)),
+                    FeedEvent::Changed { .. } => {}
+                    FeedEvent::Gap => {
+                        keys.extend(audience.keys());
+                        audience.watchers.rebuild();
+                    }
+                }
+            }
+            read(&audience, &committer, &keys.into_iter().collect::<Vec<_>>()).await;
+        }
+    };
+    tokio::join!(feed, listen);
+}
