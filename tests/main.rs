@@ -31,3 +31,5 @@ mod serving;
 mod shared;
 /// Renewing one lease.
 mod touch;
+/// Watching keys.
+mod watch;

@@ -97,14 +97,6 @@ async fn reflection_shows_the_api_in_both_versions(#[values(Embedded, MongoDb)] 
     }
 }
 
-#[rstest]
-#[tokio::test]
-async fn watch_says_that_it_is_not_served(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
-    let status = daemon.client().await.watch(WatchRequest::default()).await.unwrap_err();
-    assert_eq!(status.code(), Code::Unimplemented);
-}
-
 #[tokio::test]
 async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
     let daemon = Daemon::start(MongoDb).await;

@@ -109,6 +109,10 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_duration)]
     max_wait: Duration,
 
+    /// Watches at once.
+    #[arg(long, env = "LEASED_MAX_WATCHES", value_name = "N", default_value_t = 256)]
+    max_watches: usize,
+
     /// Leases that one keepalive stream may carry.
     #[arg(long, env = "LEASED_MAX_STREAM_LEASES", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_stream_leases: usize,
@@ -261,7 +265,11 @@ fn limits(args: &Args) -> Result<Limits, Contradiction> {
         streams: args.limits.max_streams,
         stream_leases: args.limits.max_stream_leases,
         stream_rate: args.limits.max_stream_rate,
-        bounds: Bounds { waiting_calls: args.limits.max_waiting_calls, ..Bounds::default() },
+        bounds: Bounds {
+            waiting_calls: args.limits.max_waiting_calls,
+            watches: args.limits.max_watches,
+            ..Bounds::default()
+        },
     })
 }
 

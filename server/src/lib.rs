@@ -16,6 +16,8 @@ pub mod store;
 mod keepalive;
 /// The unary calls.
 mod service;
+/// The stream that shows what happens to keys.
+mod watch;
 /// Wire to domain and back.
 mod wire;
 

@@ -5,10 +5,9 @@ use leased_proto::v1::lease_service_server::LeaseService;
 use leased_proto::v1::{
     AcquireRequest, AcquireResponse, GetRequest, GetResponse, KeepAliveRequest, ListRequest, ListResponse,
     ReleaseRequest, ReleaseResponse, RevokeRequest, RevokeResponse, TouchRequest, TouchResponse,
-    WatchRequest, WatchResponse,
+    WatchRequest,
 };
 use prost::Message;
-use tokio_stream::Empty;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,6 +16,7 @@ use crate::keepalive::{self, Answers};
 use crate::lease::FencingToken;
 use crate::lessor::{Lessor, Released, Touched};
 use crate::store::{ListQuery, Store};
+use crate::watch::{self, Events};
 use crate::wire;
 
 /// A page of a listing stays below this, in bytes, so that it fits into a message.
@@ -119,10 +119,13 @@ impl<S: Store> LeaseService for Service<S> {
         Ok(Response::new(response))
     }
 
-    type WatchStream = Empty<Result<WatchResponse, Status>>;
+    type WatchStream = Events;
 
-    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        Err(Status::unimplemented("this daemon does not serve Watch; ask with Get or List"))
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Events>, Status> {
+        let request = request.into_inner();
+        let begin = wire::watch(&request)?;
+        let watch = self.lessor.watch(request.prefix, begin).await.map_err(wire::failed)?;
+        Ok(Response::new(watch::serve(watch, self.draining.clone())))
     }
 }
 

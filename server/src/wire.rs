@@ -15,7 +15,9 @@ use crate::lease::{
     Acquisition, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Snapshot, State, Timestamp, Ttl,
     Waiter,
 };
-use crate::lessor::{Acquired, Call, CallError, Grant, Origin, Refusal, Touched};
+use crate::lessor::{
+    Acquired, Begin, Call, CallError, ChangeKind, Grant, Origin, Refusal, Touched, WatchEvent,
+};
 use crate::store::StoreError;
 
 /// The largest request but for keepalive messages, in bytes.
@@ -242,9 +244,7 @@ pub(crate) fn page(request: &v1::ListRequest) -> Result<(Option<Key>, usize), St
             0
         }
     };
-    if request.prefix.len() > crate::lease::MAX_KEY_BYTES {
-        wrong.add("prefix", "is longer than any key");
-    }
+    prefix(&mut wrong, &request.prefix);
     // A page token is the last key of the page before.
     let after = Key::try_from(request.page_token.as_str()).ok();
     let fits = after.as_ref().is_none_or(|key| key.as_str().starts_with(&request.prefix));
@@ -252,6 +252,12 @@ pub(crate) fn page(request: &v1::ListRequest) -> Result<(Option<Key>, usize), St
         wrong.add("page_token", "is not one that a page of this listing ended with");
     }
     wrong.finish(Some((after, size)))
+}
+
+fn prefix(wrong: &mut Violations, prefix: &str) {
+    if prefix.len() > crate::lease::MAX_KEY_BYTES {
+        wrong.add("prefix", "is longer than any key");
+    }
 }
 
 pub(crate) fn revoke(request: &v1::RevokeRequest) -> Result<Key, Status> {
@@ -336,6 +342,7 @@ pub(crate) fn failed(error: CallError) -> Status {
         CallError::Store(StoreError::Refused { .. }) => Refused::StoreUnavailable
             .status("the store refused; the daemon's log says why", [("outcome", "not_applied".to_owned())]),
         CallError::TooManyWaiting { limit } => limit_exceeded("waiting_calls", limit),
+        CallError::TooManyWatches { limit } => limit_exceeded("watches", limit),
         CallError::ShuttingDown => shutting_down(),
     }
 }
@@ -364,6 +371,35 @@ pub(crate) fn keepalive_result(key: &Key, id: LeaseId, touched: Touched) -> v1::
         }
     };
     v1::KeepAliveResult { lease: Some(lease_ref(key, id)), outcome: Some(outcome) }
+}
+
+pub(crate) fn watch(request: &v1::WatchRequest) -> Result<Begin, Status> {
+    small(request)?;
+    let mut wrong = Violations::default();
+    prefix(&mut wrong, &request.prefix);
+    wrong.into_result()?;
+    Ok(if request.changes_only { Begin::Here } else { Begin::WithSnapshot })
+}
+
+/// What a watch stream is told.
+pub(crate) fn watch_response(event: &WatchEvent) -> v1::WatchResponse {
+    use v1::watch_response::Event;
+    let event = match event {
+        WatchEvent::Snapshot(snapshot) => Event::Snapshot(to_lease(snapshot)),
+        WatchEvent::SnapshotEnd => Event::SnapshotEnd(v1::SnapshotEnd {}),
+        WatchEvent::Change(kind, snapshot) => {
+            let kind = match kind {
+                ChangeKind::Granted => v1::ChangeKind::Granted,
+                ChangeKind::Released => v1::ChangeKind::Released,
+                ChangeKind::Lapsed => v1::ChangeKind::Lapsed,
+                ChangeKind::Revoked => v1::ChangeKind::Revoked,
+                ChangeKind::Queued => v1::ChangeKind::Queued,
+                ChangeKind::LeftQueue => v1::ChangeKind::LeftQueue,
+            };
+            Event::Change(v1::Change { kind: kind.into(), lease: Some(to_lease(snapshot)) })
+        }
+    };
+    v1::WatchResponse { event: Some(event) }
 }
 
 /// A record as anyone may see it: no lease ids, no places that have lapsed.

@@ -48,9 +48,9 @@ impl Audience {
         self.line.observe_foreign(snapshot)
     }
 
-    /// A key that has no record any more, or had none yet.
-    fn missing(&self, key: &Key) -> Vec<(Key, Part)> {
-        self.watchers.missing(key);
+    /// A key that has no record any more, or had none yet when it was asked for after `asked_at`.
+    fn missing(&self, key: &Key, asked_at: Instant) -> Vec<(Key, Part)> {
+        self.watchers.missing(key, asked_at);
         self.line.missing(key)
     }
 
@@ -68,6 +68,7 @@ impl Audience {
 /// Reads records that others may have changed, and passes them on.
 pub(super) async fn read<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>, keys: &[Key]) {
     for keys in keys.chunks(READ_KEYS) {
+        let asked_at = Instant::now();
         let Ok(found) = committer.store().read(keys.to_vec()).await else { continue };
         let mut missing: HashSet<&Key> = keys.iter().collect();
         for snapshot in found {
@@ -75,7 +76,7 @@ pub(super) async fn read<S: Store>(audience: &Audience, committer: &Arc<Committe
             committer.submit_unanswered(audience.foreign(&Arc::new(snapshot)));
         }
         for key in missing {
-            committer.submit_unanswered(audience.missing(key));
+            committer.submit_unanswered(audience.missing(key, asked_at));
         }
     }
 }

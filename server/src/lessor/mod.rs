@@ -6,9 +6,12 @@
 mod acquire;
 mod audience;
 mod carried;
+mod changes;
 mod committer;
+mod known;
 mod line;
 mod part;
+mod watch;
 mod watchers;
 
 use std::sync::Arc;
@@ -21,9 +24,11 @@ use tokio_util::sync::CancellationToken;
 pub use acquire::{Acquired, Call, Grant, Origin, Refusal};
 use audience::Audience;
 use carried::Carried;
+pub use changes::ChangeKind;
 use committer::Committer;
 use line::Line;
 use part::Part;
+pub use watch::{Begin, Watch, WatchEvent};
 use watchers::Watchers;
 
 use crate::lease::{FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing};
@@ -38,11 +43,13 @@ pub struct Bounds {
     pub waiting_calls: usize,
     /// Commands that may await their commit at once; more wait for room.
     pub queued_commands: usize,
+    /// Watches at once.
+    pub watches: usize,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        Self { call: Duration::from_secs(5), waiting_calls: 100_000, queued_commands: 262_144 }
+        Self { call: Duration::from_secs(5), waiting_calls: 100_000, queued_commands: 262_144, watches: 256 }
     }
 }
 
@@ -56,6 +63,12 @@ pub enum CallError {
     /// Too many calls wait already.
     #[error("{limit} calls wait already, as many as this daemon allows")]
     TooManyWaiting {
+        /// The bound.
+        limit: usize,
+    },
+    /// Too many watch already.
+    #[error("{limit} watches are open already, as many as this daemon allows")]
+    TooManyWatches {
         /// The bound.
         limit: usize,
     },
@@ -86,6 +99,7 @@ pub enum Released {
 #[derive(Debug)]
 pub struct Lessor<S> {
     committer: Arc<Committer<S>>,
+    audience: Arc<Audience>,
     line: Arc<Line>,
     room: Arc<Semaphore>,
     bounds: Bounds,
@@ -96,6 +110,7 @@ impl<S> Clone for Lessor<S> {
     fn clone(&self) -> Self {
         Self {
             committer: Arc::clone(&self.committer),
+            audience: Arc::clone(&self.audience),
             line: Arc::clone(&self.line),
             room: Arc::clone(&self.room),
             bounds: self.bounds,
@@ -110,13 +125,14 @@ impl<S: Store> Lessor<S> {
     pub fn start(store: S, bounds: Bounds, draining: CancellationToken) -> Self {
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
         let carried = Arc::new(Carried::default());
-        let watchers = Arc::new(Watchers::default());
+        let watchers = Arc::new(Watchers::new(bounds.watches));
         let audience = Arc::new(Audience { line: Arc::clone(&line), carried, watchers });
         let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
         tokio::spawn(line::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tokio::spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tokio::spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         let room = Arc::new(Semaphore::new(bounds.queued_commands));
-        Self { committer, line, room, bounds, draining }
+        Self { committer, audience, line, room, bounds, draining }
     }
 
     /// The store, for what needs no engine.

@@ -1,21 +1,309 @@
-//! Those who watch keys by prefix.
+//! Those who watch keys by prefix: what is known of the keys, and what each watcher has still to be told.
+//!
+//! A watcher has a queue, filled from the records that pass and emptied by its own stream. One that does not keep up
+//! loses its queue and begins anew with a snapshot; so memory stays bounded and no change is lost in silence. What is
+//! known of a key is shared by all who watch it.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::lease::{Key, Snapshot};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::changes::{Before, ChangeKind, changes};
+use super::known::Known;
+use crate::lease::{Key, Record, Snapshot};
+
+/// Changes that a queue holds.
+const QUEUE: usize = 4096;
+/// Bytes of the records in a queue, as [`Record::size`] counts.
+const QUEUE_BYTES: usize = 4 * 1024 * 1024;
 
 /// The watchers of this daemon.
+#[derive(Debug)]
+pub(super) struct Watchers {
+    limit: usize,
+    /// How many there are; none, most of the time, and then nobody need take the lock.
+    count: AtomicUsize,
+    state: Mutex<State>,
+    /// Rings when there is something to look at earlier than was thought.
+    sooner: Notify,
+}
+
 #[derive(Debug, Default)]
-pub(super) struct Watchers {}
+struct State {
+    watchers: BTreeMap<u64, Watcher>,
+    last_number: u64,
+    known: Known,
+    /// Changes may have been missed.
+    is_stale: bool,
+}
+
+#[derive(Debug)]
+struct Watcher {
+    prefix: String,
+    started: Instant,
+    queue: VecDeque<(ChangeKind, Arc<Snapshot>)>,
+    bytes: usize,
+    /// It has lost its queue.
+    is_behind: bool,
+    wake: Arc<Notify>,
+}
+
+/// A watcher's own side; dropping it ends the watch.
+#[derive(Debug)]
+pub(super) struct Watching {
+    watchers: Arc<Watchers>,
+    number: u64,
+    wake: Arc<Notify>,
+}
+
+/// What a watcher is told next.
+#[derive(Debug)]
+pub(super) enum Told {
+    Change(ChangeKind, Arc<Snapshot>),
+    /// It was too slow, and begins anew with a snapshot.
+    FellBehind,
+}
 
 impl Watchers {
-    pub(super) fn observe(&self, _snapshot: &Arc<Snapshot>) {}
-
-    pub(super) fn missing(&self, _key: &Key) {}
-
-    pub(super) fn wants(&self, _key: &Key, _rev: Option<i64>) -> bool {
-        false
+    pub(super) fn new(limit: usize) -> Self {
+        Self { limit, count: AtomicUsize::new(0), state: Mutex::default(), sooner: Notify::new() }
     }
 
-    pub(super) fn rebuild(&self) {}
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Begins a watch; what happens from here on is queued. `None`: too many watch.
+    pub(super) fn begin(self: &Arc<Self>, prefix: String) -> Option<Watching> {
+        let mut state = self.state();
+        if state.watchers.len() >= self.limit {
+            return None;
+        }
+        state.last_number += 1;
+        let number = state.last_number;
+        let wake = Arc::new(Notify::new());
+        let (queue, started) = (VecDeque::new(), Instant::now());
+        let watcher = Watcher { prefix, started, queue, bytes: 0, is_behind: false, wake: Arc::clone(&wake) };
+        state.watchers.insert(number, watcher);
+        self.count.store(state.watchers.len(), Ordering::SeqCst);
+        Some(Watching { watchers: Arc::clone(self), number, wake })
+    }
+
+    /// Takes note of a record, unless a later one is known.
+    pub(super) fn observe(&self, snapshot: &Arc<Snapshot>) {
+        if self.count.load(Ordering::SeqCst) > 0 {
+            self.change(|state| state.observe(snapshot));
+        }
+    }
+
+    /// Takes note that a read that began at `asked_at` found no record of the key.
+    pub(super) fn missing(&self, key: &Key, asked_at: Instant) {
+        self.change(|state| {
+            let Some(before) = state.known.get(key).filter(|known| known.seen_at < asked_at) else { return };
+            let vacant = Snapshot { record: Record::vacant(key.clone()), now: before.snapshot.now };
+            state.learn(&Arc::new(vacant));
+        });
+    }
+
+    /// Whether anyone watches the key, and has not seen its record as of `rev`.
+    pub(super) fn wants(&self, key: &Key, rev: Option<i64>) -> bool {
+        if self.count.load(Ordering::SeqCst) == 0 {
+            return false;
+        }
+        let state = self.state();
+        let seen = state.known.get(key).map(|known| known.snapshot.record.rev);
+        state.is_watched(key) && (rev.is_none() || seen < rev)
+    }
+
+    /// Has every watched key looked at anew.
+    pub(super) fn rebuild(&self) {
+        let mut state = self.state();
+        state.is_stale = !state.watchers.is_empty();
+        self.sooner.notify_one();
+    }
+
+    /// When a key is to be looked at next, if any is.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        let state = self.state();
+        if state.is_stale { Some(Instant::now()) } else { state.known.next_due() }
+    }
+
+    /// Returns when there may be something to look at earlier than was thought.
+    pub(super) async fn sooner(&self) {
+        self.sooner.notified().await;
+    }
+
+    /// Held keys whose time is over by `now`, as far as is known.
+    pub(super) fn take_due(&self, now: Instant) -> Vec<Key> {
+        self.state().known.take_due(now)
+    }
+
+    /// If changes may have been missed: all prefixes to list, and the keys to look at for those that are in no listing
+    /// any more.
+    pub(super) fn take_stale(&self) -> Option<(Vec<String>, Vec<Key>)> {
+        let mut state = self.state();
+        std::mem::take(&mut state.is_stale).then(|| {
+            let mut prefixes: Vec<String> = Vec::new();
+            let all: BTreeSet<&String> = state.watchers.values().map(|watcher| &watcher.prefix).collect();
+            // In this order a prefix comes right before those that it covers.
+            for prefix in all {
+                if prefixes.last().is_none_or(|last| !prefix.starts_with(last)) {
+                    prefixes.push(prefix.clone());
+                }
+            }
+            (prefixes, state.known.taken())
+        })
+    }
+
+    /// Changes the state, and wakes who looks at keys if one is due earlier than before.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state();
+        let before = state.known.next_due();
+        change(&mut state);
+        let after = state.known.next_due();
+        if after.is_some() && (before.is_none() || after < before) {
+            self.sooner.notify_one();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_watched(&self, key: &Key) -> bool {
+        self.watchers.values().any(|watcher| watcher.watches(key))
+    }
+
+    fn observe(&mut self, snapshot: &Arc<Snapshot>) {
+        let record = &snapshot.record;
+        let is_news = match self.known.get(&record.key) {
+            Some(known) if known.snapshot.record.is_newer_than(record) => false,
+            Some(known) => record.rev > known.snapshot.record.rev || snapshot.now >= known.snapshot.now,
+            // Without a revision there is no record.
+            None => record.rev > 0,
+        };
+        if is_news && self.is_watched(&record.key) {
+            self.learn(snapshot);
+        }
+    }
+
+    /// Tells what is new, and remembers it.
+    fn learn(&mut self, snapshot: &Arc<Snapshot>) {
+        let key = &snapshot.record.key;
+        let before = self.known.get(key);
+        let news = changes(
+            before.map(|known| Before { record: &known.snapshot.record, has_lapsed: known.has_lapsed }),
+            snapshot,
+        );
+        // Of a key that was not known, what happened before the watch may be among the news.
+        let told_before = if before.is_some() { None } else { Some(self.known.forgotten()) };
+        for watcher in self.watchers.values_mut().filter(|watcher| watcher.watches(key)) {
+            let since = told_before
+                .map(|forgotten| forgotten.max(snapshot.now.0.saturating_sub(elapsed(watcher.started))));
+            for (kind, at) in &news {
+                if since.is_none_or(|since| at.0 > since) {
+                    watcher.push(*kind, snapshot);
+                }
+            }
+        }
+        self.known.note(snapshot);
+    }
+}
+
+/// Milliseconds since then, and a little more: both clocks are read in whole ones.
+fn elapsed(instant: Instant) -> i64 {
+    i64::try_from(instant.elapsed().as_millis()).unwrap_or(i64::MAX).saturating_add(2)
+}
+
+impl Watcher {
+    fn watches(&self, key: &Key) -> bool {
+        key.as_str().starts_with(&self.prefix)
+    }
+
+    fn push(&mut self, kind: ChangeKind, snapshot: &Arc<Snapshot>) {
+        if self.is_behind {
+            return;
+        }
+        self.bytes += snapshot.record.size();
+        self.queue.push_back((kind, Arc::clone(snapshot)));
+        if self.queue.len() > QUEUE || self.bytes > QUEUE_BYTES {
+            self.clear();
+            self.is_behind = true;
+        }
+        self.wake.notify_one();
+    }
+
+    fn clear(&mut self) {
+        self.queue = VecDeque::new();
+        self.bytes = 0;
+    }
+}
+
+impl Watching {
+    /// Takes a page of a listing, and returns what to tell of it: the records as they are known now. What is queued of
+    /// these keys is older than that, and dropped.
+    pub(super) fn page(&self, page: Vec<Snapshot>) -> Vec<Arc<Snapshot>> {
+        let mut shown = Vec::with_capacity(page.len());
+        self.watchers.change(|state| {
+            for snapshot in page {
+                let snapshot = Arc::new(snapshot);
+                state.observe(&snapshot);
+                let known = state.known.get(&snapshot.record.key);
+                shown.push(known.map_or(snapshot, |known| Arc::clone(&known.snapshot)));
+            }
+            if let Some(watcher) = state.watchers.get_mut(&self.number) {
+                let keys: HashSet<&Key> = shown.iter().map(|snapshot| &snapshot.record.key).collect();
+                watcher.queue.retain(|(_, snapshot)| !keys.contains(&snapshot.record.key));
+                watcher.bytes = watcher.queue.iter().map(|(_, snapshot)| snapshot.record.size()).sum();
+            }
+        });
+        shown.retain(|snapshot| !snapshot.record.is_free(snapshot.now));
+        shown
+    }
+
+    /// Forgets what is queued: the watch begins here.
+    pub(super) fn begin_here(&self) {
+        if let Some(watcher) = self.watchers.state().watchers.get_mut(&self.number) {
+            watcher.clear();
+            watcher.is_behind = false;
+            watcher.started = Instant::now();
+        }
+    }
+
+    /// Waits for what comes next.
+    pub(super) async fn next(&self) -> Told {
+        loop {
+            if let Some(told) = self.take() {
+                return told;
+            }
+            self.wake.notified().await;
+        }
+    }
+
+    fn take(&self) -> Option<Told> {
+        let mut state = self.watchers.state();
+        let watcher = state.watchers.get_mut(&self.number)?;
+        if std::mem::take(&mut watcher.is_behind) {
+            return Some(Told::FellBehind);
+        }
+        let (kind, snapshot) = watcher.queue.pop_front()?;
+        watcher.bytes -= snapshot.record.size();
+        Some(Told::Change(kind, snapshot))
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let mut state = self.watchers.state();
+        state.watchers.remove(&self.number);
+        self.watchers.count.store(state.watchers.len(), Ordering::SeqCst);
+        let State { watchers, known, .. } = &mut *state;
+        known.retain(|key| watchers.values().any(|watcher| watcher.watches(key)));
+    }
 }

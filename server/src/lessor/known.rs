@@ -1,0 +1,125 @@
+//! What was seen last of the keys that are watched, and when their holders' time is over.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::lease::{Key, Snapshot, State};
+
+/// Free keys that are remembered, so that what departed from them is not told again.
+const FREE_KEYS: usize = 16_384;
+/// Until a key is looked at again whose look has failed.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Keys that are held or waited for, and some that were until lately.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    keys: HashMap<Key, Seen>,
+    /// When each held key lapses, unless it is touched.
+    due: BTreeSet<(Instant, Key)>,
+    /// Keys that are free; the longest free first.
+    free: BTreeMap<u64, Key>,
+    last_number: u64,
+    /// The latest departure, by the store's clock, from a key that has been forgotten.
+    forgotten: i64,
+}
+
+/// A key as it was seen last.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) seen_at: Instant,
+    /// Its holders' time is over.
+    pub(super) has_lapsed: bool,
+    due: Option<Instant>,
+    /// Its place among the free.
+    free: Option<u64>,
+}
+
+impl Known {
+    pub(super) fn get(&self, key: &Key) -> Option<&Seen> {
+        self.keys.get(key)
+    }
+
+    /// Of a key that is not known, what departed up to this instant may have been told.
+    pub(super) fn forgotten(&self) -> i64 {
+        self.forgotten
+    }
+
+    /// Remembers a record.
+    pub(super) fn note(&mut self, snapshot: &Arc<Snapshot>) {
+        let (record, now) = (&snapshot.record, Instant::now());
+        let key = record.key.clone();
+        self.forget(&key);
+        let holding = snapshot.state();
+        let remaining = record.holders.iter().map(|holder| snapshot.remaining(holder)).max();
+        let due = remaining.filter(|_| holding == State::Held).map(|remaining| now + remaining);
+        let is_free = record.holders.is_empty() && record.waiters.is_empty();
+        let free = is_free.then(|| {
+            self.last_number += 1;
+            self.free.insert(self.last_number, key.clone());
+            self.last_number
+        });
+        self.due.extend(due.map(|due| (due, key.clone())));
+        let has_lapsed = holding == State::Lapsed;
+        self.keys.insert(key, Seen { snapshot: Arc::clone(snapshot), seen_at: now, has_lapsed, due, free });
+        self.bound();
+    }
+
+    /// The earliest lapse.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    /// Keys whose time is over by `now`, if they were not touched meanwhile; each once, and again a while later.
+    pub(super) fn take_due(&mut self, now: Instant) -> Vec<Key> {
+        let mut keys = Vec::new();
+        while self.due.first().is_some_and(|(due, _)| *due <= now) {
+            let Some((_, key)) = self.due.pop_first() else { break };
+            if let Some(seen) = self.keys.get_mut(&key) {
+                seen.due = Some(now + AGAIN);
+                self.due.insert((now + AGAIN, key.clone()));
+            }
+            keys.push(key);
+        }
+        keys
+    }
+
+    /// The keys that are held or waited for.
+    pub(super) fn taken(&self) -> Vec<Key> {
+        let taken = self.keys.iter().filter(|(_, seen)| seen.free.is_none());
+        taken.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Forgets the keys that are not `wanted` any more.
+    pub(super) fn retain(&mut self, wanted: impl Fn(&Key) -> bool) {
+        let unwanted: Vec<Key> = self.keys.keys().filter(|key| !wanted(key)).cloned().collect();
+        for key in unwanted {
+            self.forget(&key);
+        }
+    }
+
+    fn forget(&mut self, key: &Key) -> Option<Seen> {
+        let seen = self.keys.remove(key)?;
+        if let Some(due) = seen.due {
+            self.due.remove(&(due, key.clone()));
+        }
+        if let Some(free) = seen.free {
+            self.free.remove(&free);
+        }
+        Some(seen)
+    }
+
+    /// Forgets the longest free when there are too many.
+    fn bound(&mut self) {
+        while self.free.len() > FREE_KEYS {
+            let Some((_, key)) = self.free.pop_first() else { return };
+            let departures = self.forget(&key).map(|seen| Arc::clone(&seen.snapshot));
+            let last =
+                departures.iter().flat_map(|snapshot| &snapshot.record.departures).map(|gone| gone.at.0);
+            self.forgotten = last.fold(self.forgotten, i64::max);
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Watching keys: a snapshot, then every change.
+
+use leased_client::Reason;
+use leased_client::v1::watch_response::Event;
+use leased_client::v1::{
+    AcquireRequest, ChangeKind, KeepAliveRequest, Lease, LeaseState, RevokeRequest, WatchRequest,
+    WatchResponse,
+};
+use rstest::rstest;
+use tokio::time::timeout;
+use tonic::{Code, Status, Streaming};
+
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, PATIENCE, ask, line_of, ms, refusal, secs,
+    wrong_fields,
+};
+
+/// A watch, with what it has shown.
+pub(crate) struct Watch(Streaming<WatchResponse>);
+
+impl Watch {
+    /// Everything under `prefix`; returns when the snapshot has been shown, and gives that.
+    pub(crate) async fn open(client: &mut Leases, prefix: &str) -> (Self, Vec<Lease>) {
+        let request = WatchRequest { prefix: prefix.to_owned(), changes_only: false };
+        let mut watch = Self(client.watch(request).await.unwrap().into_inner());
+        let snapshot = watch.snapshot().await;
+        (watch, snapshot)
+    }
+
+    /// What happens from here on.
+    pub(crate) async fn changes_only(client: &mut Leases, prefix: &str) -> Self {
+        let request = WatchRequest { prefix: prefix.to_owned(), changes_only: true };
+        Self(client.watch(request).await.unwrap().into_inner())
+    }
+
+    async fn snapshot(&mut self) -> Vec<Lease> {
+        let mut leases = Vec::new();
+        loop {
+            match self.event().await.unwrap() {
+                Event::Snapshot(lease) => leases.push(lease),
+                Event::SnapshotEnd(_) => return leases,
+                Event::Change(change) => panic!("a change within the snapshot: {change:?}"),
+            }
+        }
+    }
+
+    async fn event(&mut self) -> Result<Event, Status> {
+        let message = timeout(PATIENCE, self.0.message()).await.expect("an event in time")?;
+        Ok(message.expect("the watch goes on").event.unwrap())
+    }
+
+    /// The next change: its kind, and the key after it.
+    pub(crate) async fn change(&mut self) -> (ChangeKind, Lease) {
+        match self.event().await.unwrap() {
+            Event::Change(change) => (change.kind(), change.lease.unwrap()),
+            other => panic!("no change: {other:?}"),
+        }
+    }
+
+    /// The kinds of the next changes, all of `key`.
+    pub(crate) async fn kinds(&mut self, key: &str, count: usize) -> Vec<ChangeKind> {
+        let mut kinds = Vec::new();
+        for _ in 0..count {
+            let (kind, lease) = self.change().await;
+            assert_eq!(lease.key, key);
+            kinds.push(kind);
+        }
+        kinds
+    }
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    client.get_lease(ask("a/held").owner("first").ttl(secs(60))).await.unwrap();
+    let freed = client.get_lease(ask("a/freed")).await.unwrap().lease.unwrap();
+    client.give_back(&freed).await.unwrap();
+    client.get_lease(ask("b/other").ttl(secs(60))).await.unwrap();
+
+    let (mut watch, snapshot) = Watch::open(&mut client, "a/").await;
+    assert_eq!(snapshot.iter().map(|lease| lease.key.as_str()).collect::<Vec<_>>(), ["a/held"]);
+    assert_eq!(snapshot[0].holders[0].owner, "first");
+
+    client.get_lease(ask("b/new")).await.unwrap();
+    let granted = client.get_lease(ask("a/new").owner("me").ttl(secs(60))).await.unwrap();
+    let (kind, lease) = watch.change().await;
+    assert_eq!((kind, lease.key.as_str(), lease.state()), (ChangeKind::Granted, "a/new", LeaseState::Held));
+    assert_eq!((lease.fencing_token, lease.holders[0].owner.as_str()), (granted.fencing_token, "me"));
+
+    let mut waiting = client.clone();
+    let call =
+        tokio::spawn(async move { waiting.get_lease(ask("a/new").owner("next").wait(secs(60))).await });
+    let (kind, lease) = watch.change().await;
+    assert_eq!((kind, lease.waiters[0].owner.as_str()), (ChangeKind::Queued, "next"));
+    client.give_back(&granted.lease.unwrap()).await.unwrap();
+    assert_eq!(watch.kinds("a/new", 2).await, [ChangeKind::Released, ChangeKind::Granted]);
+    let next = call.await.unwrap().unwrap();
+
+    let revoke = RevokeRequest { key: "a/new".to_owned(), ..RevokeRequest::default() };
+    daemon.admin().await.revoke(revoke).await.unwrap();
+    let (kind, lease) = watch.change().await;
+    assert_eq!((kind, lease.state()), (ChangeKind::Revoked, LeaseState::Free));
+    assert_eq!(lease.fencing_token, next.fencing_token);
+}
+
+#[rstest]
+#[tokio::test]
+async fn who_gives_up_waiting_leaves_the_queue(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
+    let mut watch = Watch::changes_only(&mut client, "").await;
+    let mut waiting = client.clone();
+    let call = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
+    assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Queued]);
+    line_of(&mut client, "job", 1).await;
+    call.abort();
+    assert_eq!(watch.kinds("job", 1).await, [ChangeKind::LeftQueue]);
+}
+
+/// Nobody writes when a lease runs out.
+#[rstest]
+#[tokio::test]
+async fn a_lapse_is_told_when_it_happens_and_not_before(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    client.get_lease(ask("before").ttl(ms(1200))).await.unwrap();
+    let mut watch = Watch::changes_only(&mut client, "").await;
+    let granted = client.get_lease(ask("after").ttl(ms(900))).await.unwrap();
+    assert_eq!(watch.kinds("after", 1).await, [ChangeKind::Granted]);
+    let mut lapsed = Vec::new();
+    for _ in 0..2 {
+        let (kind, lease) = watch.change().await;
+        assert_eq!((kind, lease.state()), (ChangeKind::Lapsed, LeaseState::Lapsed));
+        assert_eq!(lease.holders[0].remaining, Some(prost_types::Duration::default()));
+        lapsed.push(lease.key);
+    }
+    lapsed.sort();
+    assert_eq!(lapsed, ["after", "before"]);
+    client.renew(&granted.lease.unwrap()).await.unwrap();
+    assert_eq!(watch.change().await.0, ChangeKind::Granted, "touched back to life");
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
+    let mut watch = Watch::changes_only(&mut client, "").await;
+    let beats = tokio_stream::StreamExt::throttle(tokio_stream::iter(1..=12), ms(120));
+    let named = lease.clone();
+    let beats = tokio_stream::StreamExt::map(beats, move |sequence| KeepAliveRequest {
+        leases: vec![named.clone()],
+        sequence,
+    });
+    let mut answers = client.keep_alive(beats).await.unwrap().into_inner();
+    while answers.message().await.unwrap().is_some() {}
+    client.give_back(&lease).await.unwrap();
+    assert_eq!(watch.kinds("kept", 1).await, [ChangeKind::Released], "more than two lifetimes later");
+}
+
+/// Displaced leases have lapsed; whether that was told before is no matter.
+#[rstest]
+#[tokio::test]
+async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let mut watch = Watch::changes_only(&mut client, "").await;
+    client.get_lease(ask("job").ttl(ms(300))).await.unwrap();
+    let next = client.get_lease(ask("job").wait(secs(60))).await.unwrap();
+    assert_eq!(
+        watch.kinds("job", 4).await,
+        [ChangeKind::Granted, ChangeKind::Queued, ChangeKind::Lapsed, ChangeKind::Granted]
+    );
+    assert!(next.waited);
+}
+
+#[rstest]
+#[tokio::test]
+async fn every_change_of_a_busy_key_is_told_in_order(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let mut watch = Watch::changes_only(&mut client, "busy").await;
+    let mut tokens = Vec::new();
+    for _ in 0..50 {
+        let granted = client.get_lease(ask("busy").ttl(secs(60))).await.unwrap();
+        tokens.push(granted.fencing_token);
+        client.give_back(&granted.lease.unwrap()).await.unwrap();
+    }
+    for token in tokens {
+        let (kind, lease) = watch.change().await;
+        assert_eq!((kind, lease.fencing_token), (ChangeKind::Granted, token));
+        assert_eq!(watch.kinds("busy", 1).await, [ChangeKind::Released]);
+    }
+}
+
+/// Its connection takes no more, the changes go on, and what it would have missed is in a new snapshot.
+#[rstest]
+#[tokio::test]
+async fn a_reader_that_falls_behind_is_told_so_with_a_fresh_snapshot(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let mut slow = daemon.client().await;
+    let mut watch = Watch::changes_only(&mut slow, "").await;
+    let bulky = |key: &str| AcquireRequest {
+        metadata: [("x".to_owned(), "y".repeat(4000))].into(),
+        ..ask(key).ttl(secs(600))
+    };
+    let mut calls = tokio::task::JoinSet::new();
+    for number in 0..64 {
+        let mut client = client.clone();
+        calls.spawn(async move {
+            for round in 0..60 {
+                let key = format!("key/{number}");
+                let granted = client.get_lease(bulky(&key)).await.unwrap();
+                if round < 59 {
+                    client.give_back(&granted.lease.unwrap()).await.unwrap();
+                }
+            }
+        });
+    }
+    calls.join_all().await;
+
+    // First what was queued in time, then it begins anew.
+    let first = loop {
+        match watch.event().await.unwrap() {
+            Event::Change(_) => {}
+            Event::Snapshot(lease) => break lease,
+            Event::SnapshotEnd(_) => panic!("an empty snapshot"),
+        }
+    };
+    let mut keys: Vec<String> = watch.snapshot().await.into_iter().map(|lease| lease.key).collect();
+    keys.push(first.key);
+    assert_eq!(keys.len(), 64);
+    client.get_lease(ask("new")).await.unwrap();
+    assert_eq!(watch.kinds("new", 1).await, [ChangeKind::Granted], "and goes on");
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let id = uuid::Uuid::new_v4();
+    let mut watch = Watch::changes_only(&mut client, "").await;
+    let lease = client.get_lease(ask("job").id(id)).await.unwrap().lease.unwrap();
+    client.give_back(&lease).await.unwrap();
+    for _ in 0..2 {
+        let shown = format!("{:?}", watch.change().await);
+        assert!(!shown.contains(&id.to_string()) && !shown.contains(&id.simple().to_string()), "{shown}");
+    }
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let (mut watch, _) = Watch::open(&mut client, "").await;
+    daemon.drain();
+    let status = watch.event().await.unwrap_err();
+    assert_eq!((status.code(), refusal(&status, "").0), (Code::Unavailable, Some(Reason::ShuttingDown)));
+}
+
+#[tokio::test]
+async fn watches_are_bounded_and_a_wrong_prefix_is_named() {
+    let daemon = Daemon::start_with(Embedded, |config| config.limits.bounds.watches = 2).await;
+    let mut client = daemon.client().await;
+    let one = Watch::changes_only(&mut client, "").await;
+    let _two = Watch::changes_only(&mut client, "").await;
+    let status = client.watch(WatchRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "watches".to_owned()));
+    drop(one);
+    crate::support::eventually(async || client.watch(WatchRequest::default()).await.ok()).await;
+
+    let prefix = "p".repeat(513);
+    let status = client.watch(WatchRequest { prefix, changes_only: false }).await.unwrap_err();
+    assert_eq!(wrong_fields(&status), ["prefix"]);
+}
