@@ -9,6 +9,8 @@ mod support;
 mod acquire;
 /// What things cost in commands to the database.
 mod cost;
+/// A replica set that loses its primary.
+mod failover;
 /// A store that fails, a document that vanishes, a daemon that ends.
 mod faults;
 /// Requests that are wrong, and requests that only look so.

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 
 use futures_util::StreamExt;
 use leased_client::Reason;
-use leased_client::v1::WatchRequest;
 use rstest::rstest;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

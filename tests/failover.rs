@@ -1,0 +1,195 @@
+//! A replica set of three that loses its primary, and daemons that outlive it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use leased_client::Reason;
+use leased_client::v1::{AcquireResponse, LeaseRef};
+use throwaway_mongodb::ReplicaSet;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
+use tonic::{Code, Status};
+use uuid::Uuid;
+
+use crate::keepalive::{KeepAlive, kept};
+use crate::support::{Asking, Calls, Daemon, Leases, PATIENCE, ask, eventually, line_of, refusal, secs};
+
+/// A TTL that outlives the loss of a primary.
+const TTL: Duration = secs(20);
+
+/// Acquires, and repeats the call with its id while the store is away.
+async fn get(client: &mut Leases, key: &str, id: Uuid) -> Result<AcquireResponse, Status> {
+    let start = Instant::now();
+    loop {
+        match client.get_lease(ask(key).id(id).ttl(TTL)).await {
+            Err(status) if is_away(&status) && start.elapsed() < PATIENCE => {}
+            answer => return answer,
+        }
+    }
+}
+
+fn is_away(status: &Status) -> bool {
+    status.code() == Code::Unavailable
+}
+
+/// Releases, and repeats the call while the store is away.
+async fn give_back(client: &mut Leases, lease: &LeaseRef) {
+    let start = Instant::now();
+    loop {
+        match client.give_back(lease).await {
+            Err(status) if is_away(&status) && start.elapsed() < PATIENCE => {}
+            answer => return answer.unwrap(),
+        }
+    }
+}
+
+async fn two_daemons(set: &ReplicaSet) -> (Daemon, Daemon) {
+    let one = Daemon::over(set.uri(), |_| {}).await;
+    let two = one.sibling().await;
+    (one, two)
+}
+
+/// Streams stay open, messages under way are answered by the new primary, and those in line keep their places.
+#[tokio::test]
+async fn streams_leases_and_places_outlive_the_loss_of_the_primary() {
+    let mut set = ReplicaSet::start().await.unwrap();
+    let (one, two) = two_daemons(&set).await;
+    let (mut at_one, mut at_two) = (one.client().await, two.client().await);
+    let mut leases = Vec::new();
+    for number in 0..50 {
+        leases.push(at_one.get_lease(ask(&format!("key/{number}")).ttl(TTL)).await.unwrap());
+    }
+    let named: Vec<LeaseRef> = leases.iter().filter_map(|granted| granted.lease.clone()).collect();
+    let mut stream = KeepAlive::open(&mut at_one).await;
+    stream.touch(&named).await;
+    let mut line = Vec::new();
+    for (place, client) in [&mut at_two, &mut at_one].into_iter().enumerate() {
+        let mut waiting = client.clone();
+        let request = ask("key/0").owner(&place.to_string()).ttl(TTL).wait(secs(300));
+        line.push(tokio::spawn(async move { waiting.get_lease(request).await }));
+        line_of(client, "key/0", place + 1).await;
+    }
+
+    let mut killed = None;
+    for round in 0..3 {
+        match killed.take() {
+            None if round == 0 => drop(set.step_down().await.unwrap()),
+            None => killed = Some(set.kill_primary().await.unwrap()),
+            Some(node) => set.restart(node).await.unwrap(),
+        }
+        let results = stream.touch(&named).await;
+        assert_eq!(results.len(), named.len());
+        for (_, outcome) in &results {
+            assert!(kept(outcome) > secs(10), "round {round}");
+        }
+        let waiting = eventually(async || at_two.look("key/0").await.ok()).await.waiters;
+        assert_eq!(waiting.iter().map(|waiter| waiter.owner.as_str()).collect::<Vec<_>>(), ["0", "1"]);
+    }
+
+    let mut last = leases[0].fencing_token;
+    let mut holder = named[0].clone();
+    for waiter in line {
+        give_back(&mut at_one, &holder).await;
+        let granted = waiter.await.unwrap().unwrap();
+        assert!(granted.waited && granted.fencing_token > last);
+        last = granted.fencing_token;
+        holder = granted.lease.unwrap();
+    }
+    for granted in &leases[1..] {
+        let seen = eventually(async || at_two.look(&granted.lease.as_ref().unwrap().key).await.ok()).await;
+        assert_eq!((seen.holders.len(), seen.fencing_token), (1, granted.fencing_token));
+    }
+}
+
+/// What one worker was told: when it knew that it held, when it began to give back, and its token.
+#[derive(Debug)]
+struct Held {
+    key: String,
+    from: Instant,
+    to: Instant,
+    token: i64,
+}
+
+/// Acquires and releases by turns until told to stop, and gives what it held.
+fn work(mut client: Leases, keys: usize, stop: Arc<AtomicBool>) -> JoinHandle<Vec<Held>> {
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            let key = format!("shared/{}", fastrand::usize(..keys));
+            let sent_at = Instant::now();
+            let Ok(granted) = get(&mut client, &key, Uuid::new_v4()).await else { continue };
+            let from = Instant::now();
+            if from.duration_since(sent_at) > TTL / 2 {
+                continue;
+            }
+            tokio::task::yield_now().await;
+            let to = Instant::now();
+            give_back(&mut client, &granted.lease.unwrap()).await;
+            held.push(Held { key, from, to, token: granted.fencing_token });
+        }
+        held
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_grant_is_lost_or_doubled_while_primaries_step_down_and_die() {
+    let mut set = ReplicaSet::start().await.unwrap();
+    let (one, two) = two_daemons(&set).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut workers = Vec::new();
+    for number in 0..8 {
+        let daemon = if number % 2 == 0 { &one } else { &two };
+        workers.push(work(daemon.client().await, 3, Arc::clone(&stop)));
+    }
+    for _ in 0..2 {
+        sleep(Duration::from_millis(300)).await;
+        set.step_down().await.unwrap();
+        sleep(Duration::from_millis(300)).await;
+        let node = set.kill_primary().await.unwrap();
+        set.wait_for_primary().await.unwrap();
+        sleep(Duration::from_millis(300)).await;
+        set.restart(node).await.unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut held = Vec::new();
+    for worker in workers {
+        held.extend(worker.await.unwrap());
+    }
+    assert!(held.len() > 100, "{} leases", held.len());
+
+    held.sort_by(|one, other| (&one.key, one.from).cmp(&(&other.key, other.from)));
+    for pair in held.windows(2) {
+        let [first, second] = pair else { unreachable!() };
+        if first.key == second.key {
+            assert!(first.to <= second.from, "held twice: {first:?} and {second:?}");
+            assert!(first.token < second.token, "{first:?} and {second:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_a_majority_nothing_is_granted_and_with_one_it_goes_on() {
+    let mut set = ReplicaSet::start().await.unwrap();
+    let daemon = Daemon::over(set.uri(), |_| {}).await;
+    let mut client = daemon.client().await;
+    let held = client.get_lease(ask("held").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let primary = set.primary().await.unwrap();
+    let others: Vec<usize> = (0..3).filter(|node| *node != primary).collect();
+    for node in &others {
+        set.kill(*node).unwrap();
+    }
+    let id = Uuid::new_v4();
+    let status = client.get_lease(ask("free").id(id).ttl(secs(60))).await.unwrap_err();
+    assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable), "{status:?}");
+    let status = client.give_back(&held).await.unwrap_err();
+    assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable), "{status:?}");
+
+    for node in others {
+        set.restart(node).await.unwrap();
+    }
+    let granted = get(&mut client, "free", id).await.unwrap();
+    let seen = client.look("free").await.unwrap();
+    assert_eq!((seen.holders.len(), seen.fencing_token), (1, granted.fencing_token), "one acquisition");
+    give_back(&mut client, &held).await;
+}
