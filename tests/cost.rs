@@ -5,7 +5,7 @@ use mongodb::bson::{Document, doc};
 use tokio::task::JoinSet;
 
 use crate::keepalive::{KeepAlive, kept};
-use crate::support::{Asking, Calls, Daemon, MongoDb, ask, secs};
+use crate::support::{Asking, Calls, Daemon, MongoDb, ask, line_of, secs};
 
 /// Counts the commands on a daemon's collection from here on.
 struct Profile(mongodb::Database);
@@ -83,4 +83,33 @@ async fn a_crowd_of_256_costs_a_handful_of_commands() {
     assert!(crowd.join_all().await.into_iter().all(|granted| !granted));
     let commands = profile.stop(&daemon).await;
     assert!((1..40).contains(&commands.len()), "{} commands", commands.len());
+}
+
+#[tokio::test]
+async fn a_release_in_front_of_a_long_line_costs_as_much_as_in_front_of_one() {
+    let daemon = Daemon::start(MongoDb).await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job").ttl(secs(600))).await.unwrap().lease.unwrap();
+    let mut line = JoinSet::new();
+    for _ in 0..5 {
+        // A connection takes 256 calls.
+        let client = daemon.client().await;
+        for _ in 0..200 {
+            let mut client = client.clone();
+            line.spawn(
+                async move { client.get_lease(ask("job").ttl(secs(600)).wait(secs(600))).await.unwrap() },
+            );
+        }
+    }
+    line_of(&mut client, "job", 1000).await;
+    let profile = Profile::start(&daemon).await;
+    client.give_back(&lease).await.unwrap();
+    let mut last = line.join_next().await.unwrap().unwrap();
+    for _ in 0..9 {
+        client.give_back(&last.lease.unwrap()).await.unwrap();
+        last = line.join_next().await.unwrap().unwrap();
+    }
+    let commands = profile.stop(&daemon).await;
+    // Ten releases, and now and then a refresh of all places in one edit.
+    assert!(commands.len() <= 20, "{} commands", commands.len());
 }

@@ -7,7 +7,7 @@ use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::Round;
+use crate::pairs::Round;
 use crate::report::Pairs;
 
 /// Runs every caller until the time is over.

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::Round;
+use crate::pairs::Round;
 use crate::report::Pairs;
 
 const TTL: Duration = Duration::from_secs(30);

@@ -12,7 +12,7 @@ use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 use tonic_prost::ProstCodec;
 
-use crate::Round;
+use crate::pairs::Round;
 use crate::report::Pairs;
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::Round;
+use crate::pairs::Round;
 use crate::report::Pairs;
 
 /// Runs every caller until the time is over.

@@ -8,40 +8,65 @@ use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::{Contender, Round};
+use crate::pairs::{Contender, Round};
 
 /// One round's pairs.
 #[derive(Debug)]
 pub(crate) struct Pairs {
-    latencies: Histogram<u64>,
+    latencies: Latencies,
     time: Duration,
 }
 
 impl Pairs {
     pub(crate) fn new() -> Self {
-        let latencies = Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("microseconds up to an hour");
-        Self { latencies, time: Duration::ZERO }
+        Self { latencies: Latencies::new(), time: Duration::ZERO }
     }
 
     /// Counts a pair that took `latency`.
     pub(crate) fn add(&mut self, latency: Duration) {
-        self.latencies.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        self.latencies.add(latency);
     }
 
     /// The pairs of all callers since `start`.
     pub(crate) async fn join(mut callers: JoinSet<Result<Self>>, start: Instant) -> Result<Self> {
         let mut all = Self::new();
         while let Some(pairs) = callers.join_next().await {
-            all.latencies.add(pairs??.latencies)?;
+            all.latencies.0.add(pairs??.latencies.0)?;
         }
         all.time = start.elapsed();
-        ensure!(!all.latencies.is_empty(), "not one pair was done");
+        ensure!(!all.latencies.0.is_empty(), "not one pair was done");
         Ok(all)
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a count of pairs is far below 2^52")]
     fn rate(&self) -> f64 {
-        self.latencies.len() as f64 / self.time.as_secs_f64()
+        self.latencies.0.len() as f64 / self.time.as_secs_f64()
+    }
+}
+
+/// How long something took, many times.
+#[derive(Debug)]
+pub(crate) struct Latencies(Histogram<u64>);
+
+impl Latencies {
+    pub(crate) fn new() -> Self {
+        Self(Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("microseconds up to an hour"))
+    }
+
+    pub(crate) fn add(&mut self, latency: Duration) {
+        self.0.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    pub(crate) fn at(&self, quantile: f64) -> Duration {
+        Duration::from_micros(self.0.value_at_quantile(quantile))
+    }
+
+    pub(crate) fn print(&self, what: &str) {
+        let [p50, p90, p99, max] = [0.5, 0.9, 0.99, 1.0].map(|quantile| self.at(quantile));
+        println!(
+            "{what:<34}  {} times  p50 {p50:>9.2?}  p90 {p90:>9.2?}  p99 {p99:>9.2?}  max {max:>9.2?}",
+            self.0.len()
+        );
     }
 }
 
@@ -55,8 +80,7 @@ impl Report {
     /// Notes and prints a round.
     pub(crate) fn add(&mut self, who: Contender, round: u64, pairs: &Pairs, cpu: &[(&str, Duration)]) {
         let rate = pairs.rate();
-        let [p50, p99] =
-            [0.5, 0.99].map(|quantile| Duration::from_micros(pairs.latencies.value_at_quantile(quantile)));
+        let [p50, p99] = [0.5, 0.99].map(|quantile| pairs.latencies.at(quantile));
         let cpu: Vec<String> = cpu
             .iter()
             .map(|(name, spent)| {
