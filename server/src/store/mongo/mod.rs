@@ -3,6 +3,7 @@
 mod check;
 mod command;
 mod document;
+mod expression;
 mod pipeline;
 #[cfg(test)]
 mod wrong;

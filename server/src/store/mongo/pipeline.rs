@@ -9,6 +9,7 @@
 use mongodb::bson::{Bson, Document, doc};
 
 use super::document::{acquisition, long, reason, uuid};
+use super::expression::{bind, filter, ids, literal, map, not};
 use crate::lease::{Edit, Key, MAX_RECORD_BYTES, MAX_WAITERS, REMEMBERED_DEPARTURES, Reason, Rules};
 
 /// More than any array of a record holds; `$slice` wants a count.
@@ -300,32 +301,4 @@ fn live(rules: &Rules, now: &Bson) -> Document {
 
 fn note(gone: &Bson, why: Reason, now: &Bson) -> Bson {
     map(gone.clone(), "h", doc! { "id": "$$h.id", "reason": reason(why), "at": now.clone() })
-}
-
-fn literal(value: Bson) -> Bson {
-    doc! { "$literal": value }.into()
-}
-
-fn not(condition: &Document) -> Document {
-    doc! { "$not": [condition.clone()] }
-}
-
-fn filter(input: impl Into<Bson>, name: &str, condition: impl Into<Bson>) -> Bson {
-    doc! { "$filter": { "input": input.into(), "as": name, "cond": condition.into() } }.into()
-}
-
-fn map(input: impl Into<Bson>, name: &str, value: Document) -> Bson {
-    doc! { "$map": { "input": input.into(), "as": name, "in": value } }.into()
-}
-
-fn ids(list: impl Into<Bson>) -> Bson {
-    map_to(list, "$$who.id")
-}
-
-fn map_to(input: impl Into<Bson>, value: &str) -> Bson {
-    doc! { "$map": { "input": input.into(), "as": "who", "in": value } }.into()
-}
-
-fn bind(variables: Document, value: impl Into<Bson>) -> Bson {
-    doc! { "$let": { "vars": variables, "in": value.into() } }.into()
 }

@@ -1,0 +1,31 @@
+//! The aggregation language's expressions that the rules are made of. Knows nothing of records.
+
+use mongodb::bson::{Bson, Document, doc};
+
+pub(super) fn literal(value: Bson) -> Bson {
+    doc! { "$literal": value }.into()
+}
+
+pub(super) fn not(condition: &Document) -> Document {
+    doc! { "$not": [condition.clone()] }
+}
+
+pub(super) fn filter(input: impl Into<Bson>, name: &str, condition: impl Into<Bson>) -> Bson {
+    doc! { "$filter": { "input": input.into(), "as": name, "cond": condition.into() } }.into()
+}
+
+pub(super) fn map(input: impl Into<Bson>, name: &str, value: Document) -> Bson {
+    doc! { "$map": { "input": input.into(), "as": name, "in": value } }.into()
+}
+
+pub(super) fn ids(list: impl Into<Bson>) -> Bson {
+    map_to(list, "$$who.id")
+}
+
+fn map_to(input: impl Into<Bson>, value: &str) -> Bson {
+    doc! { "$map": { "input": input.into(), "as": "who", "in": value } }.into()
+}
+
+pub(super) fn bind(variables: Document, value: impl Into<Bson>) -> Bson {
+    doc! { "$let": { "vars": variables, "in": value.into() } }.into()
+}
