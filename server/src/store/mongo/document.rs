@@ -1,13 +1,16 @@
 //! Records as MongoDB documents: the names and types of their fields.
 //!
 //! ```text
-//! { _id: key, token: long, rev: long, blocked_until: date | null,
+//! { _id: key, token: long, rev: long, epoch: long, blocked_until: date | null,
 //!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, ttl: ms, min_hold: ms, size, token, acquired_at, expires_at }],
 //!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, wait, since, expires_at }],
 //!   departures: [{ id, reason, at }] }
 //! ```
 //!
 //! Metadata is an array of pairs: a caller's text never becomes a field name.
+//!
+//! `epoch` is for the change feed alone, and no part of a record as the rules know it: the `rev` of the latest edit that
+//! others should hear of. Any edit but one of mere touches is such, and that one too if it moved the line.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -26,7 +26,8 @@ pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson) -> Vec<
     let revoke = has(|edit| edit.revoked().is_empty());
     let cancel = has(|edit| edit.cancelled().is_empty());
     let enqueue = has(|edit| edit.enqueued().is_empty());
-    let parts = Parts { touch, release, revoke, cancel, enqueue };
+    let loud = Loudness::of(batch);
+    let parts = Parts { touch, release, revoke, cancel, enqueue, loud };
     let source = Source::new(batch, &parts);
 
     let mut stages = vec![begin(&source)];
@@ -49,6 +50,33 @@ struct Parts {
     revoke: bool,
     cancel: bool,
     enqueue: bool,
+    loud: Loudness,
+}
+
+/// Which edits of a batch others should hear of: those with more than touches in them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Loudness {
+    All,
+    None,
+    Some,
+}
+
+impl Loudness {
+    fn of(batch: &[(Key, Edit)]) -> Self {
+        let loud = batch.iter().filter(|(_, edit)| is_loud(edit)).count();
+        match loud {
+            0 => Self::None,
+            _ if loud == batch.len() => Self::All,
+            _ => Self::Some,
+        }
+    }
+}
+
+fn is_loud(edit: &Edit) -> bool {
+    !edit.released().is_empty()
+        || !edit.revoked().is_empty()
+        || !edit.cancelled().is_empty()
+        || !edit.enqueued().is_empty()
 }
 
 /// Where a stage finds a record's own edit: in the table, or in the stage itself when the batch is a single edit.
@@ -93,6 +121,9 @@ fn encode(edit: &Edit, parts: &Parts) -> Document {
     list(parts.revoke, "revoke", edit.revoked().iter().map(|token| Bson::Int64(token.0)).collect());
     list(parts.cancel, "cancel", edit.cancelled().iter().map(|&id| uuid(id)).collect());
     list(parts.enqueue, "enqueue", edit.enqueued().iter().map(|who| acquisition(who).into()).collect());
+    if parts.loud == Loudness::Some && is_loud(edit) {
+        lists.insert("loud", true);
+    }
     lists
 }
 
@@ -266,7 +297,8 @@ fn holder(now: &Bson) -> Document {
     holder
 }
 
-/// Puts the admission into effect; those who came only to try leave; `rev` rises.
+/// Puts the admission into effect; those who came only to try leave; `rev` rises, and `epoch` with it unless all was
+/// quiet.
 fn finish(parts: &Parts, rules: &Rules, now: &Bson) -> Document {
     let any = doc! { "$gt": [{ "$size": { "$ifNull": ["$admission.granted", []] } }, 0] };
     let live = live(rules, now);
@@ -285,13 +317,26 @@ fn finish(parts: &Parts, rules: &Rules, now: &Bson) -> Document {
         doc! { "$slice": [{ "$concatArrays": ["$$gone", "$departures"] }, remembered] },
     );
     let rest = doc! { "$slice": ["$waiters", { "$ifNull": ["$admission.left", 0] }, ALL] };
+    let rev = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
     doc! { "$set": {
         "token": { "$ifNull": ["$admission.token", "$token"] },
         "holders": { "$cond": [any, { "$concatArrays": [stay, "$admission.granted"] }, "$holders"] },
         "waiters": filter(rest, "w", "$$w.wait"),
         "departures": departures,
-        "rev": { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] },
+        "epoch": epoch(parts.loud, &rev),
+        "rev": rev,
     } }
+}
+
+/// The revision of the latest edit that others should hear of: one with more than touches, or one that moved the line.
+fn epoch(loud: Loudness, rev: &Document) -> Bson {
+    let moved = doc! { "$gt": ["$admission.left", 0] };
+    let told = match loud {
+        Loudness::All => return rev.clone().into(),
+        Loudness::None => moved,
+        Loudness::Some => doc! { "$or": ["$edit.loud", moved] },
+    };
+    doc! { "$cond": [told, rev.clone(), "$epoch"] }.into()
 }
 
 /// Whether nobody may take the place of the holder `$$h` yet.
