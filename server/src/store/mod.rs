@@ -73,6 +73,11 @@ pub trait Store: Send + Sync + 'static {
     /// or it cannot be had.
     fn feed_lag(&self) -> Option<Duration>;
 
+    /// Whether others commit here, and what they do cannot be followed at present.
+    fn feed_is_broken(&self) -> bool {
+        false
+    }
+
     /// Batches that are worth having in flight at once.
     fn lanes(&self) -> usize;
 

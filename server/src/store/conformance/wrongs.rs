@@ -24,6 +24,10 @@ pub(in crate::store) enum Wrong {
     DeparturesForgotten,
     /// A caller's value stands in the pipeline as it is.
     OutsideLiteral,
+    /// Changes to the line-up look like touches.
+    EpochKept,
+    /// Touches look like changes to the line-up.
+    EpochAlwaysRises,
 }
 
 impl Wrong {
@@ -71,6 +75,7 @@ impl Wrong {
                 ..step(record, edit, now, rules)
             },
             Self::OutsideLiteral => panic!("the specification quotes nothing"),
+            Self::EpochKept | Self::EpochAlwaysRises => panic!("the specification has no epoch"),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mongodb::Database;
-use mongodb::bson::{Document, doc};
+use mongodb::bson::{Document, Timestamp, doc};
 use mongodb::error::{Error, ErrorKind, WriteFailure};
 use mongodb::options::{Acknowledgment, WriteConcern};
 use tokio::sync::Semaphore;
@@ -22,6 +22,8 @@ pub(super) const ATTEMPT: Duration = Duration::from_millis(2000);
 const SLACK: Duration = Duration::from_millis(500);
 /// Tasks at once, those that nobody waits for any more included.
 const TASKS: usize = 64;
+/// The same of what is done beside the commits and reads, so that it never stands in their way.
+const ERRANDS: usize = 8;
 
 /// What became of an attempt that failed, and whether to repeat it.
 #[derive(Debug, Clone)]
@@ -41,6 +43,12 @@ impl Failure {
 
     pub(super) fn refused(cause: impl ToString) -> Self {
         Self::Refused(cause.to_string())
+    }
+
+    pub(super) fn into_cause(self) -> String {
+        match self {
+            Self::NotApplied(cause) | Self::Unknown(cause) | Self::Refused(cause) => cause,
+        }
     }
 
     /// Reads a driver error. `ErrorKind` and server codes are all the driver shows of its own judgement.
@@ -97,6 +105,10 @@ impl Runner {
         Self { tasks: Arc::new(Semaphore::new(TASKS)) }
     }
 
+    pub(super) fn for_errands() -> Self {
+        Self { tasks: Arc::new(Semaphore::new(ERRANDS)) }
+    }
+
     /// Runs `command` to its end, and waits for that no longer than an attempt may take.
     pub(super) async fn run<T, F>(&self, command: F) -> Result<T, Failure>
     where
@@ -126,14 +138,35 @@ impl Runner {
     pub(super) async fn write(
         &self,
         database: &Database,
-        mut command: Document,
+        command: Document,
         concern: &WriteConcern,
     ) -> Result<u64, Failure> {
+        matched(&self.written(database, command, concern).await?)
+    }
+
+    /// The reply to a write command, which says `ok` also when it has failures inside.
+    async fn written(
+        &self,
+        database: &Database,
+        mut command: Document,
+        concern: &WriteConcern,
+    ) -> Result<Document, Failure> {
         command.insert("maxTimeMS", max_time());
         command.insert("writeConcern", concern_document(concern));
         let database = database.clone();
-        let reply = self.run(async move { database.run_command(command).await }).await?;
-        matched(&reply)
+        self.run(async move { database.run_command(command).await }).await
+    }
+
+    /// As [`Self::write`], and returns the database's time at which the write was there.
+    pub(super) async fn write_in_time(
+        &self,
+        database: &Database,
+        command: Document,
+        concern: &WriteConcern,
+    ) -> Result<Timestamp, Failure> {
+        let reply = self.written(database, command, concern).await?;
+        matched(&reply)?;
+        reply.get_timestamp("operationTime").map_err(Failure::unknown)
     }
 }
 
@@ -151,7 +184,7 @@ fn concern_document(concern: &WriteConcern) -> Document {
     document
 }
 
-/// Reads the reply to a write command, which says `ok` also when it has failures inside.
+/// Reads the reply to a write command.
 fn matched(reply: &Document) -> Result<u64, Failure> {
     let errors = reply.get_array("writeErrors").into_iter().flatten();
     for error in errors.filter_map(|error| error.as_document()) {

@@ -2,8 +2,12 @@
 
 mod check;
 mod command;
+mod daemons;
 mod document;
 mod expression;
+mod feed;
+#[cfg(test)]
+mod feed_tests;
 mod pipeline;
 #[cfg(test)]
 mod wrong;
@@ -16,11 +20,13 @@ use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::{ReadConcern, ReturnDocument, WriteConcern};
 use mongodb::{Client, Collection, Database};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use check::Unusable;
 use command::{ATTEMPT, Failure, Runner};
+use daemons::{Daemons, Pace};
+use feed::Feed;
 
 use super::{FeedEvent, ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant};
 use crate::lease::{Edit, Key, Rules, Snapshot};
@@ -49,6 +55,7 @@ pub struct MongoStore {
     collection: Collection<RawDocumentBuf>,
     concern: WriteConcern,
     runner: Runner,
+    feed: Arc<Feed>,
     clock: Bson,
     #[cfg(test)]
     pub(super) wrong: Option<super::conformance::wrongs::Wrong>,
@@ -71,6 +78,7 @@ impl MongoStore {
             database,
             concern: WriteConcern::majority(),
             runner: Runner::new(),
+            feed: Arc::new(Feed::new(Pace::default())),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
             wrong: None,
@@ -324,10 +332,29 @@ impl Store for MongoStore {
         2
     }
 
-    async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
+    async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
+        let ended = draining.child_token();
+        let daemons = Daemons::new(self);
+        let (company, others) = watch::channel(false);
+        let tell = async {
+            tokio::select! {
+                () = feed::follow(self, &daemons, others, &events) => {}
+                () = events.closed() => {}
+                () = draining.cancelled() => {}
+            }
+            self.feed.progress.set_off();
+            drop(events);
+            ended.cancel();
+        };
+        tokio::join!(tell, daemons.attend(company, &ended));
+    }
 
     fn feed_lag(&self) -> Option<Duration> {
-        None
+        self.feed.progress.lag()
+    }
+
+    fn feed_is_broken(&self) -> bool {
+        self.feed.progress.is_broken()
     }
 
     fn is_shared(&self) -> bool {

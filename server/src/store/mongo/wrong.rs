@@ -37,6 +37,11 @@ pub(super) fn put_into(mut stages: Vec<Document>, wrong: Wrong) -> Vec<Document>
             let expiry = operands.first()?;
             (operator == "$add" && expiry == &"$$h.expires_at".into()).then(|| expiry.clone())
         }),
+        Wrong::EpochKept => set(&mut stages, "epoch", "$epoch".into()),
+        Wrong::EpochAlwaysRises => {
+            let next = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
+            set(&mut stages, "epoch", next.into());
+        }
         Wrong::OutsideLiteral => unquote(&mut stages),
     }
     stages

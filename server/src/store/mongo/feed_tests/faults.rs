@@ -1,0 +1,123 @@
+//! The change feed goes on after whatever happens to it.
+
+use std::time::Duration;
+
+use mongodb::Client;
+use mongodb::bson::{Document, doc};
+use throwaway_mongodb::{Mongod, ReplicaSet};
+
+use super::{at_pace, eventually, lease, marker, registered, store, store_at, two};
+use crate::store::mongo::Pace;
+use crate::store::{FeedEvent, Store};
+
+#[tokio::test]
+async fn the_feed_goes_on_after_the_collection_was_dropped() {
+    let store = store().await;
+    let (mut listener, _other) = two(&store).await;
+    store.collection.drop().await.expect("done");
+    listener.goes_on_after_a_gap().await;
+}
+
+/// Has the server fail every such command, until it is told not to. Fail points are the whole server's, so it must be
+/// the test's own.
+async fn fail(mongod: &Mongod, command: &str, failure: Document) {
+    let mut data = failure;
+    data.insert("failCommands", [command]);
+    set_fail_point(
+        mongod.uri(),
+        doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data },
+    )
+    .await;
+}
+
+async fn fail_no_more(mongod: &Mongod) {
+    set_fail_point(mongod.uri(), doc! { "configureFailPoint": "failCommand", "mode": "off" }).await;
+}
+
+async fn set_fail_point(uri: &str, command: Document) {
+    let client = Client::with_uri_str(uri).await.expect("done");
+    client.database("admin").run_command(command).await.expect("done");
+}
+
+#[tokio::test]
+async fn the_feed_goes_on_after_every_failure_of_its_stream() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = store_at(mongod.uri()).await;
+    let (mut listener, _other) = two(&store).await;
+    for failure in [
+        // History lost, cursor not found, a step down, and one that is no good at all.
+        doc! { "errorCode": 286 },
+        doc! { "errorCode": 43 },
+        doc! { "errorCode": 189 },
+        doc! { "errorCode": 8 },
+        doc! { "closeConnection": true },
+    ] {
+        fail(&mongod, "getMore", failure).await;
+        eventually(async || listener.store.feed_is_broken().then_some(())).await;
+        fail_no_more(&mongod).await;
+        listener.goes_on_after_a_gap().await;
+    }
+}
+
+#[tokio::test]
+async fn a_feed_that_cannot_be_opened_says_so_and_gaps_until_it_can() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = store_at(mongod.uri()).await;
+    fail(&mongod, "aggregate", doc! { "errorCode": 8 }).await;
+    let (mut listener, _other) = two(&store).await;
+    assert_eq!(listener.next().await, FeedEvent::Gap);
+    assert!(listener.store.feed_is_broken());
+    assert_eq!(listener.store.feed_lag(), None);
+    fail_no_more(&mongod).await;
+    eventually(async || listener.store.feed_lag()).await;
+    assert!(!listener.store.feed_is_broken());
+    listener.goes_on_after_a_gap().await;
+}
+
+#[tokio::test]
+async fn an_open_feed_stays_open_while_no_sign_of_life_can_be_given() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = at_pace(store_at(mongod.uri()).await, |pace| Pace {
+        patience: 1,
+        alive: Duration::from_millis(1500),
+        ..pace
+    });
+    let (mut listener, _other) = two(&store).await;
+    let namespace = registered(&store).namespace().to_string();
+    fail(&mongod, "update", doc! { "errorCode": 189, "namespace": namespace }).await;
+    // Until both would count as dead.
+    let dead = doc! { "$expr": { "$lt": ["$seen_at", { "$subtract": ["$$NOW", 2000] }] } };
+    eventually(async || {
+        (registered(&store).count_documents(dead.clone()).await.expect("done") == 2).then_some(())
+    })
+    .await;
+    let last = marker();
+    lease(&store, &last).await;
+    assert!(listener.changes_until(&last).await.is_empty());
+}
+
+/// The old primary goes on to serve the stream, until something happens to it.
+#[tokio::test]
+async fn the_feed_goes_on_through_failovers() {
+    let mut set = ReplicaSet::start().await.expect("three nodes");
+    let store = at_pace(store_at(set.uri()).await, |pace| Pace { stale: Duration::from_secs(2), ..pace });
+    let old_uri = set.node_uri(set.wait_for_primary().await.expect("done")).expect("done");
+    let (mut listener, _other) = two(&store).await;
+    set.step_down().await.expect("done");
+    listener.goes_on().await;
+
+    // It does not know what the others agree on, and says that nothing happens.
+    set_fail_point(&old_uri, doc! { "configureFailPoint": "stopReplProducer", "mode": "alwaysOn" }).await;
+    listener.goes_on_after_a_gap().await;
+    set_fail_point(&old_uri, doc! { "configureFailPoint": "stopReplProducer", "mode": "off" }).await;
+    set.wait_for_all().await.expect("done");
+
+    let paused = set.wait_for_primary().await.expect("done");
+    set.pause(paused).expect("done");
+    listener.goes_on_after_a_gap().await;
+    set.resume(paused).expect("done");
+    set.wait_for_all().await.expect("done");
+
+    set.kill_primary().await.expect("done");
+    listener.goes_on_after_a_gap().await;
+}
