@@ -8,7 +8,7 @@ use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{Acknowledgment, ClientOptions, WriteConcern};
 
 use super::command::{Failure, brief};
-use super::{ConnectError, MongoStore};
+use super::{ConnectError, MongoStore, daemons, feed};
 
 /// The wire version of MongoDB 6.0, the oldest that is tested.
 const MIN_WIRE_VERSION: i32 = 17;
@@ -41,7 +41,7 @@ pub enum Unusable {
     /// The user may not do what a daemon must.
     #[error(
         "the MongoDB user lacks a right that the daemon needs (find, insert, update, remove, listIndexes and \
-         listCollections on its database): {0}"
+         listCollections on its database, and changeStream on its collection): {0}"
     )]
     Rights(String),
     /// MongoDB would delete records by itself.
@@ -159,9 +159,17 @@ async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
 
 /// Tries each kind of command in a form that changes nothing.
 async fn rights(store: &MongoStore, concern: &WriteConcern) -> Result<(), ConnectError> {
-    let name = store.collection.name();
     let nothing = doc! { "_id": { "$in": [] } };
     store.find(nothing.clone(), 1).await?;
+    feed::open(store).await?;
+    let daemons = daemons::collection_name(store.collection.name());
+    command(store, doc! { "find": &daemons, "filter": nothing, "limit": 1 }).await?;
+    may_write(store, store.collection.name(), concern).await?;
+    may_write(store, &daemons, concern).await
+}
+
+async fn may_write(store: &MongoStore, name: &str, concern: &WriteConcern) -> Result<(), ConnectError> {
+    let nothing = doc! { "_id": { "$in": [] } };
     let update = doc! { "update": name, "updates": [{ "q": nothing.clone(), "u": [{ "$set": { "rev": 0 } }], "multi": true }] };
     let delete = doc! { "delete": name, "deletes": [{ "q": nothing, "limit": 0 }] };
     store.runner.write(&store.database, update, concern).await?;

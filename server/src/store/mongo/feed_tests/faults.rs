@@ -6,8 +6,8 @@ use mongodb::Client;
 use mongodb::bson::{Document, doc};
 use throwaway_mongodb::{Mongod, ReplicaSet};
 
-use super::{at_pace, eventually, lease, marker, registered, store, store_at, two};
-use crate::store::mongo::Pace;
+use super::{RULES, at_pace, eventually, lease, marker, registered, store, store_at, two};
+use crate::store::mongo::{ConnectError, Location, MongoStore, Pace, Unusable};
 use crate::store::{FeedEvent, Store};
 
 #[tokio::test]
@@ -94,6 +94,17 @@ async fn an_open_feed_stays_open_while_no_sign_of_life_can_be_given() {
     let last = marker();
     lease(&store, &last).await;
     assert!(listener.changes_until(&last).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_user_who_may_not_open_a_change_stream_is_told_at_the_start() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    fail(&mongod, "aggregate", doc! { "errorCode": 13 }).await;
+    let location =
+        Location { uri: mongod.uri().to_owned(), database: "feed".into(), collection: "no".into() };
+    let refused = MongoStore::connect(&location, RULES).await.expect_err("no rights");
+    assert!(matches!(refused, ConnectError::Unusable(Unusable::Rights(_))), "{refused}");
+    assert!(refused.to_string().contains("changeStream on its collection"), "{refused}");
 }
 
 /// The old primary goes on to serve the stream, until something happens to it.
