@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 
 use futures_util::StreamExt;
 use leased_client::Reason;
+use mongodb::bson::doc;
 use rstest::rstest;
+use throwaway_mongodb::Mongod;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::Code;
@@ -47,6 +49,39 @@ async fn a_daemon_whose_store_answers_is_serving_and_ready(#[values(Embedded, Mo
             .await;
     assert_eq!(ready.1, "ready\n");
     assert!(http(daemon.http, "/livez").await.unwrap().0.contains("200"));
+}
+
+#[tokio::test]
+async fn readiness_says_how_far_the_change_feed_is_behind_once_there_are_two() {
+    let daemon = Daemon::start(MongoDb).await;
+    let other = daemon.sibling().await;
+    for daemon in [&daemon, &other] {
+        let said = eventually(async || {
+            let (head, said) = http(daemon.http, "/readyz").await?;
+            (head.contains("200") && said != "ready\n").then_some(said)
+        });
+        let said = said.await;
+        let behind =
+            said.strip_prefix("ready, change feed ").and_then(|said| said.strip_suffix("ms behind\n"));
+        assert!(behind.is_some_and(|behind| behind.parse::<u32>().is_ok()), "{said:?}");
+    }
+}
+
+/// Fail points are the whole server's, so it is the test's own.
+#[tokio::test]
+async fn a_daemon_whose_change_feed_is_broken_is_ready_and_says_so() {
+    let mongod = Mongod::start().await.unwrap();
+    let daemon = Daemon::over(mongod.uri(), |_| {}).await;
+    let _other = daemon.sibling().await;
+    let data = doc! { "failCommands": ["aggregate", "getMore"], "errorCode": 286 };
+    let fail = doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data };
+    let client = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap();
+    client.database("admin").run_command(fail).await.unwrap();
+    eventually(async || {
+        let (head, said) = http(daemon.http, "/readyz").await?;
+        (head.contains("200") && said.starts_with("ready, change feed broken")).then_some(())
+    })
+    .await;
 }
 
 #[rstest]

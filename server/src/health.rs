@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::lessor::Lessor;
 use crate::store::{Store, StoreError};
 
 /// How often the store is asked.
@@ -98,13 +99,19 @@ impl Health {
     }
 
     /// Serves `/livez` and `/readyz` until `ended`.
-    pub(crate) async fn serve_http(self, listener: TcpListener, ended: CancellationToken) {
+    pub(crate) async fn serve_http<S: Store>(
+        self,
+        listener: TcpListener,
+        lessor: Lessor<S>,
+        ended: CancellationToken,
+    ) {
         let readiness = self.readiness;
         let ready = move || async move {
+            let away = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
             match *readiness.borrow() {
-                Readiness::Ready => (StatusCode::OK, "ready\n"),
-                Readiness::StoreAway => (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer\n"),
-                Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+                Readiness::Ready => (StatusCode::OK, format!("ready{}\n", feed(lessor.store()))),
+                Readiness::StoreAway => away("the store does not answer"),
+                Readiness::Draining => away("draining"),
             }
         };
         let routes = Router::new().route("/livez", get(async || "alive\n")).route("/readyz", get(ready));
@@ -113,6 +120,17 @@ impl Health {
         if let Err(error) = serve.await {
             tracing::error!(%error, address, "the HTTP side port failed");
         }
+    }
+}
+
+/// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.
+fn feed(store: &impl Store) -> String {
+    match store.feed_lag() {
+        Some(lag) => format!(", change feed {}ms behind", lag.as_millis()),
+        None if store.feed_is_broken() => {
+            ", change feed broken: what other daemons do is noticed late".to_owned()
+        }
+        None => String::new(),
     }
 }
 

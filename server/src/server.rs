@@ -95,7 +95,7 @@ pub async fn run<S: Store>(
     tokio::spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
     tokio::spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
     if let Some(listener) = listeners.http {
-        tokio::spawn(health.clone().serve_http(listener, ended.clone()));
+        tokio::spawn(health.clone().serve_http(listener, lessor.clone(), ended.clone()));
     }
 
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
