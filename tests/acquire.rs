@@ -8,11 +8,13 @@ use tokio::task::JoinSet;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, ms, refusal, secs};
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, eventually, ms, refusal, secs,
+};
 
 #[rstest]
 #[tokio::test]
-async fn a_free_key_is_granted_with_what_was_asked_for(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_free_key_is_granted_with_what_was_asked_for(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let id = Uuid::new_v4();
@@ -34,7 +36,7 @@ async fn a_free_key_is_granted_with_what_was_asked_for(#[values(Embedded, MongoD
 
 #[rstest]
 #[tokio::test]
-async fn without_an_id_and_a_ttl_the_daemon_picks_them(#[values(Embedded, MongoDb)] home: Home) {
+async fn without_an_id_and_a_ttl_the_daemon_picks_them(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job")).await.unwrap();
@@ -46,7 +48,9 @@ async fn without_an_id_and_a_ttl_the_daemon_picks_them(#[values(Embedded, MongoD
 
 #[rstest]
 #[tokio::test]
-async fn a_held_key_is_refused_and_the_refusal_names_the_holder(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_held_key_is_refused_and_the_refusal_names_the_holder(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let held = client.get_lease(ask("job").owner("first").ttl(secs(20))).await.unwrap();
@@ -63,7 +67,7 @@ async fn a_held_key_is_refused_and_the_refusal_names_the_holder(#[values(Embedde
 /// mongolock's first caveat: there, the second worker of a name released the first one's lock.
 #[rstest]
 #[tokio::test]
-async fn equal_owner_names_are_different_holders(#[values(Embedded, MongoDb)] home: Home) {
+async fn equal_owner_names_are_different_holders(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("job").owner("worker")).await.unwrap().lease.unwrap();
@@ -98,7 +102,9 @@ async fn tokens_rise_over_release_expiry_and_deletion_of_the_record() {
 
 #[rstest]
 #[tokio::test]
-async fn repeating_a_call_with_its_id_repeats_the_same_acquisition(#[values(Embedded, MongoDb)] home: Home) {
+async fn repeating_a_call_with_its_id_repeats_the_same_acquisition(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let request = ask("job").id(Uuid::new_v4()).ttl(secs(20));
@@ -117,7 +123,7 @@ async fn repeating_a_call_with_its_id_repeats_the_same_acquisition(#[values(Embe
 /// Otherwise a client that counts from the repetition would believe past the end of the lease.
 #[rstest]
 #[tokio::test]
-async fn a_repeated_acquire_renews_what_it_finds(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_repeated_acquire_renews_what_it_finds(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let request = ask("job").id(Uuid::new_v4()).ttl(secs(20));
@@ -132,7 +138,7 @@ async fn a_repeated_acquire_renews_what_it_finds(#[values(Embedded, MongoDb)] ho
 
 #[rstest]
 #[tokio::test]
-async fn of_256_callers_racing_for_a_key_one_wins(#[values(Embedded, MongoDb)] home: Home) {
+async fn of_256_callers_racing_for_a_key_one_wins(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let client = daemon.client().await;
     let mut racers = JoinSet::new();
@@ -150,7 +156,7 @@ async fn of_256_callers_racing_for_a_key_one_wins(#[values(Embedded, MongoDb)] h
 
 #[rstest]
 #[tokio::test]
-async fn two_thousand_keys_at_once(#[values(Embedded, MongoDb)] home: Home) {
+async fn two_thousand_keys_at_once(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut callers = JoinSet::new();
     for connection in 0..10 {
@@ -173,7 +179,7 @@ async fn two_thousand_keys_at_once(#[values(Embedded, MongoDb)] home: Home) {
 
 #[rstest]
 #[tokio::test]
-async fn min_hold_keeps_the_key_taken_after_an_early_release(#[values(Embedded, MongoDb)] home: Home) {
+async fn min_hold_keeps_the_key_taken_after_an_early_release(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("cron").min_hold(ms(1500))).await.unwrap();

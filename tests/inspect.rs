@@ -8,7 +8,7 @@ use tonic::Code;
 
 use rstest::rstest;
 
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, refusal, secs};
+use crate::support::{Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, ask, refusal, secs};
 
 async fn list(client: &mut Leases, request: ListRequest) -> ListResponse {
     client.list(request).await.unwrap().into_inner()
@@ -20,7 +20,7 @@ fn keys(page: &ListResponse) -> Vec<&str> {
 
 #[rstest]
 #[tokio::test]
-async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb)] home: Home) {
+async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("host".to_owned(), "a1".to_owned()), ("pid".to_owned(), "7".to_owned())]);
@@ -36,7 +36,7 @@ async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb)] h
 
 #[rstest]
 #[tokio::test]
-async fn a_key_never_leased_is_unknown(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_key_never_leased_is_unknown(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let status = daemon.client().await.look("nothing").await.unwrap_err();
     assert_eq!((status.code(), refusal(&status, "").0), (Code::NotFound, Some(Reason::KeyUnknown)));
@@ -44,7 +44,7 @@ async fn a_key_never_leased_is_unknown(#[values(Embedded, MongoDb)] home: Home) 
 
 #[rstest]
 #[tokio::test]
-async fn list_goes_by_prefix_in_order_a_page_at_a_time(#[values(Embedded, MongoDb)] home: Home) {
+async fn list_goes_by_prefix_in_order_a_page_at_a_time(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for key in ["b/2", "a/1", "b/1", "b/10", "b", "c/1", "b/é", "b/\u{10ffff}"] {
@@ -67,7 +67,7 @@ async fn list_goes_by_prefix_in_order_a_page_at_a_time(#[values(Embedded, MongoD
 
 #[rstest]
 #[tokio::test]
-async fn free_keys_are_listed_on_demand(#[values(Embedded, MongoDb)] home: Home) {
+async fn free_keys_are_listed_on_demand(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("free")).await.unwrap().lease.unwrap();
@@ -81,7 +81,7 @@ async fn free_keys_are_listed_on_demand(#[values(Embedded, MongoDb)] home: Home)
 
 #[rstest]
 #[tokio::test]
-async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("x".to_owned(), "y".repeat(4000))]);
@@ -107,7 +107,7 @@ async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb)
 
 #[rstest]
 #[tokio::test]
-async fn a_page_token_of_another_listing_is_refused(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_page_token_of_another_listing_is_refused(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for (prefix, page_token) in [("b/", "a/1"), ("", "a\0b"), ("a", &"x".repeat(600))] {

@@ -13,7 +13,7 @@ use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, PATIENCE, ask, ms, named, refusal, secs,
+    Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, ms, named, refusal, secs,
     wrong_fields,
 };
 
@@ -68,7 +68,7 @@ fn lost(outcome: &Outcome) -> LossReason {
 #[rstest]
 #[tokio::test]
 async fn a_message_that_names_none_touches_all_that_the_stream_carries(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -92,7 +92,7 @@ async fn a_message_that_names_none_touches_all_that_the_stream_carries(
 #[rstest]
 #[tokio::test]
 async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -121,7 +121,7 @@ async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others(
 #[rstest]
 #[tokio::test]
 async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -147,7 +147,7 @@ async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one(
 #[rstest]
 #[tokio::test]
 async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -171,7 +171,7 @@ async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field(
 
 #[rstest]
 #[tokio::test]
-async fn a_stream_carries_only_so_many_leases(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_stream_carries_only_so_many_leases(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start_with(home, |config| config.limits.stream_leases = 3).await;
     let mut client = daemon.client().await;
     let mut stream = KeepAlive::open(&mut client).await;
@@ -189,7 +189,7 @@ async fn a_stream_carries_only_so_many_leases(#[values(Embedded, MongoDb)] home:
 /// Messages are answered as the store answers, not one after the other.
 #[rstest]
 #[tokio::test]
-async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb)] home: Home) {
+async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
@@ -208,7 +208,7 @@ async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb)] home: Home)
 #[rstest]
 #[tokio::test]
 async fn a_stream_that_is_closed_by_its_caller_is_answered_to_the_end(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;

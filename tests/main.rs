@@ -13,6 +13,8 @@ mod cost;
 mod failover;
 /// A store that fails, a document that vanishes, a daemon that ends.
 mod faults;
+/// Several daemons over one database.
+mod fleet;
 /// Requests that are wrong, and requests that only look so.
 mod hostile;
 /// Looking at keys.

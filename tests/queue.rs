@@ -11,8 +11,8 @@ use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, GRACE, Home, Leases, MongoDb, ask, eventually, line_of, ms, refusal,
-    secs,
+    Asking, Calls, Daemon, Embedded, Fleet, GRACE, Home, Leases, MongoDb, ask, eventually, line_of, ms,
+    refusal, secs,
 };
 
 type Waiting = JoinHandle<Result<AcquireResponse, Status>>;
@@ -74,7 +74,7 @@ async fn a_release_at_another_daemon_is_noticed_within_two_seconds_or_little_mor
 #[rstest]
 #[tokio::test]
 async fn when_the_wait_runs_out_the_caller_is_told_who_holds_and_leaves_the_line(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -91,7 +91,7 @@ async fn when_the_wait_runs_out_the_caller_is_told_who_holds_and_leaves_the_line
 #[rstest]
 #[tokio::test]
 async fn a_call_whose_deadline_ends_while_it_waits_is_answered_before_that(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -105,7 +105,7 @@ async fn a_call_whose_deadline_ends_while_it_waits_is_answered_before_that(
 
 #[rstest]
 #[tokio::test]
-async fn a_caller_that_hangs_up_leaves_the_line_at_once(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_caller_that_hangs_up_leaves_the_line_at_once(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -123,7 +123,7 @@ async fn a_caller_that_hangs_up_leaves_the_line_at_once(#[values(Embedded, Mongo
 #[rstest]
 #[tokio::test]
 async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -147,7 +147,7 @@ async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease(
 #[rstest]
 #[tokio::test]
 async fn a_holder_that_falls_silent_is_displaced_after_ttl_and_grace_and_not_before(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -164,7 +164,9 @@ async fn a_holder_that_falls_silent_is_displaced_after_ttl_and_grace_and_not_bef
 
 #[rstest]
 #[tokio::test]
-async fn a_place_outlasts_its_lapse_time_while_its_call_lives(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_place_outlasts_its_lapse_time_while_its_call_lives(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
     let daemon = Daemon::start_with(home, |config| config.rules.place = ms(1000)).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -225,7 +227,7 @@ async fn a_caller_of_a_draining_daemon_keeps_its_place_at_another() {
 /// A client that reconnects repeats its call before the daemon has seen the old one end.
 #[rstest]
 #[tokio::test]
-async fn a_repeated_wait_keeps_the_place_of_the_first(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_repeated_wait_keeps_the_place_of_the_first(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -250,7 +252,7 @@ async fn a_repeated_wait_keeps_the_place_of_the_first(#[values(Embedded, MongoDb
 
 #[rstest]
 #[tokio::test]
-async fn a_full_line_takes_no_more(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_full_line_takes_no_more(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
@@ -273,7 +275,7 @@ async fn a_full_line_takes_no_more(#[values(Embedded, MongoDb)] home: Home) {
 
 #[rstest]
 #[tokio::test]
-async fn only_so_many_calls_may_wait_at_one_daemon(#[values(Embedded, MongoDb)] home: Home) {
+async fn only_so_many_calls_may_wait_at_one_daemon(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start_with(home, |config| config.limits.bounds.waiting_calls = 1).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").ttl(secs(60))).await.unwrap();

@@ -7,11 +7,13 @@ use uuid::Uuid;
 
 use rstest::rstest;
 
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, line_of, named, refusal, secs};
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, line_of, named, refusal, secs,
+};
 
 #[rstest]
 #[tokio::test]
-async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
@@ -26,7 +28,7 @@ async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb)
 
 #[rstest]
 #[tokio::test]
-async fn who_never_held_cannot_release_and_changes_nothing(#[values(Embedded, MongoDb)] home: Home) {
+async fn who_never_held_cannot_release_and_changes_nothing(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let held = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
@@ -43,7 +45,7 @@ async fn who_never_held_cannot_release_and_changes_nothing(#[values(Embedded, Mo
 
 #[rstest]
 #[tokio::test]
-async fn the_next_in_line_holds_when_a_release_returns(#[values(Embedded, MongoDb)] home: Home) {
+async fn the_next_in_line_holds_when_a_release_returns(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();

@@ -7,7 +7,7 @@ use leased_client::v1::{LeaseState, LossReason};
 use crate::keepalive::KeepAlive;
 use rstest::rstest;
 
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, line_of, refusal, secs};
+use crate::support::{Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, line_of, refusal, secs};
 
 async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i32 {
     let request = RevokeRequest { key: key.to_owned(), fencing_token, reason: "a test".to_owned() };
@@ -17,7 +17,7 @@ async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i32 {
 #[rstest]
 #[tokio::test]
 async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_the_key(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -41,7 +41,9 @@ async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_t
 
 #[rstest]
 #[tokio::test]
-async fn without_a_token_every_holder_goes_but_not_who_comes_after(#[values(Embedded, MongoDb)] home: Home) {
+async fn without_a_token_every_holder_goes_but_not_who_comes_after(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     for _ in 0..3 {
@@ -58,7 +60,7 @@ async fn without_a_token_every_holder_goes_but_not_who_comes_after(#[values(Embe
 
 #[rstest]
 #[tokio::test]
-async fn there_is_nothing_to_revoke_on_a_free_or_unknown_key(#[values(Embedded, MongoDb)] home: Home) {
+async fn there_is_nothing_to_revoke_on_a_free_or_unknown_key(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();

@@ -1,13 +1,11 @@
 //! Health, reflection, drain.
 
-use std::net::SocketAddr;
-
 use futures_util::StreamExt;
 use leased_client::Reason;
 use mongodb::bson::doc;
 use rstest::rstest;
 use throwaway_mongodb::Mongod;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
@@ -17,19 +15,8 @@ use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept};
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, line_of, refusal, secs,
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, http, line_of, refusal, secs,
 };
-
-/// The status line and the body of a GET.
-async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
-    let mut stream = TcpStream::connect(address).await.ok()?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    Some((head.lines().next()?.to_owned(), body.to_owned()))
-}
 
 #[rstest]
 #[tokio::test]

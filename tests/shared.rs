@@ -5,11 +5,13 @@ use leased_client::v1::Mode;
 
 use rstest::rstest;
 
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, line_of, refusal, secs};
+use crate::support::{Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, line_of, refusal, secs};
 
 #[rstest]
 #[tokio::test]
-async fn shared_holders_hold_together_up_to_the_limit_they_name(#[values(Embedded, MongoDb)] home: Home) {
+async fn shared_holders_hold_together_up_to_the_limit_they_name(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(ask("pool").shared(2)).await.unwrap();
@@ -25,7 +27,7 @@ async fn shared_holders_hold_together_up_to_the_limit_they_name(#[values(Embedde
 
 #[rstest]
 #[tokio::test]
-async fn exclusive_and_shared_keep_each_other_out(#[values(Embedded, MongoDb)] home: Home) {
+async fn exclusive_and_shared_keep_each_other_out(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let alone = client.get_lease(ask("pool")).await.unwrap().lease.unwrap();
@@ -41,7 +43,7 @@ async fn exclusive_and_shared_keep_each_other_out(#[values(Embedded, MongoDb)] h
 #[rstest]
 #[tokio::test]
 async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -65,7 +67,7 @@ async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one(
 
 #[rstest]
 #[tokio::test]
-async fn one_release_admits_all_shared_waiters_at_the_head(#[values(Embedded, MongoDb)] home: Home) {
+async fn one_release_admits_all_shared_waiters_at_the_head(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let writer = client.get_lease(ask("pool").ttl(secs(60))).await.unwrap().lease.unwrap();

@@ -8,12 +8,12 @@ use uuid::Uuid;
 use rstest::rstest;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, ms, named, refusal, secs,
+    Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, eventually, ms, named, refusal, secs,
 };
 
 #[rstest]
 #[tokio::test]
-async fn a_touch_gives_the_whole_ttl_again(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_touch_gives_the_whole_ttl_again(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job").ttl(secs(20))).await.unwrap().lease.unwrap();
@@ -23,7 +23,9 @@ async fn a_touch_gives_the_whole_ttl_again(#[values(Embedded, MongoDb)] home: Ho
 
 #[rstest]
 #[tokio::test]
-async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(ask("job").ttl(ms(100))).await.unwrap();
@@ -37,7 +39,7 @@ async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(#[values(Embedd
 #[rstest]
 #[tokio::test]
 async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -53,7 +55,7 @@ async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why(
 
 #[rstest]
 #[tokio::test]
-async fn a_lease_that_never_was_cannot_be_touched(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_lease_that_never_was_cannot_be_touched(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let status = client.renew(&named("job", Uuid::new_v4())).await.unwrap_err();

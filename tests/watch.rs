@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, PATIENCE, ask, line_of, ms, refusal, secs,
+    Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, line_of, ms, refusal, secs,
     wrong_fields,
 };
 
@@ -71,7 +71,7 @@ impl Watch {
 
 #[rstest]
 #[tokio::test]
-async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("a/held").owner("first").ttl(secs(60))).await.unwrap();
@@ -79,7 +79,7 @@ async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, Mo
     client.give_back(&freed).await.unwrap();
     client.get_lease(ask("b/other").ttl(secs(60))).await.unwrap();
 
-    let (mut watch, snapshot) = Watch::open(&mut client, "a/").await;
+    let (mut watch, snapshot) = Watch::open(&mut daemon.client().await, "a/").await;
     assert_eq!(snapshot.iter().map(|lease| lease.key.as_str()).collect::<Vec<_>>(), ["a/held"]);
     assert_eq!(snapshot[0].holders[0].owner, "first");
 
@@ -107,11 +107,11 @@ async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, Mo
 
 #[rstest]
 #[tokio::test]
-async fn who_gives_up_waiting_leaves_the_queue(#[values(Embedded, MongoDb)] home: Home) {
+async fn who_gives_up_waiting_leaves_the_queue(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
-    let mut watch = Watch::changes_only(&mut client, "").await;
+    let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     let mut waiting = client.clone();
     let call = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
     assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Queued]);
@@ -123,11 +123,11 @@ async fn who_gives_up_waiting_leaves_the_queue(#[values(Embedded, MongoDb)] home
 /// Nobody writes when a lease runs out.
 #[rstest]
 #[tokio::test]
-async fn a_lapse_is_told_when_it_happens_and_not_before(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_lapse_is_told_when_it_happens_and_not_before(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     client.get_lease(ask("before").ttl(ms(1200))).await.unwrap();
-    let mut watch = Watch::changes_only(&mut client, "").await;
+    let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     let granted = client.get_lease(ask("after").ttl(ms(900))).await.unwrap();
     assert_eq!(watch.kinds("after", 1).await, [ChangeKind::Granted]);
     let mut lapsed = Vec::new();
@@ -145,11 +145,11 @@ async fn a_lapse_is_told_when_it_happens_and_not_before(#[values(Embedded, Mongo
 
 #[rstest]
 #[tokio::test]
-async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
-    let mut watch = Watch::changes_only(&mut client, "").await;
+    let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     let beats = tokio_stream::StreamExt::throttle(tokio_stream::iter(1..=12), ms(120));
     let named = lease.clone();
     let beats = tokio_stream::StreamExt::map(beats, move |sequence| KeepAliveRequest {
@@ -165,10 +165,10 @@ async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb)] 
 /// Displaced leases have lapsed; whether that was told before is no matter.
 #[rstest]
 #[tokio::test]
-async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
-    let mut watch = Watch::changes_only(&mut client, "").await;
+    let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     client.get_lease(ask("job").ttl(ms(300))).await.unwrap();
     let next = client.get_lease(ask("job").wait(secs(60))).await.unwrap();
     assert_eq!(
@@ -180,10 +180,10 @@ async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb)] home: Ho
 
 #[rstest]
 #[tokio::test]
-async fn every_change_of_a_busy_key_is_told_in_order(#[values(Embedded, MongoDb)] home: Home) {
+async fn every_change_of_a_busy_key_is_told_in_order(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
-    let mut watch = Watch::changes_only(&mut client, "busy").await;
+    let mut watch = Watch::changes_only(&mut daemon.client().await, "busy").await;
     let mut tokens = Vec::new();
     for _ in 0..50 {
         let granted = client.get_lease(ask("busy").ttl(secs(60))).await.unwrap();
@@ -192,7 +192,9 @@ async fn every_change_of_a_busy_key_is_told_in_order(#[values(Embedded, MongoDb)
     }
     for token in tokens {
         let (kind, lease) = watch.change().await;
-        assert_eq!((kind, lease.fencing_token), (ChangeKind::Granted, token));
+        assert_eq!(kind, ChangeKind::Granted);
+        // Another daemon may come to look when it has been released and granted again.
+        assert!(lease.fencing_token == token || home == Fleet && lease.fencing_token > token);
         assert_eq!(watch.kinds("busy", 1).await, [ChangeKind::Released]);
     }
 }
@@ -201,7 +203,7 @@ async fn every_change_of_a_busy_key_is_told_in_order(#[values(Embedded, MongoDb)
 #[rstest]
 #[tokio::test]
 async fn a_reader_that_falls_behind_is_told_so_with_a_fresh_snapshot(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
@@ -243,11 +245,11 @@ async fn a_reader_that_falls_behind_is_told_so_with_a_fresh_snapshot(
 
 #[rstest]
 #[tokio::test]
-async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb)] home: Home) {
+async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb, Fleet)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let id = uuid::Uuid::new_v4();
-    let mut watch = Watch::changes_only(&mut client, "").await;
+    let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     let lease = client.get_lease(ask("job").id(id)).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
     for _ in 0..2 {
@@ -260,8 +262,7 @@ async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb)] home: Home) {
 #[tokio::test]
 async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, MongoDb)] home: Home) {
     let daemon = Daemon::start(home).await;
-    let mut client = daemon.client().await;
-    let (mut watch, _) = Watch::open(&mut client, "").await;
+    let (mut watch, _) = Watch::open(&mut daemon.client().await, "").await;
     daemon.drain();
     let status = watch.event().await.unwrap_err();
     assert_eq!((status.code(), refusal(&status, "").0), (Code::Unavailable, Some(Reason::ShuttingDown)));

@@ -1,5 +1,8 @@
 //! Daemons in-process over a store of their own, and requests as tests write them.
 
+mod crash;
+
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +18,8 @@ use leased_client::v1::lease_service_client::LeaseServiceClient;
 use leased_client::v1::{self, AcquireRequest, AcquireResponse, LeaseRef};
 use mongodb::bson::Document;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -29,25 +34,36 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// The grace of daemons in tests.
 pub(crate) const GRACE: Duration = Duration::from_millis(200);
 
-/// Where a daemon keeps its leases.
+/// Where leases are kept, and by how many daemons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Home {
     Embedded,
     MongoDb,
+    /// Two daemons over one MongoDB, of which each client meets any, beside a third that crashes and comes back.
+    Fleet,
 }
 
-pub(crate) use Home::{Embedded, MongoDb};
+pub(crate) use Home::{Embedded, Fleet, MongoDb};
+pub(crate) use crash::Doomed;
+use crash::Restless;
 
-/// A daemon in this process.
+/// A daemon in this process, or one of a fleet.
 pub(crate) struct Daemon {
     pub config: Config,
-    pub http: std::net::SocketAddr,
-    pub grpc: std::net::SocketAddr,
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
     endpoint: Endpoint,
     shutdown: CancellationToken,
     task: JoinHandle<anyhow::Result<()>>,
     /// Removed with the last daemon that uses it.
     folder: Option<Arc<TempDir>>,
+    fleet: Option<Box<Others>>,
+}
+
+/// The rest of a fleet.
+struct Others {
+    sibling: Daemon,
+    _restless: Restless,
 }
 
 impl Daemon {
@@ -65,6 +81,14 @@ impl Daemon {
                 Self::with(config, Some(Arc::new(folder))).await
             }
             MongoDb => Self::over(throwaway_mongodb::shared().await.unwrap(), change).await,
+            Fleet => {
+                let mut daemon = Self::over(throwaway_mongodb::shared().await.unwrap(), change).await;
+                let sibling = daemon.sibling().await;
+                daemon.follows().await;
+                sibling.follows().await;
+                daemon.fleet = Some(Box::new(Others { sibling, _restless: Restless::beside(&daemon) }));
+                daemon
+            }
         }
     }
 
@@ -107,11 +131,15 @@ impl Daemon {
                 serve(listeners, store, &config, &shutdown)
             }
         };
-        Self { config, http, grpc, endpoint, shutdown, task, folder }
+        Self { config, http, grpc, endpoint, shutdown, task, folder, fleet: None }
     }
 
+    /// A connection; of a fleet, to any of its daemons.
     pub(crate) async fn channel(&self) -> Channel {
-        self.endpoint.connect().await.unwrap()
+        let sibling = self.fleet.as_ref().map(|others| &others.sibling).filter(|_| fastrand::bool());
+        let daemon = sibling.unwrap_or(self);
+        println!("a client at {}", daemon.grpc);
+        daemon.endpoint.connect().await.unwrap()
     }
 
     /// A client with a connection of its own.
@@ -119,8 +147,21 @@ impl Daemon {
         LeaseServiceClient::new(self.channel().await)
     }
 
+    /// A client of this very daemon.
+    async fn own_client(&self) -> Leases {
+        LeaseServiceClient::new(self.endpoint.connect().await.unwrap())
+    }
+
     pub(crate) async fn admin(&self) -> AdminServiceClient<Channel> {
         AdminServiceClient::new(self.channel().await)
+    }
+
+    /// Waits until the daemon hears of what others do.
+    pub(crate) async fn follows(&self) {
+        eventually(async || {
+            http(self.http, "/readyz").await.filter(|answer| answer.1.contains("change feed"))
+        })
+        .await;
     }
 
     /// Tells the daemon to drain.
@@ -268,6 +309,17 @@ pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T 
         }
     };
     tokio::time::timeout(PATIENCE, asking).await.expect("it did not happen in time")
+}
+
+/// The status line and the body of a GET.
+pub(crate) async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
+    let mut stream = TcpStream::connect(address).await.ok()?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    Some((head.lines().next()?.to_owned(), body.to_owned()))
 }
 
 /// Waits until so many stand in line for `key`.

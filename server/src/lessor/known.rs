@@ -10,14 +10,15 @@ use crate::lease::{Key, Snapshot, State};
 
 /// Free keys that are remembered, so that what departed from them is not told again.
 const FREE_KEYS: usize = 16_384;
-/// Until a key is looked at again whose look has failed.
+/// Until a key is looked at again whose look has failed, or whose holders' time is over: another daemon may have had
+/// it touched back to life, of which nobody tells. That pause doubles with each look, up to sixty-four times this.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Keys that are held or waited for, and some that were until lately.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     keys: HashMap<Key, Seen>,
-    /// When each held key lapses, unless it is touched.
+    /// When each held key is to be looked at: when it lapses, unless it is touched.
     due: BTreeSet<(Instant, Key)>,
     /// Keys that are free; the longest free first.
     free: BTreeMap<u64, Key>,
@@ -33,6 +34,8 @@ pub(super) struct Seen {
     pub(super) seen_at: Instant,
     /// Its holders' time is over.
     pub(super) has_lapsed: bool,
+    /// How often it has been seen so in a row.
+    lapsed_looks: u32,
     due: Option<Instant>,
     /// Its place among the free.
     free: Option<u64>,
@@ -52,10 +55,13 @@ impl Known {
     pub(super) fn note(&mut self, snapshot: &Arc<Snapshot>) {
         let (record, now) = (&snapshot.record, Instant::now());
         let key = record.key.clone();
-        self.forget(&key);
-        let holding = snapshot.state();
-        let remaining = record.holders.iter().map(|holder| snapshot.remaining(holder)).max();
-        let due = remaining.filter(|_| holding == State::Held).map(|remaining| now + remaining);
+        let lapsed_looks = self.forget(&key).map_or(0, |seen| seen.lapsed_looks);
+        let (due, lapsed_looks) = match snapshot.state() {
+            State::Free => (None, 0),
+            State::Held => (record.holders.iter().map(|holder| snapshot.remaining(holder)).max(), 0),
+            State::Lapsed => (Some(AGAIN * 2_u32.pow(lapsed_looks.min(6))), lapsed_looks + 1),
+        };
+        let due = due.map(|pause| now + pause);
         let is_free = record.holders.is_empty() && record.waiters.is_empty();
         let free = is_free.then(|| {
             self.last_number += 1;
@@ -63,8 +69,8 @@ impl Known {
             self.last_number
         });
         self.due.extend(due.map(|due| (due, key.clone())));
-        let has_lapsed = holding == State::Lapsed;
-        self.keys.insert(key, Seen { snapshot: Arc::clone(snapshot), seen_at: now, has_lapsed, due, free });
+        let (snapshot, has_lapsed) = (Arc::clone(snapshot), lapsed_looks > 0);
+        self.keys.insert(key, Seen { snapshot, seen_at: now, has_lapsed, lapsed_looks, due, free });
         self.bound();
     }
 

@@ -124,8 +124,8 @@ fn last(page: &Page) -> Option<Key> {
     page.snapshots.last().map(|snapshot| snapshot.record.key.clone())
 }
 
-/// Looks at keys whose holders' time is over, until the daemon drains: another daemon may have had them touched, and
-/// else it is a change that nobody commits. And looks at all when changes may have been missed.
+/// Looks at keys whose holders' time is over, until the daemon drains: another daemon may have had them touched, and if
+/// not it is a change that nobody commits. And looks at all when changes may have been missed.
 pub(super) async fn keep<S: Store>(
     audience: Arc<Audience>,
     committer: Arc<Committer<S>>,

@@ -1,0 +1,125 @@
+//! Several daemons over one database: what one does the others tell, and one that crashes harms none.
+
+use leased_client::Reason;
+use leased_client::v1::{ChangeKind, LeaseState, RevokeRequest};
+use tokio::time::Instant;
+
+use crate::keepalive::{KeepAlive, kept};
+use crate::support::{
+    Asking, Calls, Daemon, Doomed, GRACE, MongoDb, ask, eventually, line_of, ms, refusal, secs,
+};
+use crate::watch::Watch;
+
+/// Two daemons that know of each other.
+async fn two() -> (Daemon, Daemon) {
+    let one = Daemon::start(MongoDb).await;
+    let two = one.sibling().await;
+    one.follows().await;
+    two.follows().await;
+    (one, two)
+}
+
+#[tokio::test]
+async fn the_waiters_of_a_crashed_daemon_are_passed_over_when_their_places_have_lapsed() {
+    let one = Daemon::start_with(MongoDb, |config| config.rules.place = secs(2)).await;
+    let doomed = Doomed::beside(&one).await;
+    let (mut at_one, mut at_doomed) = (one.client().await, doomed.client().await);
+    let lease = at_one.get_lease(ask("job").ttl(secs(600))).await.unwrap().lease.unwrap();
+    let lost = tokio::spawn(async move {
+        at_doomed.get_lease(ask("job").owner("lost").ttl(secs(600)).wait(secs(600))).await
+    });
+    line_of(&mut at_one, "job", 1).await;
+    let mut waiting = at_one.clone();
+    let next = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(600))).await });
+    line_of(&mut at_one, "job", 2).await;
+
+    doomed.kill();
+    assert!(lost.await.unwrap().is_err());
+    line_of(&mut at_one, "job", 1).await;
+    at_one.give_back(&lease).await.unwrap();
+    let released = Instant::now();
+    let granted = next.await.unwrap().unwrap();
+    assert!(granted.waited && released.elapsed() < secs(60), "nobody's TTL is waited for");
+    assert!(!at_one.look("job").await.unwrap().holders[0].owner.contains("lost"));
+}
+
+#[tokio::test]
+async fn a_watch_shows_what_happens_through_another_daemon() {
+    let (one, two) = two().await;
+    let (mut at_one, mut at_two) = (one.client().await, two.client().await);
+    let mut watch = Watch::changes_only(&mut at_one, "").await;
+    let lease = at_two.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Granted]);
+    let mut waiting = at_two.clone();
+    let waiter =
+        tokio::spawn(async move { waiting.get_lease(ask("job").ttl(secs(60)).wait(secs(60))).await });
+    assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Queued]);
+    at_two.give_back(&lease).await.unwrap();
+    assert_eq!(watch.kinds("job", 2).await, [ChangeKind::Released, ChangeKind::Granted]);
+    waiter.await.unwrap().unwrap();
+    let revoke = RevokeRequest { key: "job".to_owned(), ..RevokeRequest::default() };
+    two.admin().await.revoke(revoke).await.unwrap();
+    let (kind, lease) = watch.change().await;
+    assert_eq!((kind, lease.state()), (ChangeKind::Revoked, LeaseState::Free));
+    for _ in 0..20 {
+        let lease = at_two.get_lease(ask("short")).await.unwrap().lease.unwrap();
+        at_two.give_back(&lease).await.unwrap();
+        // Both may be over when the watching daemon looks.
+        assert_eq!(watch.kinds("short", 2).await, [ChangeKind::Granted, ChangeKind::Released]);
+    }
+}
+
+/// Touches do not pass through the feed: a lease that another daemon keeps alive must not look lapsed here.
+#[tokio::test]
+async fn a_lease_that_another_daemon_keeps_alive_does_not_lapse_here() {
+    let (one, two) = two().await;
+    let (mut at_one, mut at_two) = (one.client().await, two.client().await);
+    let mut watch = Watch::changes_only(&mut at_one, "").await;
+    let lease = at_two.get_lease(ask("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
+    assert_eq!(watch.kinds("kept", 1).await, [ChangeKind::Granted]);
+    let mut stream = KeepAlive::open(&mut at_two).await;
+    let start = Instant::now();
+    while start.elapsed() < ms(1500) {
+        kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+    }
+    at_two.give_back(&lease).await.unwrap();
+    assert_eq!(watch.kinds("kept", 1).await, [ChangeKind::Released]);
+    at_two.get_lease(ask("silent").ttl(ms(300))).await.unwrap();
+    assert_eq!(watch.kinds("silent", 2).await, [ChangeKind::Granted, ChangeKind::Lapsed]);
+}
+
+#[tokio::test]
+async fn min_hold_and_grace_hold_at_every_daemon() {
+    let (one, two) = two().await;
+    let (mut at_one, mut at_two) = (one.client().await, two.client().await);
+    let cron = at_one.get_lease(ask("cron").min_hold(secs(60))).await.unwrap().lease.unwrap();
+    at_one.give_back(&cron).await.unwrap();
+    let status = at_two.get_lease(ask("cron")).await.unwrap_err();
+    assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld));
+
+    let silent = at_one.get_lease(ask("job").ttl(ms(300))).await.unwrap();
+    let taken = eventually(async || at_two.get_lease(ask("job")).await.ok()).await;
+    let millis = |time: Option<prost_types::Timestamp>| {
+        let time = time.unwrap();
+        time.seconds * 1000 + i64::from(time.nanos) / 1_000_000
+    };
+    let waited = millis(taken.acquire_time) - millis(silent.expire_time);
+    assert!(waited >= i64::try_from(GRACE.as_millis()).unwrap(), "{waited} ms after it ran out");
+}
+
+/// A daemon that has been alone hears of others when they come, and goes on alone when they have gone.
+#[tokio::test]
+async fn a_handoff_reaches_a_daemon_that_was_alone() {
+    let one = Daemon::start(MongoDb).await;
+    let mut at_one = one.client().await;
+    let lease = at_one.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let mut waiting = at_one.clone();
+    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
+    line_of(&mut at_one, "job", 1).await;
+    let two = one.sibling().await;
+    one.follows().await;
+    two.client().await.give_back(&lease).await.unwrap();
+    let granted = waiter.await.unwrap().unwrap();
+    let remaining = at_one.renew(&granted.lease.unwrap()).await.unwrap();
+    assert!(granted.waited && remaining > secs(25));
+}
