@@ -17,7 +17,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::lessor::Lessor;
-use crate::store::{Store, StoreError};
+use crate::store::{FeedState, Store, StoreError};
 
 /// How often the store is asked.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -125,12 +125,10 @@ impl Health {
 
 /// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.
 fn feed(store: &impl Store) -> String {
-    match store.feed_lag() {
-        Some(lag) => format!(", change feed {}ms behind", lag.as_millis()),
-        None if store.feed_is_broken() => {
-            ", change feed broken: what other daemons do is noticed late".to_owned()
-        }
-        None => String::new(),
+    match store.feed_state() {
+        FeedState::Off => String::new(),
+        FeedState::Behind(lag) => format!(", change feed {}ms behind", lag.as_millis()),
+        FeedState::Broken => ", change feed broken: what other daemons do is noticed late".to_owned(),
     }
 }
 

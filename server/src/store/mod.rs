@@ -69,14 +69,8 @@ pub trait Store: Send + Sync + 'static {
         draining: CancellationToken,
     ) -> impl Future<Output = ()> + Send;
 
-    /// How far what the feed has told may be behind; `None` while there is no feed, because nobody else commits here
-    /// or it cannot be had.
-    fn feed_lag(&self) -> Option<Duration>;
-
-    /// Whether others commit here, and what they do cannot be followed at present.
-    fn feed_is_broken(&self) -> bool {
-        false
-    }
+    /// How the feed stands.
+    fn feed_state(&self) -> FeedState;
 
     /// Batches that are worth having in flight at once.
     fn lanes(&self) -> usize;
@@ -97,6 +91,18 @@ pub enum FeedEvent {
     },
     /// Changes may have been missed before this: it comes first of all, and after every failure.
     Gap,
+}
+
+/// How a feed stands.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum FeedState {
+    /// There is none: nobody else commits here.
+    #[default]
+    Off,
+    /// It tells what happens, and may be behind by this much.
+    Behind(Duration),
+    /// Others commit here, and what they do cannot be followed at present.
+    Broken,
 }
 
 /// Which records a page holds.

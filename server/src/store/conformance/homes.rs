@@ -15,7 +15,7 @@ use super::wrongs::Wrong;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
-use crate::store::{FeedEvent, ListQuery, Page, Store, StoreError, makes_record};
+use crate::store::{FeedEvent, FeedState, ListQuery, Page, Store, StoreError, makes_record};
 
 /// Who applies the edits of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,10 +209,10 @@ impl Store for TestStore {
         }
     }
 
-    fn feed_lag(&self) -> Option<Duration> {
+    fn feed_state(&self) -> FeedState {
         match self {
-            Self::Embedded(store, _) => store.feed_lag(),
-            Self::MongoDb(store) => store.feed_lag(),
+            Self::Embedded(store, _) => store.feed_state(),
+            Self::MongoDb(store) => store.feed_state(),
         }
     }
 

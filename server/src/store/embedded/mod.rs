@@ -24,7 +24,7 @@ pub use file::OpenError;
 use file::{DataFile, RECORDS};
 use writer::{Failure, Home, Writer};
 
-use super::{FeedEvent, ListQuery, Page, StartError, Store, StoreError, repeat};
+use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// Reads at once; each is a thread while it lasts.
@@ -131,8 +131,8 @@ impl Store for EmbeddedStore {
 
     async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
 
-    fn feed_lag(&self) -> Option<Duration> {
-        None
+    fn feed_state(&self) -> FeedState {
+        FeedState::Off
     }
 
     fn is_shared(&self) -> bool {

@@ -20,7 +20,7 @@ use super::MongoStore;
 use super::command::{ATTEMPT, Failure, Runner};
 use super::daemons::{Daemons, Pace};
 use crate::lease::Key;
-use crate::store::FeedEvent;
+use crate::store::{FeedEvent, FeedState};
 
 /// How long the server waits for changes before it says that there are none.
 const AWAIT: Duration = Duration::from_millis(500);
@@ -61,16 +61,12 @@ enum Standing {
 }
 
 impl Progress {
-    /// `None` while there is no feed.
-    pub(super) fn lag(&self) -> Option<Duration> {
+    pub(super) fn state(&self) -> FeedState {
         match *self.standing() {
-            Standing::ToldUntil(then) => Some(then.elapsed()),
-            Standing::Off | Standing::Broken => None,
+            Standing::Off => FeedState::Off,
+            Standing::Broken => FeedState::Broken,
+            Standing::ToldUntil(then) => FeedState::Behind(then.elapsed()),
         }
-    }
-
-    pub(super) fn is_broken(&self) -> bool {
-        matches!(*self.standing(), Standing::Broken)
     }
 
     pub(super) fn set_off(&self) {
@@ -178,7 +174,9 @@ async fn tell(
         // After a full batch there may be more.
         if majority.is_some() && majority <= node && count < BATCH {
             store.feed.progress.told_until(fetched);
-        } else if majority.is_some() && store.feed.progress.lag() > Some(store.feed.pace.stale) {
+        } else if majority.is_some()
+            && matches!(store.feed.progress.state(), FeedState::Behind(lag) if lag > store.feed.pace.stale)
+        {
             return Err(End::Broken("it fell too far behind".to_owned()));
         }
     }

@@ -18,7 +18,7 @@ use super::{Feed, Location, MongoStore, Pace, daemons};
 use crate::lease::{Acquisition, Edit, FencingToken, Key, LeaseId, Mode, Rules, Snapshot, Timestamp};
 use crate::store::conformance::reading::{ask, asking, key};
 use crate::store::conformance::wrongs::Wrong;
-use crate::store::{FeedEvent, Store};
+use crate::store::{FeedEvent, FeedState, Store};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -55,6 +55,11 @@ struct Listener {
 }
 
 impl Listener {
+    /// Whether its feed is open.
+    fn is_followed(&self) -> Option<()> {
+        matches!(self.store.feed_state(), FeedState::Behind(_)).then_some(())
+    }
+
     fn start(store: &MongoStore) -> Self {
         let store = beside(store);
         let (events, heard) = mpsc::channel(16);

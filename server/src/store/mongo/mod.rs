@@ -28,7 +28,9 @@ use command::{ATTEMPT, Failure, Runner};
 use daemons::{Daemons, Pace};
 use feed::Feed;
 
-use super::{FeedEvent, ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant};
+use super::{
+    FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant,
+};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// Keys forgotten with one command.
@@ -349,12 +351,8 @@ impl Store for MongoStore {
         tokio::join!(tell, daemons.attend(company, &ended));
     }
 
-    fn feed_lag(&self) -> Option<Duration> {
-        self.feed.progress.lag()
-    }
-
-    fn feed_is_broken(&self) -> bool {
-        self.feed.progress.is_broken()
+    fn feed_state(&self) -> FeedState {
+        self.feed.progress.state()
     }
 
     fn is_shared(&self) -> bool {

@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::{Listener, PATIENCE, at_pace, eventually, lease, marker, registered, store, two};
 use crate::store::mongo::Pace;
-use crate::store::{FeedEvent, Store};
+use crate::store::{FeedEvent, FeedState, Store};
 
 #[tokio::test]
 async fn a_daemon_has_a_feed_only_while_another_is_there() {
@@ -15,20 +15,19 @@ async fn a_daemon_has_a_feed_only_while_another_is_there() {
     let mut first = Listener::start(&store);
     eventually(async || registered(&store).find_one(doc! {}).await.expect("done")).await;
     lease(&store, &marker()).await;
-    assert_eq!(first.store.feed_lag(), None);
+    assert_eq!(first.store.feed_state(), FeedState::Off);
     assert!(first.heard.try_recv().is_err(), "nothing is told to one who is alone");
 
     let mut second = Listener::start(&store);
     assert_eq!(first.next().await, FeedEvent::Gap);
     assert_eq!(second.next().await, FeedEvent::Gap);
     for listener in [&first, &second] {
-        eventually(async || listener.store.feed_lag()).await;
-        assert!(!listener.store.feed_is_broken());
+        eventually(async || listener.is_followed()).await;
     }
 
     second.drain().await;
     assert_eq!(registered(&store).count_documents(doc! {}).await.expect("done"), 1, "the drained is gone");
-    eventually(async || first.store.feed_lag().is_none().then_some(())).await;
+    eventually(async || (first.store.feed_state() == FeedState::Off).then_some(())).await;
     let third = Listener::start(&store);
     assert_eq!(first.next().await, FeedEvent::Gap, "what others did meanwhile was not told");
     third.drain().await;
@@ -48,7 +47,7 @@ async fn a_daemon_that_died_is_missed_and_later_forgotten() {
     let second = Listener::start(&store);
     assert_eq!(first.next().await, FeedEvent::Gap);
     second.feed.abort();
-    eventually(async || first.store.feed_lag().is_none().then_some(())).await;
+    eventually(async || (first.store.feed_state() == FeedState::Off).then_some(())).await;
     eventually(async || {
         (registered(&store).count_documents(doc! {}).await.expect("done") == 1).then_some(())
     })
