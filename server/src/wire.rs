@@ -36,12 +36,12 @@ const MAX_PAGE: usize = 1000;
 pub(crate) struct Violations(Vec<(String, String)>);
 
 impl Violations {
-    pub(crate) fn add(&mut self, field: impl Into<String>, what: impl Display) {
-        self.0.push((field.into(), what.to_string()));
+    pub(crate) fn add(&mut self, field: impl Display, what: impl Display) {
+        self.0.push((field.to_string(), what.to_string()));
     }
 
     /// The value, or a note of why there is none.
-    fn take<T, E: Display>(&mut self, field: impl Into<String>, value: Result<T, E>) -> Option<T> {
+    fn take<T, E: Display>(&mut self, field: impl Display, value: Result<T, E>) -> Option<T> {
         value.map_err(|error| self.add(field, error)).ok()
     }
 
@@ -91,18 +91,18 @@ pub(crate) fn key(field: &str, text: &str) -> Result<Key, Status> {
     wrong.finish(key)
 }
 
-/// Reads the lease named in the field `field`.
+/// Reads the lease named in the field `field`, which is spelled only if something is wrong: messages name many.
 pub(crate) fn lease(
     wrong: &mut Violations,
-    field: &str,
+    field: impl Display,
     lease: Option<&v1::LeaseRef>,
 ) -> Option<(Key, LeaseId)> {
     let Some(lease) = lease else {
         wrong.add(field, "must be set");
         return None;
     };
-    let key = wrong.take(format!("{field}.key"), Key::try_from(lease.key.as_str()));
-    let id = wrong.take(format!("{field}.lease_id"), lease_id(&lease.lease_id));
+    let key = wrong.take(format_args!("{field}.key"), Key::try_from(lease.key.as_str()));
+    let id = wrong.take(format_args!("{field}.lease_id"), lease_id(&lease.lease_id));
     key.zip(id)
 }
 
