@@ -8,16 +8,16 @@ use crate::keepalive::{KeepAlive, kept};
 use crate::support::{Asking, Calls, Daemon, MongoDb, ask, line_of, secs};
 
 /// Counts the commands on a daemon's collection from here on.
-struct Profile(mongodb::Database);
+pub(crate) struct Profile(mongodb::Database);
 
 impl Profile {
-    async fn start(daemon: &Daemon) -> Self {
+    pub(crate) async fn start(daemon: &Daemon) -> Self {
         let database = daemon.database().await;
         database.run_command(doc! { "profile": 2 }).await.unwrap();
         Self(database)
     }
 
-    async fn stop(self, daemon: &Daemon) -> Vec<Document> {
+    pub(crate) async fn stop(self, daemon: &Daemon) -> Vec<Document> {
         self.0.run_command(doc! { "profile": 0 }).await.unwrap();
         let namespace = format!("{}.{}", self.0.name(), daemon.location().collection);
         let mut found =

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use leased::store::mongo::{ConnectError, MongoStore, Unusable};
 use leased_client::Reason;
-use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::{LeaseState, LossReason};
 use mongodb::bson::doc;
 use rstest::rstest;
@@ -24,7 +23,7 @@ use crate::support::{
 #[tokio::test]
 async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
     let mongod = Mongod::start().await.unwrap();
-    let daemon = Daemon::over(mongod.uri(), |_| {}).await;
+    let daemon = Daemon::over(mongod.uri(), |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("held").ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
@@ -119,8 +118,7 @@ async fn a_deleted_document_loses_the_lease_and_nothing_else() {
     line_of(&mut client, "job", 1).await;
 
     daemon.collection().await.delete_one(doc! { "_id": "job" }).await.unwrap();
-    let results = stream.touch(&[]).await;
-    assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Gone));
+    assert_eq!(stream.told().await, [(lease, LossReason::Gone)]);
     let next = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
     assert!(
         next.fencing_token > granted.fencing_token,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
-use leased_client::v1::{KeepAliveRequest, KeepAliveResponse, LeaseRef, LossReason};
+use leased_client::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef, LossReason};
 use rstest::rstest;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -42,6 +42,14 @@ impl KeepAlive {
         timeout(PATIENCE, self.answers.message()).await.unwrap().map(Option::unwrap)
     }
 
+    /// What the daemon tells next on its own accord: lease ids and how they were lost.
+    pub(crate) async fn told(&mut self) -> Vec<(LeaseRef, LossReason)> {
+        let told = self.next().await.unwrap();
+        assert_eq!(told.sequence, 0);
+        let loss = |result: KeepAliveResult| (result.lease.unwrap(), lost(&result.outcome.unwrap()));
+        told.results.into_iter().map(loss).collect()
+    }
+
     /// One message and its answer: the lease ids and what became of them.
     pub(crate) async fn touch(&mut self, leases: &[LeaseRef]) -> Vec<(LeaseRef, Outcome)> {
         let sequence = self.send(leases).await;
@@ -58,7 +66,7 @@ pub(crate) fn kept(outcome: &Outcome) -> Duration {
     }
 }
 
-fn lost(outcome: &Outcome) -> LossReason {
+pub(crate) fn lost(outcome: &Outcome) -> LossReason {
     match outcome {
         Outcome::Kept(kept) => panic!("kept: {kept:?}"),
         Outcome::Lost(lost) => lost.reason(),
@@ -190,7 +198,7 @@ async fn a_stream_carries_only_so_many_leases(#[values(Embedded, MongoDb, Fleet)
 #[rstest]
 #[tokio::test]
 async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start_with(home, |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;

@@ -7,6 +7,8 @@ mod support;
 
 /// Grants: one holder, rising tokens, repeatable calls.
 mod acquire;
+/// Touches that memory does for.
+mod coalescing;
 /// What things cost in commands to the database.
 mod cost;
 /// A replica set that loses its primary.
@@ -21,6 +23,8 @@ mod hostile;
 mod inspect;
 /// Renewing leases on a stream.
 mod keepalive;
+/// What a stream is told unasked.
+mod losses;
 /// Keys that nobody needs any more.
 mod purge;
 /// Waiting in line, over one daemon and two.

@@ -1,7 +1,6 @@
 //! Taking leases away.
 
 use leased_client::v1::RevokeRequest;
-use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::{LeaseState, LossReason};
 
 use crate::keepalive::KeepAlive;
@@ -9,14 +8,14 @@ use rstest::rstest;
 
 use crate::support::{Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, line_of, refusal, secs};
 
-async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i32 {
+pub(crate) async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i32 {
     let request = RevokeRequest { key: key.to_owned(), fencing_token, reason: "a test".to_owned() };
     daemon.admin().await.revoke(request).await.unwrap().into_inner().revoked
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_the_key(
+async fn a_revoked_holder_is_told_and_the_next_in_line_has_the_key(
     #[values(Embedded, MongoDb, Fleet)] home: Home,
 ) {
     let daemon = Daemon::start(home).await;
@@ -33,8 +32,7 @@ async fn a_revoked_holder_is_told_with_its_next_touch_and_the_next_in_line_has_t
     client.renew(&lease).await.unwrap();
     assert_eq!(revoke(&daemon, "job", granted.fencing_token).await, 1);
     assert!(next.await.unwrap().unwrap().waited);
-    let results = stream.touch(&[]).await;
-    assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Revoked));
+    assert_eq!(stream.told().await, [(lease.clone(), LossReason::Revoked)]);
     assert_eq!(refusal(&client.renew(&lease).await.unwrap_err(), "loss").1, "revoked");
     assert_eq!(refusal(&client.give_back(&lease).await.unwrap_err(), "loss").1, "revoked");
 }

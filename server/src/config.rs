@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args as Group, Parser, ValueEnum};
+use clap::{ArgAction, Args as Group, Parser, ValueEnum};
 use humantime::{format_duration, parse_duration};
 
 use crate::lease::{Rules, Ttl};
@@ -73,6 +73,11 @@ pub struct Args {
     /// Forget keys that have been free for this long; at least 1h.
     #[arg(long, env = "LEASED_PURGE_AFTER", value_name = "DURATION", default_value = "7d", value_parser = parse_duration)]
     purge_after: Duration,
+
+    /// Answer a keepalive stream from memory, with the true remaining time, for leases touched less than a tenth of
+    /// their TTL ago; `false` writes every touch.
+    #[arg(long, env = "LEASED_COALESCE_TOUCHES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    coalesce_touches: bool,
 
     /// How long open calls may take to end after SIGTERM before they are cut.
     #[arg(long, env = "LEASED_DRAIN_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
@@ -201,6 +206,8 @@ pub struct Limits {
     pub stream_leases: usize,
     /// Sustained keepalive messages a second on a stream.
     pub stream_rate: u32,
+    /// Whether streams are answered from memory for leases touched a moment ago.
+    pub coalesce_touches: bool,
     /// What the engine keeps.
     pub bounds: Bounds,
 }
@@ -265,6 +272,7 @@ fn limits(args: &Args) -> Result<Limits, Contradiction> {
         streams: args.limits.max_streams,
         stream_leases: args.limits.max_stream_leases,
         stream_rate: args.limits.max_stream_rate,
+        coalesce_touches: args.coalesce_touches,
         bounds: Bounds {
             waiting_calls: args.limits.max_waiting_calls,
             watches: args.limits.max_watches,
@@ -328,6 +336,12 @@ mod tests {
         assert_eq!(config.limits.default_ttl.get(), Duration::from_secs(30));
         assert_eq!(config.place, Place::Folder("./leased-data".into()));
         assert_eq!(config.rules.grace, Duration::ZERO);
+        assert!(config.limits.coalesce_touches);
+    }
+
+    #[test]
+    fn every_touch_can_be_made_a_write() {
+        assert!(!config(&["--coalesce-touches=false"]).expect("a switch").limits.coalesce_touches);
     }
 
     #[test]

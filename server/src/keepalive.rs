@@ -2,13 +2,15 @@
 //!
 //! A stream is one task. It owns the set of leases that the stream carries, and nothing else outlives it: when the
 //! caller goes away the task ends, the leases run out in their time, and nobody has anything to clean up.
+//!
+//! A lease touched a moment ago is answered from memory, and one that is lost is told at once, unasked.
 
-use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse};
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,8 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
 use crate::config::Limits;
-use crate::lease::{Key, LeaseId};
-use crate::lessor::{CallError, Lessor, Touched};
+use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Touched};
 use crate::store::{Store, StoreError};
 use crate::wire::{self, Violations};
 
@@ -28,12 +29,14 @@ const BURST: u32 = 4;
 /// The pause before leases are touched again after the store has failed.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// Losses told in one response, so that it stays below what a message may have.
+const LOSSES: usize = 1000;
+
 /// What a stream is answered.
 pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
 
-type Lease = (Key, LeaseId);
-/// A message's answer: its sequence and what became of each lease it touched.
-type Answer = (u64, Result<Vec<(Lease, Touched)>, Status>);
+/// A message's answer: its sequence and what became of each lease it named; `None` for those that were not touched.
+type Answer = (u64, Result<Vec<(Arc<Carriage>, Option<Touched>)>, Status>);
 
 /// Serves one stream until either side ends it.
 pub(crate) fn serve<S: Store>(
@@ -44,9 +47,10 @@ pub(crate) fn serve<S: Store>(
 ) -> Answers {
     let (answers, receiver) = mpsc::channel(1);
     let stream = Stream {
+        carrier: lessor.carry(),
         lessor,
-        carried: HashSet::new(),
         most_leases: limits.stream_leases,
+        coalesces: limits.coalesce_touches,
         pace: Pace::new(limits.stream_rate),
         in_flight: FuturesUnordered::new(),
     };
@@ -65,8 +69,10 @@ pub(crate) fn serve<S: Store>(
 
 struct Stream<S> {
     lessor: Lessor<S>,
-    carried: HashSet<Lease>,
+    carrier: Carrier,
     most_leases: usize,
+    /// Whether memory will do for a lease touched a moment ago.
+    coalesces: bool,
     pace: Pace,
     in_flight: FuturesUnordered<BoxFuture<'static, Answer>>,
 }
@@ -90,6 +96,11 @@ impl<S: Store> Stream<S> {
                         return Ok(());
                     }
                 }
+                lost = self.carrier.lost() => for some in lost.chunks(LOSSES) {
+                    if answers.send(Ok(told(some))).await.is_err() {
+                        return Ok(());
+                    }
+                },
                 message = messages.message(), if may_read && in_pace => match message {
                     Ok(Some(message)) => self.take(message)?,
                     Ok(None) => open = false,
@@ -109,47 +120,63 @@ impl<S: Store> Stream<S> {
         if message.sequence == 0 {
             wrong.add("sequence", "must be 1 or more; 0 marks what the daemon tells on its own accord");
         }
-        let named = message.leases.iter().enumerate();
-        let named: Vec<Option<Lease>> = named
-            .map(|(position, lease)| wire::lease(&mut wrong, &format!("leases[{position}]"), Some(lease)))
-            .collect();
+        let mut named = Vec::with_capacity(message.leases.len());
+        for (position, lease) in message.leases.iter().enumerate() {
+            named.extend(wire::lease(&mut wrong, format_args!("leases[{position}]"), Some(lease)));
+        }
         wrong.into_result()?;
 
-        let named: Vec<Lease> = named.into_iter().flatten().collect();
-        let leases = if named.is_empty() {
-            self.carried.iter().cloned().collect()
-        } else {
-            self.carried.extend(named.iter().cloned());
-            named
-        };
-        if self.carried.len() > self.most_leases {
+        let leases = if named.is_empty() { self.carrier.all() } else { self.carrier.name(named) };
+        if self.carrier.len() > self.most_leases {
             return Err(wire::limit_exceeded("stream_leases", self.most_leases));
         }
-        self.in_flight.push(Box::pin(touch(self.lessor.clone(), message.sequence, leases)));
+        let now = Instant::now();
+        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(now);
+        let due = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
+        self.in_flight.push(Box::pin(touch(self.lessor.clone(), message.sequence, leases, due)));
         Ok(())
     }
 
-    fn answer(&mut self, sequence: u64, touched: Vec<(Lease, Touched)>) -> KeepAliveResponse {
-        let mut results = Vec::with_capacity(touched.len());
-        for (lease, touched) in touched {
-            if matches!(touched, Touched::Lost(_)) {
-                self.carried.remove(&lease);
-            }
-            results.push(wire::keepalive_result(&lease.0, lease.1, touched));
-        }
+    fn answer(&mut self, sequence: u64, touched: Vec<(Arc<Carriage>, Option<Touched>)>) -> KeepAliveResponse {
+        let settled = self.carrier.settle(touched);
+        let results = settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
         KeepAliveResponse { sequence, results }
     }
 }
 
-/// Touches until the store answers: the leases live on meanwhile, and so does the stream.
-async fn touch<S: Store>(lessor: Lessor<S>, sequence: u64, leases: Vec<Lease>) -> Answer {
-    loop {
-        match lessor.touch_all(&leases).await {
-            Ok(touched) => return (sequence, Ok(leases.into_iter().zip(touched).collect())),
+/// Losses told on the daemon's own accord.
+fn told(lost: &[(Arc<Carriage>, Loss)]) -> KeepAliveResponse {
+    let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason))).collect();
+    KeepAliveResponse { sequence: 0, results }
+}
+
+fn result(lease: &Carriage, touched: Touched) -> KeepAliveResult {
+    let (key, id) = lease.lease();
+    wire::keepalive_result(key, *id, touched)
+}
+
+/// Touches the leases at the positions `due` until the store answers: the leases live on meanwhile, and so does the
+/// stream.
+async fn touch<S: Store>(
+    lessor: Lessor<S>,
+    sequence: u64,
+    leases: Vec<Arc<Carriage>>,
+    mut due: Vec<usize>,
+) -> Answer {
+    let mut touched = vec![None; leases.len()];
+    while !due.is_empty() {
+        match lessor.touch_all(due.iter().map(|position| leases[*position].lease())).await {
+            Ok(answers) => {
+                due.iter().zip(answers).for_each(|(position, answer)| touched[*position] = Some(answer));
+                break;
+            }
             Err(CallError::Store(StoreError::Unavailable { .. })) => sleep(RETRY).await,
             Err(error) => return (sequence, Err(wire::failed(error))),
         }
+        // By now what memory said of the others has aged.
+        due = (0..leases.len()).collect();
     }
+    (sequence, Ok(leases.into_iter().zip(touched).collect()))
 }
 
 /// Holds a stream to a rate in the long run: the generic cell rate algorithm (ITU-T I.371), as a delay.

@@ -127,8 +127,9 @@ impl<S: Store> Lessor<S> {
         if self.draining.is_cancelled() {
             return Err(CallError::ShuttingDown);
         }
-        let limit = self.line.limit();
-        self.line.enter(key, acquisition).ok_or(CallError::TooManyWaiting { limit })
+        let line = &self.audience.line;
+        let limit = line.limit();
+        line.enter(key, acquisition).ok_or(CallError::TooManyWaiting { limit })
     }
 
     /// Stands in line until told, until the time is over, or until the daemon drains.

@@ -51,7 +51,9 @@ impl Audience {
     /// A key that has no record any more, or had none yet when it was asked for after `asked_at`.
     fn missing(&self, key: &Key, asked_at: Instant) -> Vec<(Key, Part)> {
         self.watchers.missing(key, asked_at);
-        self.line.missing(key)
+        let mut parts = self.carried.missing(key);
+        parts.extend(self.line.missing(key));
+        parts
     }
 
     /// Whether anyone wants to see the key's record, unless they have seen it as of `rev` or later.

@@ -5,7 +5,13 @@
 
 mod acquire;
 mod audience;
+mod carriage;
 mod carried;
+#[cfg(test)]
+mod carried_properties;
+#[cfg(test)]
+mod carried_world;
+mod carrier;
 mod changes;
 mod committer;
 mod known;
@@ -23,7 +29,9 @@ use tokio_util::sync::CancellationToken;
 
 pub use acquire::{Acquired, Call, Grant, Origin, Refusal};
 use audience::Audience;
+pub(crate) use carriage::{Carriage, Loss};
 use carried::Carried;
+pub(crate) use carrier::Carrier;
 pub use changes::ChangeKind;
 use committer::Committer;
 use line::Line;
@@ -100,7 +108,6 @@ pub enum Released {
 pub struct Lessor<S> {
     committer: Arc<Committer<S>>,
     audience: Arc<Audience>,
-    line: Arc<Line>,
     room: Arc<Semaphore>,
     bounds: Bounds,
     draining: CancellationToken,
@@ -111,7 +118,6 @@ impl<S> Clone for Lessor<S> {
         Self {
             committer: Arc::clone(&self.committer),
             audience: Arc::clone(&self.audience),
-            line: Arc::clone(&self.line),
             room: Arc::clone(&self.room),
             bounds: self.bounds,
             draining: self.draining.clone(),
@@ -126,13 +132,13 @@ impl<S: Store> Lessor<S> {
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
         let carried = Arc::new(Carried::default());
         let watchers = Arc::new(Watchers::new(bounds.watches));
-        let audience = Arc::new(Audience { line: Arc::clone(&line), carried, watchers });
+        let audience = Arc::new(Audience { line, carried, watchers });
         let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
         tokio::spawn(line::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tokio::spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tokio::spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         let room = Arc::new(Semaphore::new(bounds.queued_commands));
-        Self { committer, audience, line, room, bounds, draining }
+        Self { committer, audience, room, bounds, draining }
     }
 
     /// The store, for what needs no engine.
@@ -154,10 +160,18 @@ impl<S: Store> Lessor<S> {
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails for any of them.
-    pub async fn touch_all(&self, leases: &[(Key, LeaseId)]) -> Result<Vec<Touched>, CallError> {
-        let parts = leases.iter().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
+    pub async fn touch_all<'a>(
+        &self,
+        leases: impl Iterator<Item = &'a (Key, LeaseId)> + Clone,
+    ) -> Result<Vec<Touched>, CallError> {
+        let parts = leases.clone().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
         let snapshots = self.in_time(self.commit_all(parts)).await?;
-        Ok(leases.iter().zip(snapshots).map(|((_, id), snapshot)| touched(&snapshot, *id)).collect())
+        Ok(leases.zip(snapshots).map(|((_, id), snapshot)| touched(&snapshot, *id)).collect())
+    }
+
+    /// What a new keepalive stream carries: nothing yet.
+    pub(crate) fn carry(&self) -> Carrier {
+        Carrier::new(&self.audience.carried)
     }
 
     /// Gives a lease back. Whoever is next holds it when this returns.

@@ -1,0 +1,140 @@
+//! The leases of one keepalive stream, and what it has yet to be told of them.
+
+use std::collections::HashMap;
+use std::mem::take;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+use tokio::task::yield_now;
+use tokio::time::Instant;
+
+use super::Touched;
+use super::carriage::{Carriage, Fate, Loss};
+use super::carried::Carried;
+use crate::lease::{Key, LeaseId};
+
+/// One stream's leases; dropping it lets go of them. It holds each lease that was named and not told as lost since.
+#[derive(Debug)]
+pub(crate) struct Carrier {
+    carried: Arc<Carried>,
+    leases: HashMap<(Key, LeaseId), Arc<Carriage>>,
+    inbox: Arc<Inbox>,
+}
+
+/// Where a stream finds what it has lost. A lease comes into it once, so the stream's leases bound it.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    /// `None` when the stream has ended.
+    lost: Mutex<Option<Vec<Arc<Carriage>>>>,
+    ring: Notify,
+}
+
+impl Inbox {
+    pub(super) fn put(&self, carriage: &Arc<Carriage>) {
+        if let Some(lost) = &mut *self.lost() {
+            lost.push(Arc::clone(carriage));
+        }
+        self.ring.notify_one();
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.lost().is_none()
+    }
+
+    fn lost(&self) -> MutexGuard<'_, Option<Vec<Arc<Carriage>>>> {
+        // Nothing in here panics half-way through a change.
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Carrier {
+    pub(super) fn new(carried: &Arc<Carried>) -> Self {
+        let inbox = Arc::new(Inbox { lost: Mutex::new(Some(Vec::new())), ring: Notify::new() });
+        Self { carried: Arc::clone(carried), leases: HashMap::new(), inbox }
+    }
+
+    /// How many leases it holds.
+    pub(crate) fn len(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// A message names these leases: those not carried yet are from here on. The message is to be settled.
+    pub(crate) fn name(&mut self, leases: Vec<(Key, LeaseId)>) -> Vec<Arc<Carriage>> {
+        let since = Instant::now();
+        let mut named = Vec::with_capacity(leases.len());
+        let mut new = Vec::new();
+        for lease in leases {
+            let known = self.leases.get(&lease);
+            if let Some(carriage) = known.filter(|carriage| carriage.embark() == Fate::Carried) {
+                named.push(Arc::clone(carriage));
+                continue;
+            }
+            known.inspect(|lost| lost.supersede());
+            let carriage = Carriage::new(lease.clone(), since, &self.inbox);
+            carriage.embark();
+            new.push(Arc::clone(&carriage));
+            self.leases.insert(lease, Arc::clone(&carriage));
+            named.push(carriage);
+        }
+        self.carried.enter(&new);
+        named
+    }
+
+    /// A message names every lease that is carried. It is to be settled.
+    pub(crate) fn all(&self) -> Vec<Arc<Carriage>> {
+        self.leases.values().filter(|carriage| carriage.embark() == Fate::Carried).map(Arc::clone).collect()
+    }
+
+    /// What to answer to a message for each lease it named. Those that are lost are carried no more.
+    pub(crate) fn settle(
+        &mut self,
+        message: Vec<(Arc<Carriage>, Option<Touched>)>,
+    ) -> Vec<(Arc<Carriage>, Touched)> {
+        let now = Instant::now();
+        let answer: Vec<_> = message
+            .into_iter()
+            .map(|(carriage, touched)| {
+                let touched = carriage.settle(touched, now);
+                (carriage, touched)
+            })
+            .collect();
+        let lost = answer.iter().filter(|(_, touched)| matches!(touched, Touched::Lost(_)));
+        let lost: Vec<&Arc<Carriage>> =
+            lost.map(|(carriage, _)| carriage).filter(|carriage| carriage.is_over()).collect();
+        lost.iter().for_each(|carriage| self.forget(carriage));
+        self.carried.sweep(lost.iter().map(|carriage| &carriage.lease().0));
+        answer
+    }
+
+    /// Waits for losses that no answer tells of. Each is returned once, and not carried any more. May be dropped and
+    /// called again.
+    pub(crate) async fn lost(&mut self) -> Vec<(Arc<Carriage>, Loss)> {
+        loop {
+            let found = self.inbox.lost().as_mut().map(take).unwrap_or_default();
+            let lost: Vec<_> = found
+                .into_iter()
+                .filter_map(|carriage| carriage.tell().map(|loss| (carriage, loss)))
+                .collect();
+            if !lost.is_empty() {
+                lost.iter().for_each(|(carriage, _)| self.forget(carriage));
+                return lost;
+            }
+            self.inbox.ring.notified().await;
+            // The commit that told of one is likely to tell of more.
+            yield_now().await;
+        }
+    }
+
+    fn forget(&mut self, carriage: &Arc<Carriage>) {
+        if self.leases.get(carriage.lease()).is_some_and(|known| Arc::ptr_eq(known, carriage)) {
+            self.leases.remove(carriage.lease());
+        }
+    }
+}
+
+impl Drop for Carrier {
+    fn drop(&mut self) {
+        *self.inbox.lost() = None;
+        self.carried.sweep(self.leases.keys().map(|(key, _)| key));
+    }
+}
