@@ -120,3 +120,93 @@ impl Carried {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use super::super::Carrier;
+    use super::*;
+    use crate::lease::{Acquisition, Edit, Mode, Rules, Timestamp, Ttl, step};
+
+    const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+
+    fn key() -> Key {
+        Key::try_from("key").expect("a key")
+    }
+
+    /// The record of a key that `id` has just acquired and touched.
+    fn held(id: LeaseId) -> Arc<Snapshot> {
+        let acquisition = Acquisition {
+            id,
+            owner: String::new(),
+            metadata: BTreeMap::new(),
+            mode: Mode::Exclusive,
+            shared_limit: 1,
+            ttl: Ttl::new(Duration::from_secs(10)).expect("ten seconds"),
+            min_hold: Duration::ZERO,
+            wait: false,
+        };
+        let (edit, now) = (Edit::default().enqueue(Arc::new(acquisition)), Timestamp(1000));
+        let record = step(Record::vacant(key()), &edit, now, &RULES);
+        Arc::new(Snapshot { record, now })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_record_is_wanted_while_a_stream_carries_a_lease_and_has_not_seen_it() {
+        let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
+        assert!(!carried.wants(&key(), None));
+        let mut carrier = Carrier::new(&carried);
+        carrier.name(vec![(key(), id)]);
+        assert_eq!(carried.keys(), [key()]);
+        assert!(carried.wants(&key(), Some(1)), "nothing has been seen yet");
+        carried.own(&held(id), &[id], Instant::now());
+        assert!(!carried.wants(&key(), Some(1)));
+        assert!(carried.wants(&key(), Some(2)));
+        assert!(carried.wants(&key(), None), "the record may be gone");
+        drop(carrier);
+        assert!(!carried.wants(&key(), Some(2)));
+        assert!(carried.keys().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_missing_record_makes_no_loss_but_a_touch() {
+        let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
+        let mut carrier = Carrier::new(&carried);
+        let lease = carrier.name(vec![(key(), id)]).remove(0);
+        assert!(carried.missing(&key()).is_empty(), "nothing says that it was ever held");
+        carried.own(&held(id), &[id], Instant::now());
+        assert!(lease.is_fresh(Instant::now()));
+        assert!(matches!(carried.missing(&key())[..], [(_, Part::Touch(touched))] if touched == id));
+        assert!(!lease.is_fresh(Instant::now()), "memory does for it no more");
+        carrier.settle(vec![(lease, None)]);
+
+        let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
+        carried.own(&vacant, &[id], Instant::now());
+        let lost = carrier.lost().await;
+        assert_eq!(
+            lost.iter().map(|(lease, loss)| (lease.lease().1, loss.0)).collect::<Vec<_>>(),
+            [(id, None)]
+        );
+        assert_eq!(carrier.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loss_that_nobody_waited_for_yet_is_found_later() {
+        let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
+        let mut carrier = Carrier::new(&carried);
+        let named = carrier.name(vec![(key(), id)]);
+        carried.own(&held(id), &[id], Instant::now());
+        carrier.settle(named.into_iter().map(|lease| (lease, None)).collect());
+        assert!(
+            tokio::time::timeout(Duration::from_secs(1), carrier.lost()).await.is_err(),
+            "nothing is lost"
+        );
+        let mut after = Snapshot::clone(&held(id));
+        after.record = step(after.record, &Edit::default().release(id), after.now, &RULES);
+        carried.own(&Arc::new(after), &[], Instant::now());
+        // A wait that is given up takes nothing with it.
+        assert_eq!(carrier.lost().await.len(), 1);
+    }
+}
