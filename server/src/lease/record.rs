@@ -122,11 +122,10 @@ impl Record {
         self.holders.is_empty() && self.waiters.is_empty() && last.is_none_or(|last| last + free_for < now)
     }
 
-    /// Whether this is a later state of the same key than `other`: revisions rise within the life of a record, and
-    /// tokens from one life to the next.
+    /// Orders the states of a key: tokens rise from one life of its record to the next, where revisions begin anew.
     #[must_use]
-    pub fn is_newer_than(&self, other: &Self) -> bool {
-        self.rev > other.rev || self.token > other.token
+    pub fn version(&self) -> (FencingToken, i64) {
+        (self.token, self.rev)
     }
 
     /// What holders and waiters add to the record, in bytes as [`Acquisition::size`] counts them.

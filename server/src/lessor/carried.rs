@@ -11,15 +11,7 @@ use tokio::time::Instant;
 
 use super::carriage::{Carriage, Fate};
 use super::part::Part;
-use crate::lease::{FencingToken, Key, LeaseId, Record, Snapshot};
-
-/// Orders the states of a key's record: tokens rise from one life of it to the next, where revisions begin anew.
-pub(super) type Version = (FencingToken, i64);
-
-/// Which state of its key a record is.
-pub(super) fn version(record: &Record) -> Version {
-    (record.token, record.rev)
-}
+use crate::lease::{FencingToken, Key, LeaseId, Snapshot};
 
 /// Leases carried by the streams of this daemon, by key. The streams bound it: each takes out what it brought.
 #[derive(Debug, Default)]
@@ -31,7 +23,7 @@ pub(super) struct Carried {
 struct OnKey {
     carriages: Vec<Arc<Carriage>>,
     /// The newest record that was seen.
-    seen: Option<Version>,
+    seen: Option<(FencingToken, i64)>,
     /// A record of others that is newer than what the last commit of this daemon returned. The next commit to return
     /// may still be older than it.
     ahead: Option<Arc<Snapshot>>,
@@ -44,11 +36,11 @@ impl Carried {
         let key = &snapshot.record.key;
         let Some(on_key) = keys.get_mut(key) else { return };
         on_key.carriages.retain(|carriage| carriage.own(snapshot, touched, sent_at) == Fate::Carried);
-        on_key.ahead.take_if(|ahead| version(&ahead.record) <= version(&snapshot.record));
+        on_key.ahead.take_if(|ahead| ahead.record.version() <= snapshot.record.version());
         if let Some(ahead) = &on_key.ahead {
             on_key.carriages.retain(|carriage| carriage.foreign(ahead) == Fate::Carried);
         }
-        on_key.seen = Some(version(&on_key.ahead.as_ref().unwrap_or(snapshot).record));
+        on_key.seen = Some(on_key.ahead.as_ref().unwrap_or(snapshot).record.version());
         if on_key.carriages.is_empty() {
             keys.remove(key);
         }
@@ -59,7 +51,7 @@ impl Carried {
         let mut keys = self.state();
         let key = &snapshot.record.key;
         let Some(on_key) = keys.get_mut(key) else { return };
-        let version = version(&snapshot.record);
+        let version = snapshot.record.version();
         if on_key.seen >= Some(version) {
             return;
         }
@@ -128,7 +120,7 @@ mod tests {
 
     use super::super::Carrier;
     use super::*;
-    use crate::lease::{Acquisition, Edit, Mode, Rules, Timestamp, Ttl, step};
+    use crate::lease::{Acquisition, Edit, Mode, Record, Rules, Timestamp, Ttl, step};
 
     const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 

@@ -10,11 +10,11 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use tokio::time::{Instant, advance};
 
-use super::carried::{Version, version};
 use super::part::{Gathered, Part};
 use super::{Carriage, Carried, Carrier, Loss, Touched, touched};
 use crate::lease::{
-    Acquisition, Edit, Key, LeaseId, Mode, Reason, Record, Rules, Snapshot, Timestamp, Ttl, step,
+    Acquisition, Edit, FencingToken, Key, LeaseId, Mode, Reason, Record, Rules, Snapshot, Timestamp, Ttl,
+    step,
 };
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(900) };
@@ -100,7 +100,7 @@ pub(super) struct World {
     in_flight: Option<Commit>,
     reads: Vec<Snapshot>,
     /// The truth of each lease: since when it holds, until when it lasts, and how it went.
-    granted: HashMap<LeaseId, Version>,
+    granted: HashMap<LeaseId, (FencingToken, i64)>,
     expiry: HashMap<LeaseId, Timestamp>,
     gone: HashMap<LeaseId, Reason>,
     /// What this daemon has been shown to be gone.
@@ -148,7 +148,7 @@ impl World {
         }
         self.record = step(self.record.clone(), edit, self.now(), &RULES);
         for holder in &self.record.holders {
-            self.granted.entry(holder.id).or_insert(version(&self.record));
+            self.granted.entry(holder.id).or_insert(self.record.version());
             self.expiry.insert(holder.id, holder.expires_at);
         }
         self.gone.extend(self.record.departures.iter().map(|departure| (departure.id, departure.reason)));
@@ -156,7 +156,7 @@ impl World {
 
     /// Remembers what a record shows that comes to this daemon.
     fn learn(&mut self, snapshot: &Snapshot) {
-        let shown = version(&snapshot.record);
+        let shown = snapshot.record.version();
         let is_gone = |id: &LeaseId| !snapshot.record.holders.iter().any(|holder| holder.id == *id);
         let granted_before = self.granted.iter().filter(|(_, granted)| **granted <= shown);
         self.learned.extend(granted_before.map(|(id, _)| *id).filter(is_gone));

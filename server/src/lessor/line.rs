@@ -174,7 +174,8 @@ impl Line {
         let mut state = self.state();
         let key = &snapshot.record.key;
         let Some(waiting) = state.keys.get_mut(key) else { return Vec::new() };
-        if waiting.latest.as_ref().is_some_and(|latest| latest.record.is_newer_than(&snapshot.record)) {
+        let version = snapshot.record.version();
+        if waiting.latest.as_ref().is_some_and(|latest| latest.record.version() > version) {
             return Vec::new();
         }
         waiting.note(snapshot, &self.rules);

@@ -182,9 +182,8 @@ impl State {
 
     fn observe(&mut self, snapshot: &Arc<Snapshot>) {
         let record = &snapshot.record;
-        let is_news = match self.known.get(&record.key) {
-            Some(known) if known.snapshot.record.is_newer_than(record) => false,
-            Some(known) => record.rev > known.snapshot.record.rev || snapshot.now >= known.snapshot.now,
+        let is_news = match self.known.get(&record.key).map(|known| &known.snapshot) {
+            Some(known) => (record.version(), snapshot.now) >= (known.record.version(), known.now),
             // Without a revision there is no record.
             None => record.rev > 0,
         };
