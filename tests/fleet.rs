@@ -1,10 +1,12 @@
 //! Several daemons over one database: what one does the others tell, and one that crashes harms none.
 
 use leased_client::Reason;
-use leased_client::v1::{ChangeKind, LeaseState, RevokeRequest};
+use leased_client::v1::keep_alive_result::Outcome;
+use leased_client::v1::{ChangeKind, LeaseState, LossReason};
 use tokio::time::Instant;
 
 use crate::keepalive::{KeepAlive, kept};
+use crate::revoke::revoke;
 use crate::support::{
     Asking, Calls, Daemon, Doomed, GRACE, MongoDb, ask, eventually, line_of, ms, refusal, secs,
 };
@@ -57,8 +59,7 @@ async fn a_watch_shows_what_happens_through_another_daemon() {
     at_two.give_back(&lease).await.unwrap();
     assert_eq!(watch.kinds("job", 2).await, [ChangeKind::Released, ChangeKind::Granted]);
     waiter.await.unwrap().unwrap();
-    let revoke = RevokeRequest { key: "job".to_owned(), ..RevokeRequest::default() };
-    two.admin().await.revoke(revoke).await.unwrap();
+    revoke(&two, "job", 0).await;
     let (kind, lease) = watch.change().await;
     assert_eq!((kind, lease.state()), (ChangeKind::Revoked, LeaseState::Free));
     for _ in 0..20 {
@@ -122,4 +123,57 @@ async fn a_handoff_reaches_a_daemon_that_was_alone() {
     let granted = waiter.await.unwrap().unwrap();
     let remaining = at_one.renew(&granted.lease.unwrap()).await.unwrap();
     assert!(granted.waited && remaining > secs(25));
+}
+
+/// A stream is told what happened to its leases through whichever daemon.
+#[tokio::test]
+async fn a_loss_at_another_daemon_is_told_unasked_with_its_true_reason() {
+    let (one, two) = two().await;
+    let (mut at_one, mut at_two) = (one.client().await, two.client().await);
+    let mut stream = KeepAlive::open(&mut at_one).await;
+    let mut leases = Vec::new();
+    for (key, ttl) in
+        [("revoked", secs(60)), ("released", secs(60)), ("displaced", ms(500)), ("kept", secs(60))]
+    {
+        leases.push(at_one.get_lease(ask(key).ttl(ttl)).await.unwrap().lease.unwrap());
+    }
+    for (_, outcome) in &stream.touch(&leases).await {
+        kept(outcome);
+    }
+    revoke(&two, "revoked", 0).await;
+    assert_eq!(told(&mut stream).await, ("revoked".to_owned(), LossReason::Revoked));
+    at_two.give_back(&leases[1]).await.unwrap();
+    assert_eq!(told(&mut stream).await, ("released".to_owned(), LossReason::Released));
+    at_two.get_lease(ask("displaced").ttl(secs(60)).wait(secs(60))).await.unwrap();
+    assert_eq!(told(&mut stream).await, ("displaced".to_owned(), LossReason::Displaced));
+
+    let results = stream.touch(&[]).await;
+    assert_eq!(results.iter().map(|(lease, _)| lease.key.as_str()).collect::<Vec<_>>(), ["kept"]);
+}
+
+/// The next message that the daemon sends on its own accord: one lease, and how it was lost.
+async fn told(stream: &mut KeepAlive) -> (String, LossReason) {
+    let mut answer = stream.next().await.unwrap();
+    assert_eq!((answer.sequence, answer.results.len()), (0, 1));
+    let result = answer.results.remove(0);
+    match result.outcome.unwrap() {
+        Outcome::Lost(lost) => (result.lease.unwrap().key, lost.reason()),
+        Outcome::Kept(kept) => panic!("kept: {kept:?}"),
+    }
+}
+
+/// What one daemon learns from another counts also within the time for which memory would do.
+#[tokio::test]
+async fn a_loss_learned_from_another_daemon_is_not_answered_from_memory() {
+    let (one, two) = two().await;
+    let mut at_one = one.client().await;
+    let lease = at_one.get_lease(ask("job").ttl(secs(600))).await.unwrap().lease.unwrap();
+    let mut stream = KeepAlive::open(&mut at_one).await;
+    for _ in 0..3 {
+        kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
+    }
+    revoke(&two, "job", 0).await;
+    assert_eq!(told(&mut stream).await, ("job".to_owned(), LossReason::Revoked));
+    let results = stream.touch(std::slice::from_ref(&lease)).await;
+    assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Revoked));
 }

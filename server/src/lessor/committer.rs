@@ -19,6 +19,9 @@ use super::part::{Gathered, Part};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
 
+/// Batches in flight at once. One leaves the store idle between two of them; with each more, batches get smaller, and
+/// most of what a small one costs is its overhead.
+const BATCHES: usize = 2;
 /// Keys in one batch.
 const BATCH_KEYS: usize = 1000;
 /// Bytes in one batch, far below what a command may have (16 MiB).
@@ -32,8 +35,6 @@ type Answer = Result<Arc<Snapshot>, StoreError>;
 #[derive(Debug)]
 pub(super) struct Committer<S> {
     store: Arc<S>,
-    /// Batches in flight at once.
-    lanes: usize,
     audience: Arc<Audience>,
     deadline: Duration,
     state: Mutex<State>,
@@ -48,7 +49,10 @@ struct State {
     slots: HashMap<Key, Slot>,
     /// Keys with something to commit that are not in flight; in the order of their oldest part.
     ready: VecDeque<Key>,
+    /// In flight, or about to be.
     batches: usize,
+    /// Keys in the latest batch.
+    latest: usize,
 }
 
 #[derive(Debug, Default)]
@@ -103,7 +107,6 @@ impl<S: Store> Committer<S> {
     /// `deadline`: how long a batch is repeated after failures.
     pub(super) fn new(store: Arc<S>, audience: Arc<Audience>, deadline: Duration) -> Self {
         Self {
-            lanes: store.lanes(),
             store,
             audience,
             deadline,
@@ -163,7 +166,7 @@ impl<S: Store> Committer<S> {
         for (key, pending) in parts {
             state.add(key, pending);
         }
-        if state.batches < self.lanes && !state.ready.is_empty() {
+        if state.may_begin() {
             state.batches += 1;
             self.runtime.spawn(Arc::clone(self).work());
         }
@@ -236,6 +239,12 @@ impl State {
         slot.gathering.push_back(pending);
     }
 
+    /// Whether a batch may begin beside those in flight. One that took the first few to come would make all smaller.
+    fn may_begin(&self) -> bool {
+        let enough = if self.batches == 0 { 1 } else { (self.latest / 2).max(1) };
+        self.batches < BATCHES && self.ready.len() >= enough
+    }
+
     /// The next batch; its keys are in flight from here on.
     fn take_batch(&mut self) -> Batch {
         let mut batch = Batch::default();
@@ -253,6 +262,7 @@ impl State {
             batch.edits.push((key, edit));
             batch.replies.push(replies);
         }
+        self.latest = batch.edits.len();
         batch
     }
 

@@ -72,9 +72,6 @@ pub trait Store: Send + Sync + 'static {
     /// How the feed stands.
     fn feed_state(&self) -> FeedState;
 
-    /// Batches that are worth having in flight at once.
-    fn lanes(&self) -> usize;
-
     /// Whether others commit here too, so that records change without this daemon's doing.
     fn is_shared(&self) -> bool;
 }

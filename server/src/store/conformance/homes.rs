@@ -195,13 +195,6 @@ impl Store for TestStore {
         }
     }
 
-    fn lanes(&self) -> usize {
-        match self {
-            Self::Embedded(store, _) => store.lanes(),
-            Self::MongoDb(store) => store.lanes(),
-        }
-    }
-
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
         match self {
             Self::Embedded(store, _) => store.feed(events, draining).await,

@@ -124,11 +124,6 @@ impl Store for EmbeddedStore {
         self.home.rules()
     }
 
-    /// One thread writes; a second batch would only make both smaller.
-    fn lanes(&self) -> usize {
-        1
-    }
-
     async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
 
     fn feed_state(&self) -> FeedState {

@@ -328,12 +328,6 @@ impl Store for MongoStore {
         self.rules
     }
 
-    /// With one the database idles while it waits for its journal; with each more, batches get smaller, and most of
-    /// what a small one costs is the parsing.
-    fn lanes(&self) -> usize {
-        2
-    }
-
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
         let ended = draining.child_token();
         let daemons = Daemons::new(self);
