@@ -3,11 +3,13 @@
 //! All run on one host, so the clock of the store is the clock of this program.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use leased_client::v1::{AcquireRequest, ListRequest};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -16,6 +18,9 @@ use crate::report::Latencies;
 
 /// Callers of one connection; a daemon allows 256 calls on each.
 const PER_CONNECTION: usize = 200;
+
+/// Calls that ask for a lease at once: more than the store does in its time would be refused.
+const AT_ONCE: usize = 2000;
 
 /// Leases of holders that fall silent together, each with one in line.
 #[derive(Debug, clap::Args)]
@@ -56,6 +61,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 
 async fn round_of(fleet: &Fleet, grace: Duration, args: &Args, round: u32) -> Result<Latencies> {
     let until = now() + Duration::from_secs(args.seconds);
+    let room = Arc::new(Semaphore::new(AT_ONCE));
     let mut held = JoinSet::new();
     let mut line = JoinSet::new();
     let numbers: Vec<u32> = (0..args.keys).collect();
@@ -63,7 +69,7 @@ async fn round_of(fleet: &Fleet, grace: Duration, args: &Args, round: u32) -> Re
         let (holder, waiter) = (fleet.client(0).await?, fleet.client(args.daemons as usize - 1).await?);
         for number in some {
             let key = format!("takeover/{round}/{number:06}");
-            held.spawn(hold(holder.clone(), waiter.clone(), key, until));
+            held.spawn(hold(Arc::clone(&room), holder.clone(), waiter.clone(), key, until));
         }
     }
     while let Some(joined) = held.join_next().await {
@@ -82,11 +88,13 @@ async fn round_of(fleet: &Fleet, grace: Duration, args: &Args, round: u32) -> Re
 
 /// Takes a lease that ends at `until`, and falls silent.
 async fn hold(
+    room: Arc<Semaphore>,
     mut client: Leases,
     waiter: Leases,
     key: String,
     until: Duration,
 ) -> Result<(Leases, String, Duration)> {
+    let _permit = room.acquire().await?;
     let ttl = until.checked_sub(now()).filter(|ttl| ttl.as_millis() >= 100).context("too few seconds")?;
     let request =
         AcquireRequest { key: key.clone(), ttl: Some(ttl.try_into()?), ..AcquireRequest::default() };
