@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod conformance;
 pub mod embedded;
+mod failure;
 pub mod mongo;
 
 use std::future::Future;

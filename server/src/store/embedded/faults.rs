@@ -12,9 +12,10 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use redb::{BackendError, StorageBackend};
 
 use super::file::{Medium, OpenError};
-use super::writer::{Failure, Home};
+use super::writer::Home;
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Record, Rules};
 use crate::store::conformance::reading::{ask, asking, key};
+use crate::store::failure::Failure;
 
 const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 

@@ -22,8 +22,9 @@ use tokio_util::sync::CancellationToken;
 
 pub use file::OpenError;
 use file::{DataFile, RECORDS};
-use writer::{Failure, Home, Writer};
+use writer::{Home, Writer};
 
+use super::failure::Failure;
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 

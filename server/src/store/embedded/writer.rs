@@ -18,7 +18,8 @@ use super::disk::Unsynced;
 use super::document;
 use super::file::{self, FACTS, LATEST, Medium, OpenError, RECORDS};
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
-use crate::store::{Outcome, StoreError, makes_record, vacant};
+use crate::store::failure::Failure;
+use crate::store::{makes_record, vacant};
 
 /// Orders that may await the writer. The engine has no more than a few batches in flight; those that have been given
 /// up are passed over.
@@ -51,37 +52,6 @@ enum Order {
 }
 
 type Reply<T> = oneshot::Sender<Result<T, Failure>>;
-
-/// What became of an order.
-#[derive(Debug, Clone)]
-pub(super) enum Failure {
-    /// Nothing was changed.
-    NotApplied(String),
-    /// All or nothing was changed.
-    Unknown(String),
-    /// It will not be done, however often it is asked.
-    Refused(String),
-}
-
-impl Failure {
-    pub(super) fn not_applied(cause: impl ToString) -> Self {
-        Self::NotApplied(cause.to_string())
-    }
-
-    pub(super) fn refused(cause: impl ToString) -> Self {
-        Self::Refused(cause.to_string())
-    }
-}
-
-impl From<Failure> for StoreError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::NotApplied(cause) => Self::Unavailable { outcome: Outcome::NotApplied, cause },
-            Failure::Unknown(cause) => Self::Unavailable { outcome: Outcome::Unknown, cause },
-            Failure::Refused(cause) => Self::Refused { cause },
-        }
-    }
-}
 
 impl From<document::Unreadable> for Failure {
     fn from(unreadable: document::Unreadable) -> Self {

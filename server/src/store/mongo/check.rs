@@ -7,8 +7,9 @@ use mongodb::bson::{Bson, Document, doc};
 use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{Acknowledgment, ClientOptions, WriteConcern};
 
-use super::command::{Failure, brief};
+use super::command::brief;
 use super::{ConnectError, MongoStore, daemons, feed};
+use crate::store::failure::Failure;
 
 /// The wire version of MongoDB 6.0, the oldest that is tested.
 const MIN_WIRE_VERSION: i32 = 17;

@@ -14,7 +14,7 @@ use mongodb::options::{Acknowledgment, WriteConcern};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use crate::store::{Outcome, StoreError};
+use crate::store::failure::Failure;
 
 /// How long one attempt at a command may take, on the server and on the way.
 pub(super) const ATTEMPT: Duration = Duration::from_millis(2000);
@@ -25,32 +25,7 @@ const TASKS: usize = 64;
 /// The same of what is done beside the commits and reads, so that it never stands in their way.
 const ERRANDS: usize = 8;
 
-/// What became of an attempt that failed, and whether to repeat it.
-#[derive(Debug, Clone)]
-pub(super) enum Failure {
-    /// Nothing was changed; repeat.
-    NotApplied(String),
-    /// Some or all may have been changed, or may yet be; repeat, for edits are idempotent.
-    Unknown(String),
-    /// The database will not do it, however often it is asked.
-    Refused(String),
-}
-
 impl Failure {
-    pub(super) fn unknown(cause: impl ToString) -> Self {
-        Self::Unknown(cause.to_string())
-    }
-
-    pub(super) fn refused(cause: impl ToString) -> Self {
-        Self::Refused(cause.to_string())
-    }
-
-    pub(super) fn into_cause(self) -> String {
-        match self {
-            Self::NotApplied(cause) | Self::Unknown(cause) | Self::Refused(cause) => cause,
-        }
-    }
-
     /// Reads a driver error. `ErrorKind` and server codes are all the driver shows of its own judgement.
     pub(super) fn from_driver(error: &Error) -> Self {
         let cause = brief(error);
@@ -80,16 +55,6 @@ impl Failure {
             // Anything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
             // have struck half-way through a batch.
             _ => Self::Unknown(cause),
-        }
-    }
-}
-
-impl From<Failure> for StoreError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::NotApplied(cause) => Self::Unavailable { outcome: Outcome::NotApplied, cause },
-            Failure::Unknown(cause) => Self::Unavailable { outcome: Outcome::Unknown, cause },
-            Failure::Refused(cause) => Self::Refused { cause },
         }
     }
 }

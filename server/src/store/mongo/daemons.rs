@@ -19,8 +19,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::MongoStore;
-use super::command::{ATTEMPT, Failure};
+use super::command::ATTEMPT;
 use super::document::long;
+use crate::store::failure::Failure;
 
 /// How the daemons keep up with each other.
 #[derive(Debug, Clone, Copy)]

@@ -17,9 +17,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use super::MongoStore;
-use super::command::{ATTEMPT, Failure, Runner};
+use super::command::{ATTEMPT, Runner};
 use super::daemons::{Daemons, Pace};
 use crate::lease::Key;
+use crate::store::failure::Failure;
 use crate::store::{FeedEvent, FeedState};
 
 /// How long the server waits for changes before it says that there are none.

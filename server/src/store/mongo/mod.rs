@@ -24,10 +24,11 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use check::Unusable;
-use command::{ATTEMPT, Failure, Runner};
+use command::{ATTEMPT, Runner};
 use daemons::{Daemons, Pace};
 use feed::Feed;
 
+use super::failure::Failure;
 use super::{
     FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, makes_record, repeat, vacant,
 };
