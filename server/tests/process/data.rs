@@ -134,7 +134,7 @@ fn write_table(folder: &Path, table: TableDefinition<'_, &str, i64>, name: &str,
 fn a_folder_that_cannot_be_used_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("taken"), "a file").unwrap();
-    for data_dir in ["taken", "taken/below"] {
+    for data_dir in ["taken", "taken/below", "/proc/leased"] {
         let (code, stderr) = end_in(folder.path(), &["--data-dir", data_dir]);
         assert_eq!(code, Some(2), "{stderr}");
         assert!(stderr.contains("cannot be used") && stderr.contains("--data-dir"), "{stderr}");

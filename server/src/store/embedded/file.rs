@@ -63,7 +63,9 @@ impl OpenError {
     fn io(path: &Path, error: &Error) -> Self {
         let what = error.to_string();
         match error.kind() {
-            ErrorKind::PermissionDenied
+            // What is missing is made, so a place where something is missing all the same takes nothing.
+            ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
             | ErrorKind::NotADirectory
             | ErrorKind::IsADirectory
             | ErrorKind::AlreadyExists
