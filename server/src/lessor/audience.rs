@@ -6,9 +6,10 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::carried::Carried;
@@ -17,10 +18,12 @@ use super::line::Line;
 use super::part::Part;
 use super::watchers::Watchers;
 use crate::lease::{Key, LeaseId, Snapshot};
-use crate::store::{FeedEvent, Store};
+use crate::store::{FeedEvent, Store, StoreError};
 
 /// Keys read with one command.
 const READ_KEYS: usize = 1000;
+/// The pause before records are read again after the store has failed.
+const RETRY: Duration = Duration::from_millis(500);
 /// Events of the feed that await their reading; the store's side waits when there is no room.
 const EVENTS: usize = 4096;
 
@@ -68,10 +71,17 @@ impl Audience {
 }
 
 /// Reads records that others may have changed, and passes them on.
-pub(super) async fn read<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>, keys: &[Key]) {
+///
+/// # Errors
+/// [`StoreError`] if the store does not answer in time; some may have been passed on by then.
+pub(super) async fn read<S: Store>(
+    audience: &Audience,
+    committer: &Arc<Committer<S>>,
+    keys: &[Key],
+) -> Result<(), StoreError> {
     for keys in keys.chunks(READ_KEYS) {
         let asked_at = Instant::now();
-        let Ok(found) = committer.store().read(keys.to_vec()).await else { continue };
+        let found = committer.store().read(keys.to_vec()).await?;
         let mut missing: HashSet<&Key> = keys.iter().collect();
         for snapshot in found {
             missing.remove(&snapshot.record.key);
@@ -81,6 +91,7 @@ pub(super) async fn read<S: Store>(audience: &Audience, committer: &Arc<Committe
             committer.submit_unanswered(audience.missing(key, asked_at));
         }
     }
+    Ok(())
 }
 
 /// Follows the store's feed until the store ends it. While records are read the next events gather, so that a crowd
@@ -106,7 +117,11 @@ pub(super) async fn follow<S: Store>(
                     }
                 }
             }
-            read(&audience, &committer, &keys.into_iter().collect::<Vec<_>>()).await;
+            let keys: Vec<Key> = keys.into_iter().collect();
+            // Nobody tells of these a second time.
+            while read(&audience, &committer, &keys).await.is_err() && !heard.is_closed() {
+                sleep(RETRY).await;
+            }
         }
     };
     tokio::join!(feed, listen);

@@ -146,7 +146,8 @@ pub(super) async fn keep<S: Store>(
             sleep(RETRY).await;
         }
         let due = watchers.take_due(Instant::now());
-        audience::read(&audience, &committer, &due).await;
+        // What could not be read is due again soon.
+        drop(audience::read(&audience, &committer, &due).await);
     }
 }
 
@@ -170,6 +171,5 @@ async fn rebuild<S: Store>(
             }
         }
     }
-    audience::read(audience, committer, keys).await;
-    Ok(())
+    audience::read(audience, committer, keys).await
 }
