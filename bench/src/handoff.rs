@@ -29,6 +29,10 @@ pub(crate) struct Args {
     /// How many stand in line.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
     waiters: u64,
+    /// Daemons over MongoDB: with two, a handoff at one and a handoff to the other; with one, which has no change feed,
+    /// only the former.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=2))]
+    daemons: u32,
     /// The daemon to start [default: the one beside this program].
     #[arg(long)]
     daemon: Option<PathBuf>,
@@ -37,8 +41,9 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let stores = if args.stores.is_empty() { Store::value_variants() } else { &args.stores };
     for &store in stores {
-        let fleet = Fleet::start(store, 2, args.daemon.as_deref()).await?;
-        let kinds = if store == Store::Embedded { &["same daemon"][..] } else { &["same daemon", "another"] };
+        let fleet = Fleet::start(store, args.daemons as usize, args.daemon.as_deref()).await?;
+        let is_alone = store == Store::Embedded || args.daemons == 1;
+        let kinds = if is_alone { &["same daemon"][..] } else { &["same daemon", "another"] };
         // Daemons hear of each other within a second or two.
         sleep(Duration::from_secs(3)).await;
         for round in 1..=args.rounds {
