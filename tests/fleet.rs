@@ -3,6 +3,8 @@
 use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::{ChangeKind, LeaseState, LossReason};
+use mongodb::bson::doc;
+use throwaway_mongodb::Mongod;
 use tokio::time::Instant;
 
 use crate::keepalive::{KeepAlive, kept};
@@ -176,4 +178,27 @@ async fn a_loss_learned_from_another_daemon_is_not_answered_from_memory() {
     assert_eq!(told(&mut stream).await, ("job".to_owned(), LossReason::Revoked));
     let results = stream.touch(std::slice::from_ref(&lease)).await;
     assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Revoked));
+}
+
+/// The feed names a key once. If the read on account of that fails, it is repeated; else the change would be lost.
+#[tokio::test]
+async fn a_change_is_told_though_the_store_fails_when_it_is_looked_at() {
+    let mongod = Mongod::start().await.unwrap();
+    let one = Daemon::over(mongod.uri(), |_| {}).await;
+    let two = one.sibling().await;
+    one.follows().await;
+    let mut watch = Watch::changes_only(&mut one.client().await, "").await;
+    let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
+    let records = format!("{}.{}", one.location().database, one.location().collection);
+    let data = doc! { "failCommands": ["find"], "namespace": records, "errorCode": 8 };
+    let begun = admin
+        .run_command(doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data })
+        .await
+        .unwrap();
+    let failed = i64::from(begun.get_i32("count").unwrap());
+    two.client().await.get_lease(ask("job").ttl(secs(600))).await.unwrap();
+    let wait = doc! { "waitForFailPoint": "failCommand", "timesEntered": failed + 1, "maxTimeMS": 30_000 };
+    admin.run_command(wait).await.unwrap();
+    admin.run_command(doc! { "configureFailPoint": "failCommand", "mode": "off" }).await.unwrap();
+    assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Granted]);
 }

@@ -122,10 +122,9 @@ impl Known {
     fn bound(&mut self) {
         while self.free.len() > FREE_KEYS {
             let Some((_, key)) = self.free.pop_first() else { return };
-            let departures = self.forget(&key).map(|seen| Arc::clone(&seen.snapshot));
-            let last =
-                departures.iter().flat_map(|snapshot| &snapshot.record.departures).map(|gone| gone.at.0);
-            self.forgotten = last.fold(self.forgotten, i64::max);
+            let Some(seen) = self.forget(&key) else { continue };
+            let departed = seen.snapshot.record.departures.iter().map(|departure| departure.at.0);
+            self.forgotten = departed.fold(self.forgotten, i64::max);
         }
     }
 }
