@@ -1,15 +1,13 @@
 //! From the call of a release to the moment when the next in line is told, at the same daemon and at another.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
 use leased_client::v1::{AcquireRequest, AcquireResponse, GetRequest, ReleaseRequest};
 use tokio::time::{Instant, sleep};
 
-use crate::fleet::{Fleet, Leases, Store};
+use crate::fleet::{Fleet, Leases, Options};
 use crate::report::Latencies;
 
 const TTL: Duration = Duration::from_secs(600);
@@ -17,38 +15,25 @@ const TTL: Duration = Duration::from_secs(600);
 /// Handoffs from a holder to the next in line.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Over which stores [default: all].
-    #[arg(value_enum)]
-    stores: Vec<Store>,
+    #[command(flatten)]
+    options: Options,
     /// Handoffs of each kind in a round.
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     handoffs: u32,
-    /// Rounds, in which the kinds alternate.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
-    rounds: u32,
     /// How many stand in line.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
     waiters: u64,
-    /// Daemons over MongoDB: with two, a handoff at one and a handoff to the other; with one, which has no change feed,
-    /// only the former.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=2))]
-    daemons: u32,
-    /// The daemon to start [default: the one beside this program].
-    #[arg(long)]
-    daemon: Option<PathBuf>,
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let stores = if args.stores.is_empty() { Store::value_variants() } else { &args.stores };
-    for &store in stores {
-        let fleet = Fleet::start(store, args.daemons as usize, args.daemon.as_deref()).await?;
-        let is_alone = store == Store::Embedded || args.daemons == 1;
-        let kinds = if is_alone { &["same daemon"][..] } else { &["same daemon", "another"] };
-        // Daemons hear of each other within a second or two.
-        sleep(Duration::from_secs(3)).await;
-        for round in 1..=args.rounds {
-            for (number, kind) in kinds.iter().enumerate() {
-                let latencies = round_of(&fleet, number, &args).await?;
+    for &store in args.options.stores() {
+        let fleet = Fleet::start(store, &args.options).await?;
+        let last = fleet.len() - 1;
+        let kinds = [(0, "same daemon"), (last, "another")];
+        let kinds = if last == 0 { &kinds[..1] } else { &kinds[..] };
+        for round in 1..=args.options.rounds {
+            for (daemon, kind) in kinds {
+                let latencies = round_of(&fleet, *daemon, &args).await?;
                 latencies.print(&format!("round {round}  {store:?}, {kind}"));
             }
         }

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep};
 
 use crate::etcd;
@@ -19,6 +21,8 @@ pub(crate) struct Process {
     name: &'static str,
     child: Child,
     folder: PathBuf,
+    /// Where a daemon says how it is.
+    http: Option<String>,
 }
 
 impl Process {
@@ -30,7 +34,7 @@ impl Process {
         let folder = new_folder()?;
         let mut command = Command::new(&binary);
         command
-            .args(["--listen=127.0.0.1:0", "--http-listen=off", "--log-level=warn", "--data-dir"])
+            .args(["--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--log-level=warn", "--data-dir"])
             .arg(&folder);
         command.env_remove("LEASED_MONGODB_URI").stdout(Stdio::piped());
         if let Some(uri) = uri {
@@ -39,10 +43,12 @@ impl Process {
         let child = command.spawn().with_context(|| {
             format!("cannot run {}; build it with cargo build --release", binary.display())
         })?;
-        let mut process = Self { name: "leased", child, folder };
+        let mut process = Self { name: "leased", child, folder, http: None };
         let mut ready = String::new();
         BufReader::new(process.child.stdout.take().context("the daemon's output")?).read_line(&mut ready)?;
-        let address = ready.split_whitespace().find_map(|word| word.strip_prefix("grpc="));
+        let named = |name| ready.split_whitespace().find_map(|word| word.strip_prefix(name));
+        process.http = named("http=").map(ToOwned::to_owned);
+        let address = named("grpc=");
         Ok((format!("http://{}", address.context("the daemon did not become ready")?), process))
     }
 
@@ -61,13 +67,24 @@ impl Process {
         ]);
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().context("cannot run etcd; Debian's package is etcd-server")?;
-        let process = Self { name: "etcd", child, folder };
+        let process = Self { name: "etcd", child, folder, http: None };
         let start = Instant::now();
         while !etcd::answers(&client).await {
             ensure!(start.elapsed() < Duration::from_secs(30), "etcd does not answer");
             sleep(Duration::from_millis(50)).await;
         }
         Ok((client, process))
+    }
+
+    /// Waits until a daemon hears of what others do.
+    pub(crate) async fn follows(&self) -> Result<()> {
+        let http = self.http.as_deref().context("the daemon has no side port")?;
+        let start = Instant::now();
+        while !ready(http).await?.contains("change feed") {
+            ensure!(start.elapsed() < Duration::from_secs(30), "the daemons do not hear of each other");
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -85,6 +102,15 @@ impl Drop for Process {
         drop(self.child.wait());
         drop(fs::remove_dir_all(&self.folder));
     }
+}
+
+/// What a daemon says of itself.
+async fn ready(http: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(http).await?;
+    stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n").await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
 }
 
 /// Whether a program is on the `PATH`.

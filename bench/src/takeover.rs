@@ -2,18 +2,16 @@
 //!
 //! All run on one host, so the clock of the store is the clock of this program.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
 use leased_client::v1::{AcquireRequest, ListRequest};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::fleet::{Fleet, Leases, Store};
+use crate::fleet::{Fleet, Leases, Options, Store};
 use crate::report::Latencies;
 
 /// Callers of one connection; a daemon allows 256 calls on each.
@@ -25,33 +23,21 @@ const AT_ONCE: usize = 2000;
 /// Leases of holders that fall silent together, each with one in line.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Over which stores [default: all].
-    #[arg(value_enum)]
-    stores: Vec<Store>,
+    #[command(flatten)]
+    options: Options,
     /// Leases that run out together.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     keys: u32,
     /// From the first acquire to the end of all the leases, in seconds: long enough for all to be held and waited for.
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(2..=600))]
     seconds: u64,
-    /// Rounds of each store.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
-    rounds: u32,
-    /// Daemons over MongoDB; holders are at the first, and those in line at the last.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=9))]
-    daemons: u32,
-    /// The daemon to start [default: the one beside this program].
-    #[arg(long)]
-    daemon: Option<PathBuf>,
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let stores = if args.stores.is_empty() { Store::value_variants() } else { &args.stores };
-    for &store in stores {
-        let fleet = Fleet::start(store, args.daemons as usize, args.daemon.as_deref()).await?;
-        sleep(Duration::from_secs(3)).await;
+    for &store in args.options.stores() {
+        let fleet = Fleet::start(store, &args.options).await?;
         let grace = if store == Store::Embedded { Duration::ZERO } else { Duration::from_secs(1) };
-        for round in 1..=args.rounds {
+        for round in 1..=args.options.rounds {
             let latencies = round_of(&fleet, grace, &args, round).await?;
             latencies.print(&format!("round {round}  {store:?}, {} keys", args.keys));
         }
@@ -66,7 +52,7 @@ async fn round_of(fleet: &Fleet, grace: Duration, args: &Args, round: u32) -> Re
     let mut line = JoinSet::new();
     let numbers: Vec<u32> = (0..args.keys).collect();
     for some in numbers.chunks(PER_CONNECTION) {
-        let (holder, waiter) = (fleet.client(0).await?, fleet.client(args.daemons as usize - 1).await?);
+        let (holder, waiter) = (fleet.client(0).await?, fleet.client(fleet.len() - 1).await?);
         for number in some {
             let key = format!("takeover/{round}/{number:06}");
             held.spawn(hold(Arc::clone(&room), holder.clone(), waiter.clone(), key, until));
