@@ -1,0 +1,217 @@
+//! Acquiring: from the wish to a lease that may be believed in, through daemons that fail, answers that are lost, and callers
+//! that lose interest.
+
+use std::collections::HashMap;
+use std::future::IntoFuture;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use leased_proto::v1::lease_service_client::LeaseServiceClient;
+use leased_proto::v1::{AcquireRequest, AcquireResponse, LeaseRef, Mode};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::belief::{deadline, margin};
+use crate::client::{Client, MAX_LEASES};
+use crate::endpoints::Answer;
+use crate::error::Error;
+use crate::holding::Holding;
+use crate::lease::Lease;
+use crate::moment::Moment;
+use crate::token::FencingToken;
+
+/// A wish for a lease; await it to have it.
+///
+/// Without [`wait`](Self::wait) it is tried once. Dropping the future part-way leaves no lease and no place in line behind, at
+/// the latest when the TTL is over.
+///
+/// ```no_run
+/// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+/// use std::time::Duration;
+///
+/// let lease = client
+///     .acquire("reports/daily")
+///     .ttl(Duration::from_secs(10))
+///     .wait(Duration::from_secs(60))
+///     .metadata("build", "1.2.3")
+///     .await?;
+/// println!("token {}", lease.token());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "nothing is acquired until this is awaited"]
+pub struct Acquire {
+    client: Client,
+    request: AcquireRequest,
+    ttl: Option<Duration>,
+    wait: Duration,
+    min_hold: Duration,
+    margin: Option<Duration>,
+}
+
+impl Acquire {
+    pub(crate) fn new(client: Client, key: String) -> Self {
+        let owner = client.shared().owner.clone();
+        let request =
+            AcquireRequest { key, owner, mode: Mode::Exclusive.into(), ..AcquireRequest::default() };
+        Self { client, request, ttl: None, wait: Duration::ZERO, min_hold: Duration::ZERO, margin: None }
+    }
+
+    /// How long the lease lasts without a touch, 100 ms to 24 h unless the daemon says otherwise; 30 s if not given. It is
+    /// touched every third of it. Takeover after a crash takes as long as this; an outage of the daemons may last two
+    /// thirds of it without harm.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// How long to stand in line at most, up to 1 h; first come, first served.
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// A label for people, up to 256 bytes; the client's unless given. It proves nothing, and two may use the same.
+    pub fn owner(mut self, owner: impl Into<String>) -> Self {
+        self.request.owner = owner.into();
+        self
+    }
+
+    /// Another label, for people and tools: up to 32 of them, 4 KiB together.
+    pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.request.metadata.insert(name.into(), value.into());
+        self
+    }
+
+    /// Holds the key together with other shared holders, while fewer than `limit` do; 0 for any number.
+    pub fn shared(mut self, limit: u32) -> Self {
+        self.request.mode = Mode::Shared.into();
+        self.request.shared_limit = limit;
+        self
+    }
+
+    /// Keeps the key taken for this long after the grant, even if it is released before: a job that several machines start
+    /// at about the same time runs once.
+    pub fn min_hold(mut self, min_hold: Duration) -> Self {
+        self.min_hold = min_hold;
+        self
+    }
+
+    /// How much of the TTL is kept in hand; a hundredth, and at least 5 ms, unless given. Belief ends this long before the
+    /// lease can be taken by another: long enough for whatever stopping takes.
+    pub fn margin(mut self, margin: Duration) -> Self {
+        self.margin = Some(margin);
+        self
+    }
+
+    async fn run(mut self) -> Result<Lease, Error> {
+        let until = Instant::now() + self.wait;
+        self.check()?;
+        let slots = Arc::clone(&self.client.shared().slots);
+        let slot = slots.try_acquire_owned().map_err(|_| {
+            Error::LimitExceeded(format!("a client holds at most {MAX_LEASES} leases; make another client"))
+        })?;
+        loop {
+            match self.attempt(until).await {
+                Ok(holding) => return Ok(Lease::new(self.client, Arc::new(holding), slot)),
+                // Granted, and over before this process heard of it. That acquisition is spent.
+                Err(Error::Lost(_)) if Instant::now() < until + self.client.shared().endpoints.timeout() => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Fills in the durations, which a request may not carry if they are too long for it.
+    fn check(&mut self) -> Result<(), Error> {
+        let convert = |name: &str, duration: Duration| {
+            duration.try_into().map_err(|_| Error::Invalid(format!("{name} is too long")))
+        };
+        self.request.ttl = self.ttl.map(|ttl| convert("ttl", ttl)).transpose()?;
+        self.request.min_hold = Some(convert("min_hold", self.min_hold)).transpose()?;
+        self.request.wait = Some(convert("wait", self.wait)).transpose()?;
+        Ok(())
+    }
+
+    /// One acquisition, repeated with one id until its outcome is known.
+    async fn attempt(&mut self, until: Instant) -> Result<Holding, Error> {
+        let id = Uuid::new_v4();
+        self.request.lease_id = id.to_string();
+        let lease = LeaseRef { key: self.request.key.clone(), lease_id: self.request.lease_id.clone() };
+        let mut unknown = Unknown { client: &self.client, lease: Some(lease), ttl: self.ttl };
+        let granted = self.granted(&mut unknown, until).await;
+        // What is refused leaves nothing behind, and what is granted is in good hands.
+        if !matches!(granted, Err(Error::Unavailable { .. })) {
+            unknown.lease = None;
+        }
+        let (response, deadline) = granted?;
+        let (ttl, margin) = self.times(&response);
+        let token = FencingToken::new(response.fencing_token);
+        Ok(Holding::new((self.request.key.clone(), id), token, (ttl, margin), deadline))
+    }
+
+    /// Asks until granted and, if the grant may be old, touches: belief starts with what this process has sent last.
+    async fn granted(
+        &self,
+        unknown: &mut Unknown<'_>,
+        until: Instant,
+    ) -> Result<(AcquireResponse, Moment), Error> {
+        let endpoints = &self.client.shared().endpoints;
+        let call = endpoints.call_waiting(until, self.request.clone(), |channel, mut request| {
+            request.wait = until.saturating_duration_since(Instant::now()).try_into().ok();
+            async move { LeaseServiceClient::new(channel).acquire(request).await }
+        });
+        let Answer { body: response, sent_at } = call.await?;
+        let (ttl, margin) = self.times(&response);
+        let mut believed_until = deadline(sent_at, ttl, margin);
+        unknown.ttl = Some(ttl);
+        if response.waited || believed_until.remaining().is_zero() {
+            let lease = response.lease.clone().unwrap_or_default();
+            let Answer { body: touched, sent_at } = self.client.shared().touch(lease).await?;
+            let remaining = touched.remaining.and_then(|remaining| remaining.try_into().ok());
+            believed_until = deadline(sent_at, remaining.unwrap_or_default(), margin);
+        }
+        Ok((response, believed_until))
+    }
+
+    /// The TTL as granted, and what is kept of it in hand.
+    fn times(&self, response: &AcquireResponse) -> (Duration, Duration) {
+        let ttl = response.ttl.and_then(|ttl| ttl.try_into().ok()).unwrap_or_default();
+        (ttl, self.margin.unwrap_or_else(|| margin(ttl)))
+    }
+}
+
+impl IntoFuture for Acquire {
+    type Output = Result<Lease, Error>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    /// # Errors
+    /// [`Error::Held`] if someone else holds the key, also after the wait; [`Error::QueueFull`], [`Error::LimitExceeded`],
+    /// [`Error::Invalid`]; [`Error::Unavailable`] if no daemon answers within the client's timeout beyond the wait.
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.run())
+    }
+}
+
+/// An acquisition whose outcome is not known: given back in the background unless it is settled.
+struct Unknown<'a> {
+    client: &'a Client,
+    lease: Option<LeaseRef>,
+    ttl: Option<Duration>,
+}
+
+impl Drop for Unknown<'_> {
+    fn drop(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            self.client.release_in_background(lease, self.ttl.unwrap_or(crate::DEFAULT_TTL));
+        }
+    }
+}
+
+/// Labels as a map, for callers that have them so.
+impl Extend<(String, String)> for Acquire {
+    fn extend<T: IntoIterator<Item = (String, String)>>(&mut self, labels: T) {
+        HashMap::extend(&mut self.request.metadata, labels);
+    }
+}

@@ -1,0 +1,256 @@
+//! The client: whom to ask, the calls about keys in general, and the task that keeps leases alive.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use leased_proto::v1::admin_service_client::AdminServiceClient;
+use leased_proto::v1::lease_service_client::LeaseServiceClient;
+use leased_proto::v1::{GetRequest, LeaseRef, ReleaseRequest, RevokeRequest, TouchRequest, TouchResponse};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use crate::acquire::Acquire;
+use crate::builder::Builder;
+use crate::endpoints::{Answer, Endpoints};
+use crate::error::Error;
+use crate::holdings::{Holdings, watch_deadlines};
+use crate::id::LeaseId;
+use crate::info::KeyInfo;
+use crate::keeper::Keeper;
+use crate::list::List;
+use crate::token::FencingToken;
+use crate::watch::Watch;
+
+/// A daemon carries at most so many leases on one stream, and a client has one.
+pub(crate) const MAX_LEASES: usize = 10_000;
+/// Leases given back at the same time in the background.
+const RELEASES: usize = 64;
+/// For how long a lease is given back in the background at most; one that lasts longer runs out by itself.
+const LONGEST_RELEASE: Duration = Duration::from_secs(60);
+
+/// A connection to one or more leased daemons over the same store. Cheap to clone; all clones share one keepalive stream.
+///
+/// When the last clone and the last [`Lease`](crate::Lease) are dropped, its background task ends.
+#[derive(Debug, Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    /// Ends the background task.
+    _alive: Arc<DropGuard>,
+}
+
+/// What the parts of a client share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) endpoints: Arc<Endpoints>,
+    pub(crate) holdings: Arc<Holdings>,
+    pub(crate) owner: String,
+    /// A permit for each lease.
+    pub(crate) slots: Arc<Semaphore>,
+    /// Leases that are being given back; each holds a permit of `releases` while it asks.
+    background: TaskTracker,
+    releases: Semaphore,
+    runtime: Handle,
+}
+
+impl Client {
+    /// A client of the daemons at these URLs (`http://HOST:PORT`), once one of them has answered.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a URL is none, [`Error::NotLeased`] if something else answers there, and
+    /// [`Error::Unavailable`] if nobody does within 5 s.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), leased_client::Error> {
+    /// use leased_client::{Client, DEFAULT_ENDPOINT};
+    ///
+    /// let client = Client::connect([DEFAULT_ENDPOINT]).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn connect(endpoints: impl IntoIterator<Item = impl AsRef<str>>) -> Result<Self, Error> {
+        let mut builder = Self::builder();
+        for endpoint in endpoints {
+            builder = builder.endpoint(endpoint.as_ref())?;
+        }
+        builder.connect().await
+    }
+
+    /// A client with settings of its own.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    pub(crate) fn start(endpoints: Endpoints, owner: String) -> Self {
+        let endpoints = Arc::new(endpoints);
+        let holdings = Arc::new(Holdings::default());
+        let ended = CancellationToken::new();
+        let keeper = Keeper::new(Arc::clone(&holdings), Arc::clone(&endpoints));
+        tokio::spawn({
+            let (holdings, ended) = (Arc::clone(&holdings), ended.clone());
+            async move {
+                tokio::select! {
+                    () = keeper.run() => {}
+                    () = watch_deadlines(&holdings) => {}
+                    () = ended.cancelled() => {}
+                }
+            }
+        });
+        let shared = Shared {
+            endpoints,
+            holdings,
+            owner,
+            slots: Arc::new(Semaphore::new(MAX_LEASES)),
+            background: TaskTracker::new(),
+            releases: Semaphore::new(RELEASES),
+            runtime: Handle::current(),
+        };
+        Self { shared: Arc::new(shared), _alive: Arc::new(ended.drop_guard()) }
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// Asks for a lease of `key`: 1 to 512 bytes without control characters.
+    pub fn acquire(&self, key: impl Into<String>) -> Acquire {
+        Acquire::new(self.clone(), key.into())
+    }
+
+    /// Touches a lease that no guard keeps alive, and returns how long it lasts, counted from before this call.
+    ///
+    /// # Errors
+    /// [`Error::Lost`], [`Error::Unavailable`].
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client, id: leased_client::LeaseId) -> Result<(), leased_client::Error> {
+    /// println!("lasts {:?} more", client.touch("reports/daily", id).await?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn touch(&self, key: &str, id: LeaseId) -> Result<Duration, Error> {
+        let lease = LeaseRef { key: key.to_owned(), lease_id: id.reveal() };
+        let remaining = self.shared.touch(lease).await?.body.remaining;
+        Ok(remaining.and_then(|remaining| remaining.try_into().ok()).unwrap_or_default())
+    }
+
+    /// Gives back a lease that no guard keeps alive.
+    ///
+    /// # Errors
+    /// [`Error::Lost`], [`Error::Unavailable`].
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client, id: leased_client::LeaseId) -> Result<(), leased_client::Error> {
+    /// client.release("reports/daily", id).await
+    /// # }
+    /// ```
+    pub async fn release(&self, key: &str, id: LeaseId) -> Result<(), Error> {
+        self.shared.release(LeaseRef { key: key.to_owned(), lease_id: id.reveal() }).await
+    }
+
+    /// Shows who holds `key` and who waits for it.
+    ///
+    /// # Errors
+    /// [`Error::KeyUnknown`], [`Error::Invalid`], [`Error::Unavailable`].
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// for holder in client.get("reports/daily").await?.holders {
+    ///     println!("{} for {:?} more", holder.owner, holder.remaining);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get(&self, key: &str) -> Result<KeyInfo, Error> {
+        let request = GetRequest { key: key.to_owned() };
+        let call = self.shared.endpoints.call(request, |channel, request| async move {
+            LeaseServiceClient::new(channel).get(request).await
+        });
+        Ok(KeyInfo::from(call.await?.body.lease.unwrap_or_default()))
+    }
+
+    /// Lists the keys that begin with `prefix`, all keys if it is empty.
+    pub fn list(&self, prefix: impl Into<String>) -> List {
+        List::new(self.clone(), prefix.into())
+    }
+
+    /// Watches the keys that begin with `prefix`, all keys if it is empty.
+    pub fn watch(&self, prefix: impl Into<String>) -> Watch {
+        Watch::new(self.clone(), prefix.into())
+    }
+
+    /// Takes the lease of `key` with this token away from its holder, or from every holder if there is no token, and returns
+    /// how many were taken. `reason` goes to the daemon's log.
+    ///
+    /// # Errors
+    /// [`Error::KeyUnknown`], [`Error::Invalid`], [`Error::Unavailable`].
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let taken = client.revoke("reports/daily", None, "the host is gone").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn revoke(&self, key: &str, token: Option<FencingToken>, reason: &str) -> Result<u32, Error> {
+        let request = RevokeRequest {
+            key: key.to_owned(),
+            fencing_token: token.map_or(0, FencingToken::get),
+            reason: reason.to_owned(),
+        };
+        let call = self.shared.endpoints.call(request, |channel, request| async move {
+            AdminServiceClient::new(channel).revoke(request).await
+        });
+        Ok(u32::try_from(call.await?.body.revoked).unwrap_or_default())
+    }
+
+    /// Waits until every lease that was dropped has been given back, for as long as one call may take. A process that ends
+    /// without it may leave such leases to run out.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client, lease: leased_client::Lease) {
+    /// drop(lease);
+    /// client.settle().await;
+    /// # }
+    /// ```
+    pub async fn settle(&self) {
+        let background = &self.shared.background;
+        background.close();
+        drop(timeout(self.shared.endpoints.timeout(), background.wait()).await);
+        background.reopen();
+    }
+
+    /// Gives a lease back without anybody waiting, for as long as it may last.
+    pub(crate) fn release_in_background(&self, lease: LeaseRef, ttl: Duration) {
+        let shared = Arc::clone(&self.shared);
+        let patience = ttl.min(LONGEST_RELEASE);
+        let release = async move {
+            let Ok(_turn) = shared.releases.acquire().await else { return };
+            while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone()).await {
+                tracing::debug!(key = lease.key, cause, "a lease could not be given back yet");
+            }
+        };
+        self.shared
+            .background
+            .spawn_on(async move { drop(timeout(patience, release).await) }, &self.shared.runtime);
+    }
+}
+
+impl Shared {
+    pub(crate) async fn touch(&self, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
+        let request = TouchRequest { lease: Some(lease) };
+        let call = self.endpoints.call(request, |channel, request| async move {
+            LeaseServiceClient::new(channel).touch(request).await
+        });
+        call.await
+    }
+
+    pub(crate) async fn release(&self, lease: LeaseRef) -> Result<(), Error> {
+        let request = ReleaseRequest { lease: Some(lease) };
+        let call = self.endpoints.call(request, |channel, request| async move {
+            LeaseServiceClient::new(channel).release(request).await
+        });
+        call.await.map(drop)
+    }
+}

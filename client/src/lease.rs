@@ -1,0 +1,319 @@
+//! The guard of a lease: what a program holds while it may act on a key.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::belief::{Loss, State};
+use crate::client::Client;
+use crate::error::Error;
+use crate::holding::{Holding, Told};
+use crate::id::LeaseId;
+use crate::token::FencingToken;
+
+/// A lease that this process holds, kept alive in the background until it is released or dropped.
+///
+/// Dropping it gives the lease back in the background; [`release`](Self::release) does so and tells how it went.
+///
+/// ```no_run
+/// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+/// # async fn write_report(_: leased_client::FencingToken) {}
+/// let lease = client.acquire("reports/daily").await?;
+/// lease.run(write_report(lease.token())).await?;
+/// lease.release().await
+/// # }
+/// ```
+#[must_use = "a lease that is dropped is given back"]
+pub struct Lease {
+    client: Client,
+    holding: Arc<Holding>,
+    /// Nothing is left to give back.
+    is_over: bool,
+    /// One of the leases that a client may hold.
+    _slot: OwnedSemaphorePermit,
+}
+
+impl Lease {
+    pub(crate) fn new(client: Client, holding: Arc<Holding>, slot: OwnedSemaphorePermit) -> Self {
+        client.shared().holdings.insert(Arc::clone(&holding));
+        Self { client, holding, is_over: false, _slot: slot }
+    }
+
+    /// What is leased.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.holding.key
+    }
+
+    /// The fencing token: send it along with whatever is done under the lease.
+    #[must_use]
+    pub fn token(&self) -> FencingToken {
+        self.holding.token
+    }
+
+    /// The secret that names this acquisition, for handing it over.
+    #[must_use]
+    pub fn id(&self) -> LeaseId {
+        LeaseId::from(self.holding.id)
+    }
+
+    /// How long the lease lasts without a touch, as granted.
+    #[must_use]
+    pub fn ttl(&self) -> Duration {
+        self.holding.ttl
+    }
+
+    /// Whether the key may be acted on now, by the clock.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// # fn write(_: leased_client::FencingToken) {}
+    /// while lease.is_held() {
+    ///     write(lease.token());
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.holding.state() == State::Held
+    }
+
+    /// How long the key may be acted on still if no daemon says a word more; nothing if it may not be.
+    ///
+    /// This is the TTL less the time since the last confirmed touch was *sent*, less the margin.
+    #[must_use]
+    pub fn remaining(&self) -> Duration {
+        match self.holding.state() {
+            State::Held => self.holding.deadline().remaining(),
+            State::Jeopardy | State::Lost(_) => Duration::ZERO,
+        }
+    }
+
+    /// When [`remaining`](Self::remaining) is over as things stand, for timers.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.remaining()
+    }
+
+    /// How this process stands to the lease, now and as it changes.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) {
+    /// use leased_client::State;
+    ///
+    /// let mut state = lease.state();
+    /// loop {
+    ///     match state.changed().await {
+    ///         State::Held => println!("on again"),
+    ///         State::Jeopardy => println!("no word from a daemon: pausing"),
+    ///         State::Lost(loss) => break println!("gone: {loss}"),
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn state(&self) -> StateWatch {
+        StateWatch::new(Arc::clone(&self.holding))
+    }
+
+    /// Waits until the key may not be acted on any more, and tells why: [`State::Jeopardy`] or [`State::Lost`].
+    ///
+    /// A lease in jeopardy may come back. Who would rather wait for that uses [`lost_for_good`](Self::lost_for_good), and
+    /// does not act on the key meanwhile.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) {
+    /// # async fn work() {}
+    /// tokio::select! {
+    ///     state = lease.lost() => println!("stopping: {state:?}"),
+    ///     () = work() => println!("done"),
+    /// }
+    /// # }
+    /// ```
+    pub async fn lost(&self) -> State {
+        let mut state = self.state();
+        loop {
+            let now = state.current();
+            if now != State::Held {
+                return now;
+            }
+            // The deadline moves unheard; whoever else tells of it may be late.
+            let deadline = self.holding.deadline();
+            tokio::select! {
+                _ = state.changed() => {}
+                () = deadline.reached() => {}
+            }
+        }
+    }
+
+    /// Waits until a daemon has said that the lease is gone, through any number of jeopardies.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) {
+    /// let loss = lease.lost_for_good().await;
+    /// println!("{} is {loss}", lease.key());
+    /// # }
+    /// ```
+    pub async fn lost_for_good(&self) -> Loss {
+        let mut state = self.state();
+        let mut now = state.current();
+        loop {
+            match now {
+                State::Lost(loss) => return loss,
+                State::Held | State::Jeopardy => now = state.changed().await,
+            }
+        }
+    }
+
+    /// A token that is cancelled as soon as the key may not be acted on any more, and stays so: for work that is spread over
+    /// tasks.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// # async fn work() {}
+    /// let stop = lease.stop_token();
+    /// tokio::spawn(async move { stop.run_until_cancelled(work()).await });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn stop_token(&self) -> CancellationToken {
+        self.holding.stop()
+    }
+
+    /// Runs `work` for as long as the key may be acted on, and drops it when that is over.
+    ///
+    /// # Errors
+    /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or not begun.
+    pub async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T, Error> {
+        tokio::select! {
+            biased;
+            state = self.lost() => Err(match state {
+                State::Lost(loss) => Error::Lost(loss),
+                State::Held | State::Jeopardy => Error::Jeopardy,
+            }),
+            done = work => Ok(done),
+        }
+    }
+
+    /// Gives the lease back. When this returns, the next in line holds the key.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if it was lost before: what was done under it may have met another holder.
+    /// [`Error::Unavailable`] if no daemon answers; the lease then runs out by itself. Dropping the future leaves the rest
+    /// to the background.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) -> Result<(), leased_client::Error> {
+    /// lease.release().await
+    /// # }
+    /// ```
+    pub async fn release(mut self) -> Result<(), Error> {
+        if let State::Lost(loss) = self.holding.state() {
+            return Err(Error::Lost(loss));
+        }
+        self.leave();
+        let released = self.client.shared().release(self.holding.lease_ref()).await;
+        // No answer: the background goes on asking.
+        self.is_over = !matches!(released, Err(Error::Unavailable { .. }));
+        released
+    }
+
+    /// Stops keeping the lease alive without giving it back, and returns its id: somebody else goes on touching it, or it
+    /// runs out.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client, lease: leased_client::Lease) -> Result<(), leased_client::Error> {
+    /// let (key, id) = (lease.key().to_owned(), lease.detach());
+    /// let remaining = client.touch(&key, id).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use = "without the id nobody can touch or release the lease"]
+    pub fn detach(mut self) -> LeaseId {
+        self.leave();
+        self.is_over = true;
+        self.id()
+    }
+
+    /// Not touched any more, and not believed in.
+    fn leave(&self) {
+        self.client.shared().holdings.remove(self.holding.id);
+        self.holding.lose(Loss::Released);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let was_lost = matches!(self.holding.state(), State::Lost(loss) if loss != Loss::Released);
+        self.leave();
+        if !self.is_over && !was_lost {
+            self.client.release_in_background(self.holding.lease_ref(), self.holding.ttl);
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Holding { key, token, .. } = &*self.holding;
+        let state = self.holding.state();
+        formatter
+            .debug_struct("Lease")
+            .field("key", key)
+            .field("token", token)
+            .field("state", &state)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a process stands to its lease, as it changes. Nobody has to read it: only the latest state is kept.
+#[derive(Debug, Clone)]
+pub struct StateWatch {
+    holding: Arc<Holding>,
+    changes: watch::Receiver<Told>,
+    seen: State,
+}
+
+impl StateWatch {
+    fn new(holding: Arc<Holding>) -> Self {
+        let changes = holding.subscribe();
+        let seen = holding.state();
+        Self { holding, changes, seen }
+    }
+
+    /// How things stand now, by the clock.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// println!("{:?}", lease.state().current());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn current(&self) -> State {
+        self.holding.state()
+    }
+
+    /// Waits for a state other than the one that this watch has seen last. After [`State::Lost`] none comes.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) {
+    /// println!("first {:?}", lease.state().changed().await);
+    /// # }
+    /// ```
+    pub async fn changed(&mut self) -> State {
+        loop {
+            self.changes.mark_unchanged();
+            let state = self.current();
+            if state != self.seen {
+                self.seen = state;
+                return state;
+            }
+            if self.changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
