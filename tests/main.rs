@@ -17,6 +17,8 @@ mod failover;
 mod faults;
 /// Several daemons over one database.
 mod fleet;
+/// The client crate: leases that keep themselves.
+mod holder;
 /// Requests that are wrong, and requests that only look so.
 mod hostile;
 /// Looking at keys.

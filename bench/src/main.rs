@@ -12,6 +12,8 @@ mod etcd;
 mod fleet;
 /// How soon the next in line is told.
 mod handoff;
+/// Pairs through the client crate, and what a lease costs its holder.
+mod holder;
 /// Pairs through leased.
 mod leases;
 /// Acquire and release pairs, side by side.
@@ -41,6 +43,7 @@ enum Workload {
     Pairs(pairs::Args),
     Handoff(handoff::Args),
     Takeover(takeover::Args),
+    Holder(holder::Args),
 }
 
 // One thread: what it does not spend on waking others is left to those under load.
@@ -50,5 +53,6 @@ async fn main() -> Result<()> {
         Workload::Pairs(args) => pairs::run(args).await,
         Workload::Handoff(args) => handoff::run(args).await,
         Workload::Takeover(args) => takeover::run(args).await,
+        Workload::Holder(args) => holder::hold(args).await,
     }
 }

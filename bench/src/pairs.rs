@@ -10,7 +10,7 @@ use throwaway_mongodb::Mongod;
 
 use crate::process::{self, Cpu, Process};
 use crate::report::{Pairs, Report};
-use crate::{ceiling, direct, etcd, leases};
+use crate::{ceiling, direct, etcd, holder, leases};
 
 /// Acquire and release pairs through leased, beside the same work done by others.
 #[derive(Debug, clap::Args)]
@@ -39,6 +39,8 @@ pub(crate) struct Args {
 pub(crate) enum Contender {
     /// leased with its embedded store.
     Embedded,
+    /// The same through the client crate.
+    Client,
     /// leased over a throwaway MongoDB.
     Mongodb,
     /// A conditional findOneAndUpdate for each call on a throwaway MongoDB, as a lock library would do it.
@@ -70,6 +72,7 @@ struct Ready {
 impl Ready {
     async fn run(&self, round: Round) -> Result<Pairs> {
         match self.contender {
+            Contender::Client => holder::run(&self.address, round).await,
             Contender::Embedded | Contender::Mongodb => leases::run(&self.address, round).await,
             Contender::Direct => direct::run(&self.address, round).await,
             Contender::Etcd => etcd::run(&self.address, round).await,
@@ -114,7 +117,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 async fn prepare(contender: Contender, args: &Args, mongod: Option<&Mongod>) -> Result<Ready> {
     let uri = mongod.map(Mongod::uri).unwrap_or_default();
     let (address, process) = match contender {
-        Contender::Embedded | Contender::Ceiling => own(Process::leased(args.daemon.as_deref(), None)?),
+        Contender::Embedded | Contender::Client | Contender::Ceiling => {
+            own(Process::leased(args.daemon.as_deref(), None)?)
+        }
         Contender::Mongodb => own(Process::leased(args.daemon.as_deref(), Some(uri))?),
         Contender::Etcd => own(Process::etcd().await?),
         Contender::Direct => (uri.to_owned(), None),

@@ -107,8 +107,7 @@ impl Acquire {
     }
 
     async fn run(mut self) -> Result<Lease, Error> {
-        let until = Instant::now() + self.wait;
-        self.check()?;
+        let until = self.check()?;
         let slots = Arc::clone(&self.client.shared().slots);
         let slot = slots.try_acquire_owned().map_err(|_| {
             Error::LimitExceeded(format!("a client holds at most {MAX_LEASES} leases; make another client"))
@@ -123,15 +122,14 @@ impl Acquire {
         }
     }
 
-    /// Fills in the durations, which a request may not carry if they are too long for it.
-    fn check(&mut self) -> Result<(), Error> {
-        let convert = |name: &str, duration: Duration| {
-            duration.try_into().map_err(|_| Error::Invalid(format!("{name} is too long")))
-        };
+    /// Fills in the durations, which a request cannot carry if they are too long for it, and returns until when to wait.
+    fn check(&mut self) -> Result<Instant, Error> {
+        let too_long = |name: &str| Error::Invalid(format!("{name} is too long"));
+        let convert = |name: &str, duration: Duration| duration.try_into().map_err(|_| too_long(name));
         self.request.ttl = self.ttl.map(|ttl| convert("ttl", ttl)).transpose()?;
         self.request.min_hold = Some(convert("min_hold", self.min_hold)).transpose()?;
         self.request.wait = Some(convert("wait", self.wait)).transpose()?;
-        Ok(())
+        Instant::now().checked_add(self.wait).ok_or_else(|| too_long("wait"))
     }
 
     /// One acquisition, repeated with one id until its outcome is known.

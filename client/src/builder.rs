@@ -12,7 +12,7 @@ use crate::error::Error;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection that has heard nothing for this long is tried, and given up after as long again: together shorter than the 15 s
 /// for which a waiter keeps its place without its daemon.
-const PING: Duration = Duration::from_secs(5);
+const PING: Duration = Duration::from_secs(3);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Settings of a client.

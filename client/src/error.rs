@@ -10,6 +10,19 @@ use crate::belief::Loss;
 use crate::token::FencingToken;
 
 /// Why a call gave no answer, or not the one that was hoped for.
+///
+/// ```no_run
+/// # async fn example(client: leased_client::Client) {
+/// use leased_client::Error;
+///
+/// match client.acquire("reports/daily").await {
+///     Ok(lease) => println!("token {}", lease.token()),
+///     Err(Error::Held(by)) => println!("{} has it for {:?} more", by.owner, by.remaining),
+///     Err(Error::Unavailable { cause, .. }) => println!("try again later: {cause}"),
+///     Err(error) => println!("{error}"),
+/// }
+/// # }
+/// ```
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -115,6 +128,10 @@ impl Failure {
                     endpoint: endpoint.to_owned(),
                     cause: "it does not know this service".to_owned(),
                 },
+                _ if speaks_otherwise(&status) => Error::NotLeased {
+                    endpoint: endpoint.to_owned(),
+                    cause: "it does not speak HTTP/2".to_owned(),
+                },
                 Code::Unavailable
                 | Code::DeadlineExceeded
                 | Code::Cancelled
@@ -132,12 +149,17 @@ impl Failure {
 
 /// What a status says to a person: its message, and the innermost cause if a connection failed.
 pub(crate) fn cause(status: &Status) -> String {
-    let mut innermost: Option<&dyn std::error::Error> = std::error::Error::source(status);
-    while let Some(inner) = innermost.and_then(std::error::Error::source) {
-        innermost = Some(inner);
-    }
-    match innermost {
-        Some(inner) => inner.to_string(),
-        None => status.message().to_owned(),
-    }
+    sources(status).last().map_or_else(|| status.message().to_owned(), ToString::to_string)
+}
+
+/// Whether the answer was no HTTP/2: the letters of an HTTP/1 answer make a frame of five million bytes.
+fn speaks_otherwise(status: &Status) -> bool {
+    sources(status)
+        .filter_map(|source| source.downcast_ref::<h2::Error>())
+        .any(|error| error.reason() == Some(h2::Reason::FRAME_SIZE_ERROR))
+}
+
+/// What a status comes from, outermost first.
+fn sources(status: &Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(std::error::Error::source(status), |error| error.source())
 }

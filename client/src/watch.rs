@@ -40,7 +40,6 @@ pub struct Watch {
 
 /// What a watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum WatchEvent {
     /// A key as it is. A snapshot comes first, after each [`Interrupted`](Self::Interrupted), and whenever the reader was too
     /// slow for the changes.

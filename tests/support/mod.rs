@@ -12,10 +12,10 @@ use leased::server::{self, Listeners};
 use leased::store::Store;
 use leased::store::embedded::{EmbeddedStore, OpenError};
 use leased::store::mongo::{Location, MongoStore};
-use leased_client::Reason;
 use leased_client::v1::admin_service_client::AdminServiceClient;
 use leased_client::v1::lease_service_client::LeaseServiceClient;
 use leased_client::v1::{self, AcquireRequest, AcquireResponse, LeaseRef};
+use leased_client::{Client, Reason};
 use mongodb::bson::Document;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -145,6 +145,17 @@ impl Daemon {
     /// A client with a connection of its own.
     pub(crate) async fn client(&self) -> Leases {
         LeaseServiceClient::new(self.channel().await)
+    }
+
+    /// The URLs of this daemon and of the rest of its fleet.
+    pub(crate) fn urls(&self) -> Vec<String> {
+        let sibling = self.fleet.as_ref().map(|others| &others.sibling);
+        std::iter::once(self).chain(sibling).map(|daemon| format!("http://{}", daemon.grpc)).collect()
+    }
+
+    /// A holder that may turn to any daemon of a fleet.
+    pub(crate) async fn holder(&self) -> Client {
+        Client::connect(self.urls()).await.unwrap()
     }
 
     /// A client of this very daemon.

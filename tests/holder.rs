@@ -1,0 +1,321 @@
+//! The client crate against real daemons: what a holder is given, keeps, and is told.
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use leased_client::{
+    ChangeKind, Client, Error, FencingGuard, FencingToken, KeyInfo, KeyState, Lease, Loss, State, WatchEvent,
+};
+use rstest::rstest;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::time::{Instant, timeout};
+use tokio_stream::StreamExt;
+
+use crate::support::{Daemon, Embedded, Fleet, GRACE, Home, MongoDb, PATIENCE, eventually, ms, secs};
+
+/// Waits for what must come.
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, future).await.expect("in time")
+}
+
+/// Waits until `key` looks as told.
+async fn shows(client: &Client, key: &str, as_told: impl Fn(&KeyInfo) -> bool) -> KeyInfo {
+    eventually(async || client.get(key).await.ok().filter(|info| as_told(info))).await
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_lease_is_granted_shown_refused_to_others_and_given_back(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let lease = client.acquire("job").owner("me").ttl(secs(20)).metadata("build", "7").await.unwrap();
+    assert_eq!((lease.key(), lease.ttl(), lease.is_held()), ("job", secs(20), true));
+    assert!(lease.remaining() > secs(10) && lease.remaining() < secs(20));
+
+    let info = client.get("job").await.unwrap();
+    assert_eq!((info.state, info.token), (KeyState::Held, lease.token()));
+    assert_eq!((info.holders[0].owner.as_str(), info.holders[0].ttl), ("me", secs(20)));
+    assert_eq!(info.holders[0].metadata["build"], "7");
+
+    let Err(Error::Held(held)) = client.acquire("job").await else { panic!("someone else holds it") };
+    assert_eq!((held.owner.as_str(), held.token, held.position), ("me", lease.token(), None));
+    let Err(Error::Held(held)) = client.acquire("job").wait(ms(100)).await else {
+        panic!("it is still held")
+    };
+    assert_eq!(held.position, Some(0));
+
+    let token = lease.token();
+    lease.release().await.unwrap();
+    assert_eq!(client.get("job").await.unwrap().state, KeyState::Free);
+    assert!(client.acquire("job").await.unwrap().token() > token);
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_lease_keeps_itself_and_is_given_back_when_it_is_dropped(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
+    let (client, other) = (daemon.holder().await, daemon.holder().await);
+    let lease = client.acquire("job").ttl(secs(3)).await.unwrap();
+    let waiter = tokio::spawn(async move { other.acquire("job").wait(secs(60)).await });
+    let start = Instant::now();
+    while start.elapsed() < secs(7) {
+        assert!(lease.is_held() && !waiter.is_finished(), "held over several TTLs");
+        tokio::time::sleep(ms(100)).await;
+    }
+    let (token, dropped) = (lease.token(), Instant::now());
+    drop(lease);
+    let next = soon(waiter).await.unwrap().unwrap();
+    assert!(dropped.elapsed() < secs(2), "nobody waits for the TTL");
+    assert!(next.token() > token && next.is_held());
+}
+
+#[rstest]
+#[tokio::test]
+async fn many_leases_live_on_one_stream(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let mut leases: Vec<Lease> = Vec::new();
+    for number in 0..300 {
+        leases.push(client.acquire(format!("job/{number}")).ttl(secs(4)).await.unwrap());
+    }
+    tokio::time::sleep(secs(6)).await;
+    assert!(leases.iter().all(Lease::is_held));
+    drop(leases);
+    client.settle().await;
+    let left = client.list("job/").stream().collect::<Vec<_>>().await;
+    assert!(left.is_empty(), "all are given back: {left:?}");
+}
+
+#[rstest]
+#[tokio::test]
+async fn who_loses_interest_leaves_neither_a_lease_nor_a_place_in_line(
+    #[values(Embedded, MongoDb, Fleet)] home: Home,
+) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let lease = client.acquire("job").ttl(secs(600)).await.unwrap();
+    let waiting = tokio::spawn(client.acquire("job").ttl(secs(600)).wait(secs(600)).into_future());
+    shows(&client, "job", |info| info.waiters.len() == 1).await;
+    waiting.abort();
+    shows(&client, "job", |info| info.waiters.is_empty()).await;
+
+    lease.release().await.unwrap();
+    for number in 0..50 {
+        // Dropped somewhere between the request and its answer.
+        let acquiring = client.acquire("busy").ttl(secs(600)).into_future();
+        drop(timeout(Duration::from_micros(number * 200), acquiring).await);
+    }
+    eventually(async || match client.get("busy").await {
+        Ok(info) => (info.state == KeyState::Free).then_some(()),
+        Err(Error::KeyUnknown) => Some(()),
+        Err(error) => panic!("{error}"),
+    })
+    .await;
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_loss_is_told_at_once_and_stops_the_work(#[values(Embedded, MongoDb, Fleet)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let lease = client.acquire("job").ttl(secs(9)).await.unwrap();
+    let stop = lease.stop_token();
+    let mut state = lease.state();
+    // The daemon tells only a stream that has named the lease.
+    tokio::time::sleep(secs(2)).await;
+    assert_eq!(client.revoke("job", Some(lease.token()), "a test").await.unwrap(), 1);
+    let revoked = Instant::now();
+    let stopped = soon(lease.run(std::future::pending::<()>())).await;
+    assert!(matches!(stopped, Err(Error::Lost(Loss::Revoked))), "{stopped:?}");
+    assert!(revoked.elapsed() < secs(2), "told unasked");
+    soon(stop.cancelled()).await;
+    assert_eq!(soon(state.changed()).await, State::Lost(Loss::Revoked));
+    assert_eq!(soon(lease.lost_for_good()).await, Loss::Revoked);
+    assert!(lease.remaining().is_zero());
+    let released = lease.release().await;
+    assert!(matches!(released, Err(Error::Lost(Loss::Revoked))), "{released:?}");
+}
+
+#[tokio::test]
+async fn leases_go_on_at_another_daemon_when_theirs_ends() {
+    let one = Daemon::start(MongoDb).await;
+    let two = one.sibling().await;
+    let urls = [one.urls(), two.urls()].concat();
+    let client = Client::connect(&urls).await.unwrap();
+    let lease = client.acquire("job").ttl(secs(6)).await.unwrap();
+    let mut state = lease.state();
+    let waiting = tokio::spawn(client.acquire("job").wait(secs(600)).into_future());
+    shows(&client, "job", |info| info.waiters.len() == 1).await;
+
+    one.stop().await;
+    let fresh = Client::connect(two.urls()).await.unwrap();
+    let start = Instant::now();
+    while start.elapsed() < secs(8) {
+        assert!(lease.is_held());
+        tokio::time::sleep(ms(50)).await;
+    }
+    assert!(state.changed().now_or_never().is_none(), "held throughout");
+    shows(&fresh, "job", |info| info.waiters.len() == 1).await;
+    lease.release().await.unwrap();
+    soon(waiting).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn without_a_daemon_belief_ends_before_the_lease_can_be_taken() {
+    let one = Daemon::start(MongoDb).await;
+    let two = one.sibling().await;
+    let ttl = secs(2);
+    let client = Client::connect(one.urls()).await.unwrap();
+    let lease = client.acquire("job").ttl(ttl).await.unwrap();
+    let other = Client::connect(two.urls()).await.unwrap();
+    let next = tokio::spawn(other.acquire("job").wait(secs(600)).into_future());
+    one.stop().await;
+    let silent = Instant::now();
+    assert_eq!(soon(lease.lost()).await, State::Jeopardy);
+    assert!(silent.elapsed() < ttl, "counted from the last touch that was confirmed");
+    assert!(!next.is_finished(), "nobody holds the key yet");
+    let next = soon(next).await.unwrap().unwrap();
+    assert!(!lease.is_held() && next.is_held() && next.token() > lease.token());
+    assert!(silent.elapsed() >= ttl / 2 + GRACE);
+}
+
+#[rstest]
+#[tokio::test]
+async fn shared_leases_are_held_together_up_to_their_limit(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let one = client.acquire("pool").shared(2).await.unwrap();
+    let two = client.acquire("pool").shared(2).await.unwrap();
+    assert!(matches!(client.acquire("pool").shared(2).await, Err(Error::Held(_))));
+    assert!(two.token() > one.token());
+    one.release().await.unwrap();
+    client.acquire("pool").shared(2).await.unwrap().release().await.unwrap();
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_lease_can_be_handed_over_and_touched_without_a_guard(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let id = client.acquire("job").ttl(secs(5)).await.unwrap().detach();
+    let remaining = client.touch("job", id).await.unwrap();
+    assert!(remaining > secs(4) && remaining <= secs(5), "{remaining:?}");
+    client.release("job", id).await.unwrap();
+    assert!(matches!(client.touch("job", id).await, Err(Error::Lost(Loss::Released))));
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_listing_goes_over_all_pages(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let client = daemon.holder().await;
+    let mut leases = Vec::new();
+    for number in 0..25 {
+        leases.push(client.acquire(format!("a/{number:02}")).await.unwrap());
+    }
+    let _elsewhere = client.acquire("b").await.unwrap();
+    leases.pop().unwrap().release().await.unwrap();
+    let keys = |list: leased_client::List| async {
+        let keys: Vec<KeyInfo> = list.page_size(7).stream().map(Result::unwrap).collect().await;
+        keys.into_iter().map(|info| info.key).collect::<Vec<_>>()
+    };
+    assert_eq!(keys(client.list("a/")).await, (0..24).map(|n| format!("a/{n:02}")).collect::<Vec<_>>());
+    assert_eq!(keys(client.list("a/").include_free()).await.len(), 25);
+    let wrong = client.list("x".repeat(1000)).stream().next().await;
+    assert!(matches!(wrong, Some(Err(Error::Invalid(_)))), "{wrong:?}");
+}
+
+#[tokio::test]
+async fn a_watch_goes_on_at_another_daemon_with_a_snapshot() {
+    let one = Daemon::start(MongoDb).await;
+    let two = one.sibling().await;
+    let watcher = Client::connect(one.urls().iter().chain(&two.urls())).await.unwrap();
+    let actor = Client::connect(two.urls()).await.unwrap();
+    let lease = actor.acquire("job").await.unwrap();
+    let mut events = watcher.watch("").stream();
+    let mut next = async || soon(events.next()).await.unwrap().unwrap();
+    assert!(matches!(next().await, WatchEvent::Snapshot(info) if info.key == "job"));
+    assert_eq!(next().await, WatchEvent::SnapshotEnd);
+    lease.release().await.unwrap();
+    let WatchEvent::Change { kind, key } = next().await else { panic!("a change") };
+    assert_eq!((kind, key.key.as_str()), (ChangeKind::Released, "job"));
+
+    // Whichever of the two it watches; at worst it has to come back to the other.
+    one.stop().await;
+    let _lease = actor.acquire("other").await.unwrap();
+    let mut seen = Vec::new();
+    while !seen.iter().any(|event| matches!(event, WatchEvent::Snapshot(info) | WatchEvent::Change { key: info, .. } if info.key == "other"))
+    {
+        seen.push(next().await);
+    }
+}
+
+#[tokio::test]
+async fn who_does_not_answer_and_who_is_somebody_else_is_told_apart() {
+    let begun = Instant::now();
+    let builder = || Client::builder().timeout(secs(1));
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = |listener: &TcpListener| format!("http://{}", listener.local_addr().unwrap());
+
+    // Accepts, and never says a word.
+    let silent = builder().endpoint(&url(&nobody)).unwrap().connect().await.unwrap_err();
+    assert!(
+        matches!(&silent, Error::Unavailable { endpoints, .. } if *endpoints == url(&nobody)),
+        "{silent}"
+    );
+    let closed = url(&nobody);
+    drop(nobody);
+    let closed = builder().endpoint(&closed).unwrap().connect().await.unwrap_err();
+    assert!(matches!(&closed, Error::Unavailable { cause, .. } if cause.contains("refused")), "{closed}");
+
+    let web = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let web_url = url(&web);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = web.accept().await {
+            drop(stream.read(&mut [0; 1024]).await);
+            drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n").await);
+        }
+    });
+    let web = builder().endpoint(&web_url).unwrap().connect().await.unwrap_err();
+    assert!(matches!(&web, Error::NotLeased { endpoint, .. } if *endpoint == web_url), "{web:?}");
+
+    for wrong in ["", "localhost", "ftp://localhost", "https://localhost", "http://"] {
+        assert!(matches!(builder().endpoint(wrong), Err(Error::Invalid(_))), "{wrong:?}");
+    }
+    assert!(matches!(builder().connect().await, Err(Error::Invalid(_))));
+    assert!(begun.elapsed() < PATIENCE, "each within its timeout");
+}
+
+#[tokio::test]
+async fn wrong_requests_are_named() {
+    let daemon = Daemon::start(Embedded).await;
+    let client = daemon.holder().await;
+    for acquire in
+        [client.acquire(""), client.acquire("job").ttl(ms(1)), client.acquire("job").wait(Duration::MAX)]
+    {
+        let refused = acquire.await;
+        assert!(matches!(refused, Err(Error::Invalid(_))), "{refused:?}");
+    }
+    assert!(matches!(client.get("unknown").await, Err(Error::KeyUnknown)));
+}
+
+/// What the token is for: the paused holder's write comes late, and is refused.
+#[tokio::test]
+async fn a_resource_refuses_the_write_of_a_holder_that_was_replaced() {
+    let daemon = Daemon::start(Embedded).await;
+    let (client, resource) = (daemon.holder().await, FencingGuard::new());
+    let paused = client.acquire("job").ttl(ms(300)).await.unwrap();
+    let token = paused.token();
+    resource.check("job", token).unwrap();
+    let _id = paused.detach();
+    let next = client.acquire("job").wait(secs(60)).await.unwrap();
+    resource.check("job", next.token()).unwrap();
+    let stale = resource.check("job", token).unwrap_err();
+    assert_eq!((stale.token, stale.seen), (token, next.token()));
+    resource.check("another", FencingToken::new(1)).unwrap();
+}
