@@ -1,11 +1,11 @@
 //! One lease that a client holds: what its guard, the keeper and the watchman share.
 
 use std::mem::replace;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use leased_proto::v1::LeaseRef;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -16,19 +16,21 @@ use crate::token::FencingToken;
 /// A lease as it was granted, and what may be believed of it since.
 #[derive(Debug)]
 pub(crate) struct Holding {
-    pub(crate) key: String,
+    pub(crate) key: Box<str>,
     pub(crate) id: Uuid,
     pub(crate) token: FencingToken,
     pub(crate) ttl: Duration,
     pub(crate) margin: Duration,
-    told: watch::Sender<Told>,
+    told: Mutex<Told>,
+    /// Rings when the state is another one. A `watch` channel would take up more than everything else here.
+    changed: Notify,
     /// Made when it is asked for.
     stop: OnceLock<CancellationToken>,
 }
 
 /// A belief, and the state that was last told of it.
 #[derive(Debug)]
-pub(crate) struct Told {
+struct Told {
     belief: Belief,
     state: State,
 }
@@ -42,20 +44,21 @@ impl Holding {
         deadline: Moment,
     ) -> Self {
         let told = Told { belief: Belief::new(deadline), state: State::Held };
-        Self { key, id, token, ttl, margin, told: watch::Sender::new(told), stop: OnceLock::new() }
+        let (told, changed, stop) = (Mutex::new(told), Notify::new(), OnceLock::new());
+        Self { key: key.into_boxed_str(), id, token, ttl, margin, told, changed, stop }
     }
 
     pub(crate) fn lease_ref(&self) -> LeaseRef {
-        LeaseRef { key: self.key.clone(), lease_id: self.id.to_string() }
+        LeaseRef { key: self.key.to_string(), lease_id: self.id.to_string() }
     }
 
     /// How things stand by the clock, whether or not anybody was told.
     pub(crate) fn state(&self) -> State {
-        self.told.borrow().belief.at(Moment::now())
+        self.told().belief.at(Moment::now())
     }
 
     pub(crate) fn deadline(&self) -> Moment {
-        self.told.borrow().belief.deadline
+        self.told().belief.deadline
     }
 
     /// A daemon has confirmed it.
@@ -74,21 +77,34 @@ impl Holding {
     }
 
     fn update(&self, change: impl FnOnce(&mut Belief)) {
-        let mut is_held = true;
-        self.told.send_if_modified(|told| {
-            change(&mut told.belief);
-            let state = told.belief.at(Moment::now());
-            is_held = state == State::Held;
-            replace(&mut told.state, state) != state
-        });
-        if let Some(stop) = self.stop.get().filter(|_| !is_held) {
+        let mut told = self.told();
+        change(&mut told.belief);
+        let state = told.belief.at(Moment::now());
+        let before = replace(&mut told.state, state);
+        drop(told);
+        if state != before {
+            self.changed.notify_waiters();
+        }
+        if let Some(stop) = self.stop.get().filter(|_| state != State::Held) {
             stop.cancel();
         }
     }
 
-    /// Hears of changes of state; a deadline that moves is none.
-    pub(crate) fn subscribe(&self) -> watch::Receiver<Told> {
-        self.told.subscribe()
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a state other than `seen`; a deadline that moves makes none.
+    pub(crate) async fn changed(&self, seen: State) -> State {
+        loop {
+            // From here on no change is missed.
+            let changed = self.changed.notified();
+            let state = self.state();
+            if state != seen {
+                return state;
+            }
+            changed.await;
+        }
     }
 
     /// Cancelled when the lease is not held any more, for however short a time.

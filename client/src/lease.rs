@@ -4,14 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::belief::{Loss, State};
 use crate::client::Client;
 use crate::error::Error;
-use crate::holding::{Holding, Told};
+use crate::holding::Holding;
 use crate::id::LeaseId;
 use crate::token::FencingToken;
 
@@ -135,16 +135,15 @@ impl Lease {
     /// # }
     /// ```
     pub async fn lost(&self) -> State {
-        let mut state = self.state();
         loop {
-            let now = state.current();
-            if now != State::Held {
-                return now;
+            let state = self.holding.state();
+            if state != State::Held {
+                return state;
             }
             // The deadline moves unheard; whoever else tells of it may be late.
             let deadline = self.holding.deadline();
             tokio::select! {
-                _ = state.changed() => {}
+                state = self.holding.changed(State::Held) => return state,
                 () = deadline.reached() => {}
             }
         }
@@ -159,12 +158,11 @@ impl Lease {
     /// # }
     /// ```
     pub async fn lost_for_good(&self) -> Loss {
-        let mut state = self.state();
-        let mut now = state.current();
+        let mut state = self.holding.state();
         loop {
-            match now {
+            match state {
                 State::Lost(loss) => return loss,
-                State::Held | State::Jeopardy => now = state.changed().await,
+                State::Held | State::Jeopardy => state = self.holding.changed(state).await,
             }
         }
     }
@@ -273,15 +271,13 @@ impl fmt::Debug for Lease {
 #[derive(Debug, Clone)]
 pub struct StateWatch {
     holding: Arc<Holding>,
-    changes: watch::Receiver<Told>,
     seen: State,
 }
 
 impl StateWatch {
     fn new(holding: Arc<Holding>) -> Self {
-        let changes = holding.subscribe();
         let seen = holding.state();
-        Self { holding, changes, seen }
+        Self { holding, seen }
     }
 
     /// How things stand now, by the clock.
@@ -304,16 +300,7 @@ impl StateWatch {
     /// # }
     /// ```
     pub async fn changed(&mut self) -> State {
-        loop {
-            self.changes.mark_unchanged();
-            let state = self.current();
-            if state != self.seen {
-                self.seen = state;
-                return state;
-            }
-            if self.changes.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
+        self.seen = self.holding.changed(self.seen).await;
+        self.seen
     }
 }
