@@ -3,18 +3,20 @@
 use anyhow::Result;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tonic::transport::Endpoint;
+use tonic::codegen::http::Uri;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
+use crate::connection::Connection;
 use crate::pairs::Round;
 use crate::report::Pairs;
 
 /// Runs every caller until the time is over.
 pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
+    let origin: Uri = endpoint.parse()?;
     let mut connections = Vec::new();
     for _ in 0..round.connections {
-        connections.push(HealthClient::new(Endpoint::from_shared(endpoint.to_owned())?.connect().await?));
+        connections.push(HealthClient::with_origin(Connection::to(&origin).await?, origin.clone()));
     }
     let start = Instant::now();
     let mut callers = JoinSet::new();

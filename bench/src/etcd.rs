@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::client::Grpc;
+use tonic::codegen::http::Uri;
 use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::{Channel, Endpoint};
 use tonic_prost::ProstCodec;
 
+use crate::connection::Connection;
 use crate::pairs::Round;
 use crate::report::Pairs;
 
@@ -51,31 +52,33 @@ struct UnlockRequest {
 #[derive(Clone, PartialEq, prost::Message)]
 struct UnlockResponse {}
 
+type Client = Grpc<Connection>;
+
 /// Runs every caller until the time is over.
 pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
     let mut connections = Vec::new();
     for _ in 0..round.connections {
-        connections.push(Endpoint::from_shared(endpoint.to_owned())?.connect().await?);
+        connections.push(connect(endpoint).await?);
     }
     let mut leases = Vec::new();
     for number in 0..round.callers {
-        let channel = &connections[usize::try_from(number % round.connections)?];
+        let mut client = connections[usize::try_from(number % round.connections)?].clone();
         let grant = LeaseGrantRequest { ttl: 600 };
-        let granted: LeaseGrantResponse = call(channel, "/etcdserverpb.Lease/LeaseGrant", grant).await?;
-        leases.push((number, channel.clone(), granted.id));
+        let granted: LeaseGrantResponse = call(&mut client, "/etcdserverpb.Lease/LeaseGrant", grant).await?;
+        leases.push((number, client, granted.id));
     }
     let start = Instant::now();
     let mut callers = JoinSet::new();
-    for (number, channel, lease) in leases {
+    for (number, mut client, lease) in leases {
         callers.spawn(async move {
             let mut pairs = Pairs::new();
             while start.elapsed() < round.time {
                 let begun = Instant::now();
                 let name = format!("bench/{number}").into_bytes();
                 let lock = LockRequest { name, lease };
-                let locked: LockResponse = call(&channel, "/v3lockpb.Lock/Lock", lock).await?;
+                let locked: LockResponse = call(&mut client, "/v3lockpb.Lock/Lock", lock).await?;
                 let unlock = UnlockRequest { key: locked.key };
-                let _: UnlockResponse = call(&channel, "/v3lockpb.Lock/Unlock", unlock).await?;
+                let _: UnlockResponse = call(&mut client, "/v3lockpb.Lock/Unlock", unlock).await?;
                 pairs.add(begun.elapsed());
             }
             Ok(pairs)
@@ -87,21 +90,25 @@ pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
 /// Whether etcd answers there.
 pub(crate) async fn answers(endpoint: &str) -> bool {
     let ask = async {
-        let channel = Endpoint::from_shared(endpoint.to_owned())?.connect().await?;
+        let mut client = connect(endpoint).await?;
         let grant = LeaseGrantRequest { ttl: 1 };
-        call::<_, LeaseGrantResponse>(&channel, "/etcdserverpb.Lease/LeaseGrant", grant).await
+        call::<_, LeaseGrantResponse>(&mut client, "/etcdserverpb.Lease/LeaseGrant", grant).await
     };
     tokio::time::timeout(Duration::from_secs(2), ask).await.is_ok_and(|answer| answer.is_ok())
 }
 
-async fn call<Q, A>(channel: &Channel, path: &'static str, request: Q) -> Result<A>
+async fn connect(endpoint: &str) -> Result<Client> {
+    let origin: Uri = endpoint.parse()?;
+    Ok(Grpc::with_origin(Connection::to(&origin).await?, origin))
+}
+
+async fn call<Q, A>(client: &mut Client, path: &'static str, request: Q) -> Result<A>
 where
     Q: prost::Message + Send + Sync + 'static,
     A: prost::Message + Default + Send + Sync + 'static,
 {
-    let mut grpc = Grpc::new(channel.clone());
-    grpc.ready().await.context("the connection is lost")?;
+    client.ready().await.context("the connection is lost")?;
     let path = PathAndQuery::from_static(path);
-    let answer = grpc.unary(tonic::Request::new(request), path, ProstCodec::<Q, A>::default()).await?;
+    let answer = client.unary(tonic::Request::new(request), path, ProstCodec::<Q, A>::default()).await?;
     Ok(answer.into_inner())
 }

@@ -5,16 +5,19 @@ use leased_client::v1::lease_service_client::LeaseServiceClient;
 use leased_client::v1::{AcquireRequest, ReleaseRequest};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use uuid::Uuid;
+use tonic::codegen::http::Uri;
+use uuid::{Builder, Uuid};
 
+use crate::connection::Connection;
 use crate::pairs::Round;
 use crate::report::Pairs;
 
 /// Runs every caller until the time is over.
 pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
+    let origin: Uri = endpoint.parse()?;
     let mut connections = Vec::new();
     for _ in 0..round.connections {
-        connections.push(LeaseServiceClient::connect(endpoint.to_owned()).await?);
+        connections.push(LeaseServiceClient::with_origin(Connection::to(&origin).await?, origin.clone()));
     }
     let start = Instant::now();
     let mut callers = JoinSet::new();
@@ -26,7 +29,7 @@ pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
                 let begun = Instant::now();
                 let request = AcquireRequest {
                     key: format!("bench/{number}"),
-                    lease_id: Uuid::new_v4().to_string(),
+                    lease_id: new_id().to_string(),
                     owner: "bench".to_owned(),
                     ..AcquireRequest::default()
                 };
@@ -39,4 +42,9 @@ pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
         });
     }
     Pairs::join(callers, start).await
+}
+
+/// An id without a system call: the system's random numbers would cost as much as a tenth of the call.
+fn new_id() -> Uuid {
+    Builder::from_random_bytes(fastrand::u128(..).to_ne_bytes()).into_uuid()
 }

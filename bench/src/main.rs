@@ -4,6 +4,8 @@
 
 /// What gRPC alone allows.
 mod ceiling;
+/// What calls go through.
+mod connection;
 /// The same with a plain `findOneAndUpdate` for each call.
 mod direct;
 /// The same with etcd.
