@@ -24,6 +24,7 @@ mod wire;
 /// Accepting connections.
 mod accept;
 /// Whether this daemon should be asked.
+mod express;
 mod health;
 /// Running the daemon.
 pub mod server;

@@ -12,13 +12,16 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::codegen::http::Response;
 use tonic::transport::Server;
+use tonic::transport::server::Router;
 use tonic::{Code, Status};
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
+use tower::layer::util::{Identity, Stack};
 use tower::util::MapResponseLayer;
 
 use crate::accept::connections;
 use crate::config::{Config, Limits};
+use crate::express::Express;
 use crate::health::Health;
 use crate::lessor::Lessor;
 use crate::service::Service;
@@ -124,9 +127,7 @@ fn router<S: Store>(
     service: Service<S>,
     reporter: HealthReporter,
     limits: &Limits,
-) -> anyhow::Result<
-    tonic::transport::server::Router<tower::layer::util::Stack<Oversize, tower::layer::util::Identity>>,
-> {
+) -> anyhow::Result<Router<Layers<S>>> {
     let lease = LeaseServiceServer::new(service.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);
@@ -148,7 +149,7 @@ fn router<S: Store>(
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .layer(MapResponseLayer::new(oversize as fn(_) -> _))
-        .add_service(lease)
+        .layer(Express::to(lease))
         .add_service(admin)
         .add_service(HealthServer::new(HealthService::from_health_reporter(reporter)))
         .add_service(reflection().build_v1().context("reflection v1")?)
@@ -156,6 +157,7 @@ fn router<S: Store>(
     Ok(router)
 }
 
+type Layers<S> = Stack<Express<LeaseServiceServer<Service<S>>>, Stack<Oversize, Identity>>;
 type Oversize = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
 /// A message that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.

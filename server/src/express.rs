@@ -1,0 +1,79 @@
+//! The short way to one service: past the routes, on which each call is matched, boxed and copied once more.
+
+use std::convert::Infallible;
+use std::task::{Context, Poll, ready};
+
+use futures_util::future::Either;
+use tonic::body::Body;
+use tonic::codegen::http::{Request, Response};
+use tonic::server::NamedService;
+use tonic::service::Routes;
+use tower::{Layer, Service};
+
+/// Lays the short way to a service beside the routes.
+#[derive(Debug, Clone)]
+pub(crate) struct Express<S>(S);
+
+impl<S> Express<S> {
+    /// The short way to `service`.
+    pub(crate) fn to(service: S) -> Self {
+        Self(service)
+    }
+}
+
+impl<S: Clone> Layer<Routes> for Express<S> {
+    type Service = Fork<S>;
+
+    fn layer(&self, routes: Routes) -> Fork<S> {
+        Fork { service: self.0.clone(), routes }
+    }
+}
+
+/// Hands each call to the service it names, or to the routes.
+#[derive(Debug, Clone)]
+pub(crate) struct Fork<S> {
+    service: S,
+    routes: Routes,
+}
+
+impl<S> Service<Request<Body>> for Fork<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + NamedService,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Either<S::Future, <Routes as Service<Request<Body>>>::Future>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        ready!(self.service.poll_ready(context))?;
+        Service::<Request<Body>>::poll_ready(&mut self.routes, context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        if names(request.uri().path(), S::NAME) {
+            Either::Left(self.service.call(request))
+        } else {
+            Either::Right(self.routes.call(request))
+        }
+    }
+}
+
+/// Whether a path, as in `/service/method`, is one of the service's.
+fn names(path: &str, service: &str) -> bool {
+    let rest = path.strip_prefix('/').and_then(|path| path.strip_prefix(service));
+    rest.is_some_and(|rest| rest.starts_with('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[test]
+    fn a_service_is_named_whole() {
+        assert!(names("/leased.v1.LeaseService/Acquire", "leased.v1.LeaseService"));
+        assert!(!names("/leased.v1.LeaseServices/Acquire", "leased.v1.LeaseService"));
+        assert!(!names("/leased.v1.LeaseService", "leased.v1.LeaseService"));
+        assert!(!names("leased.v1.LeaseService/Acquire", "leased.v1.LeaseService"));
+        assert!(!names("*", "leased.v1.LeaseService"));
+    }
+}
