@@ -79,7 +79,8 @@ fn is_loud(edit: &Edit) -> bool {
         || !edit.enqueued().is_empty()
 }
 
-/// Where a stage finds a record's own edit: in the table, or in the stage itself when the batch is a single edit.
+/// Where a stage finds a record's own edit: in the table, or in the stage itself when all are the same, as a single one or
+/// nudges are.
 enum Source {
     Table { keys: Bson, edits: Bson },
     Inline(Document),
@@ -88,7 +89,9 @@ enum Source {
 impl Source {
     fn new(batch: &[(Key, Edit)], parts: &Parts) -> Self {
         match batch {
-            [(_, edit)] => Self::Inline(encode(edit, parts)),
+            [(_, edit), rest @ ..] if rest.iter().all(|(_, other)| other == edit) => {
+                Self::Inline(encode(edit, parts))
+            }
             _ => Self::Table {
                 keys: batch.iter().map(|(key, _)| Bson::from(key.as_str())).collect::<Vec<_>>().into(),
                 edits: batch
