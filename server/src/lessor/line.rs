@@ -1,9 +1,9 @@
 //! The calls of this daemon that stand in line, and when to look after them.
 //!
 //! Their places are in the records, where every daemon sees them; here is only whom to tell when a record says that
-//! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* every
-//! one to two seconds for what other daemons did, if there can be others, and a *refresh* of the places well before
-//! they lapse. A feed of others' changes is usually sooner than a check; the checks are the net under it.
+//! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* now
+//! and then for what other daemons did, if there can be others, and a *refresh* of the places well before they lapse.
+//! A feed of others' changes is usually sooner than a check; the checks are the net under it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,12 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::audience::{self, Audience};
 use super::committer::Committer;
+use super::pace::Pace;
 use super::part::Part;
 use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot, Standing};
 use crate::store::Store;
 
-/// A release that another daemon committed is noticed within two seconds, the way to the store included.
-const CHECK: std::ops::Range<u64> = 1000..1800;
 /// Longer than any timer is set for.
 const FAR: Duration = Duration::from_secs(3600);
 
@@ -28,8 +27,7 @@ const FAR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub(super) struct Line {
     rules: Rules,
-    /// Whether other daemons change records too.
-    is_shared: bool,
+    pace: Pace,
     limit: usize,
     state: Mutex<State>,
     /// Rings when something is due earlier than before.
@@ -117,8 +115,13 @@ impl Drop for Entry {
 
 impl Line {
     pub(super) fn new(store: &impl Store, limit: usize) -> Self {
-        let (rules, is_shared) = (store.rules(), store.is_shared());
-        Self { rules, is_shared, limit, state: Mutex::default(), sooner: Notify::new() }
+        Self {
+            rules: store.rules(),
+            pace: Pace::of(store),
+            limit,
+            state: Mutex::default(),
+            sooner: Notify::new(),
+        }
     }
 
     /// Enters a call before its first commit, so that no record that concerns it is missed. `None`: too many wait.
@@ -131,23 +134,13 @@ impl Line {
         state.calls += 1;
         state.last_number += 1;
         let number = state.last_number;
-        let waiting =
-            state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(self.check_pause(), self.refresh()));
+        let calls = state.calls;
+        let waiting = state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(self.pace, calls));
         let call = WaitingCall { number, acquisition: Arc::clone(acquisition), tell };
         waiting.calls.entry(acquisition.id).or_default().push(call);
         self.rearm(&mut state, key);
         drop(state);
         Some(Entry { line: Arc::clone(self), key: key.clone(), id: acquisition.id, number, told })
-    }
-
-    /// Between two refreshes of a place.
-    fn refresh(&self) -> Duration {
-        self.rules.place / 5
-    }
-
-    /// Until the next look at a key. Where nobody else changes it, the refreshes will do.
-    fn check_pause(&self) -> Duration {
-        if self.is_shared { Duration::from_millis(fastrand::u64(CHECK)) } else { self.refresh() }
     }
 
     pub(super) fn limit(&self) -> usize {
@@ -224,12 +217,13 @@ impl Line {
     fn take_due(&self, now: Instant) -> Chores {
         let mut state = self.state();
         let mut chores = Chores::default();
+        let calls = state.calls;
         while let Some((_, key)) = state.due.first().filter(|(due, _)| *due <= now).cloned() {
             let Some(waiting) = state.keys.get_mut(&key) else {
                 state.due.pop_first();
                 continue;
             };
-            waiting.chores(&key, now, self, &mut chores);
+            waiting.chores(&key, now, (self.pace, calls), &mut chores);
             state.arm(&key);
         }
         chores
@@ -280,14 +274,14 @@ impl State {
 }
 
 impl Waiting {
-    fn new(check: Duration, refresh: Duration) -> Self {
+    fn new(pace: Pace, calls: usize) -> Self {
         let now = Instant::now();
-        let check_at = now + check;
+        let check_at = now + pace.look(calls);
         Self {
             calls: HashMap::new(),
             latest: None,
             check_at,
-            refresh_at: now + refresh,
+            refresh_at: now + pace.refresh(calls),
             nudge_at: None,
             due: check_at,
             busy: false,
@@ -318,8 +312,8 @@ impl Waiting {
         self.nudge_at.map_or(look, |nudge| nudge.min(look))
     }
 
-    /// Adds what is due for this key to `chores`.
-    fn chores(&mut self, key: &Key, now: Instant, line: &Line, chores: &mut Chores) {
+    /// Adds what is due for this key to `chores`, while so many calls wait in all.
+    fn chores(&mut self, key: &Key, now: Instant, (pace, calls): (Pace, usize), chores: &mut Chores) {
         if self.nudge_at.is_some_and(|nudge| nudge <= now) {
             self.nudge_at = None;
             chores.nudges.push(key.clone());
@@ -328,9 +322,9 @@ impl Waiting {
             return;
         }
         self.busy = true;
-        self.check_at = now + line.check_pause();
+        self.check_at = now + pace.look(calls);
         if self.refresh_at <= now {
-            self.refresh_at = now + line.refresh();
+            self.refresh_at = now + pace.refresh(calls);
             chores.refreshes.extend(self.acquisitions().map(|acquisition| (key.clone(), acquisition)));
             chores.refreshed.push(key.clone());
         } else {

@@ -16,6 +16,7 @@ mod changes;
 mod committer;
 mod known;
 mod line;
+mod pace;
 mod part;
 mod watch;
 mod watchers;
