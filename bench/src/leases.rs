@@ -5,7 +5,9 @@ use leased_client::v1::lease_service_client::LeaseServiceClient;
 use leased_client::v1::{AcquireRequest, ReleaseRequest};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tonic::client::GrpcService;
 use tonic::codegen::http::Uri;
+use tonic::codegen::{Body, Bytes, StdError};
 use uuid::{Builder, Uuid};
 
 use crate::connection::Connection;
@@ -19,6 +21,23 @@ pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
     for _ in 0..round.connections {
         connections.push(LeaseServiceClient::with_origin(Connection::to(&origin).await?, origin.clone()));
     }
+    pairs(connections, round).await
+}
+
+/// The same through tonic's channels, as users of the generated stub have it.
+pub(crate) async fn through_channels(endpoint: &str, round: Round) -> Result<Pairs> {
+    let mut connections = Vec::new();
+    for _ in 0..round.connections {
+        connections.push(LeaseServiceClient::connect(endpoint.to_owned()).await?);
+    }
+    pairs(connections, round).await
+}
+
+async fn pairs<T>(connections: Vec<LeaseServiceClient<T>>, round: Round) -> Result<Pairs>
+where
+    T: GrpcService<tonic::body::Body, Error: Into<StdError>, Future: Send> + Clone + Send + 'static,
+    T::ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+{
     let start = Instant::now();
     let mut callers = JoinSet::new();
     for (number, client) in (0..round.callers).zip(connections.into_iter().cycle()) {

@@ -39,6 +39,8 @@ pub(crate) struct Args {
 pub(crate) enum Contender {
     /// leased with its embedded store.
     Embedded,
+    /// The same by the generated stub over tonic's channels.
+    Stub,
     /// The same through the client crate.
     Client,
     /// leased over a throwaway MongoDB.
@@ -72,6 +74,7 @@ struct Ready {
 impl Ready {
     async fn run(&self, round: Round) -> Result<Pairs> {
         match self.contender {
+            Contender::Stub => leases::through_channels(&self.address, round).await,
             Contender::Client => holder::run(&self.address, round).await,
             Contender::Embedded | Contender::Mongodb => leases::run(&self.address, round).await,
             Contender::Direct => direct::run(&self.address, round).await,
@@ -117,7 +120,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 async fn prepare(contender: Contender, args: &Args, mongod: Option<&Mongod>) -> Result<Ready> {
     let uri = mongod.map(Mongod::uri).unwrap_or_default();
     let (address, process) = match contender {
-        Contender::Embedded | Contender::Client | Contender::Ceiling => {
+        Contender::Embedded | Contender::Stub | Contender::Client | Contender::Ceiling => {
             own(Process::leased(args.daemon.as_deref(), None)?)
         }
         Contender::Mongodb => own(Process::leased(args.daemon.as_deref(), Some(uri))?),

@@ -23,8 +23,9 @@ mod wire;
 
 /// Accepting connections.
 mod accept;
-/// Whether this daemon should be asked.
+/// Calls of the lease service past the routes.
 mod express;
+/// Whether this daemon should be asked.
 mod health;
 /// Running the daemon.
 pub mod server;
