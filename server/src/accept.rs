@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use futures_util::stream::{self, Stream};
+use futures_util::stream::{self, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::sleep;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
 /// The pause after an accept failed, most likely for want of file descriptors.
 const BACK_OFF: Duration = Duration::from_millis(100);
@@ -23,14 +23,14 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 /// would turn to the connection after each of them, and each would cost a system call and a packet. When nobody else
 /// is ready the write takes place at once.
 #[derive(Debug)]
-pub(crate) struct Counted {
-    stream: TcpStream,
+pub(crate) struct Counted<T> {
+    stream: T,
     /// Others have been let run before the write that is due.
     has_yielded: bool,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Counted {
+impl<T> Counted<T> {
     /// Ready when the write may take place.
     fn poll_turn(&mut self, context: &Context<'_>) -> Poll<()> {
         self.has_yielded = !self.has_yielded;
@@ -42,14 +42,22 @@ impl Counted {
     }
 }
 
-/// Connections of `listener`, at most `most` at once; others wait in the system's backlog.
-pub(crate) fn connections(listener: TcpListener, most: usize) -> impl Stream<Item = io::Result<Counted>> {
+/// At most `most` of the connections at once; others wait where they come from.
+pub(crate) fn counted<T>(
+    connections: impl Stream<Item = T>,
+    most: usize,
+) -> impl Stream<Item = io::Result<Counted<T>>> {
     let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
-    stream::unfold((listener, room), async |(listener, room)| {
+    stream::unfold((Box::pin(connections), room), async |(mut connections, room)| {
         let permit = Arc::clone(&room).acquire_owned().await.ok()?;
-        let stream = accept(&listener).await;
-        Some((Ok(Counted { stream, has_yielded: false, _permit: permit }), (listener, room)))
+        let stream = connections.next().await?;
+        Some((Ok(Counted { stream, has_yielded: false, _permit: permit }), (connections, room)))
     })
+}
+
+/// Connections of `listener`; those that nobody asks for wait in the system's backlog.
+pub(crate) fn connections(listener: TcpListener) -> impl Stream<Item = TcpStream> {
+    stream::unfold(listener, async |listener| Some((accept(&listener).await, listener)))
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {
@@ -70,15 +78,14 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     }
 }
 
-impl Connected for Counted {
-    type ConnectInfo = TcpConnectInfo;
+/// Nobody asks who calls.
+impl<T> Connected for Counted<T> {
+    type ConnectInfo = ();
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
-    }
+    fn connect_info(&self) {}
 }
 
-impl AsyncRead for Counted {
+impl<T: AsyncRead + Unpin> AsyncRead for Counted<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -88,7 +95,7 @@ impl AsyncRead for Counted {
     }
 }
 
-impl AsyncWrite for Counted {
+impl<T: AsyncWrite + Unpin> AsyncWrite for Counted<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

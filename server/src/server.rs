@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures_util::stream::Stream;
 use leased_proto::v1::admin_service_server::AdminServiceServer;
 use leased_proto::v1::lease_service_server::LeaseServiceServer;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +21,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tower::layer::util::{Identity, Stack};
 use tower::util::MapResponseLayer;
 
-use crate::accept::connections;
+use crate::accept::{connections, counted};
 use crate::config::{Config, Limits};
 use crate::express::Express;
 use crate::health::Health;
@@ -88,6 +90,24 @@ pub async fn run<S: Store>(
     config: &Config,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let Listeners { grpc, http } = listeners;
+    serve(connections(grpc), http, store, config, shutdown).await
+}
+
+/// The same with connections that come from anywhere.
+///
+/// # Errors
+/// If the gRPC server fails.
+pub async fn serve<S: Store, T>(
+    grpc: impl Stream<Item = T>,
+    http: Option<TcpListener>,
+    store: S,
+    config: &Config,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let ended = CancellationToken::new();
     let _end_all = ended.clone().drop_guard();
     let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone());
@@ -97,13 +117,13 @@ pub async fn run<S: Store>(
     let watched = (health.clone(), lessor.clone(), shutdown.clone());
     tokio::spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
     tokio::spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
-    if let Some(listener) = listeners.http {
+    if let Some(listener) = http {
         tokio::spawn(health.clone().serve_http(listener, lessor.clone(), ended.clone()));
     }
 
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
     let serve = router(service, reporter, &config.limits)?.serve_with_incoming_shutdown(
-        connections(listeners.grpc, config.limits.connections),
+        counted(grpc, config.limits.connections),
         shutdown.clone().cancelled_owned(),
     );
     let drain = async {
