@@ -238,3 +238,8 @@ async fn reached(moment: Option<Moment>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+#[path = "keeper_tests.rs"]
+#[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+mod tests;
