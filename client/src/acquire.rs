@@ -60,8 +60,8 @@ impl Acquire {
     }
 
     /// How long the lease lasts without a touch, 100 ms to 24 h unless the daemon says otherwise; 30 s if not given. It is
-    /// touched every third of it. Takeover after a crash takes as long as this; an outage of the daemons may last two
-    /// thirds of it without harm.
+    /// touched every third of it. Takeover after a crash takes as long as this; an outage of the daemons may last half
+    /// of it without harm.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = Some(ttl);
         self

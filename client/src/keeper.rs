@@ -38,6 +38,9 @@ const LINGER: Duration = Duration::from_secs(10);
 /// The bounds of how long an answer may take before another stream is tried.
 const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 const MOST_PATIENCE: Duration = Duration::from_secs(5);
+/// The share of a TTL that a pause between streams may take up, unless that is too short to pause at all.
+const PAUSE_SHARE: u32 = 10;
+const LEAST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Keeps leases alive for as long as [`run`](Self::run) is polled.
 pub(crate) struct Keeper {
@@ -48,6 +51,8 @@ pub(crate) struct Keeper {
     pauses: Pauses,
     /// How many streams in a row have been silent.
     silences: u32,
+    /// The shortest TTL of those that the last stream began with.
+    shortest: Duration,
 }
 
 enum Phase {
@@ -86,7 +91,7 @@ enum End {
 impl Keeper {
     pub(crate) fn new(holdings: Arc<Holdings>, endpoints: Arc<Endpoints>) -> Self {
         let pauses = Pauses::new(endpoints.len());
-        Self { holdings, endpoints, sequence: 0, pauses, silences: 0 }
+        Self { holdings, endpoints, sequence: 0, pauses, silences: 0, shortest: Duration::MAX }
     }
 
     pub(crate) async fn run(mut self) {
@@ -168,7 +173,9 @@ impl Keeper {
             tracing::debug!(endpoint = endpoint.name, cause, "no keepalive stream yet");
         }
         self.endpoints.avoid(endpoint);
-        sleep(self.pauses.next(None)).await;
+        // Whoever pauses long finds out late that an outage is over.
+        let longest = (self.shortest / PAUSE_SHARE).max(LEAST_PAUSE);
+        sleep(self.pauses.next(None).min(longest)).await;
         Phase::Opening
     }
 
@@ -177,6 +184,9 @@ impl Keeper {
         // Before anything leaves: this is what the answers are counted from.
         let sent_at = Moment::now();
         let Beat { messages, shortest } = self.holdings.take_due(sent_at, all);
+        if all {
+            self.shortest = shortest;
+        }
         // A store that is slow gets more time with each stream that was silent.
         let patience = (shortest / 3).saturating_mul(1 << self.silences.min(5));
         let answer_by = Instant::now() + patience.clamp(LEAST_PATIENCE, MOST_PATIENCE);

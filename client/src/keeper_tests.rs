@@ -189,6 +189,19 @@ async fn when_opening_fails_the_other_daemon_is_asked_and_after_a_round_there_is
 }
 
 #[tokio::test(start_paused = true)]
+async fn pauses_are_short_beside_the_ttl() {
+    let mut rig = Rig::start();
+    rig.is_down.store(true, Ordering::Relaxed);
+    rig.hold("key");
+    let mut last = rig.refused.recv().await.unwrap().1;
+    for _ in 0..40 {
+        let next = rig.refused.recv().await.unwrap().1;
+        assert!(next - last <= TTL / 10 + EXACT, "{:?}", next - last);
+        last = next;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stream_that_is_silent_is_left_for_one_at_the_other_daemon_that_names_all_leases() {
     let mut rig = Rig::start();
     let holdings = [rig.hold("a"), rig.hold("b")];

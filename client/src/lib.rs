@@ -42,8 +42,8 @@
 //! # What is promised, and what is not
 //!
 //! Promised, while the clocks of the store's machines differ by no more than its grace: two holders of an exclusive lease never
-//! believe in it at the same time. A holder keeps its lease through an outage of all daemons that is shorter than two thirds
-//! of the TTL less the margin. Whoever drops a [`Lease`], or the future that would have acquired one, leaves nothing behind that
+//! believe in it at the same time. A holder keeps its lease through an outage of all daemons that is shorter than half of
+//! the TTL. Whoever drops a [`Lease`], or the future that would have acquired one, leaves nothing behind that
 //! outlasts the TTL.
 //!
 //! Not promised, here or by any other lease service: that a process which is paused at the wrong moment does nothing when it
