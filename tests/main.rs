@@ -39,6 +39,8 @@ mod revoke;
 mod serving;
 /// Shared leases.
 mod shared;
+/// The client and the daemon over a simulated network.
+mod simulation;
 /// Renewing one lease.
 mod touch;
 /// Watching keys.

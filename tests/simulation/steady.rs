@@ -1,0 +1,60 @@
+//! Programs with one aim: to keep a lease, to take one away, to have one soon.
+
+use std::time::Duration;
+
+use leased_client::{Client, FencingToken};
+use tokio::time::sleep;
+
+use super::history::{History, Mode, now};
+use super::world::KEYS;
+use crate::support::secs;
+
+/// Holds the first key for as long as it can, and notes when it cannot any more.
+pub(crate) async fn keep(client: Client, history: History, ttl: Duration) {
+    let lease = client.acquire(KEYS[0]).ttl(ttl).wait(secs(10)).await.unwrap();
+    let belief = history.believe("holder", KEYS[0], lease.token(), Mode::Exclusive);
+    let end = lease.run(std::future::pending::<()>()).await;
+    drop(belief);
+    if let Err(error) = end {
+        history.fail(now(), format_args!("stopped: {error}"));
+    }
+    std::future::pending::<()>().await;
+}
+
+/// Holds the first key until it is revoked `at` some time by another, and notes if that is told later than `within`.
+pub(crate) async fn be_revoked(
+    holder: Client,
+    operator: Client,
+    history: History,
+    at: Duration,
+    within: Duration,
+) {
+    let lease = holder.acquire(KEYS[0]).ttl(secs(30)).await.unwrap();
+    sleep(at).await;
+    let token: FencingToken = lease.token();
+    let (revoked, told) = tokio::join!(
+        async { (operator.revoke(KEYS[0], Some(token), "a test").await.unwrap(), now()) },
+        async { (lease.lost_for_good().await, now()) }
+    );
+    assert_eq!(revoked.0, 1);
+    assert_eq!(told.0, leased_client::Loss::Revoked);
+    let took = told.1.saturating_sub(revoked.1);
+    if took > within {
+        history.fail(now(), format_args!("the revocation was told after {took:?}"));
+    }
+    history.done();
+    std::future::pending::<()>().await;
+}
+
+/// Takes `key` as soon as it can, and notes if that is later than `within`.
+pub(crate) async fn probe(client: Client, history: History, key: &'static str, within: Duration) {
+    let start = now();
+    let lease = client.acquire(key).ttl(secs(1)).wait(secs(600)).await.unwrap();
+    let took = now() - start;
+    if took > within {
+        history.fail(now(), format_args!("{key} could be had only after {took:?}"));
+    }
+    lease.release().await.unwrap();
+    history.done();
+    std::future::pending::<()>().await;
+}

@@ -1,0 +1,179 @@
+//! A simulated network with two daemons over one store, and the hosts that ask them.
+
+use std::time::Duration;
+
+use clap::Parser;
+use futures_util::stream;
+use hyper_util::rt::TokioIo;
+use leased::config::{Args, Config};
+use leased::lease::Rules;
+use leased::server;
+use leased_client::{Builder, Client};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use turmoil::Sim;
+use turmoil::net::{TcpListener, TcpStream};
+
+use super::faults::{Faults, Happening};
+use super::history::History;
+use super::store::SimulatedStore;
+use crate::support::ms;
+
+pub(crate) const KEYS: [&str; 2] = ["jobs/a", "jobs/b"];
+pub(crate) const DAEMONS: [&str; 2] = ["daemon-0", "daemon-1"];
+/// Of the store.
+pub(crate) const GRACE: Duration = ms(200);
+/// How long a place in line lasts without its daemon.
+pub(crate) const PLACE: Duration = Duration::from_secs(15);
+/// How exact the hosts' times are beside each other.
+const TICK: Duration = ms(5);
+const PORT: u16 = 5327;
+
+/// One simulation.
+pub(crate) struct World {
+    pub(crate) history: History,
+    pub(crate) store: SimulatedStore,
+    /// Cancelled when all programs are to end.
+    pub(crate) over: CancellationToken,
+    sim: Sim<'static>,
+}
+
+impl World {
+    /// Two daemons. What is random on this thread follows from `seed`, but for the ids of leases, the order of hash maps and
+    /// that of what is ready together.
+    pub(crate) fn new(seed: u64) -> Self {
+        fastrand::seed(seed);
+        let mut sim = turmoil::Builder::new()
+            .rng_seed(seed)
+            .tick_duration(TICK)
+            .min_message_latency(ms(1))
+            .max_message_latency(ms(fastrand::u64(2..=40)))
+            .tcp_capacity(1024)
+            .enable_random_order()
+            .simulation_duration(Duration::from_secs(3600))
+            .build();
+        let history = History::default();
+        let rules = Rules { grace: GRACE, place: PLACE };
+        let store = SimulatedStore::new(rules, fastrand::u8(..4) > 0, history.clone());
+        for daemon in DAEMONS {
+            let store = store.clone();
+            sim.host(daemon, move || daemon_over(store.clone()));
+        }
+        Self { history, store, over: CancellationToken::new(), sim }
+    }
+
+    /// A host that runs `program` each time it is started.
+    pub(crate) fn host<F>(&mut self, name: &str, program: impl Fn() -> F + 'static)
+    where
+        F: Future<Output = ()> + 'static,
+    {
+        self.sim.host(name, move || {
+            let program = program();
+            async move {
+                program.await;
+                Ok(())
+            }
+        });
+    }
+
+    /// How long the simulation has run.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.sim.elapsed()
+    }
+
+    /// What must be true by now.
+    ///
+    /// # Errors
+    /// What is not, and all that happened.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let history = &self.history;
+        let overlap = history.overlap(&self.store).map(|overlap| format!("two believed at once: {overlap}"));
+        let regress =
+            history.regress().map(|regress| format!("a token is no greater than before: {regress}"));
+        let stale = history.stale().map(|stale| format!("a stale write was let through: {stale}"));
+        match history.failure().or_else(|| self.store.wrong()).or(overlap).or(regress).or(stale) {
+            Some(wrong) => Err(format!("{}\n{wrong}", history.told())),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets time pass until `done`, and has the faults happen that are due meanwhile.
+    pub(crate) fn run(
+        &mut self,
+        until: Duration,
+        mut faults: Faults,
+        done: impl Fn(Duration) -> bool,
+    ) -> bool {
+        loop {
+            for happening in faults.due(self.elapsed()) {
+                self.history.note(self.elapsed(), format_args!("{happening:?}"));
+                self.happens(&happening);
+            }
+            let is_done = done(self.elapsed());
+            if is_done || self.elapsed() >= until {
+                return is_done;
+            }
+            if let Err(error) = self.sim.step() {
+                self.history.fail(self.elapsed(), format_args!("a program ended: {error}"));
+                return false;
+            }
+        }
+    }
+
+    /// Changes the world now.
+    pub(crate) fn happens(&mut self, happening: &Happening) {
+        let sim = &mut self.sim;
+        match happening {
+            Happening::Weather(weather) => self.store.set_weather(*weather),
+            Happening::Partition(a, b) => sim.partition(a.as_str(), b.as_str()),
+            Happening::OneWay(from, to) => sim.partition_oneway(from.as_str(), to.as_str()),
+            Happening::Hold(a, b) => sim.hold(a.as_str(), b.as_str()),
+            Happening::Lossy(a, b, rate) => sim.set_link_fail_rate(a.as_str(), b.as_str(), *rate),
+            Happening::Mended(a, b) => {
+                sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.0);
+                // What was held arrives, late.
+                sim.release(a.as_str(), b.as_str());
+            }
+            Happening::Crash(host) => {
+                self.history.end(|holder| holder == host, sim.elapsed());
+                sim.crash(host.as_str());
+            }
+            Happening::Start(host) => sim.bounce(host.as_str()),
+        }
+    }
+}
+
+/// Nobody believes anything after the end of the world.
+impl Drop for World {
+    fn drop(&mut self) {
+        self.history.end(|_| true, self.elapsed());
+    }
+}
+
+async fn daemon_over(store: SimulatedStore) -> turmoil::Result {
+    let options = ["leased", "--drain-timeout=1s"];
+    let config = Config::try_from(Args::try_parse_from(options)?)?;
+    let listener = TcpListener::bind(("0.0.0.0", PORT)).await?;
+    let connections = stream::unfold(listener, async |listener| {
+        let (stream, _) = listener.accept().await.ok()?;
+        Some((stream, listener))
+    });
+    server::serve(connections, None, store, &config, CancellationToken::new()).await?;
+    Ok(())
+}
+
+/// A client of both daemons; to be called on the host that it is for.
+pub(crate) fn client(name: &str) -> Client {
+    let builder = Client::builder().owner(name);
+    let builder =
+        DAEMONS.into_iter().fold(builder, |builder, daemon| builder.channel(daemon, channel(daemon)));
+    builder.connect_lazily().unwrap()
+}
+
+/// A way to one daemon.
+pub(crate) fn channel(daemon: &'static str) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("http://{daemon}:{PORT}")).unwrap();
+    Builder::tuned(endpoint).connect_with_connector_lazy(tower::service_fn(move |_| async move {
+        TcpStream::connect((daemon, PORT)).await.map(TokioIo::new)
+    }))
+}
