@@ -1,0 +1,214 @@
+//! What was typed. Nothing here is done yet.
+
+use std::ffi::OsString;
+use std::io::Read;
+use std::time::Duration;
+
+use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
+
+use crate::failure::Failure;
+
+/// Exit codes, as `--help` shows them.
+const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon can be reached; 73 the lease is lost; \
+                     75 another holds the key. `run` otherwise ends with the code of its command: 128+N if signal N ended \
+                     it, 126 if it cannot be run, 127 if it is not found.";
+
+/// leasectl acquires, shows and takes away leases: the right to act on a key until a time that keeps moving forward
+/// for as long as its holder touches it.
+#[derive(Debug, Parser)]
+#[command(name = "leasectl", version, max_term_width = 110, after_help = CODES, args_override_self = true)]
+#[command(disable_help_subcommand = true)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+
+    /// How answers look: for people, or for scripts.
+    #[arg(short, long, global = true, env = "LEASED_OUTPUT", value_name = "FORMAT", default_value = "table")]
+    pub(crate) output: Format,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How answers look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Aligned text, for people.
+    Table,
+    /// JSON, for scripts.
+    Json,
+}
+
+/// Whom to ask.
+#[derive(Debug, Group)]
+pub(crate) struct Connection {
+    /// Where a daemon serves gRPC. Repeat it for more daemons over the same store: any of them may be asked. In the
+    /// environment, separate them by commas.
+    #[arg(short, long, global = true, env = "LEASED_ENDPOINT", value_name = "URL", default_value = DEFAULT_ENDPOINT)]
+    #[arg(value_delimiter = ',')]
+    pub(crate) endpoint: Vec<String>,
+
+    /// How long a call may take, with all its repetitions, beyond the time it waits in line.
+    #[arg(long, global = true, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+impl Connection {
+    /// A client, which connects with its first call.
+    pub(crate) fn client(&self) -> Result<Client, Failure> {
+        let mut builder = Client::builder().timeout(self.timeout);
+        for url in &self.endpoint {
+            builder = builder.endpoint(url)?;
+        }
+        Ok(builder.connect_lazily()?)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Wait for a lease, and run a command while it is held.
+    ///
+    /// The command runs in a process group of its own and sees LEASED_KEY and LEASED_TOKEN. Signals are passed on to it.
+    /// When no daemon has confirmed the lease for too long the group gets SIGTERM, and SIGKILL before the lease can be
+    /// taken by another; when the lease is lost it gets SIGKILL at once. Then the exit code is 73.
+    #[command(after_help = CODES)]
+    Run {
+        #[command(flatten)]
+        wish: Wish,
+
+        /// The command and its arguments.
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
+    /// Acquire a lease and print its id and token; touch and release it with the commands of that name.
+    ///
+    /// Nothing keeps the lease alive: it runs out when its TTL is over, unless it is touched. The id is a secret.
+    Acquire {
+        #[command(flatten)]
+        wish: Wish,
+    },
+    /// Renew a lease: it lasts a whole TTL from now on.
+    Touch(LeaseArgs),
+    /// Give a lease back: the next in line holds the key.
+    Release(LeaseArgs),
+    /// Show who holds a key and who waits for it, and for how long still.
+    Get {
+        /// The key.
+        key: String,
+    },
+    /// List the keys that are held, waited for or blocked.
+    Ls {
+        /// Only keys that begin with this.
+        #[arg(default_value = "", hide_default_value = true)]
+        prefix: String,
+
+        /// Also list the keys that nobody holds and the daemon still remembers.
+        #[arg(short, long, env = "LEASED_ALL")]
+        all: bool,
+    },
+    /// Print a line for each key as it is, and then one per change, until interrupted.
+    Watch {
+        /// Only keys that begin with this.
+        #[arg(default_value = "", hide_default_value = true)]
+        prefix: String,
+    },
+    /// Take a lease away from its holder, or from every holder of the key.
+    Revoke {
+        /// The key.
+        key: String,
+
+        /// Only the lease with this token; without it, every holder's. Not read from the environment, where a command
+        /// that runs under a lease finds its own token.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+        token: Option<i64>,
+
+        /// Why, for the daemon's log; up to 1024 bytes.
+        #[arg(long, env = "LEASED_REASON", value_name = "TEXT")]
+        reason: String,
+    },
+    /// Print completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page of leasectl or of one of its commands, as roff.
+    #[command(hide = true)]
+    Man {
+        /// The command.
+        command: Option<String>,
+    },
+}
+
+/// The lease that is wanted.
+#[derive(Debug, Group)]
+pub(crate) struct Wish {
+    /// What is leased: 1 to 512 bytes without control characters.
+    pub(crate) key: String,
+
+    /// How long the lease lasts without a touch; 100ms to 24h unless the daemon says otherwise.
+    #[arg(long, env = "LEASED_TTL", value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
+    pub(crate) ttl: Duration,
+
+    /// How long to stand in line at most, up to 1h unless the daemon says otherwise; 0 to try once.
+    #[arg(long, env = "LEASED_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_duration)]
+    pub(crate) wait: Duration,
+
+    /// A label for people, up to 256 bytes [default: USER@HOST:PID].
+    #[arg(long, env = "LEASED_OWNER", value_name = "TEXT")]
+    pub(crate) owner: Option<String>,
+
+    /// Another label; repeat it for more, up to 32. In the environment, one a line.
+    #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_delimiter = '\n', value_parser = parse_label)]
+    pub(crate) metadata: Vec<(String, String)>,
+
+    /// Hold the key together with other shared holders, while fewer than N do; without N, any number.
+    #[arg(long, env = "LEASED_SHARED", value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    pub(crate) shared: Option<u32>,
+
+    /// Keep the key taken for this long after the grant, even when it is released before; up to 24h.
+    #[arg(long, env = "LEASED_MIN_HOLD", value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
+    pub(crate) min_hold: Duration,
+}
+
+/// A lease that was acquired before.
+#[derive(Debug, Group)]
+pub(crate) struct LeaseArgs {
+    /// The key.
+    pub(crate) key: String,
+
+    /// The lease id. It is a secret, and arguments are not: give it in the environment, or `-` to have it read from
+    /// standard input.
+    #[arg(env = "LEASED_ID", hide_env_values = true)]
+    id: String,
+}
+
+impl LeaseArgs {
+    /// The id, read if need be.
+    pub(crate) fn id(&self) -> Result<LeaseId, Failure> {
+        let mut text = self.id.clone();
+        if text == "-" {
+            text.clear();
+            // An id has 36 characters.
+            std::io::stdin().take(1024).read_to_string(&mut text)?;
+        }
+        text.trim().parse().map_err(|error| Failure::Usage(format!("{error}")))
+    }
+}
+
+/// No longer than a year: nothing here is, and the clocks cannot count as far as people can write.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= YEAR => Ok(duration),
+        Ok(_) => Err("that is longer than a year".to_owned()),
+        Err(error) => Err(format!("{error}; a duration looks like 30s, 1m30s or 250ms")),
+    }
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("a label looks like NAME=VALUE".to_owned()),
+    }
+}

@@ -1,0 +1,108 @@
+//! The commands that answer at once, one call each.
+
+use leased_client::{Client, FencingToken, KeyInfo};
+use tokio_stream::StreamExt;
+
+use crate::args::{LeaseArgs, Wish};
+use crate::failure::Failure;
+use crate::json::{Acquired, Key, Released, Revoked, Touched, milliseconds};
+use crate::output::{Output, json};
+use crate::signals::{ENDING, Signals};
+use crate::{table, wanted};
+
+/// Acquires a lease that lives on, for somebody else to touch.
+pub(crate) async fn acquire(client: &Client, wish: Wish, output: &mut Output) -> Result<u8, Failure> {
+    let mut signals = Signals::new(ENDING)?;
+    let lease = wanted::lease(client, wish, &mut signals).await?;
+    let (key, token, ttl) = (lease.key().to_owned(), lease.token(), lease.ttl());
+    let id = lease.id().reveal();
+    let acquired =
+        Acquired { key: &key, lease_id: id.clone(), token: token.get(), ttl_ms: milliseconds(ttl) };
+    let told = output.answer(&acquired, || {
+        let row = [table::plain(&key), token.to_string(), table::duration(ttl), id];
+        table::rows(["KEY", "TOKEN", "TTL", "LEASE ID"], [row])
+    });
+    match told {
+        Ok(()) => {
+            let _ = lease.detach();
+            Ok(0)
+        }
+        // Without the id nobody could give it back.
+        Err(failure) => {
+            drop(lease);
+            client.settle().await;
+            Err(failure)
+        }
+    }
+}
+
+/// Renews a lease.
+pub(crate) async fn touch(client: &Client, lease: LeaseArgs, output: &mut Output) -> Result<u8, Failure> {
+    let remaining = client.touch(&lease.key, lease.id()?).await?;
+    let touched = Touched { key: &lease.key, remaining_ms: milliseconds(remaining) };
+    output.answer(&touched, || {
+        format!("{} lasts {} more", table::plain(&lease.key), table::duration(remaining))
+    })?;
+    Ok(0)
+}
+
+/// Gives a lease back.
+pub(crate) async fn release(client: &Client, lease: LeaseArgs, output: &mut Output) -> Result<u8, Failure> {
+    client.release(&lease.key, lease.id()?).await?;
+    let released = Released { key: &lease.key, released: true };
+    output.answer(&released, || format!("{} is released", table::plain(&lease.key)))?;
+    Ok(0)
+}
+
+/// Shows a key.
+pub(crate) async fn get(client: &Client, key: &str, output: &mut Output) -> Result<u8, Failure> {
+    let info = client.get(key).await?;
+    output.answer(&Key::from(&info), || table::key(&info))?;
+    Ok(0)
+}
+
+/// Lists keys.
+pub(crate) async fn list(
+    client: &Client,
+    prefix: String,
+    all: bool,
+    output: &mut Output,
+) -> Result<u8, Failure> {
+    let mut list = client.list(prefix).page_size(1000);
+    if all {
+        list = list.include_free();
+    }
+    let mut keys = list.stream();
+    if !output.is_json() {
+        let keys: Vec<KeyInfo> = keys.collect::<Result<_, _>>().await?;
+        output.line(&table::keys(&keys))?;
+        return Ok(0);
+    }
+    let mut separator = "[";
+    while let Some(info) = keys.try_next().await? {
+        output.part(separator)?;
+        output.part(&json(&Key::from(&info))?)?;
+        separator = ",\n ";
+    }
+    output.line(if separator == "[" { "[]" } else { "]" })?;
+    Ok(0)
+}
+
+/// Takes leases away.
+pub(crate) async fn revoke(
+    client: &Client,
+    key: &str,
+    token: Option<i64>,
+    reason: &str,
+    output: &mut Output,
+) -> Result<u8, Failure> {
+    let revoked = client.revoke(key, token.map(FencingToken::new), reason).await?;
+    if revoked == 0 {
+        return Err(Failure::Other("nobody holds that lease; see `leasectl get`".to_owned()));
+    }
+    output.answer(&Revoked { key, revoked }, || match revoked {
+        1 => "1 lease revoked".to_owned(),
+        number => format!("{number} leases revoked"),
+    })?;
+    Ok(0)
+}

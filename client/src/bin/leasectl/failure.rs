@@ -1,0 +1,188 @@
+//! How leasectl ends other than well: a sentence that says what to do, and an exit code.
+
+use std::io::ErrorKind;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use leased_client::{Error, HeldBy, Loss};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tonic::transport::Uri;
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+/// As `EX_UNAVAILABLE` of sysexits.h.
+const UNAVAILABLE: u8 = 69;
+/// As `EX_CANTCREAT`; the lease is lost.
+pub(crate) const LOST: u8 = 73;
+/// As `EX_TEMPFAIL`; another holds the key.
+const HELD: u8 = 75;
+pub(crate) const NOT_EXECUTABLE: u8 = 126;
+pub(crate) const NOT_FOUND: u8 = 127;
+
+/// How long to find out what answers at an endpoint.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Why leasectl does not end well.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// A call failed, or its answer was no.
+    Client(Error),
+    /// Something was asked that makes no sense.
+    Usage(String),
+    /// Nobody that could answer was found.
+    Unreachable(String),
+    /// The command's lease was lost.
+    Lost(String),
+    /// The command cannot be started; with the exit code for it.
+    Command(u8, String),
+    /// A signal came before there was a command to pass it on to.
+    Signal(i32),
+    /// Whoever read the output has gone.
+    NobodyReads,
+    /// Something else failed.
+    Other(String),
+}
+
+impl Failure {
+    /// Says what is wrong.
+    pub(crate) fn report(self) -> ExitCode {
+        let (code, sentence) = match self {
+            Self::NobodyReads => return ExitCode::SUCCESS,
+            Self::Signal(number) => return ExitCode::from(of_signal(number)),
+            Self::Usage(sentence) => (USAGE, sentence),
+            Self::Unreachable(sentence) => (UNAVAILABLE, sentence),
+            Self::Lost(sentence) => (LOST, sentence),
+            Self::Command(code, sentence) => (code, sentence),
+            Self::Other(sentence) => (FAILED, sentence),
+            Self::Client(error) => (code_of(&error), sentence_of(&error)),
+        };
+        eprintln!("leasectl: {sentence}");
+        ExitCode::from(code)
+    }
+}
+
+/// What is wrong with what was typed, in a sentence; or the help that was asked for.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
+    if matches!(error.kind(), DisplayHelp | DisplayVersion) {
+        // Whoever reads it may have gone.
+        drop(error.print());
+        return ExitCode::SUCCESS;
+    }
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Failure::Usage("there is nothing to do; see `leasectl --help`".to_owned()).report();
+    }
+    let text = error.to_string();
+    // The first paragraph says it; the others repeat the usage.
+    let said = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<&str> = said.strip_prefix("error: ").unwrap_or(said).split_whitespace().collect();
+    Failure::Usage(format!("{}; see --help", words.join(" "))).report()
+}
+
+/// The exit code that shells give to what a signal has ended.
+pub(crate) fn of_signal(number: i32) -> u8 {
+    u8::try_from(128 + number).unwrap_or(u8::MAX)
+}
+
+fn code_of(error: &Error) -> u8 {
+    match error {
+        Error::Held(_) | Error::QueueFull => HELD,
+        Error::Lost(_) | Error::Jeopardy => LOST,
+        Error::Invalid(_) => USAGE,
+        Error::Unavailable { .. } | Error::NotLeased { .. } => UNAVAILABLE,
+        _ => FAILED,
+    }
+}
+
+fn sentence_of(error: &Error) -> String {
+    match error {
+        Error::Held(by) => held(by),
+        Error::Lost(Loss::Gone) => {
+            "the lease is not held any more, or never was; acquire it again".to_owned()
+        }
+        Error::Lost(loss) => format!("the lease is lost ({loss}); acquire it again"),
+        Error::KeyUnknown => "this key was never leased, or has been free for so long that it is forgotten; \
+                              `leasectl ls --all` shows the keys there are"
+            .to_owned(),
+        Error::Unavailable { endpoints, cause } => {
+            format!(
+                "no daemon answers at {endpoints} ({cause}); start one, or name another with --endpoint or LEASED_ENDPOINT"
+            )
+        }
+        Error::NotLeased { endpoint, .. } => not_leased(endpoint, "it serves gRPC, but no leases"),
+        error => error.to_string(),
+    }
+}
+
+fn held(by: &HeldBy) -> String {
+    let left = crate::table::duration(by.remaining);
+    match by.owner.as_str() {
+        "" => format!("the key is blocked for {left} yet (--min-hold); wait longer with --wait"),
+        owner => {
+            let owner = crate::table::plain(owner);
+            format!(
+                "the key is held by {owner}, for {left} yet unless touched; wait longer with --wait, or see `leasectl get`"
+            )
+        }
+    }
+}
+
+fn not_leased(endpoint: &str, why: &str) -> String {
+    format!(
+        "what answers at {endpoint} is not leased: {why}; see --endpoint, and the port that the daemon's ready line names as grpc="
+    )
+}
+
+/// Finds out more about daemons that do not answer: whether something else does.
+pub(crate) async fn explain(error: Error, endpoints: &[String]) -> Failure {
+    if matches!(error, Error::Unavailable { .. }) {
+        for endpoint in endpoints {
+            if let Ok(Some(why)) = timeout(2 * LOOK, stranger(endpoint)).await {
+                return Failure::Unreachable(not_leased(endpoint, why));
+            }
+        }
+    }
+    Failure::Client(error)
+}
+
+/// What is wrong with whoever answers there, if anybody does.
+///
+/// Whoever speaks HTTP/2 begins with a SETTINGS frame (RFC 9113, section 3.4).
+async fn stranger(endpoint: &str) -> Option<&'static str> {
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const SETTINGS: u8 = 4;
+    let uri: Uri = endpoint.parse().ok()?;
+    let address = (uri.host()?.trim_matches(['[', ']']), uri.port_u16().unwrap_or(80));
+    let mut stream = timeout(LOOK, TcpStream::connect(address)).await.ok()?.ok()?;
+    stream.write_all(HELLO).await.ok()?;
+    let mut head = [0; 9];
+    match timeout(LOOK, stream.read_exact(&mut head)).await {
+        Ok(Ok(_)) if head[3] == SETTINGS => None,
+        Ok(Ok(_)) if head.starts_with(b"HTTP/1") => Some("it speaks HTTP/1 and no gRPC"),
+        Ok(_) => Some("it does not speak gRPC"),
+        Err(_) => Some("it accepts connections and says nothing"),
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Client(error)
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::BrokenPipe => Self::NobodyReads,
+            _ => Self::Other(error.to_string()),
+        }
+    }
+}
+
+impl From<rustix::io::Errno> for Failure {
+    fn from(error: rustix::io::Errno) -> Self {
+        std::io::Error::from(error).into()
+    }
+}

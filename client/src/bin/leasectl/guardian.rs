@@ -1,0 +1,208 @@
+//! The end of a command that outlives its lease, come what may: a process that kills the command's group when leasectl is
+//! gone, or did not say in time that the lease is held still, because it was stopped or starved.
+//!
+//! It is this program in another role. It makes the process group that the command then joins, so the two of them
+//! are known to each other before the command begins, and the group's number cannot go to another while the guardian is
+//! there. Its orders come through a pipe of which only leasectl has the other end, so the system itself closes it when
+//! leasectl ends, in whatever way.
+
+use std::io::{self, Read, Write, stdin, stdout};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{ChildStdin, Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, getpgid, getppid, kill_process_group, setpgid,
+    test_kill_process_group, waitid,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::times::{now, until};
+
+/// The name under which this program guards. `killall leasectl` does not mean it.
+pub(crate) const ROLE: &str = "lease-guard";
+
+/// Timers stand still while the machine is suspended, so none is longer than this.
+const NAP: Duration = Duration::from_secs(1);
+/// How often to see whether anything is left of a group.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// This program in another role.
+pub(crate) fn program(role: &str) -> Command {
+    // On Linux also when the file has been replaced or deleted since.
+    let path = match cfg!(target_os = "linux") {
+        true => PathBuf::from("/proc/self/exe"),
+        false => std::env::current_exe().unwrap_or_else(|_| PathBuf::from("leasectl")),
+    };
+    let mut command = Command::new(path);
+    command.arg0(role);
+    command
+}
+
+/// The guardian as leasectl sees it.
+pub(crate) struct Guardian {
+    group: Pid,
+    orders: ChildStdin,
+    /// When it kills the group.
+    deadline: u64,
+}
+
+impl Guardian {
+    /// Starts it, in a process group of its own, and returns when no signal to the group can end it any more but SIGKILL.
+    pub(crate) fn start() -> io::Result<Self> {
+        let mut command = program(ROLE);
+        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let (Some(group), Some(orders), Some(mut answer)) = (group, child.stdin.take(), child.stdout.take())
+        else {
+            return Err(io::ErrorKind::Other.into());
+        };
+        answer.read_exact(&mut [0])?;
+        // One that is stopped takes no orders, and must not hold up leasectl.
+        ioctl_fionbio(&orders, true)?;
+        Ok(Self { group, orders, deadline: u64::MAX })
+    }
+
+    /// The group that it guards.
+    pub(crate) fn group(&self) -> Pid {
+        self.group
+    }
+
+    /// Has the group killed at this time, unless told another before.
+    pub(crate) fn until(&mut self, deadline: u64) {
+        if deadline != self.deadline {
+            self.deadline = deadline;
+            self.order(&format!("until {deadline}"));
+        }
+    }
+
+    /// When it kills the group, as it knows.
+    pub(crate) fn deadline(&self) -> u64 {
+        self.deadline
+    }
+
+    /// Ends it; what is left of the group lives on.
+    pub(crate) fn dismiss(&mut self) {
+        self.order("dismiss");
+    }
+
+    /// Has it end when nothing is left of the group, which it kills at the deadline.
+    pub(crate) fn clear(&mut self) {
+        self.order("clear");
+    }
+
+    /// Whether it has ended: as it was told to, or killed.
+    pub(crate) fn has_ended(&self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        // It is left as it is: while nobody has waited for it the group's number is its own.
+        !matches!(waitid(WaitId::Pid(self.group), options), Ok(None))
+    }
+
+    fn order(&mut self, order: &str) {
+        // If it is gone, `has_ended` says so.
+        drop(writeln!(self.orders, "{order}"));
+    }
+}
+
+/// The guardian's process.
+pub(crate) fn main() -> ExitCode {
+    let _ = rustix::thread::set_name(c"lease-guard");
+    let Some(group) = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or_default()) else {
+        return ExitCode::FAILURE;
+    };
+    if withstand().is_err() || stdout().write_all(b".").and_then(|()| stdout().flush()).is_err() {
+        return ExitCode::FAILURE;
+    }
+    match guard() {
+        Verdict::Dismissed => {}
+        Verdict::Clear(deadline) => clear(group, deadline),
+        // Ends this process as well.
+        Verdict::Kill => {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// What is to be done in the end.
+enum Verdict {
+    Dismissed,
+    Clear(u64),
+    Kill,
+}
+
+/// Takes orders until the end.
+fn guard() -> Verdict {
+    let (mut deadline, mut orders) = (u64::MAX, Vec::new());
+    loop {
+        let left = until(deadline);
+        if left.is_zero() {
+            return Verdict::Kill;
+        }
+        let nap = Timespec::try_from(left.min(NAP)).ok();
+        match poll(&mut [PollFd::new(&stdin(), PollFlags::IN)], nap.as_ref()) {
+            Ok(0) | Err(Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(_) => return Verdict::Kill,
+        }
+        let mut bytes = [0; 4096];
+        match stdin().read(&mut bytes) {
+            Ok(0) | Err(_) => return Verdict::Kill,
+            Ok(length) => orders.extend_from_slice(&bytes[..length]),
+        }
+        while let Some(end) = orders.iter().position(|byte| *byte == b'\n') {
+            let order: Vec<u8> = orders.drain(..=end).collect();
+            match String::from_utf8_lossy(&order).trim() {
+                "dismiss" => return Verdict::Dismissed,
+                "clear" => return Verdict::Clear(deadline),
+                order => match order.strip_prefix("until ").and_then(|time| time.parse().ok()) {
+                    Some(time) => deadline = time,
+                    None => return Verdict::Kill,
+                },
+            }
+        }
+    }
+}
+
+/// Waits until nothing is left of the group, and kills what is left of it at the deadline, or when leasectl is gone.
+fn clear(group: Pid, deadline: u64) {
+    // A group whose last member this process is would never be empty. Its number stays taken by this process.
+    let left = getpgid(getppid()).is_ok_and(|other| setpgid(None, Some(other)).is_ok());
+    let nap = Timespec::try_from(LOOK).ok();
+    let leasectl = getppid();
+    while left && now() < deadline && getppid() == leasectl {
+        if test_kill_process_group(group).is_err() {
+            return;
+        }
+        let _ = poll(&mut [], nap.as_ref());
+    }
+    let _ = kill_process_group(group, Signal::KILL);
+}
+
+/// Handles the signals that a group is sent, by doing nothing.
+fn withstand() -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let _guard = runtime.enter();
+    let all = [
+        Signal::HUP,
+        Signal::INT,
+        Signal::QUIT,
+        Signal::TERM,
+        Signal::USR1,
+        Signal::USR2,
+        Signal::ALARM,
+        Signal::VTALARM,
+        Signal::PROF,
+        Signal::IO,
+        Signal::TSTP,
+        Signal::TTIN,
+        Signal::TTOU,
+        Signal::PIPE,
+    ];
+    // The handlers stay when the runtime goes.
+    all.iter().try_for_each(|one| signal(SignalKind::from_raw(one.as_raw())).map(drop))
+}

@@ -1,0 +1,158 @@
+//! The command and its process group: started, signalled, stopped and continued with the terminal, and over. Knows nothing of
+//! leases but a deadline.
+
+use std::ffi::OsString;
+use std::io::{self, ErrorKind};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
+
+use crate::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND, of_signal};
+use crate::guardian::Guardian;
+use crate::terminal::Terminal;
+
+/// A command that was started.
+pub(crate) struct Job {
+    guardian: Guardian,
+    command: Pid,
+    terminal: Option<Terminal>,
+    /// The group has, or had until it was stopped, the terminal.
+    has_terminal: bool,
+}
+
+/// What has happened to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The command has ended, with this exit code.
+    Ended(u8),
+    /// The command has been stopped.
+    Stopped(i32),
+    /// The guardian is gone.
+    Unguarded,
+}
+
+impl Job {
+    /// Starts a command that is killed at `deadline`, unless [`until`](Self::until) moves that.
+    pub(crate) fn start(
+        command: &[OsString],
+        environment: [(&str, String); 2],
+        deadline: u64,
+    ) -> Result<Self, Failure> {
+        let [program, arguments @ ..] = command else {
+            return Err(Failure::Usage("there is no command to run; name it after `--`".to_owned()));
+        };
+        let mut guardian = Guardian::start()
+            .map_err(|error| Failure::Other(format!("cannot start the guardian of the command: {error}")))?;
+        guardian.until(deadline);
+        let group = guardian.group();
+        let terminal = Terminal::open();
+        let gives = |terminal: &Terminal| Terminal::is_for_command() && terminal.give(group);
+        let has_terminal = terminal.as_ref().is_some_and(gives);
+        let mut prepared = Command::new(program);
+        prepared.args(arguments).envs(environment).process_group(group.as_raw_nonzero().get());
+        let started = prepared.spawn().and_then(|child| {
+            let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+            pid.ok_or_else(|| ErrorKind::InvalidData.into())
+        });
+        match started {
+            Ok(command) => Ok(Self { guardian, command, terminal, has_terminal }),
+            Err(error) => {
+                if let Some(terminal) = &terminal {
+                    terminal.take_back(group);
+                }
+                guardian.dismiss();
+                Err(cannot_start(program, &error))
+            }
+        }
+    }
+
+    /// Has the group killed at this time, whatever becomes of leasectl.
+    pub(crate) fn until(&mut self, deadline: u64) {
+        self.guardian.until(deadline);
+    }
+
+    /// When the group is killed, as things stand.
+    pub(crate) fn deadline(&self) -> u64 {
+        self.guardian.deadline()
+    }
+
+    /// What has happened since the last look, after a SIGCHLD.
+    pub(crate) fn look(&mut self) -> io::Result<Option<Event>> {
+        let options = WaitOptions::NOHANG | WaitOptions::UNTRACED;
+        if let Some((_, status)) = waitpid(Some(self.command), options)? {
+            if let Some(code) = status.exit_status() {
+                return Ok(Some(Event::Ended(u8::try_from(code).unwrap_or(u8::MAX))));
+            }
+            if let Some(number) = status.terminating_signal() {
+                return Ok(Some(Event::Ended(of_signal(number))));
+            }
+            return Ok(status.stopping_signal().map(Event::Stopped));
+        }
+        Ok(self.guardian.has_ended().then_some(Event::Unguarded))
+    }
+
+    /// Signals the whole group.
+    pub(crate) fn signal(&self, signal: Signal) {
+        // Fails if nothing is left of it.
+        let _ = kill_process_group(self.guardian.group(), signal);
+    }
+
+    /// The command was stopped. If it asked for the terminal it gets that; if it was stopped by a key, so is leasectl, and is
+    /// here again when both are to go on.
+    pub(crate) fn stopped(&mut self, signal: i32) {
+        let is = |one: Signal| one.as_raw() == signal;
+        let Some(terminal) = &self.terminal else { return };
+        let asks = is(Signal::TTIN) || is(Signal::TTOU);
+        if asks && terminal.is_ours() {
+            self.has_terminal = true;
+            return self.resume();
+        }
+        if (asks || is(Signal::TSTP)) && !terminal.stop() {
+            // Nobody would ever continue it.
+            self.resume();
+        }
+    }
+
+    /// Goes on after a stop: in the foreground again, if that is where it was and leasectl has been put.
+    pub(crate) fn resume(&self) {
+        if let Some(terminal) = self.terminal.as_ref().filter(|_| self.has_terminal) {
+            terminal.give(self.guardian.group());
+        }
+        self.signal(Signal::CONT);
+    }
+
+    /// The command has ended, under its lease. What it has left running in its group is its own affair.
+    pub(crate) fn leave(mut self) {
+        self.take_terminal();
+        self.guardian.dismiss();
+    }
+
+    /// The command has ended, and not under its lease: the rest of the group has until the deadline.
+    pub(crate) fn clear(&mut self) {
+        self.take_terminal();
+        self.guardian.clear();
+    }
+
+    /// Whether nothing is left of the group, once it is being cleared.
+    pub(crate) fn is_clear(&self) -> bool {
+        self.guardian.has_ended()
+    }
+
+    fn take_terminal(&self) {
+        if let Some(terminal) = &self.terminal {
+            terminal.take_back(self.guardian.group());
+        }
+    }
+}
+
+fn cannot_start(program: &OsString, error: &io::Error) -> Failure {
+    let program = program.display();
+    match error.kind() {
+        ErrorKind::NotFound => Failure::Command(
+            NOT_FOUND,
+            format!("{program} is not found; give its path, or put its folder on the PATH"),
+        ),
+        _ => Failure::Command(NOT_EXECUTABLE, format!("{program} cannot be run: {error}")),
+    }
+}

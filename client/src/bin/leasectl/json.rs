@@ -1,0 +1,161 @@
+//! Answers as JSON: names in snake_case, times as RFC 3339, durations in milliseconds. Scripts rely on every name here
+//! (docs/leasectl.md).
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use humantime::format_rfc3339_millis;
+use leased_client::{ChangeKind, HolderInfo, KeyInfo, KeyState, Mode, WaiterInfo, WatchEvent};
+use serde::Serialize;
+
+/// A lease that was acquired. The only answer with a lease id.
+#[derive(Debug, Serialize)]
+pub(crate) struct Acquired<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) lease_id: String,
+    pub(crate) token: i64,
+    pub(crate) ttl_ms: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Touched<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) remaining_ms: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Released<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) released: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Revoked<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) revoked: u32,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Key<'a> {
+    key: &'a str,
+    state: &'static str,
+    token: i64,
+    holders: Vec<Holder<'a>>,
+    waiters: Vec<Waiter<'a>>,
+    blocked_until: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Holder<'a> {
+    owner: &'a str,
+    token: i64,
+    mode: &'static str,
+    ttl_ms: u64,
+    remaining_ms: u64,
+    acquired_at: String,
+    expires_at: String,
+    metadata: &'a BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Waiter<'a> {
+    owner: &'a str,
+    mode: &'static str,
+    since: String,
+}
+
+/// What a watch tells.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Event<'a> {
+    Snapshot { key: Key<'a> },
+    SnapshotEnd,
+    Change { kind: &'static str, key: Key<'a> },
+    Interrupted { cause: &'a str },
+}
+
+impl<'a> From<&'a KeyInfo> for Key<'a> {
+    fn from(info: &'a KeyInfo) -> Self {
+        Self {
+            key: &info.key,
+            state: state(info.state),
+            token: info.token.get(),
+            holders: info.holders.iter().map(Holder::from).collect(),
+            waiters: info.waiters.iter().map(Waiter::from).collect(),
+            blocked_until: info.blocked_until.map(time),
+        }
+    }
+}
+
+impl<'a> From<&'a HolderInfo> for Holder<'a> {
+    fn from(info: &'a HolderInfo) -> Self {
+        Self {
+            owner: &info.owner,
+            token: info.token.get(),
+            mode: mode(info.mode),
+            ttl_ms: milliseconds(info.ttl),
+            remaining_ms: milliseconds(info.remaining),
+            acquired_at: time(info.acquired_at),
+            expires_at: time(info.expires_at),
+            metadata: &info.metadata,
+        }
+    }
+}
+
+impl<'a> From<&'a WaiterInfo> for Waiter<'a> {
+    fn from(info: &'a WaiterInfo) -> Self {
+        Self { owner: &info.owner, mode: mode(info.mode), since: time(info.since) }
+    }
+}
+
+impl<'a> Event<'a> {
+    /// `None` for what this version does not know.
+    pub(crate) fn of(event: &'a WatchEvent) -> Option<Self> {
+        Some(match event {
+            WatchEvent::Snapshot(key) => Self::Snapshot { key: key.into() },
+            WatchEvent::SnapshotEnd => Self::SnapshotEnd,
+            WatchEvent::Change { kind, key } => Self::Change { kind: change(*kind), key: key.into() },
+            WatchEvent::Interrupted { cause } => Self::Interrupted { cause },
+            _ => return None,
+        })
+    }
+}
+
+/// The word for a state.
+pub(crate) fn state(state: KeyState) -> &'static str {
+    match state {
+        KeyState::Held => "held",
+        KeyState::Lapsed => "lapsed",
+        _ => "free",
+    }
+}
+
+/// The word for a mode.
+pub(crate) fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Shared => "shared",
+        _ => "exclusive",
+    }
+}
+
+/// The word for a change.
+pub(crate) fn change(kind: ChangeKind) -> &'static str {
+    match kind {
+        ChangeKind::Granted => "granted",
+        ChangeKind::Released => "released",
+        ChangeKind::Lapsed => "lapsed",
+        ChangeKind::Revoked => "revoked",
+        ChangeKind::Queued => "queued",
+        ChangeKind::LeftQueue => "left_queue",
+        _ => "other",
+    }
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
+    duration.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+/// A time as RFC 3339, in UTC.
+pub(crate) fn time(time: SystemTime) -> String {
+    format_rfc3339_millis(time).to_string()
+}

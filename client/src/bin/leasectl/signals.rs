@@ -1,0 +1,62 @@
+//! Signals that are passed on, as they come.
+
+use std::io;
+
+use rustix::process::Signal;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// Those that end a program that does not heed them.
+pub(crate) const ENDING: &[Signal] = &[Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM];
+/// The others that a command is told of.
+pub(crate) const OTHER: &[Signal] = &[Signal::USR1, Signal::USR2, Signal::WINCH, Signal::TSTP, Signal::CONT];
+
+/// Signals that wait to be passed on. The same one twice may come as one, as with the system itself.
+const WAITING: usize = 32;
+
+/// Signals to this process. What it was started to ignore, as by `nohup`, it and its command go on ignoring.
+pub(crate) struct Signals {
+    sender: mpsc::Sender<Signal>,
+    receiver: mpsc::Receiver<Signal>,
+    ignored: u64,
+}
+
+impl Signals {
+    pub(crate) fn new(wanted: &[Signal]) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel(WAITING);
+        let signals = Self { sender, receiver, ignored: ignored() };
+        signals.add(wanted)?;
+        Ok(signals)
+    }
+
+    /// Hears of these, too.
+    pub(crate) fn add(&self, wanted: &[Signal]) -> io::Result<()> {
+        for &wanted in wanted {
+            if self.ignored & (1 << (wanted.as_raw() - 1)) != 0 {
+                continue;
+            }
+            let mut signals = signal(SignalKind::from_raw(wanted.as_raw()))?;
+            let sender = self.sender.clone();
+            // Ends with the process.
+            tokio::spawn(async move {
+                while signals.recv().await.is_some() && sender.send(wanted).await.is_ok() {}
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn next(&mut self) -> Signal {
+        match self.receiver.recv().await {
+            Some(signal) => signal,
+            // Does not happen: a sender is at hand.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// The signals that this process was started to ignore, a bit each (`SigIgn` in proc(5)); none where there is no such file.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
+}

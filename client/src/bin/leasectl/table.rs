@@ -1,0 +1,123 @@
+//! Answers for people: aligned, without borders, and without a lease id but of the lease that was just acquired.
+
+use std::time::Duration;
+
+use comfy_table::{Cell, ContentArrangement, Table, presets::NOTHING};
+use humantime::format_duration;
+use leased_client::{HolderInfo, KeyInfo, WaiterInfo};
+
+use crate::json::{mode, state, time};
+
+/// A table of these rows under a header.
+pub(crate) fn rows<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+    let mut table = Table::new();
+    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(header);
+    for row in rows {
+        table.add_row(row.map(Cell::new));
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    lines.join("\n")
+}
+
+/// Keys, a row each.
+pub(crate) fn keys(keys: &[KeyInfo]) -> String {
+    rows(["KEY", "STATE", "HOLDER", "TOKEN", "LEFT", "WAITING"], keys.iter().map(key_row))
+}
+
+fn key_row(info: &KeyInfo) -> [String; 6] {
+    let left = info.holders.iter().map(|holder| holder.remaining).max();
+    [
+        plain(&info.key),
+        state(info.state).to_owned(),
+        holders(&info.holders),
+        info.token.to_string(),
+        left.map_or_else(|| "-".to_owned(), duration),
+        info.waiters.len().to_string(),
+    ]
+}
+
+/// The holders in a word.
+pub(crate) fn holders(holders: &[HolderInfo]) -> String {
+    match holders {
+        [] => "-".to_owned(),
+        [holder] => plain(&holder.owner),
+        [holder, others @ ..] => format!("{} and {} more", plain(&holder.owner), others.len()),
+    }
+}
+
+/// All there is to know of one key.
+pub(crate) fn key(info: &KeyInfo) -> String {
+    let mut text = format!("{}  {}  token {}", plain(&info.key), state(info.state), info.token);
+    if let Some(until) = info.blocked_until {
+        text += &format!("\nblocked until {}", time(until));
+    }
+    if !info.holders.is_empty() {
+        let header = ["HOLDER", "MODE", "TOKEN", "LEFT", "TTL", "SINCE", "METADATA"];
+        text += &format!("\n\n{}", rows(header, info.holders.iter().map(holder_row)));
+    }
+    if !info.waiters.is_empty() {
+        let waiters = info.waiters.iter().enumerate().map(waiter_row);
+        text += &format!("\n\n{}", rows(["PLACE", "WAITER", "MODE", "SINCE"], waiters));
+    }
+    text
+}
+
+fn holder_row(holder: &HolderInfo) -> [String; 7] {
+    let label = |(name, value): (&String, &String)| format!("{}={}", plain(name), plain(value));
+    let labels: Vec<String> = holder.metadata.iter().map(label).collect();
+    [
+        plain(&holder.owner),
+        mode(holder.mode).to_owned(),
+        holder.token.to_string(),
+        duration(holder.remaining),
+        duration(holder.ttl),
+        time(holder.acquired_at),
+        if labels.is_empty() { "-".to_owned() } else { labels.join(" ") },
+    ]
+}
+
+fn waiter_row((index, waiter): (usize, &WaiterInfo)) -> [String; 4] {
+    [(index + 1).to_string(), plain(&waiter.owner), mode(waiter.mode).to_owned(), time(waiter.since)]
+}
+
+/// A duration as people write it, no finer than they need: milliseconds below ten seconds, else seconds.
+pub(crate) fn duration(duration: Duration) -> String {
+    let rounded = match duration {
+        short if short < Duration::from_secs(10) => Duration::from_millis(short.as_millis() as u64),
+        long => Duration::from_secs(long.as_secs()),
+    };
+    format_duration(rounded).to_string()
+}
+
+/// Labels are anybody's: what could steer a terminal is shown and not sent.
+pub(crate) fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            plain.extend(character.escape_default());
+        } else {
+            plain.push(character);
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_no_finer_than_people_need() {
+        assert_eq!(duration(Duration::from_micros(9_876_543)), "9s 876ms");
+        assert_eq!(duration(Duration::from_millis(29_999)), "29s");
+        assert_eq!(duration(Duration::ZERO), "0s");
+    }
+
+    #[test]
+    fn labels_cannot_steer_a_terminal() {
+        assert_eq!(plain("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
+    }
+}

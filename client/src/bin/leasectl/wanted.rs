@@ -1,0 +1,80 @@
+//! A lease, waited for: with a line about the wait on a terminal, and without leaving anything behind when a signal ends it.
+
+use std::convert::Infallible;
+use std::io::{IsTerminal, stderr};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressFinish};
+use leased_client::{Client, KeyInfo, Lease};
+use tokio::time::{Instant, sleep};
+
+use crate::args::Wish;
+use crate::failure::Failure;
+use crate::owner;
+use crate::signals::Signals;
+use crate::table;
+use crate::times::Times;
+
+/// A wait shorter than this needs no words.
+const QUIET: Duration = Duration::from_millis(400);
+/// Between looks at the line.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Waits for the lease.
+pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) -> Result<Lease, Failure> {
+    let owner = wish.owner.unwrap_or_else(owner::label);
+    let until = Instant::now() + wish.wait;
+    let mut acquire = client
+        .acquire(&wish.key)
+        .ttl(wish.ttl)
+        .wait(wish.wait)
+        .owner(&owner)
+        .min_hold(wish.min_hold)
+        .margin(Times::of(wish.ttl).margin);
+    acquire.extend(wish.metadata);
+    if let Some(limit) = wish.shared {
+        acquire = acquire.shared(limit);
+    }
+    let signal = tokio::select! {
+        biased;
+        lease = acquire.into_future() => return Ok(lease?),
+        signal = signals.next() => signal,
+        never = show(client, &wish.key, &owner, until) => match never {},
+    };
+    // The place in line, or the lease that was granted just now.
+    client.settle().await;
+    Err(Failure::Signal(signal.as_raw()))
+}
+
+/// Shows how the wait goes, if anybody looks.
+async fn show(client: &Client, key: &str, owner: &str, until: Instant) -> Infallible {
+    if !stderr().is_terminal() {
+        return std::future::pending().await;
+    }
+    sleep(QUIET).await;
+    let line = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
+    loop {
+        let info = client.get(key).await.ok();
+        let left = until.saturating_duration_since(Instant::now()).as_secs();
+        let left = table::duration(Duration::from_secs(left));
+        line.set_message(format!("{}; giving up in {left}", standing(key, owner, info.as_ref())));
+        line.tick();
+        sleep(LOOK).await;
+    }
+}
+
+/// Who holds the key, and how many come before `owner`.
+fn standing(key: &str, owner: &str, info: Option<&KeyInfo>) -> String {
+    let key = table::plain(key);
+    let Some(info) = info else {
+        return format!("waiting for {key}: no daemon answers");
+    };
+    let holders = match info.holders.as_slice() {
+        [] => "blocked".to_owned(),
+        holders => format!("held by {}", table::holders(holders)),
+    };
+    // Labels prove nothing: of several with the same, the last one may be this.
+    let place = info.waiters.iter().rposition(|waiter| waiter.owner == owner);
+    let place = place.map(|place| format!(", place {} of {} in line", place + 1, info.waiters.len()));
+    format!("waiting for {key}: {holders}{}", place.unwrap_or_default())
+}

@@ -1,0 +1,59 @@
+//! A line per change.
+
+use std::time::SystemTime;
+
+use leased_client::{Client, KeyInfo, WatchEvent};
+use tokio_stream::StreamExt;
+
+use crate::failure::Failure;
+use crate::json::{Event, change, state, time};
+use crate::output::{Output, json};
+use crate::table;
+
+/// Prints what happens, until a signal ends the process.
+pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) -> Result<u8, Failure> {
+    // A watch waits for daemons for as long as it takes. Whoever starts one wants to know that there is none.
+    let mut first = client.list(prefix.clone()).page_size(1).stream();
+    first.try_next().await?;
+    let mut events = client.watch(prefix).stream();
+    while let Some(event) = events.try_next().await? {
+        let line = match output.is_json() {
+            true => Event::of(&event).map(|event| json(&event)).transpose()?,
+            false => text(&event),
+        };
+        if let Some(line) = line {
+            output.line(&line)?;
+        }
+    }
+    Ok(0)
+}
+
+/// The line for people, if the event needs one.
+fn text(event: &WatchEvent) -> Option<String> {
+    match event {
+        WatchEvent::Snapshot(key) => Some(line(state(key.state), key)),
+        WatchEvent::Change { kind, key } => Some(line(change(*kind), key)),
+        WatchEvent::Interrupted { cause } => {
+            eprintln!(
+                "leasectl: the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
+            );
+            None
+        }
+        _ => None,
+    }
+}
+
+fn line(word: &str, key: &KeyInfo) -> String {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "for people: when this line was printed; it decides nothing"
+    )]
+    let now = time(SystemTime::now());
+    let holders = table::holders(&key.holders);
+    format!(
+        "{now}  {word:<10}  {}  token {}  holder {holders}  waiting {}",
+        table::plain(&key.key),
+        key.token,
+        key.waiters.len()
+    )
+}
