@@ -1,0 +1,187 @@
+//! The commands that answer at once, for people and for scripts.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use crate::support::{Daemon, Process, end, leasectl};
+
+/// The names of the fields of an object.
+fn names(value: &Value) -> Vec<&str> {
+    value.as_object().unwrap().keys().map(String::as_str).collect()
+}
+
+#[test]
+fn a_script_acquires_touches_and_releases() {
+    let daemon = Daemon::start();
+    let acquired = daemon.json(&["acquire", "a/key", "--ttl=20s"]);
+    assert_eq!(names(&acquired), ["key", "lease_id", "token", "ttl_ms"]);
+    assert_eq!((&acquired["key"], &acquired["ttl_ms"]), (&json!("a/key"), &json!(20_000)));
+    let id = acquired["lease_id"].as_str().unwrap();
+
+    let touched = daemon.json(&["touch", "a/key", id]);
+    assert_eq!((names(&touched), &touched["key"]), (vec!["key", "remaining_ms"], &json!("a/key")));
+    assert!((10_000..=20_000).contains(&touched["remaining_ms"].as_i64().unwrap()), "{touched}");
+
+    // The id is a secret: from the environment, and from standard input.
+    let touched = end(daemon.leasectl(&["touch", "a/key"]).env("LEASED_ID", id));
+    assert_eq!(touched.code, Some(0), "{}", touched.stderr);
+    assert!(touched.stdout.starts_with("a/key lasts "), "{}", touched.stdout);
+    let mut command = daemon.leasectl(&["--output=json", "release", "a/key", "-"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut release = command.spawn().unwrap();
+    writeln!(release.stdin.take().unwrap(), "{id}").unwrap();
+    let released = release.wait_with_output().unwrap();
+    assert_eq!(released.stdout, b"{\"key\":\"a/key\",\"released\":true}\n");
+
+    let gone = daemon.end(&["touch", "a/key", id]);
+    assert_eq!(gone.code, Some(73));
+    assert_eq!(gone.stderr, "leasectl: the lease is lost (released); acquire it again\n");
+}
+
+#[test]
+fn a_key_is_shown_with_its_holder_and_its_line() {
+    let daemon = Daemon::start();
+    let labels = ["--metadata=build=12", "--metadata=why=a=b"];
+    daemon.json(&[&["acquire", "a/key", "--owner=first", "--min-hold=1s"][..], &labels].concat());
+    let mut second = daemon.leasectl(&["acquire", "a/key", "--owner=second", "--shared=2"]);
+    let _second = Process::spawn(second.stdout(Stdio::null()));
+    daemon.until_key("a/key", |key| !key["waiters"].as_array().unwrap().is_empty());
+
+    let key = daemon.json(&["get", "a/key"]);
+    assert_eq!(names(&key), ["blocked_until", "holders", "key", "state", "token", "waiters"]);
+    assert_eq!((&key["key"], &key["state"]), (&json!("a/key"), &json!("held")));
+    let holder = &key["holders"][0];
+    let expected =
+        ["acquired_at", "expires_at", "metadata", "mode", "owner", "remaining_ms", "token", "ttl_ms"];
+    assert_eq!(names(holder), expected);
+    assert_eq!((&holder["owner"], &holder["mode"]), (&json!("first"), &json!("exclusive")));
+    assert_eq!(holder["metadata"], json!({ "build": "12", "why": "a=b" }));
+    assert_eq!((&holder["ttl_ms"], &holder["token"]), (&json!(30_000), &key["token"]));
+    assert!(holder["acquired_at"].as_str().unwrap().ends_with('Z'), "{holder}");
+    let waiter = &key["waiters"][0];
+    assert_eq!(names(waiter), ["mode", "owner", "since"]);
+    assert_eq!((&waiter["owner"], &waiter["mode"]), (&json!("second"), &json!("shared")));
+
+    let text = daemon.end(&["get", "a/key"]).stdout;
+    for shown in ["a/key  held  token ", "first", "build=12 why=a=b", "30s", "PLACE", "second", "shared"] {
+        assert!(text.contains(shown), "{shown}: {text}");
+    }
+}
+
+#[test]
+fn keys_are_listed_by_prefix() {
+    let daemon = Daemon::start();
+    assert_eq!(daemon.json(&["ls"]), json!([]));
+    for key in ["a/1", "a/2", "b/1"] {
+        daemon.json(&["acquire", key, "--owner=o\u{1b}[2J"]);
+    }
+    assert_eq!(daemon.end(&["run", "a/free", "--", "true"]).code, Some(0));
+    let keys = |arguments: &[&str]| -> Vec<String> {
+        let keys = daemon.json(arguments);
+        let keys = keys.as_array().unwrap().iter().map(|key| key["key"].as_str().unwrap().to_owned());
+        keys.collect()
+    };
+    assert_eq!(keys(&["ls"]), ["a/1", "a/2", "b/1"]);
+    assert_eq!(keys(&["ls", "a/"]), ["a/1", "a/2"]);
+    assert_eq!(keys(&["ls", "a/", "--all"]), ["a/1", "a/2", "a/free"]);
+
+    let text = daemon.end(&["ls", "b/"]).stdout;
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("KEY  STATE  HOLDER"), "{text}");
+    assert!(lines.len() == 2 && lines[1].starts_with("b/1  held   o\\u{1b}[2J"), "{text}");
+}
+
+#[test]
+fn a_watch_tells_of_every_change() {
+    let daemon = Daemon::start();
+    let acquired = daemon.json(&["acquire", "a/key"]);
+    let watch = |arguments: &[&str]| {
+        let mut command = daemon.leasectl(&[arguments, &["watch", "a/"]].concat());
+        Process::spawn(command.stdout(Stdio::piped()))
+    };
+    let (mut text, mut json) = (watch(&[]), watch(&["--output=json"]));
+    let mut texts = text.lines();
+    let mut objects = json.lines().map(|line| serde_json::from_str::<Value>(&line).unwrap());
+    let first = texts.next().unwrap();
+    assert!(first.contains("  held        a/key  token "), "{first}");
+    let snapshot = objects.next().unwrap();
+    assert_eq!((&snapshot["event"], &snapshot["key"]["key"]), (&json!("snapshot"), &json!("a/key")));
+    assert_eq!(objects.next().unwrap(), json!({ "event": "snapshot_end" }));
+
+    daemon.json(&["release", "a/key", acquired["lease_id"].as_str().unwrap()]);
+    let change = objects.next().unwrap();
+    assert_eq!(names(&change), ["event", "key", "kind"]);
+    assert_eq!((&change["event"], &change["kind"]), (&json!("change"), &json!("released")));
+    assert_eq!(change["key"]["state"], json!("free"));
+    let second = texts.next().unwrap();
+    assert!(second.contains("  released    a/key  token ") && second.contains("holder -"), "{second}");
+    // Both end with the next line, for nobody reads on.
+    drop((texts, objects));
+    daemon.json(&["acquire", "a/key"]);
+    assert_eq!((text.end().code, json.end().code), (Some(0), Some(0)));
+}
+
+#[test]
+fn an_operator_takes_a_lease_away() {
+    let daemon = Daemon::start();
+    let acquired = daemon.json(&["acquire", "a/key"]);
+    let token = acquired["token"].as_i64().unwrap();
+    let other = daemon.end(&["revoke", "a/key", "--reason=test", "--token", &(token + 1).to_string()]);
+    assert_eq!((other.code, other.stdout.as_str()), (Some(1), ""));
+    assert_eq!(other.stderr, "leasectl: nobody holds that lease; see `leasectl get`\n");
+    let revoked = daemon.json(&["revoke", "a/key", "--reason=test", "--token", &token.to_string()]);
+    assert_eq!(revoked, json!({ "key": "a/key", "revoked": 1 }));
+    let lost = daemon.end(&["touch", "a/key", acquired["lease_id"].as_str().unwrap()]);
+    assert_eq!((lost.code, lost.stderr.contains("revoked")), (Some(73), true));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let daemon = Daemon::start();
+    for number in 0..3 {
+        daemon.json(&["acquire", &format!("{number:0>500}")]);
+    }
+    let mut command = daemon.leasectl(&["ls"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    drop(process.stdout.take());
+    let ended = process.wait_with_output().unwrap();
+    assert_eq!((ended.status.code(), ended.stderr), (Some(0), Vec::new()));
+}
+
+#[test]
+fn help_shows_units_defaults_and_environment_variables() {
+    let commands = ["run", "acquire", "touch", "release", "get", "ls", "watch", "revoke", "completions"];
+    let top = end(&mut leasectl(&["--help"]));
+    assert_eq!(top.code, Some(0));
+    for command in commands {
+        assert!(top.stdout.contains(&format!("\n  {command} ")), "{command}: {}", top.stdout);
+        let help = end(&mut leasectl(&[command, "--help"]));
+        assert_eq!(help.code, Some(0));
+        assert!(help.stdout.contains("LEASED_ENDPOINT"), "{}", help.stdout);
+        assert!(!help.stdout.lines().any(|line| line.chars().count() > 120), "{}", help.stdout);
+    }
+    assert!(!top.stdout.contains("\n  man "), "{}", top.stdout);
+    let run = end(&mut leasectl(&["run", "--help"])).stdout;
+    for shown in ["LEASED_TTL", "[default: 30s]", "[default: 1h]", "73", "USER@HOST:PID", "NAME=VALUE"] {
+        assert!(run.contains(shown), "{shown}: {run}");
+    }
+    let hidden = end(leasectl(&["touch", "--help"]).env("LEASED_ID", "a-secret"));
+    assert!(!hidden.stdout.contains("a-secret"));
+}
+
+#[test]
+fn completions_and_the_manual_are_printed() {
+    for shell in ["bash", "zsh", "fish"] {
+        let completions = end(&mut leasectl(&["completions", shell]));
+        assert_eq!(completions.code, Some(0));
+        assert!(completions.stdout.contains("leasectl") && completions.stdout.contains("revoke"));
+    }
+    let page = end(&mut leasectl(&["man"])).stdout;
+    assert!(page.contains(".TH leasectl ") && page.contains("LEASED_ENDPOINT"), "{page}");
+    let page = end(&mut leasectl(&["man", "run"])).stdout;
+    assert!(page.contains("leasectl-run") && page.contains("SIGKILL"), "{page}");
+    assert_eq!(end(&mut leasectl(&["man", "nonsense"])).code, Some(2));
+}

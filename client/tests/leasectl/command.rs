@@ -1,0 +1,171 @@
+//! A command under a lease that is kept.
+
+use std::process::Stdio;
+
+use rstest::rstest;
+use rustix::process::{Signal, kill_process};
+
+use crate::support::{Daemon, Process, end, lines, pid_in, state, until};
+
+#[test]
+fn a_command_sees_its_lease_and_its_exit_code_is_that_of_leasectl() {
+    let daemon = Daemon::start();
+    let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", "echo $LEASED_KEY $LEASED_TOKEN; exit 7"]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(7), ""));
+    let key = daemon.json(&["get", "a/key"]);
+    assert_eq!(ended.stdout, format!("a/key {}\n", key["token"]));
+    assert_eq!(key["state"], "free", "given back");
+    for (script, code) in [("exit 0", 0), ("exit 255", 255), ("kill -TERM $$", 143), ("kill -KILL $$", 137)] {
+        assert_eq!(daemon.end(&["run", "a/key", "--", "sh", "-c", script]).code, Some(code), "{script}");
+    }
+}
+
+#[test]
+fn options_come_from_the_environment_too() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let script = format!("echo $$ > {}; sleep 600", started.display());
+    let mut command = daemon.leasectl(&["run", "a/key", "--", "sh", "-c", &script]);
+    command.env("LEASED_TTL", "7s").env("LEASED_OWNER", "me").env("LEASED_SHARED", "3");
+    command.env("LEASED_METADATA", "a=1\nb=2,3").env("LEASED_OUTPUT", "json");
+    let _run = Process::spawn(&mut command);
+    lines(&started, 1);
+    let holder = &daemon.json(&["get", "a/key"])["holders"][0];
+    assert_eq!((&holder["owner"], &holder["mode"]), (&"me".into(), &"shared".into()));
+    assert_eq!((holder["ttl_ms"].as_i64(), &holder["metadata"]["b"]), (Some(7_000), &"2,3".into()));
+}
+
+#[test]
+fn a_command_that_cannot_be_started_leaves_no_lease() {
+    let daemon = Daemon::start();
+    for (program, code) in [("/no/such/program", 127), ("no-such-program", 127), ("/dev/null", 126)] {
+        let ended = daemon.end(&["run", "a/key", "--", program]);
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        assert!(ended.stderr.starts_with(&format!("leasectl: {program} ")), "{ended:?}");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free");
+    }
+}
+
+#[rstest]
+fn signals_are_passed_on_to_the_whole_group(
+    #[values(
+        Signal::HUP,
+        Signal::INT,
+        Signal::QUIT,
+        Signal::TERM,
+        Signal::USR1,
+        Signal::USR2,
+        Signal::WINCH
+    )]
+    signal: Signal,
+) {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    // A child of the command hears of it, too.
+    let script = r#"
+        number=$1; folder=$2
+        ( trap "echo child >> $folder/heard; exit 0" $number; echo ready >> $folder/ready; while :; do sleep 0.01; done ) &
+        trap "echo command >> $folder/heard; wait; exit 9" $number
+        echo ready >> $folder/ready
+        while :; do sleep 0.01; done"#;
+    let mut command = daemon.leasectl(&["run", "a/key", "--", "bash", "-c", script, "bash"]);
+    let process = Process::spawn(command.arg(signal.as_raw().to_string()).arg(folder.path()));
+    lines(&folder.path().join("ready"), 2);
+    process.signal(signal);
+    let mut heard = lines(&folder.path().join("heard"), 2);
+    heard.sort();
+    assert_eq!(heard, ["child", "command"]);
+    assert_eq!(process.end().code, Some(9));
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free");
+}
+
+#[test]
+fn what_is_ignored_stays_ignored() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let script =
+        format!("trap '' HUP; exec \"$@\" -- sh -c 'echo $$ > {}; exec sleep 600'", started.display());
+    let leasectl = daemon.leasectl(&[]);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &script, "sh"]).arg(leasectl.get_program()).args(["run", "a/key"]);
+    let mut process = Process::spawn(command.env("LEASED_ENDPOINT", daemon.url()));
+    let sleep = pid_in(&started);
+    process.signal(Signal::HUP);
+    kill_process(sleep, Signal::HUP).unwrap();
+    process.signal(Signal::TERM);
+    until(|| !process.is_running());
+    assert_eq!(process.end().code, Some(143), "TERM, which came after HUP");
+}
+
+#[test]
+fn a_stop_and_a_continue_are_passed_on_and_the_lease_is_kept() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let script = format!("echo $$ > {}; exec sleep 600", started.display());
+    let command = daemon.leasectl(&["run", "a/key", "--ttl=500ms", "--", "sh", "-c", &script]);
+    // In a session of its own, where no shell would continue it.
+    let mut setsid = std::process::Command::new("setsid");
+    setsid.arg(command.get_program()).args(command.get_args()).env("LEASED_ENDPOINT", daemon.url());
+    let process = Process::spawn(setsid.stderr(Stdio::piped()));
+    let sleep = pid_in(&started);
+    process.signal(Signal::TSTP);
+    until(|| state(sleep) == Some('T'));
+    let token = &daemon.json(&["get", "a/key"])["token"];
+    let expires = |key: &serde_json::Value| key["holders"][0]["expires_at"].as_str().unwrap().to_owned();
+    let before = expires(&daemon.json(&["get", "a/key"]));
+    daemon.until_key("a/key", |key| &key["token"] == token && expires(key) > before);
+    process.signal(Signal::CONT);
+    until(|| state(sleep) == Some('S'));
+    process.signal(Signal::TERM);
+    assert_eq!(process.end().code, Some(143));
+}
+
+#[test]
+fn a_signal_while_waiting_leaves_the_line() {
+    let daemon = Daemon::start();
+    daemon.json(&["acquire", "a/key"]);
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let mut command = daemon.leasectl(&["run", "a/key", "--", "true"]);
+        let process = Process::spawn(command.stderr(Stdio::piped()));
+        daemon.until_key("a/key", |key| key["waiters"].as_array().unwrap().len() == 1);
+        process.signal(signal);
+        let ended = process.end();
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(code), ""));
+        daemon.until_key("a/key", |key| key["waiters"].as_array().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn commands_under_one_key_never_overlap() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let script = "echo begin >> $0; sleep 0.02; echo end >> $0";
+    let runs: Vec<Process> = (0..10)
+        .map(|_| {
+            let mut command = daemon.leasectl(&["run", "a/key", "--", "sh", "-c", script]);
+            Process::spawn(command.arg(&log))
+        })
+        .collect();
+    for run in runs {
+        assert_eq!(run.end().code, Some(0));
+    }
+    let expected: Vec<&str> = ["begin", "end"].into_iter().cycle().take(20).collect();
+    assert_eq!(lines(&log, 20), expected);
+}
+
+#[test]
+fn what_a_command_leaves_running_is_its_own_affair() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let left = folder.path().join("left");
+    let script = "sleep 600 > /dev/null 2>&1 & echo $! > $0";
+    let ended = end(daemon.leasectl(&["run", "a/key", "--", "sh", "-c", script]).arg(&left));
+    assert_eq!(ended.code, Some(0));
+    let left = pid_in(&left);
+    assert!(matches!(state(left), Some('S')), "{:?}", state(left));
+    kill_process(left, Signal::KILL).unwrap();
+}

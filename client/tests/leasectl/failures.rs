@@ -1,0 +1,129 @@
+//! What goes wrong: exit codes, and sentences that say what to do.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+
+use crate::support::{Daemon, Ended, end, leasectl};
+
+/// It ended so, with one sentence.
+fn assert_says(ended: &Ended, code: i32, words: &[&str]) {
+    assert_eq!(ended.code, Some(code), "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
+    assert!(ended.stderr.starts_with("leasectl: ") && ended.stdout.is_empty(), "{ended:?}");
+    for word in words {
+        assert!(ended.stderr.contains(word), "{word}: {ended:?}");
+    }
+}
+
+#[test]
+fn held_by_another_is_75_and_names_the_holder() {
+    let daemon = Daemon::start();
+    daemon.json(&["acquire", "a/key", "--owner=first"]);
+    for wait in ["--wait=0", "--wait=100ms"] {
+        assert_says(&daemon.end(&["acquire", "a/key", wait]), 75, &["first", "--wait"]);
+        let run = ["run", "a/key", wait, "--", "echo", "ran"];
+        assert_says(&daemon.end(&run), 75, &["first", "--wait"]);
+    }
+    let held = daemon.end(&["run", "b/key", "--min-hold=60s", "--", "true"]);
+    assert_eq!(held.code, Some(0), "{held:?}");
+    assert_says(&daemon.end(&["acquire", "b/key", "--wait=0"]), 75, &["blocked", "--min-hold"]);
+}
+
+#[test]
+fn an_unknown_key_is_1_and_a_lost_lease_73() {
+    let daemon = Daemon::start();
+    assert_says(&daemon.end(&["get", "a/key"]), 1, &["never leased", "ls --all"]);
+    assert_says(&daemon.end(&["revoke", "a/key", "--reason=test"]), 1, &["nobody holds"]);
+    let id = "0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02";
+    assert_says(&daemon.end(&["touch", "a/key", id]), 73, &["acquire it again"]);
+    assert_says(&daemon.end(&["release", "a/key", id]), 73, &["acquire it again"]);
+}
+
+#[test]
+fn wrong_usage_is_2() {
+    let daemon = Daemon::start();
+    for (arguments, named) in [
+        (&[][..], "--help"),
+        (&["nonsense"], "nonsense"),
+        (&["ls", "--nonsense"], "--nonsense"),
+        (&["run", "a/key"], "CMD"),
+        (&["run", "a/key", "--"], "CMD"),
+        (&["run", "a/key", "--ttl=soon", "--", "true"], "--ttl"),
+        (&["run", "a/key", "--wait=9999years", "--", "true"], "--wait"),
+        (&["run", "a/key", "--ttl=1ms", "--", "true"], "ttl must be between"),
+        (&["acquire", "a/key", "--wait=2h"], "wait"),
+        (&["acquire", "a/key", "--metadata=x"], "NAME=VALUE"),
+        (&["acquire", ""], "key"),
+        (&["revoke", "a/key"], "--reason"),
+        (&["revoke", "a/key", "--reason=r", "--token=0"], "--token"),
+        (&["touch", "a/key"], "ID"),
+        (&["touch", "a/key", "nonsense"], "UUID"),
+        (&["--endpoint=nonsense", "ls"], "endpoint"),
+        (&["--output=xml", "ls"], "--output"),
+    ] {
+        assert_says(&daemon.end(arguments), 2, &[named]);
+    }
+}
+
+#[test]
+fn no_daemon_is_69() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = format!("http://{closed}");
+    for command in [
+        &["ls"][..],
+        &["get", "a/key"],
+        &["watch"],
+        &["acquire", "a/key", "--wait=0"],
+        &["run", "a/key", "--wait=0", "--", "true"],
+    ] {
+        let mut arguments = vec!["--endpoint", &url, "--timeout=200ms"];
+        arguments.extend(command);
+        assert_says(&end(&mut leasectl(&arguments)), 69, &[&url, "refused", "LEASED_ENDPOINT"]);
+    }
+}
+
+#[test]
+fn any_of_several_daemons_may_answer() {
+    let daemon = Daemon::start();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    for _ in 0..8 {
+        let both = format!("http://{closed},{}", daemon.url());
+        let ended = end(leasectl(&["ls"]).env("LEASED_ENDPOINT", both));
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+    }
+}
+
+/// Answers each connection's first bytes with this, and reads on.
+fn stranger(answer: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            std::thread::spawn(move || {
+                let mut stream = stream.unwrap();
+                drop(stream.read(&mut [0; 1024]));
+                drop(stream.write_all(answer));
+                drop(std::io::copy(&mut stream, &mut std::io::sink()));
+            });
+        }
+    });
+    url
+}
+
+#[test]
+fn what_is_not_leased_is_69_and_said_so() {
+    let http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    // SETTINGS, their acknowledgement, and a response to the first request: 404, indexed in HPACK's static table.
+    let http2 = b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0\0\0\x01\x01\x05\0\0\0\x01\x8d";
+    for (answer, why) in [
+        (&http[..], "HTTP/1"),
+        (b"220 mail.example ESMTP ready\r\n", "does not speak gRPC"),
+        (b"", "says nothing"),
+        (http2, "no leases"),
+    ] {
+        let url = stranger(answer);
+        let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "ls"]));
+        assert_says(&ended, 69, &[&url, "is not leased", why]);
+    }
+}

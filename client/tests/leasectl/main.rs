@@ -1,0 +1,27 @@
+//! leasectl as a process, against daemons that are processes, too.
+
+#![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "processes are watched from a plain thread, by the host's clock"
+)]
+
+mod support;
+
+/// The commands that answer at once, for people and for scripts.
+mod answers;
+
+/// What goes wrong: exit codes, and sentences that say what to do.
+mod failures;
+
+/// A command under a lease that is kept.
+mod command;
+
+/// A command whose lease is lost, or nearly so.
+mod lost;
+
+/// A command at a terminal.
+mod terminal;
+
+/// A command never runs past its lease: at random moments, many times.
+mod trials;

@@ -1,0 +1,234 @@
+//! Processes that end with the test, and calls of leasectl.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longer than anything here takes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The daemon's program. It is of another package, so cargo is asked for it: nothing is left to do for it when all tests
+/// of the workspace are run, and one that is stale is built anew when only these are.
+fn daemon_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let profile = Path::new(env!("CARGO_BIN_EXE_leasectl")).parent().and_then(Path::file_name).unwrap();
+        let profile = if profile == "debug" { "dev".as_ref() } else { profile };
+        let built = Command::new(env!("CARGO"))
+            .args(["test", "--workspace", "--locked", "--no-run", "--test", "process"])
+            .args(["--message-format", "json", "--profile"])
+            .arg(profile)
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let messages = String::from_utf8(built.stdout).unwrap();
+        let mut programs = messages.lines().filter_map(|line| {
+            let message: Value = serde_json::from_str(line).ok()?;
+            let is_daemon = message["target"]["name"] == "leased" && message["target"]["kind"][0] == "bin";
+            message["executable"].as_str().filter(|_| is_daemon).map(PathBuf::from)
+        });
+        programs.next_back().unwrap()
+    })
+}
+
+/// A daemon with the embedded store.
+pub(crate) struct Daemon {
+    process: Process,
+    folder: TempDir,
+    pub(crate) address: String,
+}
+
+impl Daemon {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (process, address) = Self::spawn(folder.path(), "127.0.0.1:0");
+        Self { process, folder, address }
+    }
+
+    fn spawn(folder: &Path, address: &str) -> (Process, String) {
+        let mut command = Command::new(daemon_program());
+        command.args(["--http-listen=off", "--listen", address]).current_dir(folder);
+        command.env_remove("LEASED_MONGODB_URI").stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stderr(File::create(folder.join("log")).unwrap());
+        let mut process = Process::spawn(&mut command);
+        let mut ready = String::new();
+        BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+        let address = ready.split_whitespace().find_map(|word| word.strip_prefix("grpc="));
+        let log = || std::fs::read_to_string(folder.join("log")).unwrap();
+        let address = address.unwrap_or_else(|| panic!("the daemon does not start: {}", log()));
+        (process, address.to_owned())
+    }
+
+    /// Ends it as a crash would.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again where it was.
+    pub(crate) fn restart(&mut self) {
+        self.process.kill();
+        (self.process, _) = Self::spawn(self.folder.path(), &self.address);
+    }
+
+    /// Stops it. On return no part of it does anything any more.
+    pub(crate) fn stop(&self) {
+        self.process.stop();
+    }
+
+    pub(crate) fn go_on(&self) {
+        self.process.signal(Signal::CONT);
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// leasectl with these arguments, for this daemon.
+    pub(crate) fn leasectl(&self, arguments: &[&str]) -> Command {
+        let mut command = leasectl(arguments);
+        command.env("LEASED_ENDPOINT", self.url());
+        command
+    }
+
+    /// Its exit code and what it says.
+    pub(crate) fn end(&self, arguments: &[&str]) -> Ended {
+        end(&mut self.leasectl(arguments))
+    }
+
+    /// Its answer, which must be one.
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
+        let ended = self.end(&[&["--output=json"], arguments].concat());
+        assert_eq!(ended.code, Some(0), "{arguments:?}: {}", ended.stderr);
+        serde_json::from_str(&ended.stdout).unwrap()
+    }
+
+    /// Waits until the key is so.
+    pub(crate) fn until_key(&self, key: &str, is_so: impl Fn(&Value) -> bool) {
+        until(|| self.is_key(key, &is_so));
+    }
+
+    /// Whether the key is so now.
+    pub(crate) fn is_key(&self, key: &str, is_so: impl Fn(&Value) -> bool) -> bool {
+        let ended = self.end(&["--output=json", "get", key]);
+        ended.code == Some(0) && is_so(&serde_json::from_str(&ended.stdout).unwrap())
+    }
+}
+
+/// leasectl with these arguments and an environment without settings.
+pub(crate) fn leasectl(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_leasectl"));
+    command.args(arguments).stdin(Stdio::null());
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("LEASED_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+pub(crate) fn end(command: &mut Command) -> Ended {
+    let output = command.output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Ended { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// A process that ends with the test.
+pub(crate) struct Process(Child);
+
+impl Process {
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap())
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.0)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.signal(Signal::STOP);
+        until(|| state(self.pid()) == Some('T'));
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+
+    /// The lines that it writes to its piped output.
+    pub(crate) fn lines(&mut self) -> impl Iterator<Item = String> + use<> {
+        BufReader::new(self.0.stdout.take().unwrap()).lines().map(Result::unwrap)
+    }
+
+    /// The exit code, once it has ended; and what it said on piped outputs.
+    pub(crate) fn end(mut self) -> Ended {
+        until(|| !self.is_running());
+        let mut ended = Ended { code: None, stdout: String::new(), stderr: String::new() };
+        ended.code = self.0.wait().unwrap().code();
+        if let Some(mut stdout) = self.0.stdout.take() {
+            stdout.read_to_string(&mut ended.stdout).unwrap();
+        }
+        if let Some(mut stderr) = self.0.stderr.take() {
+            stderr.read_to_string(&mut ended.stderr).unwrap();
+        }
+        ended
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Waits until it is so.
+pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "it does not come to be so");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The state of a process as ps(1) shows it: `T` is stopped, `Z` ended. `None` if there is no such process.
+pub(crate) fn state(pid: Pid) -> Option<char> {
+    let output = Command::new("ps").args(["-o", "state=", "-p", &pid.to_string()]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().chars().next()
+}
+
+/// Waits for the file to have lines, and returns them.
+pub(crate) fn lines(path: &Path, at_least: usize) -> Vec<String> {
+    let read = || std::fs::read_to_string(path).unwrap_or_default();
+    until(|| read().matches('\n').count() >= at_least);
+    read().lines().map(ToOwned::to_owned).collect()
+}
+
+/// The id of a process that has written it to this file.
+pub(crate) fn pid_in(path: &Path) -> Pid {
+    lines(path, 1)[0].parse().ok().and_then(Pid::from_raw).unwrap()
+}

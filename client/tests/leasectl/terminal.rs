@@ -1,0 +1,134 @@
+//! A command at a terminal: it has the keys, can be stopped and continued, and the wait is shown.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::support::{Daemon, Ended, Process, leasectl};
+
+/// Plays a person at a terminal: takes pairs of what to wait for on the screen and what to type then, and runs the rest
+/// of its arguments there. Its exit code is theirs; `^C` and `^Z` stand for those keys.
+const PERSON: &str = r#"
+import os, pty, re, select, sys, time
+count = int(sys.argv[1])
+script = [(sys.argv[2 + 2 * i], sys.argv[3 + 2 * i]) for i in range(count)]
+child, screen = pty.fork()
+if child == 0:
+    os.execvp(sys.argv[2 + 2 * count], sys.argv[2 + 2 * count:])
+seen, everything, end = b'', b'', time.monotonic() + 40
+while True:
+    while script and re.search(script[0][0].encode(), seen):
+        seen = b''
+        os.write(screen, script.pop(0)[1].replace('^C', '\x03').replace('^Z', '\x1a').encode())
+    if time.monotonic() > end:
+        print('WAITED IN VAIN FOR', script, 'AFTER', everything)
+        sys.exit(99)
+    try:
+        if not select.select([screen], [], [], 1)[0]:
+            continue
+        read = os.read(screen, 4096)
+    except OSError:
+        break
+    if not read:
+        break
+    seen += read
+    everything += read
+print(everything.decode(errors='replace'))
+status = os.waitpid(child, 0)[1]
+sys.exit(os.waitstatus_to_exitcode(status) if not script else 98)
+"#;
+
+/// What a person at a terminal sees, who runs `command` and types each second text when each first one (a regular
+/// expression) has been seen.
+fn at_terminal(daemon: &Daemon, script: &[(&str, &str)], command: &[&str]) -> Ended {
+    let mut person = Command::new("python3");
+    // The environment that a test has.
+    let plain = leasectl(&[]);
+    for (name, _) in plain.get_envs() {
+        person.env_remove(name);
+    }
+    person.args(["-c", PERSON, &script.len().to_string()]);
+    person.args(script.iter().flat_map(|(seen, typed)| [seen, typed])).args(command);
+    person.env("LEASED_ENDPOINT", daemon.url()).env("TERM", "xterm");
+    person.env("PATH", path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Process::spawn(&mut person).end()
+}
+
+/// With leasectl on it.
+fn path() -> String {
+    let folder = Path::new(env!("CARGO_BIN_EXE_leasectl")).parent().unwrap();
+    format!("{}:{}", folder.display(), std::env::var("PATH").unwrap())
+}
+
+#[test]
+fn a_command_reads_the_keys_and_the_terminal_comes_back() {
+    let daemon = Daemon::start();
+    // Nobody but leasectl gives it back here: a shell without job control goes on reading.
+    let script =
+        "leasectl run a/key -- sh -c 'echo ask; read x; echo got:$x:'; echo and; read y; echo then:$y:";
+    let ended = at_terminal(&daemon, &[("ask", "one\n"), ("and", "two\n")], &["sh", "-c", script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("got:one:") && ended.stdout.contains("then:two:"), "{ended:?}");
+}
+
+#[test]
+fn a_command_that_asks_for_the_keys_from_within_a_pipe_gets_them() {
+    let daemon = Daemon::start();
+    let script = "leasectl run a/key -- sh -c 'echo ask; read x; echo got:$x:' | cat";
+    let ended = at_terminal(&daemon, &[("ask", "one\n")], &["sh", "-c", script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("got:one:"), "{ended:?}");
+}
+
+#[test]
+fn the_key_that_interrupts_reaches_the_command() {
+    let daemon = Daemon::start();
+    let script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done";
+    let command = ["leasectl", "run", "a/key", "--", "sh", "-c", script];
+    let ended = at_terminal(&daemon, &[("ready", "^C")], &command);
+    assert_eq!(ended.code, Some(5), "{ended:?}");
+    assert_eq!(ended.stdout.matches("caught").count(), 1, "{ended:?}");
+}
+
+#[test]
+fn a_shell_stops_and_continues_leasectl_and_its_command() {
+    let daemon = Daemon::start();
+    let run = "leasectl run a/key -- sh -c 'echo re''ady; read x; echo got:$x:; exit 6'\n";
+    let script = [
+        ("[#$] ", run),
+        ("ready", "^Z"),
+        ("Stopped", "fg\n"),
+        ("leasectl run", "one\n"),
+        ("got:one:", "echo code $?\n"),
+        ("code 6", "exit 0\n"),
+    ];
+    let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn a_command_that_is_stopped_for_too_long_is_lost() {
+    let daemon = Daemon::start();
+    let run = "leasectl run a/key --ttl 1s -- sh -c 'echo re''ady; sleep 600'\n";
+    let next = "leasectl run a/key -- echo ne''xt\n";
+    let script = [
+        ("[#$] ", run),
+        ("ready", "^Z"),
+        // Waits for the lease to run out; nobody keeps it.
+        ("Stopped", next),
+        ("next", "fg\n"),
+        ("leasectl: ", "echo code $?\n"),
+        ("code 73", "exit 0\n"),
+    ];
+    let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn a_wait_is_shown_with_the_holder_the_place_and_the_time() {
+    let daemon = Daemon::start();
+    daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
+    let command = ["leasectl", "run", "a/key", "--", "true"];
+    let shown = "a/key: held by the-holder, place 1 of 1 in line; giving up in 59m";
+    let ended = at_terminal(&daemon, &[(shown, "^C")], &command);
+    assert_eq!(ended.code, Some(130), "{ended:?}");
+}
