@@ -14,6 +14,9 @@ const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon c
                      75 another holds the key. `run` otherwise ends with the code of its command: 128+N if signal N ended \
                      it, 126 if it cannot be run, 127 if it is not found.";
 
+/// What every command takes.
+const COMMON: &str = "Common options";
+
 /// leasectl acquires, shows and takes away leases: the right to act on a key until a time that keeps moving forward
 /// for as long as its holder touches it.
 #[derive(Debug, Parser)]
@@ -24,7 +27,7 @@ pub(crate) struct Args {
     pub(crate) connection: Connection,
 
     /// How answers look: for people, or for scripts.
-    #[arg(short, long, global = true, env = "LEASED_OUTPUT", value_name = "FORMAT", default_value = "table")]
+    #[arg(short, long, global = true, help_heading = COMMON, env = "LEASED_OUTPUT", value_name = "FORMAT", default_value = "table")]
     pub(crate) output: Format,
 
     #[command(subcommand)]
@@ -45,12 +48,12 @@ pub(crate) enum Format {
 pub(crate) struct Connection {
     /// Where a daemon serves gRPC. Repeat it for more daemons over the same store: any of them may be asked. In the
     /// environment, separate them by commas.
-    #[arg(short, long, global = true, env = "LEASED_ENDPOINT", value_name = "URL", default_value = DEFAULT_ENDPOINT)]
+    #[arg(short, long, global = true, help_heading = COMMON, env = "LEASED_ENDPOINT", value_name = "URL", default_value = DEFAULT_ENDPOINT)]
     #[arg(value_delimiter = ',')]
     pub(crate) endpoint: Vec<String>,
 
     /// How long a call may take, with all its repetitions, beyond the time it waits in line.
-    #[arg(long, global = true, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
 }
 
