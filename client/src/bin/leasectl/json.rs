@@ -108,16 +108,14 @@ impl<'a> From<&'a WaiterInfo> for Waiter<'a> {
     }
 }
 
-impl<'a> Event<'a> {
-    /// `None` for what this version does not know.
-    pub(crate) fn of(event: &'a WatchEvent) -> Option<Self> {
-        Some(match event {
+impl<'a> From<&'a WatchEvent> for Event<'a> {
+    fn from(event: &'a WatchEvent) -> Self {
+        match event {
             WatchEvent::Snapshot(key) => Self::Snapshot { key: key.into() },
             WatchEvent::SnapshotEnd => Self::SnapshotEnd,
             WatchEvent::Change { kind, key } => Self::Change { kind: change(*kind), key: key.into() },
             WatchEvent::Interrupted { cause } => Self::Interrupted { cause },
-            _ => return None,
-        })
+        }
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) 
     let mut events = client.watch(prefix).stream();
     while let Some(event) = events.try_next().await? {
         let line = match output.is_json() {
-            true => Event::of(&event).map(|event| json(&event)).transpose()?,
+            true => Some(json(&Event::from(&event))?),
             false => text(&event),
         };
         if let Some(line) = line {
@@ -39,7 +39,7 @@ fn text(event: &WatchEvent) -> Option<String> {
             );
             None
         }
-        _ => None,
+        WatchEvent::SnapshotEnd => None,
     }
 }
 
