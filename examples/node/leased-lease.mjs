@@ -1,0 +1,251 @@
+// One lease and the contract about time that its holder keeps.
+//
+// A holder must stop before the daemon may let another in, so it counts by a clock of its own and to its own
+// disadvantage:
+//
+//     deadline = sentAt + remaining - margin
+//
+// `sentAt` is read just before a request is sent, and counts once that very request has been confirmed; the moment of
+// the answer counts for nothing, since an answer may have been on its way for any time. For the same reason a grant
+// that came out of the line (`waited`) is no reason to believe anything: belief begins with the first touch that is
+// confirmed.
+//
+// What no lease can do is stop a process that is paused in the middle of its work: send `lease.token` with every write.
+
+import { randomUUID } from 'node:crypto';
+import { performance } from 'node:perf_hooks';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+
+import grpc from '@grpc/grpc-js';
+import protoLoader from '@grpc/proto-loader';
+
+const proto = protoLoader.loadSync('leased/v1/lease.proto', {
+  includeDirs: [fileURLToPath(new URL('../../proto', import.meta.url))],
+  longs: String, // a token does not fit a JavaScript number for ever
+  enums: String,
+  defaults: true,
+  oneofs: true,
+});
+const { LeaseService } = grpc.loadPackageDefinition(proto).leased.v1;
+
+// A daemon that has gone is noticed and looked for again well within a TTL.
+const CHANNEL_OPTIONS = {
+  'grpc.keepalive_time_ms': 5_000,
+  'grpc.keepalive_timeout_ms': 2_000,
+  'grpc.initial_reconnect_backoff_ms': 200,
+  'grpc.max_reconnect_backoff_ms': 1_000,
+};
+
+const { status } = grpc;
+// Codes after which nobody knows whether the call was carried out: it is repeated with the same lease id.
+const UNKNOWN_OUTCOME = new Set([
+  status.UNAVAILABLE,
+  status.DEADLINE_EXCEEDED,
+  status.UNKNOWN,
+  status.INTERNAL,
+  status.CANCELLED,
+]);
+
+/** A client of the daemon at `endpoint`, for any number of leases. */
+export function connect(endpoint) {
+  return new LeaseService(endpoint, grpc.credentials.createInsecure(), CHANNEL_OPTIONS);
+}
+
+/** Somebody else holds the key, also after the wait. */
+export class Held extends Error {}
+
+/** The lease is over, or cannot be relied on. */
+export class Lost extends Error {}
+
+/**
+ * One acquisition of one key: `acquire`, then work until `lost` (an AbortSignal) is aborted, then `release`.
+ * Times are in milliseconds.
+ */
+export class Lease {
+  token = null;
+  #client;
+  #request;
+  #ttl;
+  #wait;
+  #margin;
+  #id = null;
+  #deadline = null;
+  #lost = new AbortController();
+  #confirm;
+  #confirmed = new Promise((resolve) => (this.#confirm = resolve));
+  #call = null;
+  #tasks = [];
+
+  constructor(client, key, { owner = '', ttl = 10_000, wait = 0 } = {}) {
+    this.key = key;
+    this.#client = client;
+    this.#request = { key, owner, ttl: duration(ttl) };
+    this.#ttl = ttl;
+    this.#wait = wait;
+    // For clocks that do not run alike, and for the time that stopping takes.
+    this.#margin = ttl / 10;
+  }
+
+  /** Aborted when the work must stop; its `reason` is a `Lost`. */
+  get lost() {
+    return this.#lost.signal;
+  }
+
+  /** For how long the lease may be relied on; 0: do not act on the key. */
+  get remaining() {
+    const believed = this.#deadline !== null && !this.lost.aborted;
+    return believed ? Math.max(0, this.#deadline - performance.now()) : 0;
+  }
+
+  /**
+   * Waits for the lease, begins to keep it alive, and returns its fencing token. Throws `Held` if another holds the key
+   * for longer than `wait`, `Lost` if it was closed or lost meanwhile, and what gRPC threw if repeating does not mend it.
+   */
+  async acquire() {
+    const { sentAt, granted } = await this.#granted();
+    this.token = BigInt(granted.fencingToken);
+    if (!granted.waited) this.#believe(sentAt + milliseconds(granted.ttl));
+    this.#tasks = [this.#carry(), this.#watch()];
+    await this.#confirmed;
+    this.lost.throwIfAborted();
+    return this.token;
+  }
+
+  /**
+   * Gives the lease back, or its place in line, and ends everything here. The next in line waits for the TTL at worst,
+   * if no daemon can be told.
+   */
+  async release() {
+    this.close();
+    await Promise.all(this.#tasks);
+    const giveUp = performance.now() + this.#ttl;
+    for (let pause = 100; this.#id !== null; pause = Math.min(2 * pause, 1_000)) {
+      try {
+        await this.#unary('Release', { lease: this.#ref() }, 5_000);
+        return;
+      } catch (error) {
+        if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() + pause > giveUp) return;
+      }
+      await sleep(pause);
+    }
+  }
+
+  /** Ends the work and every wait at once, without a word to the daemon. */
+  close() {
+    this.#fall('closed');
+  }
+
+  /** Asks until there is an answer, with one id: however often it is sent, it is one place in line. */
+  async #granted() {
+    const giveUp = performance.now() + this.#wait;
+    this.#id = randomUUID();
+    for (let pause = 100; !this.lost.aborted; pause = Math.min(2 * pause, 1_000)) {
+      const wait = Math.max(0, giveUp - performance.now());
+      const request = { ...this.#request, leaseId: this.#id, wait: duration(wait) };
+      const sentAt = performance.now();
+      try {
+        return { sentAt, granted: await this.#unary('Acquire', request, wait + 5_000, this.lost) };
+      } catch (error) {
+        if (this.lost.aborted) break;
+        if (error.code === status.ALREADY_EXISTS) throw new Held(error.details);
+        // NOT_FOUND: it was granted, the answer got lost, and its time ran out: that acquisition is over.
+        if (error.code === status.NOT_FOUND) this.#id = randomUUID();
+        else if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() > giveUp + this.#ttl) throw error;
+      }
+      await nap(pause, this.lost);
+    }
+    throw this.lost.reason;
+  }
+
+  /** One stream after the other, for as long as the lease lives: what a break costs is the time without beats. */
+  async #carry() {
+    while (!this.lost.aborted) {
+      const call = this.#client.KeepAlive();
+      this.#call = call;
+      await this.#beats(call);
+      call.cancel();
+      await nap(Math.min(500, this.#ttl / 20), this.lost);
+    }
+  }
+
+  /** Touches on one stream, until that ends or a beat has had no answer. */
+  async #beats(call) {
+    const sent = new Map();
+    const over = new AbortController();
+    call.on('data', (answer) => {
+      const sentAt = sent.get(answer.sequence);
+      sent.delete(answer.sequence);
+      for (const result of answer.results) this.#hear(result, sentAt);
+    });
+    call.on('error', () => over.abort());
+    call.on('end', () => over.abort());
+    // A beat without an answer: this stream may be dead without anybody saying so, and another one not.
+    for (let sequence = 1; sent.size === 0 && !over.signal.aborted; sequence += 1) {
+      sent.set(String(sequence), performance.now());
+      call.write({ leases: [this.#ref()], sequence });
+      await nap(this.#ttl / 3, over.signal);
+    }
+  }
+
+  #hear(result, sentAt) {
+    if (result.outcome === 'lost') {
+      this.#fall(result.lost.reason.replace('LOSS_REASON_', '').toLowerCase());
+    } else if (sentAt !== undefined) {
+      this.#believe(sentAt + milliseconds(result.kept.remaining));
+    }
+  }
+
+  /** Ends the belief in time, whatever the network does. */
+  async #watch() {
+    const confirmBy = performance.now() + this.#ttl;
+    while (!this.lost.aborted) {
+      const left = (this.#deadline ?? confirmBy) - performance.now();
+      if (left <= 0) this.#fall('no word from a daemon in time');
+      await nap(left, this.lost);
+    }
+  }
+
+  #believe(until) {
+    this.#deadline = Math.max(this.#deadline ?? 0, until - this.#margin);
+    if (this.remaining > 0) this.#confirm();
+  }
+
+  #fall(reason) {
+    if (this.lost.aborted) return;
+    this.#lost.abort(new Lost(reason));
+    this.#confirm();
+    this.#call?.cancel();
+  }
+
+  #unary(method, request, timeout, signal) {
+    return new Promise((resolve, reject) => {
+      const answered = (error, answer) => {
+        signal?.removeEventListener('abort', cancel);
+        if (error) reject(error);
+        else resolve(answer);
+      };
+      const call = this.#client[method](request, { deadline: Date.now() + timeout }, answered);
+      const cancel = () => call.cancel();
+      signal?.addEventListener('abort', cancel);
+    });
+  }
+
+  #ref() {
+    return { key: this.key, leaseId: this.#id };
+  }
+}
+
+/** Sleeps, less long if the signal comes. */
+async function nap(time, signal) {
+  await sleep(time, undefined, { signal }).catch(() => {});
+}
+
+function duration(time) {
+  const seconds = Math.floor(time / 1_000);
+  return { seconds, nanos: Math.floor((time - seconds * 1_000) * 1e6) };
+}
+
+function milliseconds(duration) {
+  return Number(duration.seconds) * 1_000 + duration.nanos / 1e6;
+}

@@ -1,0 +1,250 @@
+"""One lease and the contract about time that its holder keeps.
+
+A holder must stop before the daemon may let another in, so it counts by a clock of its own and to its own disadvantage:
+
+    deadline = sent_at + remaining - margin
+
+`sent_at` is read just before a request is sent, and counts once that very request has been confirmed; the moment of the
+answer counts for nothing, since an answer may have been on its way for any time. For the same reason a grant that came
+out of the line (`waited`) is no reason to believe anything: belief begins with the first touch that is confirmed.
+
+What no lease can do is stop a process that is paused in the middle of its work: send `lease.token` with every write.
+"""
+
+import threading
+import time
+import uuid
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from leased.v1 import lease_pb2 as pb
+from leased.v1 import lease_pb2_grpc
+
+# Codes after which nobody knows whether the call was carried out: it is repeated with the same lease id.
+UNKNOWN_OUTCOME = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+}
+
+# A daemon that has gone is noticed and looked for again well within a TTL.
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+# The clock of this file. Where there is one that goes on while the machine sleeps, that one.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def now() -> float:
+    """Seconds of a clock that nobody sets."""
+    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
+
+
+class Held(Exception):
+    """Somebody else holds the key, also after the wait."""
+
+
+class Lost(Exception):
+    """The lease is over, or cannot be relied on."""
+
+
+class Lease:
+    """One acquisition of one key: `acquire`, then work until `lost` is set, then `release`.
+
+    Safe to use from several threads. `with Lease(..) as lease` acquires and releases.
+    """
+
+    def __init__(self, channel, key, owner="", ttl=10.0, wait=0.0):
+        self.key = key
+        self.token = None
+        self.lost = threading.Event()
+        self.reason = None
+        self._leased = lease_pb2_grpc.LeaseServiceStub(channel)
+        self._owner, self._ttl, self._wait = owner, ttl, wait
+        # For clocks that do not run alike, and for the time that stopping takes.
+        self._margin = ttl / 10
+        self._id = None
+        self._deadline = None
+        self._ended = threading.Event()
+        self._confirmed = threading.Event()
+        self._lock = threading.Lock()
+        self._call = None
+        self._threads = []
+
+    def acquire(self) -> int:
+        """Waits for the lease, begins to keep it alive, and returns its fencing token.
+
+        Raises `Held` if another holds the key for longer than `wait`, `Lost` if it was closed or lost meanwhile, and
+        `grpc.RpcError` for everything that repeating does not mend.
+        """
+        sent_at, granted = self._granted()
+        self.token = granted.fencing_token
+        if not granted.waited:
+            self._believe(sent_at + granted.ttl.ToNanoseconds() / 1e9)
+        self._start(self._carry, self._watch)
+        self._confirmed.wait()
+        if self.lost.is_set():
+            raise Lost(self.reason)
+        return self.token
+
+    def remaining(self) -> float:
+        """For how many seconds more the lease may be relied on; 0: do not act on the key."""
+        with self._lock:
+            believed = self._deadline is not None and not self.lost.is_set()
+            return max(0.0, self._deadline - now()) if believed else 0.0
+
+    def release(self):
+        """Gives the lease back, or its place in line, and ends everything here. May be called at any time, from anywhere
+        but a signal handler. The next in line waits for the TTL at worst, if no daemon can be told."""
+        self.close()
+        for thread in self._threads:
+            thread.join()
+        give_up = now() + self._ttl
+        pause = 0.1
+        while self._id is not None:
+            try:
+                self._leased.Release(pb.ReleaseRequest(lease=self._ref()), timeout=5)
+                return
+            except grpc.RpcError as error:
+                if error.code() not in UNKNOWN_OUTCOME or now() + pause > give_up:
+                    return
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def close(self):
+        """Ends the work and every wait at once, without a word to the daemon. Never blocks for long."""
+        self._fall("closed")
+
+    def __enter__(self):
+        try:
+            self.acquire()
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+    def _granted(self):
+        """Asks until there is an answer, with one id: however often it is sent, it is one place in line."""
+        give_up = now() + self._wait
+        pause = 0.1
+        self._id = str(uuid.uuid4())
+        while not self._ended.is_set():
+            wait = max(0.0, give_up - now())
+            request = pb.AcquireRequest(
+                key=self.key,
+                lease_id=self._id,
+                owner=self._owner,
+                ttl=_duration(self._ttl),
+                wait=_duration(wait),
+            )
+            sent_at = now()
+            call = self._leased.Acquire.future(request, timeout=wait + 5)
+            self._cancel_when_closed(call)
+            try:
+                return sent_at, call.result()
+            except grpc.FutureCancelledError:
+                break
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.ALREADY_EXISTS:
+                    raise Held(error.details()) from None
+                if error.code() == grpc.StatusCode.NOT_FOUND:
+                    # It was granted, the answer got lost, and its time ran out: that acquisition is over.
+                    self._id = str(uuid.uuid4())
+                elif error.code() not in UNKNOWN_OUTCOME or now() > give_up + self._ttl:
+                    raise
+            self._ended.wait(pause)
+            pause = min(2 * pause, 1.0)
+        raise Lost("closed")
+
+    def _carry(self):
+        """One stream after the other, for as long as the lease lives: what a break costs is the time without beats."""
+        while not self._ended.is_set():
+            sent, over = {}, threading.Event()
+            call = self._leased.KeepAlive(self._beats(sent, over))
+            self._cancel_when_closed(call)
+            try:
+                for answer in call:
+                    sent_at = sent.pop(answer.sequence, None)
+                    for result in answer.results:
+                        self._hear(result, sent_at)
+            except grpc.RpcError:
+                pass
+            over.set()
+            self._ended.wait(min(0.5, self._ttl / 20))
+
+    def _beats(self, sent, over):
+        """The messages of one stream. They come from a thread of gRPC's, which `over` lets go at once."""
+        sequence = 0
+        while not sent:
+            sequence += 1
+            sent[sequence] = now()
+            yield pb.KeepAliveRequest(leases=[self._ref()], sequence=sequence)
+            if over.wait(self._ttl / 3):
+                return
+        # A beat without an answer: this stream may be dead without anybody saying so, and another one not.
+        self._call.cancel()
+
+    def _hear(self, result, sent_at):
+        if result.HasField("lost"):
+            self._fall(pb.LossReason.Name(result.lost.reason).removeprefix("LOSS_REASON_").lower())
+        elif sent_at is not None:
+            self._believe(sent_at + result.kept.remaining.ToNanoseconds() / 1e9)
+
+    def _watch(self):
+        """Ends the belief in time, whatever the network does."""
+        confirm_by = now() + self._ttl
+        while not self._ended.is_set():
+            with self._lock:
+                left = (self._deadline or confirm_by) - now()
+            if left <= 0:
+                self._fall("no word from a daemon in time")
+            # In slices, since a sleep may be counted by a clock that stands still while the machine does.
+            self._ended.wait(min(left, 1.0))
+
+    def _believe(self, until):
+        with self._lock:
+            self._deadline = max(self._deadline or 0.0, until - self._margin)
+        if self.remaining() > 0:
+            self._confirmed.set()
+
+    def _fall(self, reason):
+        with self._lock:
+            first, self.reason = self.reason is None, self.reason or reason
+            call = self._call
+        if first:
+            self.lost.set()
+            self._ended.set()
+            self._confirmed.set()
+            if call is not None:
+                call.cancel()
+
+    def _cancel_when_closed(self, call):
+        with self._lock:
+            self._call = call
+        # It may have been closed before the call was here to be seen.
+        if self._ended.is_set():
+            call.cancel()
+
+    def _start(self, *bodies):
+        self._threads = [threading.Thread(target=body, daemon=True) for body in bodies]
+        for thread in self._threads:
+            thread.start()
+
+    def _ref(self):
+        return pb.LeaseRef(key=self.key, lease_id=self._id)
+
+
+def _duration(seconds):
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

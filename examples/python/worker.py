@@ -1,0 +1,66 @@
+"""A worker: waits for a key, works while it holds the lease, and gives it back.
+
+python worker.py KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
+
+Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease was lost, and 75 if
+another holds the key.
+"""
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "build"))
+
+try:
+    import grpc
+    from leased_lease import CHANNEL_OPTIONS, Held, Lease, Lost
+except ImportError as missing:
+    sys.exit(f"{missing}: install requirements.txt and generate the stubs into build/, as README.md says")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Holds a lease while it works.")
+    parser.add_argument("key")
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long the work takes")
+    parser.add_argument("--endpoint", default="127.0.0.1:5327", help="of the daemon")
+    parser.add_argument("--ttl", type=float, default=10.0, help="of the lease, in seconds")
+    parser.add_argument("--wait", type=float, default=60.0, help="in line at most, in seconds")
+    options = parser.parse_args()
+    # Both end the work as Ctrl-C does, also where a shell has started this in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    with grpc.insecure_channel(options.endpoint, options=CHANNEL_OPTIONS) as channel:
+        lease = Lease(channel, options.key, f"worker.py:{os.getpid()}", options.ttl, options.wait)
+        return run(lease, options.seconds)
+
+
+def run(lease, seconds):
+    try:
+        token = lease.acquire()
+        print(f"holding {lease.key} with fencing token {token}", flush=True)
+        # The work. It sends the token with every write, and stops when the lease is lost.
+        if lease.lost.wait(seconds):
+            raise Lost(lease.reason)
+        code = 0
+    except KeyboardInterrupt:
+        code = 0
+    except Held as held:
+        print(f"not granted: {held}", flush=True)
+        return 75
+    except Lost as lost:
+        print(f"lost: {lost}", flush=True)
+        code = 73
+    except grpc.RpcError as error:
+        print(f"failed: {error.details()}", flush=True)
+        code = 69
+    lease.release()
+    print("released", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
