@@ -126,11 +126,11 @@ impl Failure {
                 Code::InvalidArgument => Error::Invalid(status.message().to_owned()),
                 Code::Unimplemented => Error::NotLeased {
                     endpoint: endpoint.to_owned(),
-                    cause: "it does not know this service".to_owned(),
+                    cause: "it serves gRPC, but no leases".to_owned(),
                 },
                 _ if speaks_otherwise(&status) => Error::NotLeased {
                     endpoint: endpoint.to_owned(),
-                    cause: "it does not speak HTTP/2".to_owned(),
+                    cause: "it does not speak gRPC".to_owned(),
                 },
                 Code::Unavailable
                 | Code::DeadlineExceeded
@@ -152,7 +152,7 @@ pub(crate) fn cause(status: &Status) -> String {
     sources(status).last().map_or_else(|| status.message().to_owned(), ToString::to_string)
 }
 
-/// Whether the answer was no HTTP/2: the letters of an HTTP/1 answer make a frame of five million bytes.
+/// Whether the answer was no HTTP/2, and so no gRPC: the letters of an HTTP/1 answer make a frame of five million bytes.
 fn speaks_otherwise(status: &Status) -> bool {
     sources(status)
         .filter_map(|source| source.downcast_ref::<h2::Error>())

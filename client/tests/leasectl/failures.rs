@@ -117,7 +117,7 @@ fn what_is_not_leased_is_69_and_said_so() {
     // SETTINGS, their acknowledgement, and a response to the first request: 404, indexed in HPACK's static table.
     let http2 = b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0\0\0\x01\x01\x05\0\0\0\x01\x8d";
     for (answer, why) in [
-        (&http[..], "HTTP/1"),
+        (&http[..], "does not speak gRPC"),
         (b"220 mail.example ESMTP ready\r\n", "does not speak gRPC"),
         (b"", "says nothing"),
         (http2, "no leases"),

@@ -111,7 +111,7 @@ fn sentence_of(error: &Error) -> String {
                 "no daemon answers at {endpoints} ({cause}); start one, or name another with --endpoint or LEASED_ENDPOINT"
             )
         }
-        Error::NotLeased { endpoint, .. } => not_leased(endpoint, "it serves gRPC, but no leases"),
+        Error::NotLeased { endpoint, cause } => not_leased(endpoint, cause),
         error => error.to_string(),
     }
 }
@@ -160,7 +160,6 @@ async fn stranger(endpoint: &str) -> Option<&'static str> {
     let mut head = [0; 9];
     match timeout(LOOK, stream.read_exact(&mut head)).await {
         Ok(Ok(_)) if head[3] == SETTINGS => None,
-        Ok(Ok(_)) if head.starts_with(b"HTTP/1") => Some("it speaks HTTP/1 and no gRPC"),
         Ok(_) => Some("it does not speak gRPC"),
         Err(_) => Some("it accepts connections and says nothing"),
     }
