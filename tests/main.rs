@@ -25,6 +25,8 @@ mod hostile;
 mod inspect;
 /// Renewing leases on a stream.
 mod keepalive;
+/// The examples in other languages.
+mod languages;
 /// What a stream is told unasked.
 mod losses;
 /// Keys that nobody needs any more.
