@@ -11,6 +11,8 @@ mod acquire;
 mod coalescing;
 /// What things cost in commands to the database.
 mod cost;
+/// What the documents say, tried.
+mod documents;
 /// A replica set that loses its primary.
 mod failover;
 /// A store that fails, a document that vanishes, a daemon that ends.

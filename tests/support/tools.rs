@@ -1,102 +1,104 @@
-//! Tools of other languages: fetched once by their own installers, kept under `target/`, and shared by all tests.
+//! Tools of other ecosystems that tests run: fetched once, kept in the build folder, run with a time limit.
 
-use std::fs::{self, File};
+use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
-/// The folder of the project.
-pub(crate) fn project() -> &'static Path {
+use anyhow::{Context, Result, bail};
+use tokio::time::timeout;
+
+/// Longer than any of these programs takes.
+const LIMIT: Duration = Duration::from_secs(120);
+
+static FETCH: Mutex<()> = Mutex::new(());
+
+/// The root of the repository.
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A Python that has what `requirements`, a file of the project, names.
-pub(crate) fn python(requirements: &str) -> PathBuf {
-    let requirements = project().join(requirements);
-    let content = fs::read(&requirements).unwrap();
-    let folder = kept(&format!("python-{:x}", hash(&content)), |folder| {
-        let python3 = or_else_install(
-            Command::new("python3").args(["-m", "venv"]).arg(folder),
-            "python3 with venv and pip",
-        );
-        assert!(
-            python3.status.success(),
-            "python3 cannot make a venv: {}",
-            String::from_utf8_lossy(&python3.stderr)
-        );
-        let pip = Command::new(folder.join("bin/python"))
-            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
-            .arg(&requirements)
-            .output();
-        succeeded(pip.unwrap());
-    });
-    folder.join("bin/python")
+/// A `python3` that finds the packages which a requirements file names.
+pub(crate) fn python(requirements: &Path) -> Result<tokio::process::Command> {
+    let wanted = fs::read_to_string(requirements).with_context(|| requirements.display().to_string())?;
+    // Packages may be compiled for one version of Python.
+    let version = said(Command::new("python3").args(["-c", "import sys; print(sys.version)"]))
+        .context("python3 cannot be had here, and this test runs programs in Python: install it, with pip")?;
+    let packages = cached("python", &(wanted, version), |folder| {
+        eprintln!("fetching what {} names, once", requirements.display());
+        said(pip(folder).arg("--requirement").arg(requirements))
+    })?;
+    let mut python = tokio::process::Command::new("python3");
+    python.env("PYTHONPATH", packages).env("PYTHONDONTWRITEBYTECODE", "1");
+    Ok(python)
 }
 
-/// Has what the lock file in `folder` names installed there, and returns a Node.js to run it.
-pub(crate) fn node(folder: &str) -> PathBuf {
-    let (node, npm) = nodejs();
-    let folder = project().join(folder);
-    let content = fs::read(folder.join("package-lock.json")).unwrap();
-    kept(&format!("node-{:x}", hash(&(&content, &folder))), |_| {
-        let mut command = Command::new(&npm);
-        // Its first line may name a program that is beside it only.
-        let path = std::env::join_paths(
-            node.parent().map(Path::to_owned).into_iter().chain(std::env::split_paths(&path())),
-        );
-        command.args(["ci", "--no-audit", "--no-fund"]).current_dir(&folder).env("PATH", path.unwrap());
-        succeeded(command.output().unwrap());
-    });
-    node
+/// Runs a program to its end; it ends with the test that waits for it.
+pub(crate) async fn run(mut program: tokio::process::Command) -> Output {
+    let output = program.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(LIMIT, output).await.unwrap_or_else(|_| panic!("{program:?} does not end"));
+    output.unwrap_or_else(|error| panic!("{program:?} cannot be run: {error}"))
 }
 
-/// Node.js and npm: those on the `PATH`, or those that PyPI has.
-fn nodejs() -> (PathBuf, PathBuf) {
-    if let (Some(node), Some(npm)) = (found("node"), found("npm")) {
-        return (node, npm);
-    }
-    let beside = python("tests/support/nodejs.txt");
-    (beside.with_file_name("node"), beside.with_file_name("npm"))
+/// What a program printed, its complaints included.
+pub(crate) fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
 }
 
-fn found(program: &str) -> Option<PathBuf> {
-    std::env::split_paths(&path()).map(|folder| folder.join(program)).find(|path| path.is_file())
-}
-
-fn path() -> std::ffi::OsString {
-    std::env::var_os("PATH").unwrap_or_default()
-}
-
-/// A folder under `target/` that `make` has filled, now or in an earlier run; one process at a time.
-fn kept(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
-    let tools = project().join("target/tools");
-    fs::create_dir_all(&tools).unwrap();
-    let (folder, done) = (tools.join(name), tools.join(format!("{name}.done")));
-    let lock = File::create(tools.join(format!("{name}.lock"))).unwrap();
-    lock.lock().unwrap();
-    if !done.exists() {
-        // What an interrupted run has left.
-        drop(fs::remove_dir_all(&folder));
-        make(&folder);
-        File::create(done).unwrap();
-    }
-    folder
-}
-
-/// The output of a program that must be there.
-fn or_else_install(command: &mut Command, what: &str) -> Output {
-    command.output().unwrap_or_else(|error| panic!("this test needs {what}: install it ({error})"))
-}
-
-/// The output, if it ended well.
-pub(crate) fn succeeded(output: Output) -> String {
-    let (told, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{}\n{told}\n{wrong}", output.status);
-    told.into_owned()
-}
-
-fn hash(content: &impl Hash) -> u64 {
+/// The folder that `fill` made of `key` once. The last step is a rename, so it is whole or not there.
+fn cached<K: Hash + ?Sized>(
+    name: &str,
+    key: &K,
+    fill: impl FnOnce(&Path) -> Result<String>,
+) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
-    content.hash(&mut hasher);
-    hasher.finish()
+    key.hash(&mut hasher);
+    let folder = tools()?.join(format!("{name}-{:016x}", hasher.finish()));
+    // One thread of this process fetches; other processes may do so at the same time.
+    let _one = FETCH.lock().unwrap_or_else(PoisonError::into_inner);
+    if !folder.is_dir() {
+        let work = tempfile::tempdir_in(tools()?)?;
+        fill(work.path())?;
+        match fs::rename(work.path(), &folder) {
+            // Another process was faster.
+            Err(_) if folder.is_dir() => {}
+            renamed => renamed.with_context(|| format!("cannot make {}", folder.display()))?,
+        }
+    }
+    Ok(folder)
+}
+
+/// In the build folder, which is not committed and which `cargo clean` empties.
+fn tools() -> Result<PathBuf> {
+    let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tools");
+    fs::create_dir_all(&tools).with_context(|| format!("cannot create {}", tools.display()))?;
+    Ok(tools)
+}
+
+/// A folder and not a virtual environment: those need more of Python than pip, and cannot be renamed.
+fn pip(folder: &Path) -> Command {
+    let mut pip = Command::new("python3");
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--target",
+    ]);
+    pip.arg(folder);
+    pip
+}
+
+/// Runs a command to its end, and gives what it printed.
+fn said(command: &mut Command) -> Result<String> {
+    let name = command.get_program().display().to_string();
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
+    if !output.status.success() {
+        bail!("{name} said: {}", text(&output).trim());
+    }
+    Ok(text(&output))
 }
