@@ -3,14 +3,14 @@
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::Duration;
 
+use anyhow::Result;
 use leased_client::{Client, KeyState};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
-use crate::support::tools::{self, project, succeeded};
+use crate::support::tools::{self, root, said};
 use crate::support::{Daemon, Embedded, PATIENCE, eventually, secs};
 
 /// In what a worker is written.
@@ -29,20 +29,10 @@ struct Worker {
 impl Worker {
     /// One that asks for the key `shared/job`.
     async fn start(language: Language, daemon: &Daemon, options: &[&str]) -> Self {
-        let (program, script) = spawn_blocking(move || match language {
-            Language::Python => (python(), "examples/python/worker.py"),
-            Language::Node => (tools::node("examples/node"), "examples/node/worker.mjs"),
-        })
-        .await
-        .unwrap();
-        let mut command = Command::new(program);
-        command.arg(project().join(script)).arg("shared/job").args(["--endpoint", &daemon.grpc.to_string()]);
-        command
-            .args(["--ttl", "2", "--seconds", "600"])
-            .args(options)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
+        let mut command = spawn_blocking(move || language.worker().unwrap()).await.unwrap();
+        command.arg("shared/job").args(["--endpoint", &daemon.grpc.to_string()]);
+        command.args(["--ttl", "2", "--seconds", "600"]).args(options);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let output = child.stdout.take().map(BufReader::new);
         Self { child, output }
     }
@@ -84,20 +74,40 @@ impl Drop for Worker {
     }
 }
 
-/// A Python that has what the example needs, which has its stubs.
-fn python() -> PathBuf {
-    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
-    let made = PYTHON.get_or_init(|| {
-        let python = tools::python("examples/python/requirements.txt");
-        let build = project().join("examples/python/build");
-        std::fs::create_dir_all(&build).unwrap();
-        let mut generate = Command::new(&python);
-        generate.args(["-m", "grpc_tools.protoc", "-I", "proto", "--python_out"]).arg(&build);
-        generate.arg("--grpc_python_out").arg(&build).arg("leased/v1/lease.proto").current_dir(project());
-        succeeded(generate.output().unwrap());
-        python
-    });
-    made.clone()
+impl Language {
+    /// The worker of its example, made ready as the example's page says.
+    fn worker(self) -> Result<Command> {
+        match self {
+            Self::Python => {
+                let mut python = python()?;
+                python.arg(python_example()?.join("worker.py"));
+                Ok(python)
+            }
+            Self::Node => {
+                let example = tools::copy("examples/node", |folder| {
+                    said(tools::npm()?.args(["ci", "--no-audit", "--no-fund"]).current_dir(folder))
+                });
+                let mut node = tools::node()?;
+                node.arg(example?.join("worker.mjs"));
+                Ok(node)
+            }
+        }
+    }
+}
+
+/// A Python that has what the example needs.
+fn python() -> Result<Command> {
+    Ok(tools::python(&root().join("examples/python/requirements.txt"))?.into_std())
+}
+
+/// The example in Python with its stubs.
+fn python_example() -> Result<PathBuf> {
+    tools::copy("examples/python", |folder| {
+        std::fs::create_dir(folder.join("build"))?;
+        let generate =
+            ["-m", "grpc_tools.protoc", "-I", "../../proto", "--python_out=build", "--grpc_python_out=build"];
+        said(python()?.args(generate).arg("leased/v1/lease.proto").current_dir(folder))
+    })
 }
 
 async fn client(daemon: &Daemon) -> Client {
@@ -173,11 +183,12 @@ async fn a_worker_in_node_keeps_the_time_contract() {
 #[tokio::test]
 async fn the_service_config_repeats_what_found_no_daemon() {
     let tried = spawn_blocking(|| {
-        let mut command = Command::new(python());
-        command.args(["tests/languages/retry.py", "docs/service-config.json", "examples/python/build"]);
-        succeeded(command.current_dir(project()).output().unwrap())
+        let stubs = python_example()?.join("build");
+        let mut retry = python()?;
+        retry.args(["tests/languages/retry.py", "docs/service-config.json"]).arg(stubs);
+        said(retry.current_dir(root()))
     });
-    println!("{}", timeout(2 * PATIENCE, tried).await.expect("an end in time").unwrap());
+    println!("{}", tried.await.unwrap().unwrap());
 }
 
 /// Users of mongolock change an import: the same scenario through both, and what is meant to differ.
@@ -187,21 +198,17 @@ async fn the_drop_in_for_mongolock_does_as_mongolock_does() {
     let daemon = Daemon::start_with(Embedded, |config| config.rules.grace = Duration::ZERO).await;
     let (uri, endpoint) = (throwaway_mongodb::shared().await.unwrap(), daemon.grpc.to_string());
     let compared = spawn_blocking(move || {
-        let python = tools::python("tests/languages/mongolock.txt");
-        let pip = [
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--force-reinstall",
-        ];
-        let mut install = Command::new(&python);
-        install.args(pip).args(["--no-build-isolation", "./python/leased_mongolock"]).current_dir(project());
-        succeeded(install.output().unwrap());
-        let script = project().join("tests/languages/mongolock_comparison.py");
-        succeeded(Command::new(&python).arg(script).args([uri, &endpoint]).output().unwrap())
+        let python = || anyhow::Ok(tools::python(&root().join("tests/languages/mongolock.txt"))?.into_std());
+        let drop_in = tools::copy("python/leased_mongolock", |folder| {
+            let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"];
+            let install = install.into_iter().chain(["--no-build-isolation", "--target", "installed", "."]);
+            said(python()?.args(install).current_dir(folder))
+        });
+        let mut compare = python()?;
+        let packages = compare.get_envs().find_map(|(name, value)| value.filter(|_| name == "PYTHONPATH"));
+        let paths = [drop_in?.join("installed").into(), packages.unwrap_or_default().to_owned()];
+        compare.env("PYTHONPATH", std::env::join_paths(paths)?);
+        said(compare.arg(root().join("tests/languages/mongolock_comparison.py")).args([uri, &endpoint]))
     });
-    println!("{}", timeout(2 * PATIENCE, compared).await.expect("an end in time").unwrap());
+    println!("{}", compared.await.unwrap().unwrap());
 }

@@ -13,7 +13,7 @@ use crate::process::{Cpu, Process};
 use crate::report::Pairs;
 
 /// Leases that are acquired at once.
-const AT_ONCE: usize = 250;
+const AT_ONCE: u32 = 250;
 
 /// Memory and processor time of a client that holds many leases of a daemon with the embedded store.
 #[derive(Debug, clap::Args)]
@@ -36,19 +36,22 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
     let (address, process) = Process::leased(args.daemon.as_deref(), None)?;
     let client = Client::connect([&address]).await?;
     let ttl = Duration::from_secs(args.ttl);
-    let mut leases = acquire(&client, 0..args.leases / 100, ttl).await?;
+    // What acquiring at once takes is needed but once.
+    drop(acquire(&client, 4 * AT_ONCE, ttl).await?);
+    client.settle().await;
     let before = resident()?;
-    leases.append(&mut acquire(&client, args.leases / 100..args.leases, ttl).await?);
+    let leases = acquire(&client, args.leases, ttl).await?;
     let after = resident()?;
 
     let cpu = Cpu::now(&[(process.name(), process.id())]);
     sleep(ttl * args.ttls).await;
     let held = leases.iter().filter(|lease| lease.is_held()).count();
-    let grown = after.saturating_sub(before) / (args.leases as usize * 99 / 100);
     println!("{held} of {} leases held after {} TTLs", args.leases, args.ttls);
+    let each = |now: usize| now.saturating_sub(before) / leases.len();
     println!(
-        "{grown} bytes of memory a lease; {} after the last TTL",
-        resident()?.saturating_sub(before) / leases.len()
+        "{} bytes of memory a lease when acquired, {} after the last TTL",
+        each(after),
+        each(resident()?)
     );
     for (name, spent) in cpu.spent() {
         println!("{name}: {:.1} % of a core", 100.0 * spent.as_secs_f64() / (ttl * args.ttls).as_secs_f64());
@@ -57,10 +60,10 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
     Ok(())
 }
 
-async fn acquire(client: &Client, numbers: std::ops::Range<u32>, ttl: Duration) -> Result<Vec<Lease>> {
+async fn acquire(client: &Client, count: u32, ttl: Duration) -> Result<Vec<Lease>> {
     let mut leases = Vec::new();
-    let numbers: Vec<u32> = numbers.collect();
-    for some in numbers.chunks(AT_ONCE) {
+    let numbers: Vec<u32> = (0..count).collect();
+    for some in numbers.chunks(AT_ONCE as usize) {
         let mut acquiring = JoinSet::new();
         for number in some {
             acquiring.spawn(client.acquire(format!("held/{number:06}")).ttl(ttl).into_future());

