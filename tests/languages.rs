@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use leased_client::{Client, KeyState};
+use rstest::rstest;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
@@ -19,6 +20,8 @@ enum Language {
     Python,
     Node,
 }
+
+use Language::{Node, Python};
 
 /// The worker of an example.
 struct Worker {
@@ -114,10 +117,15 @@ async fn client(daemon: &Daemon) -> Client {
     Client::connect(daemon.urls()).await.unwrap()
 }
 
+/// Waits until so many stand in line.
+async fn in_line(client: &Client, count: usize) {
+    let is_so = async || client.get("shared/job").await.ok().filter(|key| key.waiters.len() == count);
+    eventually(is_so).await;
+}
+
 /// What the README promises: kill any of them, and the next takes over.
 #[tokio::test]
 async fn workers_in_any_language_follow_each_other_on_one_key() {
-    use Language::{Node, Python};
     let daemon = Daemon::start(Embedded).await;
     let client = client(&daemon).await;
     let mut last = 0;
@@ -127,20 +135,22 @@ async fn workers_in_any_language_follow_each_other_on_one_key() {
         assert!(token > last, "{token} comes after {last}");
         last = token;
         let mut waiter = Worker::start(next, &daemon, &[]).await;
-        eventually(async || client.get("shared/job").await.ok().filter(|key| key.waiters.len() == 1)).await;
+        in_line(&client, 1).await;
         holder.child.kill().unwrap();
         std::mem::swap(&mut holder, &mut waiter);
     }
     holder.token().await;
     // And a program in Rust after them, without waiting for a TTL: this one gives the lease back.
     let next = tokio::spawn(client.acquire("shared/job").wait(secs(60)).into_future());
-    eventually(async || client.get("shared/job").await.ok().filter(|key| key.waiters.len() == 1)).await;
+    in_line(&client, 1).await;
     holder.signal("TERM");
     assert_eq!((holder.line().await.as_str(), holder.code().await), ("released", Some(0)));
     assert!(next.await.unwrap().unwrap().token().get() > last);
 }
 
-async fn holds_and_stops(language: Language) {
+#[rstest]
+#[tokio::test]
+async fn a_worker_keeps_the_time_contract(#[values(Python, Node)] language: Language) {
     let daemon = Daemon::start(Embedded).await;
     let client = client(&daemon).await;
 
@@ -170,14 +180,57 @@ async fn holds_and_stops(language: Language) {
     assert_eq!(worker.code().await, Some(73));
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_worker_in_python_keeps_the_time_contract() {
-    holds_and_stops(Language::Python).await;
+async fn a_signal_makes_a_worker_leave_the_line(#[values(Python, Node)] language: Language) {
+    let daemon = Daemon::start(Embedded).await;
+    let client = client(&daemon).await;
+    let _lease = client.acquire("shared/job").await.unwrap();
+    let mut worker = Worker::start(language, &daemon, &[]).await;
+    in_line(&client, 1).await;
+    worker.signal("TERM");
+    assert_eq!(worker.code().await, Some(0));
+    in_line(&client, 0).await;
 }
 
+/// The grant waits in the socket of a worker that is paused, until it is over.
+#[rstest]
 #[tokio::test]
-async fn a_worker_in_node_keeps_the_time_contract() {
-    holds_and_stops(Language::Node).await;
+async fn a_grant_that_comes_late_is_not_believed(#[values(Python, Node)] language: Language) {
+    let daemon = Daemon::start(Embedded).await;
+    let client = client(&daemon).await;
+    let lease = client.acquire("shared/job").await.unwrap();
+    let mut late = Worker::start(language, &daemon, &[]).await;
+    in_line(&client, 1).await;
+    late.signal("STOP");
+    lease.release().await.unwrap();
+    // Displaces the worker, as soon as its time is over.
+    let _next = client.acquire("shared/job").wait(secs(60)).await.unwrap();
+    late.signal("CONT");
+    assert!(late.line().await.starts_with("lost: "));
+    assert_eq!(late.code().await, Some(73));
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_worker_keeps_its_lease_while_its_daemon_is_started_anew(
+    #[values(Python, Node)] language: Language,
+) {
+    let daemon = Daemon::start(Embedded).await;
+    // At the same address.
+    let address = daemon.grpc;
+    let mut worker = Worker::start(language, &daemon, &["--ttl", "15"]).await;
+    let token = worker.token().await;
+    let daemon = daemon.restart_at(address).await;
+    let client = client(&daemon).await;
+    let before = client.get("shared/job").await.unwrap().holders[0].expires_at;
+    let is_touched = async || {
+        let key = client.get("shared/job").await.ok()?;
+        key.holders.first().filter(|holder| holder.expires_at > before).map(|holder| holder.token.get())
+    };
+    assert_eq!(eventually(is_touched).await, token);
+    worker.signal("INT");
+    assert_eq!((worker.line().await.as_str(), worker.code().await), ("released", Some(0)));
 }
 
 #[tokio::test]

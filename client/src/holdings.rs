@@ -19,8 +19,6 @@ const BEATS: u32 = 3;
 const ALONG: u32 = 9;
 /// The bytes of the leases named in one message, below what a daemon takes (1 MiB).
 const MESSAGE_BYTES: usize = 900 * 1024;
-/// The leases named in one message: so many take three for a third of a TTL, and neither side has to hold them all at once.
-const MESSAGE_LEASES: usize = 4000;
 /// What a lease takes up in a message beyond its key: the id, two tags and lengths, the tag and length of the whole.
 const LEASE_BYTES: usize = 48;
 
@@ -110,7 +108,7 @@ impl Holdings {
                 false => beat.shortest.min(holding.ttl),
             };
             let size = holding.key.len() + LEASE_BYTES;
-            if size > room || beat.messages.last().is_some_and(|last| last.len() == MESSAGE_LEASES) {
+            if size > room {
                 beat.messages.push(Vec::new());
                 room = MESSAGE_BYTES;
             }

@@ -113,8 +113,8 @@ export class Lease {
   }
 
   /**
-   * Gives the lease back, or its place in line, and ends everything here. The next in line waits for the TTL at worst,
-   * if no daemon can be told.
+   * Gives the lease back, or its place in line, and ends everything here. False: it was not held any more, or no daemon
+   * could be told, and the next in line waits for the TTL at worst.
    */
   async release() {
     this.close();
@@ -123,12 +123,13 @@ export class Lease {
     for (let pause = 100; this.#id !== null; pause = Math.min(2 * pause, 1_000)) {
       try {
         await this.#unary('Release', { lease: this.#ref() }, 5_000);
-        return;
+        return true;
       } catch (error) {
-        if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() + pause > giveUp) return;
+        if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() + pause > giveUp) break;
       }
       await sleep(pause);
     }
+    return false;
   }
 
   /** Ends the work and every wait at once, without a word to the daemon. */

@@ -62,7 +62,6 @@ async function run() {
       code = 73;
     }
   }
-  await lease.release();
-  console.log('released');
+  if (await lease.release()) console.log('released');
   return code;
 }

@@ -100,9 +100,10 @@ class Lease:
             believed = self._deadline is not None and not self.lost.is_set()
             return max(0.0, self._deadline - now()) if believed else 0.0
 
-    def release(self):
-        """Gives the lease back, or its place in line, and ends everything here. May be called at any time, from anywhere
-        but a signal handler. The next in line waits for the TTL at worst, if no daemon can be told."""
+    def release(self) -> bool:
+        """Gives the lease back, or its place in line, and ends everything here. May be called at any time, but not in a
+        signal handler. False: it was not held any more, or no daemon could be told, and the next in line waits for the
+        TTL at worst."""
         self.close()
         for thread in self._threads:
             thread.join()
@@ -111,12 +112,13 @@ class Lease:
         while self._id is not None:
             try:
                 self._leased.Release(pb.ReleaseRequest(lease=self._ref()), timeout=5)
-                return
+                return True
             except grpc.RpcError as error:
                 if error.code() not in UNKNOWN_OUTCOME or now() + pause > give_up:
-                    return
+                    break
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
+        return False
 
     def close(self):
         """Ends the work and every wait at once, without a word to the daemon. Never blocks for long."""

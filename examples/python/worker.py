@@ -57,8 +57,8 @@ def run(lease, seconds):
     except grpc.RpcError as error:
         print(f"failed: {error.details()}", flush=True)
         code = 69
-    lease.release()
-    print("released", flush=True)
+    if lease.release():
+        print("released", flush=True)
     return code
 
 

@@ -75,7 +75,10 @@ class MongoLock:
     """Locks at the daemon at `endpoint`, or at the one that `channel` leads to."""
 
     def __init__(self, endpoint="localhost:5327", channel=None):
-        options = [("grpc.service_config", json.dumps(_SERVICE_CONFIG)), ("grpc.max_reconnect_backoff_ms", 1_000)]
+        options = [
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+        ]
         self._channel = channel or grpc.insecure_channel(endpoint, options=options)
         self._leased = lease_pb2_grpc.LeaseServiceStub(self._channel)
         self._held = {}
@@ -95,7 +98,8 @@ class MongoLock:
 
     def lock(self, key, owner, timeout=None, expire=None):
         """Takes the lock and returns True, or False if another still holds it after `timeout` seconds. It is free again
-        `expire` seconds after the grant or the last touch; without `expire`, when this process releases it or ends."""
+        `expire` seconds after the grant or the last touch; without `expire`, when this process releases it or ends.
+        """
         lock = _Lock(min(max(expire, SHORTEST_TTL), LONGEST_TTL) if expire else UNLIMITED_TTL, bool(expire))
         give_up = _now() + (timeout or 0)
         while True:
@@ -114,13 +118,12 @@ class MongoLock:
         with self._changed:
             lock = self._held.pop((key, owner), None)
         if lock is not None:
-            with _losses() as lost:
+            with _losses():
                 self._leased.Release(pb.ReleaseRequest(lease=_ref(key, lock)), timeout=PATIENCE)
-            del lost
 
     def touch(self, key, owner, expire=None):
-        """Has the lock last at least `expire` seconds from now on. Raises `MongoLockException` if it is not held, or if it
-        has an expiry and none is given; a lock without expiry needs no touch."""
+        """Has the lock last at least `expire` seconds from now on. Raises `MongoLockException` if it is not held, or if
+        it has an expiry and none is given; a lock without expiry needs no touch."""
         with self._changed:
             lock = self._held.get((key, owner))
         if lock is None:
@@ -137,8 +140,8 @@ class MongoLock:
                 self._wake()
 
     def get_lock_info(self, key):
-        """The lock as a dictionary, or None if there never was one. Times are naive UTC, as the store tells them; a lock
-        without `expire` shows when it would be over if its process ended now."""
+        """The lock as a dictionary, or None if there never was one. Times are naive UTC, as the store tells them; a
+        lock without `expire` shows when it would be over if its process ended now."""
         try:
             seen = self._leased.Get(pb.GetRequest(key=key), timeout=PATIENCE).lease
         except grpc.RpcError as error:
@@ -164,7 +167,7 @@ class MongoLock:
         return seen.state == pb.LEASE_STATE_HELD
 
     def fencing_token(self, key, owner):
-        """The token to send with every write, which mongolock did not have; None if this object does not hold the lock."""
+        """The token to send with every write, which mongolock did not have; None if this object holds no such lock."""
         with self._changed:
             lock = self._held.get((key, owner))
         return lock and lock.token
@@ -179,16 +182,26 @@ class MongoLock:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                 return False
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                # Granted, the answer got lost, and another took the key when its time was over.
+                lock.id = str(uuid.uuid4())
+                return False
+            # It may have been granted all the same. If that cannot be mended now, its time runs out.
+            with contextlib.suppress(grpc.RpcError):
+                self._leased.Release(pb.ReleaseRequest(lease=_ref(key, lock)), timeout=PATIENCE)
             raise
         lock.token = granted.fencing_token
         # A grant from the line may be old by now.
-        return not granted.waited or self._touch(key, owner, lock)
+        if granted.waited and not self._touch(key, owner, lock):
+            lock.id = str(uuid.uuid4())
+            return False
+        return True
 
-    def _touch(self, key, owner, lock):
+    def _touch(self, key, owner, lock, timeout=PATIENCE):
         """False if the lock is lost, which is then forgotten."""
         sent_at = _now()
         with _losses() as lost:
-            self._leased.Touch(pb.TouchRequest(lease=_ref(key, lock)), timeout=PATIENCE)
+            self._leased.Touch(pb.TouchRequest(lease=_ref(key, lock)), timeout=timeout)
             lock.touched = sent_at
         if lost:
             with self._changed:
@@ -211,12 +224,15 @@ class MongoLock:
                 if due > 0:
                     self._changed.wait(min(due, 60.0))
                     continue
+            pause = 0.01
             for key, owner, lock in held:
                 if lock.touched + lock.ttl / 3 <= _now():
-                    # The daemon may be away; the lock lives on, and the next round tries again.
-                    with contextlib.suppress(grpc.RpcError):
-                        self._touch(key, owner, lock)
-            time.sleep(0.01)
+                    try:
+                        self._touch(key, owner, lock, min(PATIENCE, lock.ttl / 3))
+                    except grpc.RpcError:
+                        # The daemon is away; the lock lives on meanwhile.
+                        pause = min(0.5, lock.ttl / 10)
+            time.sleep(pause)
 
 
 @contextlib.contextmanager

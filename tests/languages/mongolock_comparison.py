@@ -103,8 +103,8 @@ def same(make):
 
 
 def equal_names(make):
-    """Two workers of one name, of which the first is late. Whether its touch succeeds, and whether its release frees the
-    lock of the second."""
+    """Two workers of one name, of which the first is late. Whether its touch succeeds, and whether its release frees
+    the lock of the second."""
     one, two = make(), make()
     assert one.lock("named", "worker", expire=0.5)
     until(lambda: not two.is_locked("named"))
@@ -179,8 +179,8 @@ def without_expiry(make):
 def main():
     uri, endpoint = sys.argv[1:]
     database = f"leased-test-mongolock-{uuid.uuid4().hex[:8]}"
-    real = lambda: mongolock.MongoLock(uri, db=database)  # noqa: E731
-    ours = lambda: leased_mongolock.MongoLock(endpoint)  # noqa: E731
+    real = lambda: mongolock.MongoLock(uri, db=database)
+    ours = lambda: leased_mongolock.MongoLock(endpoint)
 
     wanted, found = same(real), same(ours)
     for line, (theirs, mine) in enumerate(zip(wanted, found)):

@@ -113,6 +113,12 @@ impl Daemon {
         Self::with(config, folder).await
     }
 
+    /// The same at the address that it is known by.
+    pub(crate) async fn restart_at(mut self, address: SocketAddr) -> Self {
+        self.config.listen = address;
+        self.restart().await
+    }
+
     async fn with(config: Config, folder: Option<Arc<TempDir>>) -> Self {
         let listeners = Listeners::bind(&config).await.unwrap();
         let (grpc, http) = (listeners.grpc().unwrap(), listeners.http().unwrap().unwrap());
