@@ -15,8 +15,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, getpgid, getppid, kill_process_group, setpgid,
-    test_kill_process_group, waitid,
+    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpgid, getppid, kill_process_group, setpgid,
+    test_kill_process_group, waitid, waitpid,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -105,6 +105,20 @@ impl Guardian {
     fn order(&mut self, order: &str) {
         // If it is gone, `has_ended` says so.
         drop(writeln!(self.orders, "{order}"));
+    }
+}
+
+impl Drop for Guardian {
+    /// Waits for it, where nobody else would: the first process of a container often waits for no children of others. One
+    /// that has been dismissed ends within a moment, or is stopped and left alone.
+    fn drop(&mut self) {
+        let nap = Timespec::try_from(Duration::from_millis(1)).ok();
+        for _ in 0..50 {
+            if !matches!(waitpid(Some(self.group), WaitOptions::NOHANG), Ok(None)) {
+                return;
+            }
+            let _ = poll(&mut [], nap.as_ref());
+        }
     }
 }
 

@@ -123,7 +123,7 @@ impl Job {
     }
 
     /// The command has ended, under its lease. What it has left running in its group is its own affair.
-    pub(crate) fn leave(mut self) {
+    pub(crate) fn leave(&mut self) {
         self.take_terminal();
         self.guardian.dismiss();
     }
