@@ -73,7 +73,8 @@ fn no_daemon_is_69() {
         &["ls"][..],
         &["get", "a/key"],
         &["watch"],
-        &["acquire", "a/key", "--wait=0"],
+        &["acquire", "a/key"],
+        &["run", "a/key", "--", "true"],
         &["run", "a/key", "--wait=0", "--", "true"],
     ] {
         let mut arguments = vec!["--endpoint", &url, "--timeout=200ms"];

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, stderr};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressFinish};
-use leased_client::{Client, KeyInfo, Lease};
+use leased_client::{Client, Error, KeyInfo, Lease};
 use tokio::time::{Instant, sleep};
 
 use crate::args::Wish;
@@ -35,9 +35,19 @@ pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) ->
     if let Some(limit) = wish.shared {
         acquire = acquire.shared(limit);
     }
+    let granted = async {
+        // Whoever waits in line waits for daemons as well, for they come back. That there is none to begin with is told now.
+        if !wish.wait.is_zero()
+            && let Err(error @ (Error::Unavailable { .. } | Error::NotLeased { .. })) =
+                client.get(&wish.key).await
+        {
+            return Err(error);
+        }
+        acquire.await
+    };
     let signal = tokio::select! {
         biased;
-        lease = acquire.into_future() => return Ok(lease?),
+        lease = granted => return Ok(lease?),
         signal = signals.next() => signal,
         never = show(client, &wish.key, &owner, until) => match never {},
     };
