@@ -181,9 +181,10 @@ impl Process {
         kill_process(self.pid(), signal).unwrap();
     }
 
+    /// On return it does nothing any more, for it is stopped or has ended before.
     pub(crate) fn stop(&self) {
         self.signal(Signal::STOP);
-        until(|| state(self.pid()) == Some('T'));
+        until(|| matches!(state(self.pid()), Some('T' | 'Z')));
     }
 
     pub(crate) fn kill(&mut self) {

@@ -72,7 +72,7 @@ struct Trial {
     folder: TempDir,
     ttl: Duration,
     first: Process,
-    _second: Process,
+    second: Process,
 }
 
 /// How a trial went.
@@ -101,7 +101,7 @@ impl Trial {
             daemon.is_key("a/key", waits) || folder.path().join("second").exists()
         });
         sleep(random(Duration::ZERO, ttl));
-        Self { daemon, folder, ttl, first, _second: second }
+        Self { daemon, folder, ttl, first, second }
     }
 
     /// The first command, once it is there: on a machine that is busy with many such starts a short lease may be lost at once.
@@ -151,7 +151,7 @@ impl Trial {
         if !matches!(mishap, Mishap::Unguarded) {
             self.first.kill();
         }
-        let second = lines(&self.file("second"), 2);
+        let second = self.second();
         // A command that lives on is noticed by what it notes from now on.
         sleep(self.ttl / 4);
         let seen = Seen {
@@ -164,6 +164,18 @@ impl Trial {
             kill_process_group(self.group("first"), Signal::KILL).unwrap();
         }
         seen
+    }
+
+    /// What the second command has noted, once it is there: it, too, may have been lost at once, and is then begun again.
+    fn second(&mut self) -> Vec<String> {
+        let file = self.file("second");
+        let is_there = || read_to_string(&file).unwrap_or_default().matches('\n').count() >= 2;
+        until(|| is_there() || !self.second.is_running());
+        if !is_there() {
+            drop(std::fs::remove_file(&file));
+            self.second = Self::begin(&self.daemon, self.ttl, &file);
+        }
+        lines(&file, 2)
     }
 
     fn file(&self, name: &str) -> PathBuf {
