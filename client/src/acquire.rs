@@ -62,30 +62,65 @@ impl Acquire {
     /// How long the lease lasts without a touch, 100 ms to 24 h unless the daemon says otherwise; 30 s if not given. It is
     /// touched every third of it. Takeover after a crash takes as long as this; an outage of the daemons may last half
     /// of it without harm.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").ttl(std::time::Duration::from_secs(10)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = Some(ttl);
         self
     }
 
     /// How long to stand in line at most, up to 1 h; first come, first served.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").wait(std::time::Duration::from_secs(60)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self
     }
 
     /// A label for people, up to 256 bytes; the client's unless given. It proves nothing, and two may use the same.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").owner("billing@10.0.0.9").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn owner(mut self, owner: impl Into<String>) -> Self {
         self.request.owner = owner.into();
         self
     }
 
     /// Another label, for people and tools: up to 32 of them, 4 KiB together.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").metadata("build", "1.2.3").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.request.metadata.insert(name.into(), value.into());
         self
     }
 
     /// Holds the key together with other shared holders, while fewer than `limit` do; 0 for any number.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").shared(3).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn shared(mut self, limit: u32) -> Self {
         self.request.mode = Mode::Shared.into();
         self.request.shared_limit = limit;
@@ -94,6 +129,13 @@ impl Acquire {
 
     /// Keeps the key taken for this long after the grant, even if it is released before: a job that several machines start
     /// at about the same time runs once.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").min_hold(std::time::Duration::from_secs(60)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn min_hold(mut self, min_hold: Duration) -> Self {
         self.min_hold = min_hold;
         self
@@ -101,6 +143,13 @@ impl Acquire {
 
     /// How much of the TTL is kept in hand; a hundredth, and at least 5 ms, unless given. Belief ends this long before the
     /// lease can be taken by another: long enough for whatever stopping takes.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").margin(std::time::Duration::from_secs(2)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn margin(mut self, margin: Duration) -> Self {
         self.margin = Some(margin);
         self

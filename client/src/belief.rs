@@ -13,6 +13,16 @@ const MARGIN_SHARE: u32 = 100;
 const LEAST_MARGIN: Duration = Duration::from_millis(5);
 
 /// How a holder stands to its lease.
+///
+/// ```no_run
+/// # fn example(lease: leased_client::Lease) {
+/// use leased_client::State;
+///
+/// if lease.state().current() == State::Jeopardy {
+///     println!("no word from a daemon");
+/// }
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// Held: the deadline is ahead. Act on the key.

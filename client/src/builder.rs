@@ -48,6 +48,13 @@ impl Builder {
     ///
     /// # Errors
     /// [`Error::Invalid`] if it is none.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), leased_client::Error> {
+    /// let builder = leased_client::Client::builder().endpoint("http://127.0.0.1:5327")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn endpoint(self, url: &str) -> Result<Self, Error> {
         let wrong =
             || Error::Invalid(format!("{url:?} is no endpoint; one looks like {}", crate::DEFAULT_ENDPOINT));
@@ -78,6 +85,12 @@ impl Builder {
     }
 
     /// An endpoint that notices a dead connection: without pings a half-open one looks alive for minutes.
+    ///
+    /// ```
+    /// use tonic::transport::Endpoint;
+    ///
+    /// let endpoint = leased_client::Builder::tuned(Endpoint::from_static("http://127.0.0.1:5327"));
+    /// ```
     #[must_use]
     pub fn tuned(endpoint: Endpoint) -> Endpoint {
         endpoint
@@ -89,12 +102,26 @@ impl Builder {
     }
 
     /// The label of this client's leases unless one says otherwise; `host:pid` if not given.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), leased_client::Error> {
+    /// let builder = leased_client::Client::builder().owner("billing@10.0.0.9");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn owner(mut self, owner: impl Into<String>) -> Self {
         self.owner = Some(owner.into());
         self
     }
 
     /// How long a call may take, with all its repetitions, beyond the time it waits in line; 5 s if not given.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), leased_client::Error> {
+    /// let builder = leased_client::Client::builder().timeout(std::time::Duration::from_secs(3));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -105,6 +132,13 @@ impl Builder {
     /// # Errors
     /// [`Error::Invalid`] without an endpoint, [`Error::NotLeased`] if something else answers there, and
     /// [`Error::Unavailable`] if nobody does in time.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), leased_client::Error> {
+    /// let client = leased_client::Client::builder().endpoint(leased_client::DEFAULT_ENDPOINT)?.connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(self) -> Result<Client, Error> {
         let client = self.connect_lazily()?;
         client.shared().endpoints.check().await?;

@@ -79,6 +79,13 @@ impl Client {
     }
 
     /// A client with settings of its own.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), leased_client::Error> {
+    /// let builder = leased_client::Client::builder().endpoint("http://10.0.0.1:5327")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn builder() -> Builder {
         Builder::new()
     }
@@ -115,6 +122,13 @@ impl Client {
     }
 
     /// Asks for a lease of `key`: 1 to 512 bytes without control characters.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("reports/daily").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn acquire(&self, key: impl Into<String>) -> Acquire {
         Acquire::new(self.clone(), key.into())
     }
@@ -172,11 +186,29 @@ impl Client {
     }
 
     /// Lists the keys that begin with `prefix`, all keys if it is empty.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// use tokio_stream::StreamExt;
+    ///
+    /// let first = client.list("reports/").stream().try_next().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn list(&self, prefix: impl Into<String>) -> List {
         List::new(self.clone(), prefix.into())
     }
 
     /// Watches the keys that begin with `prefix`, all keys if it is empty.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// use tokio_stream::StreamExt;
+    ///
+    /// let first = client.watch("reports/").stream().try_next().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn watch(&self, prefix: impl Into<String>) -> Watch {
         Watch::new(self.clone(), prefix.into())
     }

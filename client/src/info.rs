@@ -8,6 +8,14 @@ use leased_proto::v1;
 use crate::token::FencingToken;
 
 /// A key: who holds it and who waits for it.
+///
+/// ```no_run
+/// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+/// let key = client.get("reports/daily").await?;
+/// println!("{} held, {} waiting", key.holders.len(), key.waiters.len());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeyInfo {

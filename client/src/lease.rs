@@ -44,24 +44,48 @@ impl Lease {
     }
 
     /// What is leased.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// println!("holding {}", lease.key());
+    /// # }
+    /// ```
     #[must_use]
     pub fn key(&self) -> &str {
         &self.holding.key
     }
 
     /// The fencing token: send it along with whatever is done under the lease.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// println!("UPDATE .. WHERE token <= {}", lease.token());
+    /// # }
+    /// ```
     #[must_use]
     pub fn token(&self) -> FencingToken {
         self.holding.token
     }
 
     /// The secret that names this acquisition, for handing it over.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// let secret = lease.id().reveal();
+    /// # }
+    /// ```
     #[must_use]
     pub fn id(&self) -> LeaseId {
         LeaseId::from(self.holding.id)
     }
 
     /// How long the lease lasts without a touch, as granted.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// println!("lasts {:?} without a touch", lease.ttl());
+    /// # }
+    /// ```
     #[must_use]
     pub fn ttl(&self) -> Duration {
         self.holding.ttl
@@ -85,6 +109,12 @@ impl Lease {
     /// How long the key may be acted on still if no daemon says a word more; nothing if it may not be.
     ///
     /// This is the TTL less the time since the last confirmed touch was *sent*, less the margin.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// println!("safe for {:?} more", lease.remaining());
+    /// # }
+    /// ```
     #[must_use]
     pub fn remaining(&self) -> Duration {
         match self.holding.state() {
@@ -94,6 +124,12 @@ impl Lease {
     }
 
     /// When [`remaining`](Self::remaining) is over as things stand, for timers.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) {
+    /// tokio::time::sleep_until(lease.deadline()).await;
+    /// # }
+    /// ```
     #[must_use]
     pub fn deadline(&self) -> Instant {
         Instant::now() + self.remaining()
@@ -186,6 +222,13 @@ impl Lease {
     ///
     /// # Errors
     /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or not begun.
+    ///
+    /// ```no_run
+    /// # async fn example(lease: leased_client::Lease) -> Result<(), leased_client::Error> {
+    /// let sum = lease.run(async { 1 + 1 }).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T, Error> {
         tokio::select! {
             biased;

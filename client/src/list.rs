@@ -36,12 +36,30 @@ impl List {
     }
 
     /// Also the keys that nobody holds.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// use tokio_stream::StreamExt;
+    ///
+    /// let first = client.list("reports/").include_free().stream().try_next().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn include_free(mut self) -> Self {
         self.request.include_free = true;
         self
     }
 
     /// How many keys are fetched at once: 1 to 1000, 100 if not given.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// use tokio_stream::StreamExt;
+    ///
+    /// let first = client.list("reports/").page_size(1000).stream().try_next().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn page_size(mut self, keys: u16) -> Self {
         self.request.page_size = keys.into();
         self

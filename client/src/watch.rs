@@ -84,6 +84,15 @@ impl Watch {
     }
 
     /// No snapshots.
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// use tokio_stream::StreamExt;
+    ///
+    /// let next = client.watch("reports/").changes_only().stream().try_next().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn changes_only(mut self) -> Self {
         self.request.changes_only = true;
         self
