@@ -217,7 +217,7 @@ impl Client {
     /// how many were taken. `reason` goes to the daemon's log.
     ///
     /// # Errors
-    /// [`Error::KeyUnknown`], [`Error::Invalid`], [`Error::Unavailable`].
+    /// [`Error::Invalid`], [`Error::Unavailable`]. Part of several leases may have been taken then.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -226,15 +226,25 @@ impl Client {
     /// # }
     /// ```
     pub async fn revoke(&self, key: &str, token: Option<FencingToken>, reason: &str) -> Result<u32, Error> {
-        let request = RevokeRequest {
-            key: key.to_owned(),
-            fencing_token: token.map_or(0, FencingToken::get),
-            reason: reason.to_owned(),
+        let tokens = match token {
+            Some(token) => vec![token],
+            // A call that means whoever holds could not be repeated: it would meet the next holder.
+            None => match self.get(key).await {
+                Ok(info) => info.holders.iter().map(|holder| holder.token).collect(),
+                Err(Error::KeyUnknown) => Vec::new(),
+                Err(error) => return Err(error),
+            },
         };
-        let call = self.shared.endpoints.call(request, |channel, request| async move {
-            AdminServiceClient::new(channel).revoke(request).await
-        });
-        Ok(u32::try_from(call.await?.body.revoked).unwrap_or_default())
+        let mut revoked = 0;
+        for token in tokens {
+            let (key, fencing_token, reason) = (key.to_owned(), token.get(), reason.to_owned());
+            let request = RevokeRequest { key, fencing_token, reason };
+            let call = self.shared.endpoints.call(request, |channel, request| async move {
+                AdminServiceClient::new(channel).revoke(request).await
+            });
+            revoked += u32::try_from(call.await?.body.revoked).unwrap_or_default();
+        }
+        Ok(revoked)
     }
 
     /// Waits until every lease that was dropped has been given back, for as long as one call may take. A process that ends
