@@ -88,6 +88,30 @@ async fn when_the_wait_runs_out_the_caller_is_told_who_holds_and_leaves_the_line
     first.abort();
 }
 
+/// Whoever has been told that the wait is over has no place any more, whatever other daemons' changes made this one look
+/// after its line at that moment: a place that nobody waits at would be granted to nobody.
+#[rstest]
+#[tokio::test]
+async fn a_wait_that_is_over_leaves_no_place_behind(#[values(Embedded, MongoDb, Fleet)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..8 {
+        let mut client = daemon.client().await;
+        callers.spawn(async move {
+            for wait in (0..40).map(|round| ms(1 + (7 * number + round) % 23)) {
+                let status = client.get_lease(ask("job").wait(wait)).await.unwrap_err();
+                assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld), "{status:?}");
+            }
+        });
+    }
+    callers.join_all().await;
+    assert_eq!(client.look("job").await.unwrap().waiters, []);
+    client.give_back(&lease).await.unwrap();
+    assert!(client.look("job").await.unwrap().holders.is_empty());
+}
+
 #[rstest]
 #[tokio::test]
 async fn a_call_whose_deadline_ends_while_it_waits_is_answered_before_that(

@@ -99,6 +99,7 @@ impl<S: Store> Lessor<S> {
             id,
             origin,
             entry,
+            leaves: false,
             open: true,
         };
 
@@ -166,7 +167,8 @@ impl<S: Store> Lessor<S> {
             Standing::Waiter(position) => Some(position),
             _ => None,
         });
-        if attempt.entry.as_ref().is_some_and(Entry::is_shared) {
+        attempt.leave_line();
+        if !attempt.leaves {
             // Another call waits on with this id, and keeps the place.
             attempt.close();
             let refusal = latest.map(|snapshot| refusal(&snapshot, last_position)).unwrap_or_default();
@@ -232,6 +234,8 @@ struct Attempt<S: Store> {
     id: LeaseId,
     origin: Origin,
     entry: Option<Entry>,
+    /// It has left, and nobody else keeps its place.
+    leaves: bool,
     open: bool,
 }
 
@@ -240,6 +244,11 @@ impl<S: Store> Attempt<S> {
     fn close(&mut self) {
         self.open = false;
     }
+
+    /// Goes first, and gives up the place then: as long as the call stands here its place is kept, and taken anew.
+    fn leave_line(&mut self) {
+        self.leaves |= self.entry.take().is_some_and(|entry| !entry.leave());
+    }
 }
 
 impl<S: Store> Drop for Attempt<S> {
@@ -247,14 +256,12 @@ impl<S: Store> Drop for Attempt<S> {
         if !self.open {
             return;
         }
-        let stands_in_line = self.entry.as_ref().is_some_and(|entry| !entry.is_shared());
+        self.leave_line();
         let part = match self.origin {
             Origin::Daemon => Part::Abandon(self.id),
-            Origin::Caller if stands_in_line => Part::Cancel(self.id),
+            Origin::Caller if self.leaves => Part::Cancel(self.id),
             Origin::Caller => return,
         };
-        // The entry goes first: what is committed from here on concerns nobody.
-        self.entry = None;
         self.committer.submit_unanswered([(self.key.clone(), part)]);
     }
 }

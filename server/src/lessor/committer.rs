@@ -78,7 +78,7 @@ enum Reply {
 
 impl Reply {
     /// Whether the call has ended; then its part need not be committed any more.
-    fn is_moot(&self) -> bool {
+    fn is_closed(&self) -> bool {
         match self {
             Self::Nobody => false,
             Self::One(sender) => sender.is_closed(),
@@ -132,6 +132,14 @@ impl<S: Store> Committer<S> {
         self: &Arc<Self>,
         parts: Vec<(Key, Part)>,
     ) -> Result<Vec<Arc<Snapshot>>, StoreError> {
+        self.submit_each(parts).await?.into_iter().collect::<Option<_>>().ok_or_else(lost)
+    }
+
+    /// The same for parts that may have become moot, and have no record then.
+    pub(super) async fn submit_each(
+        self: &Arc<Self>,
+        parts: Vec<(Key, Part)>,
+    ) -> Result<Vec<Option<Arc<Snapshot>>>, StoreError> {
         let count = parts.len();
         let (sender, mut receiver) = mpsc::channel(count.max(1));
         self.gather(parts.into_iter().enumerate().map(|(position, (key, part))| {
@@ -142,7 +150,7 @@ impl<S: Store> Committer<S> {
         while let Some((position, answer)) = receiver.recv().await {
             records[position] = Some(answer?);
         }
-        records.into_iter().collect::<Option<_>>().ok_or_else(lost)
+        Ok(records)
     }
 
     /// Commits parts for which nobody waits.
@@ -281,12 +289,12 @@ impl State {
 }
 
 impl Slot {
-    /// The next edit, who waits for it, and about how many bytes it has. Leaves out parts whose call has ended.
+    /// The next edit, who waits for it, and about how many bytes it has. Leaves out parts that nobody needs any more.
     fn take_edit(&mut self) -> (Edit, Vec<Reply>, usize) {
         let (mut gathered, mut replies, mut weight) = (Gathered::default(), Vec::new(), 0);
         while weight < EDIT_BYTES {
             let Some(Pending { part, reply }) = self.gathering.pop_front() else { break };
-            if reply.is_moot() {
+            if reply.is_closed() || part.is_moot() {
                 continue;
             }
             if !gathered.merge(&part) {

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::audience::{self, Audience};
 use super::committer::Committer;
 use super::pace::Pace;
-use super::part::Part;
+use super::part::{Part, Presence};
 use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot, Standing};
 use crate::store::Store;
 
@@ -46,7 +46,7 @@ struct State {
 /// What is known of one key's calls.
 #[derive(Debug)]
 struct Waiting {
-    calls: HashMap<LeaseId, Vec<WaitingCall>>,
+    calls: HashMap<LeaseId, Calls>,
     latest: Option<Arc<Snapshot>>,
     check_at: Instant,
     refresh_at: Instant,
@@ -57,10 +57,17 @@ struct Waiting {
     busy: bool,
 }
 
+/// The calls with one id: one, or several after a client's reconnect.
+#[derive(Debug)]
+struct Calls {
+    acquisition: Arc<Acquisition>,
+    presence: Arc<Presence>,
+    calls: Vec<WaitingCall>,
+}
+
 #[derive(Debug)]
 struct WaitingCall {
     number: u64,
-    acquisition: Arc<Acquisition>,
     tell: oneshot::Sender<Arc<Snapshot>>,
 }
 
@@ -89,27 +96,31 @@ impl Entry {
         self.line.state().keys.get(&self.key)?.latest.clone()
     }
 
-    /// Whether other calls of this daemon wait with the same id, as after a client's reconnect.
-    pub(super) fn is_shared(&self) -> bool {
-        let state = self.line.state();
-        let calls = state.keys.get(&self.key).and_then(|waiting| waiting.calls.get(&self.id));
-        calls.is_some_and(|calls| calls.iter().any(|call| call.number != self.number))
+    /// Takes the call out, and says whether others wait on with its id, as after a client's reconnect.
+    pub(super) fn leave(self) -> bool {
+        self.take_out()
+    }
+
+    fn take_out(&self) -> bool {
+        let mut state = self.line.state();
+        let Some(waiting) = state.keys.get_mut(&self.key) else { return false };
+        let Some(same) = waiting.calls.get_mut(&self.id) else { return false };
+        let before = same.calls.len();
+        same.calls.retain(|call| call.number != self.number);
+        let gone = before - same.calls.len();
+        let others = !same.calls.is_empty();
+        if !others {
+            waiting.calls.remove(&self.id);
+        }
+        state.calls -= gone;
+        state.tidy(&self.key);
+        others
     }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let mut state = self.line.state();
-        let Some(waiting) = state.keys.get_mut(&self.key) else { return };
-        let Some(calls) = waiting.calls.get_mut(&self.id) else { return };
-        let before = calls.len();
-        calls.retain(|call| call.number != self.number);
-        let gone = before - calls.len();
-        if calls.is_empty() {
-            waiting.calls.remove(&self.id);
-        }
-        state.calls -= gone;
-        state.tidy(&self.key);
+        self.take_out();
     }
 }
 
@@ -136,8 +147,8 @@ impl Line {
         let number = state.last_number;
         let calls = state.calls;
         let waiting = state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(self.pace, calls));
-        let call = WaitingCall { number, acquisition: Arc::clone(acquisition), tell };
-        waiting.calls.entry(acquisition.id).or_default().push(call);
+        let same = waiting.calls.entry(acquisition.id).or_insert_with(|| Calls::new(acquisition));
+        same.calls.push(WaitingCall { number, tell });
         self.rearm(&mut state, key);
         drop(state);
         Some(Entry { line: Arc::clone(self), key: key.clone(), id: acquisition.id, number, told })
@@ -174,8 +185,8 @@ impl Line {
         waiting.note(snapshot, &self.rules);
         let in_line: HashSet<LeaseId> =
             snapshot.record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
-        let claims = waiting.acquisitions().filter(|acquisition| !in_line.contains(&acquisition.id));
-        let claims = claims.map(|acquisition| (key.clone(), Part::Acquire(acquisition))).collect();
+        let claims = waiting.rejoins().filter(|(id, _)| !in_line.contains(id));
+        let claims = claims.map(|(_, part)| (key.clone(), part)).collect();
         self.rearm(&mut state, key);
         claims
     }
@@ -184,7 +195,7 @@ impl Line {
     pub(super) fn missing(&self, key: &Key) -> Vec<(Key, Part)> {
         let state = self.state();
         let Some(waiting) = state.keys.get(key) else { return Vec::new() };
-        waiting.acquisitions().map(|acquisition| (key.clone(), Part::Acquire(acquisition))).collect()
+        waiting.rejoins().map(|(_, part)| (key.clone(), part)).collect()
     }
 
     /// Whether calls wait for the key, and have not seen its record as of `rev`.
@@ -201,7 +212,8 @@ impl Line {
     }
 
     /// Tells a call that its place could not be kept.
-    fn give_up(&self, key: &Key, id: LeaseId, snapshot: &Arc<Snapshot>) {
+    fn give_up(&self, id: LeaseId, snapshot: &Arc<Snapshot>) {
+        let key = &snapshot.record.key;
         let mut state = self.state();
         let Some(waiting) = state.keys.get_mut(key) else { return };
         let told = waiting.tell(id, snapshot);
@@ -295,7 +307,7 @@ impl Waiting {
 
     /// Tells all calls with this id and returns how many there were.
     fn tell(&mut self, id: LeaseId, snapshot: &Arc<Snapshot>) -> usize {
-        let calls = self.calls.remove(&id).unwrap_or_default();
+        let calls = self.calls.remove(&id).map(|same| same.calls).unwrap_or_default();
         let count = calls.len();
         for call in calls {
             drop(call.tell.send(Arc::clone(snapshot)));
@@ -303,8 +315,9 @@ impl Waiting {
         count
     }
 
-    fn acquisitions(&self) -> impl Iterator<Item = Arc<Acquisition>> {
-        self.calls.values().filter_map(|calls| calls.first()).map(|call| Arc::clone(&call.acquisition))
+    /// What keeps the places of all calls, and claims the leases of those whose turn has come.
+    fn rejoins(&self) -> impl Iterator<Item = (LeaseId, Part)> {
+        self.calls.iter().map(|(id, same)| (*id, same.rejoin()))
     }
 
     fn next_due(&self) -> Instant {
@@ -325,11 +338,21 @@ impl Waiting {
         self.check_at = now + pace.look(calls);
         if self.refresh_at <= now {
             self.refresh_at = now + pace.refresh(calls);
-            chores.refreshes.extend(self.acquisitions().map(|acquisition| (key.clone(), acquisition)));
+            chores.refreshes.extend(self.rejoins().map(|(id, part)| (id, (key.clone(), part))));
             chores.refreshed.push(key.clone());
         } else {
             chores.checks.push(key.clone());
         }
+    }
+}
+
+impl Calls {
+    fn new(acquisition: &Arc<Acquisition>) -> Self {
+        Self { acquisition: Arc::clone(acquisition), presence: Arc::new(Presence), calls: Vec::new() }
+    }
+
+    fn rejoin(&self) -> Part {
+        Part::Rejoin(Arc::clone(&self.acquisition), Arc::downgrade(&self.presence))
     }
 }
 
@@ -338,7 +361,7 @@ impl Waiting {
 struct Chores {
     nudges: Vec<Key>,
     checks: Vec<Key>,
-    refreshes: Vec<(Key, Arc<Acquisition>)>,
+    refreshes: Vec<(LeaseId, (Key, Part))>,
     refreshed: Vec<Key>,
 }
 
@@ -376,16 +399,15 @@ pub(super) async fn keep<S: Store>(
 async fn refresh<S: Store>(
     line: Arc<Line>,
     committer: Arc<Committer<S>>,
-    places: Vec<(Key, Arc<Acquisition>)>,
+    places: Vec<(LeaseId, (Key, Part))>,
     keys: Vec<Key>,
 ) {
-    let ids: Vec<_> = places.iter().map(|(key, acquisition)| (key.clone(), acquisition.id)).collect();
-    let parts = places.into_iter().map(|(key, acquisition)| (key, Part::Acquire(acquisition))).collect();
+    let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
     // A failure is tried again at the next turn; a place outlasts several.
-    if let Ok(snapshots) = committer.submit_all(parts).await {
-        for ((key, id), snapshot) in ids.iter().zip(&snapshots) {
-            if snapshot.standing(*id) == Standing::Unknown {
-                line.give_up(key, *id, snapshot);
+    if let Ok(snapshots) = committer.submit_each(parts).await {
+        for (id, snapshot) in ids.into_iter().zip(&snapshots) {
+            if let Some(snapshot) = snapshot.as_ref().filter(|one| one.standing(id) == Standing::Unknown) {
+                line.give_up(id, snapshot);
             }
         }
     }

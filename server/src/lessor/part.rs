@@ -1,7 +1,7 @@
 //! What one call brings to the next edit of its key, and how parts merge into that edit.
 
 use std::mem::take;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::lease::{Acquisition, Edit, FencingToken, LeaseId};
 
@@ -11,6 +11,8 @@ pub(super) enum Part {
     /// Joins the line or refreshes the place there, and renews the lease if it is held already: a repeated acquire
     /// is answered with a lease that lasts a whole TTL from the repetition on, whatever became of the first.
     Acquire(Arc<Acquisition>),
+    /// The same for a call that waits already, while it does: a place that was given up is not taken anew.
+    Rejoin(Arc<Acquisition>, Weak<Presence>),
     Touch(LeaseId),
     Release(LeaseId),
     Revoke(Vec<FencingToken>),
@@ -22,6 +24,10 @@ pub(super) enum Part {
     Nudge,
 }
 
+/// There is as long as a call stands in line here.
+#[derive(Debug)]
+pub(super) struct Presence;
+
 /// Parts that may become one edit.
 #[derive(Debug, Default)]
 pub(super) struct Gathered(Edit);
@@ -32,7 +38,7 @@ impl Gathered {
     pub(super) fn merge(&mut self, part: &Part) -> bool {
         let edit = &self.0;
         let fits = match part {
-            Part::Acquire(acquisition) => {
+            Part::Acquire(acquisition) | Part::Rejoin(acquisition, _) => {
                 !edit.released().contains(&acquisition.id) && !edit.cancelled().contains(&acquisition.id)
             }
             Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => {
@@ -55,7 +61,9 @@ impl Gathered {
 impl Part {
     fn add_to(&self, edit: Edit) -> Edit {
         match self {
-            Self::Acquire(acquisition) => edit.touch(acquisition.id).enqueue(Arc::clone(acquisition)),
+            Self::Acquire(acquisition) | Self::Rejoin(acquisition, _) => {
+                edit.touch(acquisition.id).enqueue(Arc::clone(acquisition))
+            }
             Self::Touch(id) => edit.touch(*id),
             Self::Release(id) => edit.release(*id),
             Self::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
@@ -65,10 +73,15 @@ impl Part {
         }
     }
 
+    /// Whether what it was for is over.
+    pub(super) fn is_moot(&self) -> bool {
+        matches!(self, Self::Rejoin(_, presence) if presence.strong_count() == 0)
+    }
+
     /// About how much the part adds to a command, in bytes.
     pub(super) fn weight(&self) -> usize {
         match self {
-            Self::Acquire(acquisition) => acquisition.size(),
+            Self::Acquire(acquisition) | Self::Rejoin(acquisition, _) => acquisition.size(),
             Self::Revoke(tokens) => 16 * tokens.len(),
             _ => 32,
         }
