@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout};
 use tokio_stream::StreamExt;
 
+use crate::support::relay::Relay;
 use crate::support::{Daemon, Embedded, Fleet, GRACE, Home, MongoDb, PATIENCE, eventually, ms, secs};
 
 /// Waits for what must come.
@@ -42,7 +43,7 @@ async fn a_lease_is_granted_shown_refused_to_others_and_given_back(
 
     let Err(Error::Held(held)) = client.acquire("job").await else { panic!("someone else holds it") };
     assert_eq!((held.owner.as_str(), held.token, held.position), ("me", lease.token(), None));
-    let Err(Error::Held(held)) = client.acquire("job").wait(ms(100)).await else {
+    let Err(Error::Held(held)) = client.acquire("job").wait(secs(1)).await else {
         panic!("it is still held")
     };
     assert_eq!(held.position, Some(0));
@@ -289,6 +290,26 @@ async fn who_does_not_answer_and_who_is_somebody_else_is_told_apart() {
     }
     assert!(matches!(builder().connect().await, Err(Error::Invalid(_))));
     assert!(begun.elapsed() < PATIENCE, "each within its timeout");
+}
+
+/// Nobody knows whether a call without an answer was done; the next holder must not pay for its repetition.
+#[rstest]
+#[tokio::test]
+async fn a_repeated_revocation_does_not_meet_the_next_holder(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let relay = Relay::losing_the_answer_to("the host is gone", daemon.grpc).await;
+    let (holder, operator) = (daemon.holder().await, Client::connect([relay.url()]).await.unwrap());
+    let lease = holder.acquire("job").ttl(secs(60)).await.unwrap();
+    let waiter = tokio::spawn(holder.acquire("job").ttl(secs(60)).wait(secs(60)).into_future());
+    shows(&holder, "job", |info| info.waiters.len() == 1).await;
+
+    let revoking = tokio::spawn(async move { operator.revoke("job", None, "the host is gone").await });
+    let next = soon(waiter).await.unwrap().unwrap();
+    assert!(next.token() > lease.token() && !revoking.is_finished());
+    relay.break_off();
+    soon(revoking).await.unwrap().unwrap();
+    assert_eq!(holder.get("job").await.unwrap().holders[0].token, next.token());
+    assert!(next.is_held());
 }
 
 #[tokio::test]

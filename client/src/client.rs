@@ -214,7 +214,9 @@ impl Client {
     }
 
     /// Takes the lease of `key` with this token away from its holder, or from every holder if there is no token, and returns
-    /// how many were taken. `reason` goes to the daemon's log.
+    /// how many were taken: those of which a daemon said so. `reason` goes to the daemon's log.
+    ///
+    /// A lease granted later is not meant, even if the call has to be repeated because its answer was lost.
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unavailable`]. Part of several leases may have been taken then.

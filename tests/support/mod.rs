@@ -1,6 +1,7 @@
 //! Daemons in-process over a store of their own, and requests as tests write them.
 
 mod crash;
+pub(crate) mod relay;
 pub(crate) mod tools;
 
 use std::net::SocketAddr;
