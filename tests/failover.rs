@@ -36,9 +36,16 @@ fn is_away(status: &Status) -> bool {
 /// Releases, and repeats the call while the store is away.
 async fn give_back(client: &mut Leases, lease: &LeaseRef) {
     let start = Instant::now();
+    let mut repeats = false;
     loop {
         match client.give_back(lease).await {
-            Err(status) if is_away(&status) && start.elapsed() < PATIENCE => {}
+            Err(status) if is_away(&status) && start.elapsed() < PATIENCE => repeats = true,
+            // Released by the call before, and by more others since than the record remembers.
+            Err(status)
+                if repeats && refusal(&status, "loss") == (Some(Reason::LeaseLost), String::new()) =>
+            {
+                return;
+            }
             answer => return answer.unwrap(),
         }
     }
