@@ -2,6 +2,7 @@
 //!
 //! Knows neither the daemon nor the client, and no runtime.
 
+mod codec;
 mod reason;
 
 pub use reason::Reason;
