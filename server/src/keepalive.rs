@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult};
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
@@ -91,8 +91,9 @@ impl<S: Store> Stream<S> {
             let in_pace = ready_at <= Instant::now();
             tokio::select! {
                 Some((sequence, outcome)) = self.in_flight.next() => {
-                    let response = self.answer(sequence, outcome?);
-                    if answers.send(Ok(response)).await.is_err() {
+                    let settled = self.carrier.settle(outcome?);
+                    let results = settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
+                    if answers.send(Ok(KeepAliveResponse { sequence, results })).await.is_err() {
                         return Ok(());
                     }
                 }
@@ -102,7 +103,12 @@ impl<S: Store> Stream<S> {
                     }
                 },
                 message = messages.message(), if may_read && in_pace => match message {
-                    Ok(Some(message)) => self.take(message)?,
+                    Ok(Some(message)) => {
+                        let answer = self.take(message)?;
+                        if let Some(response) = answer && answers.send(Ok(response)).await.is_err() {
+                            return Ok(());
+                        }
+                    }
                     Ok(None) => open = false,
                     Err(status) if status.code() == Code::OutOfRange => return Err(wire::oversized()),
                     Err(status) => return Err(status),
@@ -113,8 +119,8 @@ impl<S: Store> Stream<S> {
         Ok(())
     }
 
-    /// Checks a message and hands its touches over in one go.
-    fn take(&mut self, message: KeepAliveRequest) -> Result<(), Status> {
+    /// Checks a message and hands its touches over in one go. Returns the answer if memory has it all.
+    fn take(&mut self, message: KeepAliveRequest) -> Result<Option<KeepAliveResponse>, Status> {
         self.pace.spend();
         let mut wrong = Violations::default();
         if message.sequence == 0 {
@@ -132,15 +138,22 @@ impl<S: Store> Stream<S> {
         }
         let now = Instant::now();
         let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(now);
-        let due = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
+        let due: Vec<usize> = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
+        if due.is_empty() {
+            return Ok(Some(self.remember(message, leases)));
+        }
         self.in_flight.push(Box::pin(touch(self.lessor.clone(), message.sequence, leases, due)));
-        Ok(())
+        Ok(None)
     }
 
-    fn answer(&mut self, sequence: u64, touched: Vec<(Arc<Carriage>, Option<Touched>)>) -> KeepAliveResponse {
-        let settled = self.carrier.settle(touched);
-        let results = settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
-        KeepAliveResponse { sequence, results }
+    /// The answer to a message whose leases were all touched a moment ago. Names them as the message does.
+    fn remember(&mut self, message: KeepAliveRequest, leases: Vec<Arc<Carriage>>) -> KeepAliveResponse {
+        let settled = self.carrier.settle(leases.into_iter().map(|lease| (lease, None)).collect());
+        let mut named = message.leases.into_iter();
+        let results = settled.iter().map(|(lease, touched)| {
+            wire::keepalive_result(named.next().unwrap_or_else(|| reference(lease)), *touched)
+        });
+        KeepAliveResponse { sequence: message.sequence, results: results.collect() }
     }
 }
 
@@ -151,8 +164,12 @@ fn told(lost: &[(Arc<Carriage>, Loss)]) -> KeepAliveResponse {
 }
 
 fn result(lease: &Carriage, touched: Touched) -> KeepAliveResult {
+    wire::keepalive_result(reference(lease), touched)
+}
+
+fn reference(lease: &Carriage) -> LeaseRef {
     let (key, id) = lease.lease();
-    wire::keepalive_result(key, *id, touched)
+    wire::lease_ref(key, *id)
 }
 
 /// Touches the leases at the positions `due` until the store answers: the leases live on meanwhile, and so does the

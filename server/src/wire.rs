@@ -356,7 +356,7 @@ pub(crate) fn lease_ref(key: &Key, id: LeaseId) -> v1::LeaseRef {
 }
 
 /// What a keepalive stream is told of one lease.
-pub(crate) fn keepalive_result(key: &Key, id: LeaseId, touched: Touched) -> v1::KeepAliveResult {
+pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::KeepAliveResult {
     use v1::keep_alive_result::Outcome;
     let outcome = match touched {
         Touched::Kept(remaining) => Outcome::Kept(v1::Kept { remaining: Some(to_duration(remaining)) }),
@@ -370,7 +370,7 @@ pub(crate) fn keepalive_result(key: &Key, id: LeaseId, touched: Touched) -> v1::
             Outcome::Lost(v1::Lost { reason: reason.into() })
         }
     };
-    v1::KeepAliveResult { lease: Some(lease_ref(key, id)), outcome: Some(outcome) }
+    v1::KeepAliveResult { lease: Some(lease), outcome: Some(outcome) }
 }
 
 pub(crate) fn watch(request: &v1::WatchRequest) -> Result<Begin, Status> {

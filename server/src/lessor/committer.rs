@@ -96,11 +96,12 @@ impl Reply {
     }
 }
 
-/// What is committed together, and who waits for each key's record.
+/// What is committed together, and who waits for it.
 #[derive(Default)]
 struct Batch {
     edits: Vec<(Key, Edit)>,
-    replies: Vec<Vec<Reply>>,
+    /// By the position of the edit, in order.
+    replies: Vec<(usize, Reply)>,
 }
 
 impl<S: Store> Committer<S> {
@@ -207,7 +208,7 @@ impl<S: Store> Committer<S> {
     fn answer(
         &self,
         edits: &[(Key, Edit)],
-        replies: Vec<Vec<Reply>>,
+        replies: Vec<(usize, Reply)>,
         sent_at: Instant,
         outcome: Result<Vec<Snapshot>, StoreError>,
     ) {
@@ -218,7 +219,8 @@ impl<S: Store> Committer<S> {
                 Err(error)
             }
         };
-        for ((_, edit), replies) in edits.iter().zip(replies) {
+        let mut replies = replies.into_iter().peekable();
+        for (position, (_, edit)) in edits.iter().enumerate() {
             let answer = match &mut records {
                 Ok(records) => records.next().ok_or_else(lost),
                 Err(error) => Err(error.clone()),
@@ -226,7 +228,7 @@ impl<S: Store> Committer<S> {
             if let Ok(record) = &answer {
                 self.audience.own(record, edit.touched(), sent_at);
             }
-            for reply in replies {
+            while let Some((_, reply)) = replies.next_if(|(edit, _)| *edit == position) {
                 reply.send(answer.clone());
             }
         }
@@ -260,15 +262,13 @@ impl State {
         while batch.edits.len() < BATCH_KEYS && bytes < BATCH_BYTES {
             let Some(key) = self.ready.pop_front() else { break };
             let Some(slot) = self.slots.get_mut(&key) else { continue };
-            let (edit, replies, weight) = slot.take_edit();
-            if replies.is_empty() {
+            let Some((edit, weight)) = slot.take_edit(batch.edits.len(), &mut batch.replies) else {
                 self.slots.remove(&key);
                 continue;
-            }
+            };
             slot.in_flight = true;
             bytes += weight;
             batch.edits.push((key, edit));
-            batch.replies.push(replies);
         }
         self.latest = batch.edits.len();
         batch
@@ -289,9 +289,11 @@ impl State {
 }
 
 impl Slot {
-    /// The next edit, who waits for it, and about how many bytes it has. Leaves out parts that nobody needs any more.
-    fn take_edit(&mut self) -> (Edit, Vec<Reply>, usize) {
-        let (mut gathered, mut replies, mut weight) = (Gathered::default(), Vec::new(), 0);
+    /// The next edit and about how many bytes it has; `None` if nobody needs what has gathered. Adds those who wait for
+    /// it to `replies`, under its `position`.
+    fn take_edit(&mut self, position: usize, replies: &mut Vec<(usize, Reply)>) -> Option<(Edit, usize)> {
+        let (mut gathered, mut weight) = (Gathered::default(), 0);
+        let before = replies.len();
         while weight < EDIT_BYTES {
             let Some(Pending { part, reply }) = self.gathering.pop_front() else { break };
             if reply.is_closed() || part.is_moot() {
@@ -302,9 +304,9 @@ impl Slot {
                 break;
             }
             weight += part.weight();
-            replies.push(reply);
+            replies.push((position, reply));
         }
-        (gathered.into_edit(), replies, weight)
+        (replies.len() > before).then(|| (gathered.into_edit(), weight))
     }
 }
 

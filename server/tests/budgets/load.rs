@@ -1,0 +1,145 @@
+//! Calls one after the other, so that nothing depends on who comes together with whom.
+
+use leased_proto::v1::lease_service_client::LeaseServiceClient;
+use leased_proto::v1::{
+    AcquireRequest, KeepAliveRequest, KeepAliveResponse, LeaseRef, ReleaseRequest, keep_alive_result,
+};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+/// Operations of a kind that are counted.
+const TIMES: u32 = 500;
+/// Leases in a message that names many.
+const CROWD: u32 = 1000;
+const STREAMS: u32 = 1000;
+const STREAMS_A_CONNECTION: u32 = 100;
+
+/// Calls to one daemon.
+pub(crate) struct Load {
+    runtime: Runtime,
+    address: String,
+    client: LeaseServiceClient<Channel>,
+    /// What carries the leases acquired, once there is one.
+    stream: Option<Stream>,
+    leases: Vec<LeaseRef>,
+    idle: Vec<Stream>,
+}
+
+struct Stream {
+    messages: mpsc::Sender<KeepAliveRequest>,
+    answers: Streaming<KeepAliveResponse>,
+    sequence: u64,
+}
+
+impl Load {
+    pub(crate) fn at(address: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let client = runtime.block_on(connect(address));
+        let address = address.to_owned();
+        Self { runtime, address, client, stream: None, leases: Vec::new(), idle: Vec::new() }
+    }
+
+    /// Acquires and releases, on one key.
+    pub(crate) fn pairs(&mut self) -> u32 {
+        for _ in 0..TIMES {
+            let lease = Some(self.acquire("pair"));
+            self.runtime.block_on(self.client.release(ReleaseRequest { lease })).unwrap();
+        }
+        TIMES
+    }
+
+    /// Touches one lease by message after message.
+    pub(crate) fn messages(&mut self) -> u32 {
+        self.hold(1);
+        self.carry_them();
+        (0..TIMES).for_each(|_| self.touch());
+        TIMES
+    }
+
+    /// Touches many leases by each message.
+    pub(crate) fn crowds(&mut self) -> u32 {
+        const MESSAGES: u32 = 10;
+        self.hold(CROWD);
+        self.carry_them();
+        (0..MESSAGES).for_each(|_| self.touch());
+        MESSAGES * CROWD
+    }
+
+    /// Acquires many leases.
+    pub(crate) fn acquire_many(&mut self) -> u32 {
+        self.hold(CROWD);
+        CROWD
+    }
+
+    /// Lets one stream carry them, a few more with each message.
+    pub(crate) fn carry(&mut self) -> u32 {
+        self.carry_them();
+        let leases = std::mem::take(&mut self.leases);
+        for some in leases.chunks(50) {
+            some.clone_into(&mut self.leases);
+            self.touch();
+        }
+        CROWD
+    }
+
+    /// Opens streams that carry nothing yet.
+    pub(crate) fn open(&mut self) -> u32 {
+        for _ in 0..STREAMS / STREAMS_A_CONNECTION {
+            let client = self.runtime.block_on(connect(&self.address));
+            for _ in 0..STREAMS_A_CONNECTION {
+                let stream = self.runtime.block_on(Stream::open(client.clone()));
+                self.idle.push(stream);
+            }
+        }
+        STREAMS
+    }
+
+    fn acquire(&mut self, key: &str) -> LeaseRef {
+        let key = key.to_owned();
+        let ttl = Some(prost_types::Duration { seconds: 600, nanos: 0 });
+        let request = AcquireRequest { key, owner: "load".to_owned(), ttl, ..AcquireRequest::default() };
+        self.runtime.block_on(self.client.acquire(request)).unwrap().into_inner().lease.unwrap()
+    }
+
+    fn hold(&mut self, count: u32) {
+        if self.leases.is_empty() {
+            self.leases = (0..count).map(|number| self.acquire(&format!("tenant-7/job-{number}"))).collect();
+        }
+    }
+
+    fn carry_them(&mut self) {
+        if self.stream.is_none() {
+            self.stream = Some(self.runtime.block_on(Stream::open(self.client.clone())));
+        }
+    }
+
+    fn touch(&mut self) {
+        let stream = self.stream.as_mut().unwrap();
+        let answer = self.runtime.block_on(stream.touch(&self.leases));
+        assert_eq!(answer.results.len(), self.leases.len());
+        let kept = |outcome| matches!(outcome, Some(keep_alive_result::Outcome::Kept(_)));
+        assert!(answer.results.into_iter().all(|result| kept(result.outcome)));
+    }
+}
+
+impl Stream {
+    async fn open(mut client: LeaseServiceClient<Channel>) -> Self {
+        let (messages, receiver) = mpsc::channel(1);
+        let answers = client.keep_alive(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+        Self { messages, answers, sequence: 0 }
+    }
+
+    async fn touch(&mut self, leases: &[LeaseRef]) -> KeepAliveResponse {
+        self.sequence += 1;
+        let message = KeepAliveRequest { sequence: self.sequence, leases: leases.to_vec() };
+        self.messages.send(message).await.unwrap();
+        self.answers.message().await.unwrap().unwrap()
+    }
+}
+
+async fn connect(address: &str) -> LeaseServiceClient<Channel> {
+    LeaseServiceClient::new(Endpoint::from_shared(address.to_owned()).unwrap().connect().await.unwrap())
+}
