@@ -1,23 +1,17 @@
-//! Whether this daemon should be asked: the gRPC health service and the HTTP side port say the same.
+//! Whether this daemon should be asked, for all who say so: the gRPC health service and the HTTP side port.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use axum::http::StatusCode;
-use axum::routing::get;
 use leased_proto::v1::admin_service_server::SERVICE_NAME as ADMIN_SERVICE;
 use leased_proto::v1::lease_service_server::SERVICE_NAME as LEASE_SERVICE;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::lessor::Lessor;
-use crate::store::{FeedState, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 /// How often the store is asked.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -98,37 +92,9 @@ impl Health {
         }
     }
 
-    /// Serves `/livez` and `/readyz` until `ended`.
-    pub(crate) async fn serve_http<S: Store>(
-        self,
-        listener: TcpListener,
-        lessor: Lessor<S>,
-        ended: CancellationToken,
-    ) {
-        let readiness = self.readiness;
-        let ready = move || async move {
-            let away = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
-            match *readiness.borrow() {
-                Readiness::Ready => (StatusCode::OK, format!("ready{}\n", feed(lessor.store()))),
-                Readiness::StoreAway => away("the store does not answer"),
-                Readiness::Draining => away("draining"),
-            }
-        };
-        let routes = Router::new().route("/livez", get(async || "alive\n")).route("/readyz", get(ready));
-        let address = listener.local_addr().map_or_else(|_| String::new(), |at: SocketAddr| at.to_string());
-        let serve = axum::serve(listener, routes).with_graceful_shutdown(ended.cancelled_owned());
-        if let Err(error) = serve.await {
-            tracing::error!(%error, address, "the HTTP side port failed");
-        }
-    }
-}
-
-/// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.
-fn feed(store: &impl Store) -> String {
-    match store.feed_state() {
-        FeedState::Off => String::new(),
-        FeedState::Behind(lag) => format!(", change feed {}ms behind", lag.as_millis()),
-        FeedState::Broken => ", change feed broken: what other daemons do is noticed late".to_owned(),
+    /// Why calls should or should not come here.
+    pub(crate) fn readiness(&self) -> Readiness {
+        *self.readiness.borrow()
     }
 }
 

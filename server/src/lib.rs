@@ -27,6 +27,8 @@ mod accept;
 mod express;
 /// Whether this daemon should be asked.
 mod health;
+/// The HTTP side port.
+mod http;
 /// Running the daemon.
 pub mod server;
 

@@ -25,6 +25,7 @@ use crate::accept::{connections, counted};
 use crate::config::{Config, Limits};
 use crate::express::Express;
 use crate::health::Health;
+use crate::http;
 use crate::lessor::Lessor;
 use crate::service::Service;
 use crate::store::Store;
@@ -118,7 +119,7 @@ where
     tokio::spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
     tokio::spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
     if let Some(listener) = http {
-        tokio::spawn(health.clone().serve_http(listener, lessor.clone(), ended.clone()));
+        tokio::spawn(http::serve(listener, health.clone(), lessor.clone(), ended.clone()));
     }
 
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());

@@ -1,0 +1,45 @@
+//! The HTTP side port: whether this daemon should be asked.
+
+use std::net::SocketAddr;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::health::{Health, Readiness};
+use crate::lessor::Lessor;
+use crate::store::{FeedState, Store};
+
+/// Serves `/livez` and `/readyz` until `ended`.
+pub(crate) async fn serve<S: Store>(
+    listener: TcpListener,
+    health: Health,
+    lessor: Lessor<S>,
+    ended: CancellationToken,
+) {
+    let ready = move || async move {
+        let away = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
+        match health.readiness() {
+            Readiness::Ready => (StatusCode::OK, format!("ready{}\n", feed(lessor.store()))),
+            Readiness::StoreAway => away("the store does not answer"),
+            Readiness::Draining => away("draining"),
+        }
+    };
+    let routes = Router::new().route("/livez", get(async || "alive\n")).route("/readyz", get(ready));
+    let address = listener.local_addr().map_or_else(|_| String::new(), |at: SocketAddr| at.to_string());
+    let serve = axum::serve(listener, routes).with_graceful_shutdown(ended.cancelled_owned());
+    if let Err(error) = serve.await {
+        tracing::error!(%error, address, "the HTTP side port failed");
+    }
+}
+
+/// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.
+fn feed(store: &impl Store) -> String {
+    match store.feed_state() {
+        FeedState::Off => String::new(),
+        FeedState::Behind(lag) => format!(", change feed {}ms behind", lag.as_millis()),
+        FeedState::Broken => ", change feed broken: what other daemons do is noticed late".to_owned(),
+    }
+}
