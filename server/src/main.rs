@@ -57,11 +57,11 @@ async fn daemon() -> Result<(), Failure> {
     match &config.place {
         Place::Folder(folder) => {
             let open = async || Ok(EmbeddedStore::open(folder, config.rules).await?);
-            serve(&config, shutdown, "embedded", open).await
+            serve(&config, shutdown, open).await
         }
         Place::MongoDb(location) => {
             let connect = async || Ok(MongoStore::connect(location, config.rules).await?);
-            serve(&config, shutdown, "mongodb", connect).await
+            serve(&config, shutdown, connect).await
         }
     }
 }
@@ -70,7 +70,6 @@ async fn daemon() -> Result<(), Failure> {
 async fn serve<S: Store>(
     config: &Config,
     shutdown: CancellationToken,
-    kind: &str,
     start: impl AsyncFn() -> Result<S, StartError>,
 ) -> Result<(), Failure> {
     let store = tokio::select! {
@@ -78,7 +77,7 @@ async fn serve<S: Store>(
         () = shutdown.cancelled() => return Ok(()),
     };
     let listeners = Listeners::bind(config).await.map_err(Failure::usage)?;
-    announce(&listeners, kind).map_err(Failure::running)?;
+    announce(&listeners, store.name()).map_err(Failure::running)?;
     run(listeners, store, config, shutdown).await.map_err(Failure::running)
 }
 

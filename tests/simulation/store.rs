@@ -239,6 +239,14 @@ impl Store for SimulatedStore {
         self.rules
     }
 
+    fn name(&self) -> &'static str {
+        "simulated"
+    }
+
+    fn repetitions(&self) -> u64 {
+        0
+    }
+
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
         let mut changes = self.changes.subscribe();
         let follow = async {

@@ -8,6 +8,7 @@ pub mod mongo;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -61,6 +62,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// The rules that commits obey.
     fn rules(&self) -> Rules;
+
+    /// What kind of store it is, in a word.
+    fn name(&self) -> &'static str;
+
+    /// How many attempts at a batch have failed and been repeated so far.
+    fn repetitions(&self) -> u64;
 
     /// Tells of changes that others make, until `draining` is cancelled or nobody listens any more; at once if there
     /// are no others. Changes of this daemon's own may be among them.
@@ -174,8 +181,13 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-/// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over. Edits are idempotent.
-async fn repeat<T, F>(deadline: Duration, mut attempt: impl FnMut() -> F) -> Result<T, StoreError>
+/// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over, and counts that. Edits
+/// are idempotent.
+async fn repeat<T, F>(
+    deadline: Duration,
+    repetitions: &AtomicU64,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,
 {
@@ -197,6 +209,7 @@ where
             return Err(StoreError::Unavailable { outcome, cause });
         }
         tracing::debug!(%cause, "repeating a batch");
+        repetitions.fetch_add(1, Ordering::Relaxed);
         sleep_until(again).await;
         pause = (pause * 2).min(BACK_OFF * 8);
     }

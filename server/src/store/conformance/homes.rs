@@ -195,6 +195,20 @@ impl Store for TestStore {
         }
     }
 
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Embedded(store, _) => store.name(),
+            Self::MongoDb(store) => store.name(),
+        }
+    }
+
+    fn repetitions(&self) -> u64 {
+        match self {
+            Self::Embedded(store, _) => store.repetitions(),
+            Self::MongoDb(store) => store.repetitions(),
+        }
+    }
+
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
         match self {
             Self::Embedded(store, _) => store.feed(events, draining).await,

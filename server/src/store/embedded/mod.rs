@@ -13,6 +13,7 @@ mod writer;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use redb::ReadableDatabase;
@@ -39,6 +40,7 @@ pub struct EmbeddedStore {
     home: Arc<Home>,
     writer: Writer,
     reads: Arc<Semaphore>,
+    repetitions: Arc<AtomicU64>,
 }
 
 impl EmbeddedStore {
@@ -51,7 +53,7 @@ impl EmbeddedStore {
         let opened = spawn_blocking(move || Home::open(file, rules)).await;
         let home = Arc::new(opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?);
         let writer = Writer::start(Arc::clone(&home));
-        Ok(Self { home, writer, reads: Arc::new(Semaphore::new(READS)) })
+        Ok(Self { home, writer, reads: Arc::new(Semaphore::new(READS)), repetitions: Arc::default() })
     }
 
     /// Stops the clock at `now`, also if that is earlier.
@@ -84,7 +86,7 @@ impl Store for EmbeddedStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(deadline, async || Ok(self.writer.commit(&batch, deadline).await?)).await
+        repeat(deadline, &self.repetitions, async || Ok(self.writer.commit(&batch, deadline).await?)).await
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
@@ -123,6 +125,14 @@ impl Store for EmbeddedStore {
 
     fn rules(&self) -> Rules {
         self.home.rules()
+    }
+
+    fn name(&self) -> &'static str {
+        "embedded"
+    }
+
+    fn repetitions(&self) -> u64 {
+        self.repetitions.load(Ordering::Relaxed)
     }
 
     async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}

@@ -14,6 +14,7 @@ mod wrong;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
@@ -59,6 +60,7 @@ pub struct MongoStore {
     concern: WriteConcern,
     runner: Runner,
     feed: Arc<Feed>,
+    repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
     pub(super) wrong: Option<super::conformance::wrongs::Wrong>,
@@ -82,6 +84,7 @@ impl MongoStore {
             concern: WriteConcern::majority(),
             runner: Runner::new(),
             feed: Arc::new(Feed::new(Pace::default())),
+            repetitions: Arc::default(),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
             wrong: None,
@@ -259,7 +262,7 @@ impl Store for MongoStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(deadline, async || Ok(self.attempt(&batch).await?)).await
+        repeat(deadline, &self.repetitions, async || Ok(self.attempt(&batch).await?)).await
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
@@ -327,6 +330,14 @@ impl Store for MongoStore {
 
     fn rules(&self) -> Rules {
         self.rules
+    }
+
+    fn name(&self) -> &'static str {
+        "mongodb"
+    }
+
+    fn repetitions(&self) -> u64 {
+        self.repetitions.load(Ordering::Relaxed)
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
