@@ -31,6 +31,8 @@ mod keepalive;
 mod languages;
 /// What a stream is told unasked.
 mod losses;
+/// What a daemon counts.
+mod metrics;
 /// Keys that nobody needs any more.
 mod purge;
 /// Waiting in line, over one daemon and two.

@@ -8,11 +8,14 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::stream::{self, Stream, StreamExt};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::sleep;
 use tonic::transport::server::Connected;
+
+use crate::meter::Present;
 
 /// The pause after an accept failed, most likely for want of file descriptors.
 const BACK_OFF: Duration = Duration::from_millis(100);
@@ -28,6 +31,7 @@ pub(crate) struct Counted<T> {
     /// Others have been let run before the write that is due.
     has_yielded: bool,
     _permit: OwnedSemaphorePermit,
+    _open: Present,
 }
 
 impl<T> Counted<T> {
@@ -42,16 +46,18 @@ impl<T> Counted<T> {
     }
 }
 
-/// At most `most` of the connections at once; others wait where they come from.
+/// At most `most` of the connections at once, counted in `open`; others wait where they come from.
 pub(crate) fn counted<T>(
     connections: impl Stream<Item = T>,
     most: usize,
+    open: Gauge,
 ) -> impl Stream<Item = io::Result<Counted<T>>> {
     let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
-    stream::unfold((Box::pin(connections), room), async |(mut connections, room)| {
+    stream::unfold((Box::pin(connections), room, open), async |(mut connections, room, open)| {
         let permit = Arc::clone(&room).acquire_owned().await.ok()?;
         let stream = connections.next().await?;
-        Some((Ok(Counted { stream, has_yielded: false, _permit: permit }), (connections, room)))
+        let counted = Counted { stream, has_yielded: false, _permit: permit, _open: Present::of(&open) };
+        Some((Ok(counted), (connections, room, open)))
     })
 }
 

@@ -25,7 +25,7 @@ pub struct Args {
     #[arg(long, env = "LEASED_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:5327")]
     listen: SocketAddr,
 
-    /// Where to serve /livez and /readyz; `off` for nowhere.
+    /// Where to serve /livez, /readyz and /metrics; `off` for nowhere.
     #[arg(long, env = "LEASED_HTTP_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:5328", value_parser = http_listen)]
     http_listen: HttpListen,
 

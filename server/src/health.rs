@@ -1,4 +1,4 @@
-//! Whether this daemon should be asked, for all who say so: the gRPC health service and the HTTP side port.
+//! Whether this daemon should be asked, for all who say so: the gRPC health service, the HTTP side port, the metrics.
 
 use std::sync::Arc;
 use std::time::Duration;

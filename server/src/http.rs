@@ -1,24 +1,29 @@
-//! The HTTP side port: whether this daemon should be asked.
+//! The HTTP side port: whether this daemon should be asked, and its metrics.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use axum::Router;
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::health::{Health, Readiness};
 use crate::lessor::Lessor;
+use crate::meter::Meter;
 use crate::store::{FeedState, Store};
 
-/// Serves `/livez` and `/readyz` until `ended`.
+/// Serves `/livez`, `/readyz` and `/metrics` until `ended`.
 pub(crate) async fn serve<S: Store>(
     listener: TcpListener,
     health: Health,
     lessor: Lessor<S>,
+    meter: Meter,
     ended: CancellationToken,
 ) {
+    let meter = Arc::new(meter);
     let ready = move || async move {
         let away = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
         match health.readiness() {
@@ -27,7 +32,14 @@ pub(crate) async fn serve<S: Store>(
             Readiness::Draining => away("draining"),
         }
     };
-    let routes = Router::new().route("/livez", get(async || "alive\n")).route("/readyz", get(ready));
+    let metrics = move || async move {
+        let text = meter.text().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+        Ok::<_, StatusCode>(([(CONTENT_TYPE, Meter::CONTENT_TYPE)], text))
+    };
+    let routes = Router::new()
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics));
     let address = listener.local_addr().map_or_else(|_| String::new(), |at: SocketAddr| at.to_string());
     let serve = axum::serve(listener, routes).with_graceful_shutdown(ended.cancelled_owned());
     if let Err(error) = serve.await {

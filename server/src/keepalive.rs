@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
 use crate::config::Limits;
-use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Touched};
+use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Source, Touched};
 use crate::store::{Store, StoreError};
 use crate::wire::{self, Violations};
 
@@ -35,8 +35,15 @@ const LOSSES: usize = 1000;
 /// What a stream is answered.
 pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
 
-/// A message's answer: its sequence and what became of each lease it named; `None` for those that were not touched.
-type Answer = (u64, Result<Vec<(Arc<Carriage>, Option<Touched>)>, Status>);
+/// A message's answer: what became of each lease it named; `None` for those that were not touched.
+type Answer = (Message, Result<Vec<(Arc<Carriage>, Option<Touched>)>, Status>);
+
+/// A message that waits for the store.
+#[derive(Debug, Clone, Copy)]
+struct Message {
+    sequence: u64,
+    came_at: Instant,
+}
 
 /// Serves one stream until either side ends it.
 pub(crate) fn serve<S: Store>(
@@ -90,12 +97,14 @@ impl<S: Store> Stream<S> {
             let ready_at = self.pace.ready_at();
             let in_pace = ready_at <= Instant::now();
             tokio::select! {
-                Some((sequence, outcome)) = self.in_flight.next() => {
+                Some((message, outcome)) = self.in_flight.next() => {
                     let settled = self.carrier.settle(outcome?);
                     let results = settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
-                    if answers.send(Ok(KeepAliveResponse { sequence, results })).await.is_err() {
+                    let response = KeepAliveResponse { sequence: message.sequence, results };
+                    if answers.send(Ok(response)).await.is_err() {
                         return Ok(());
                     }
+                    self.lessor.counts().acked(Source::Store, message.came_at.elapsed());
                 }
                 lost = self.carrier.lost() => for some in lost.chunks(LOSSES) {
                     if answers.send(Ok(told(some))).await.is_err() {
@@ -104,9 +113,12 @@ impl<S: Store> Stream<S> {
                 },
                 message = messages.message(), if may_read && in_pace => match message {
                     Ok(Some(message)) => {
-                        let answer = self.take(message)?;
-                        if let Some(response) = answer && answers.send(Ok(response)).await.is_err() {
-                            return Ok(());
+                        let came_at = Instant::now();
+                        if let Some(response) = self.take(message, came_at)? {
+                            if answers.send(Ok(response)).await.is_err() {
+                                return Ok(());
+                            }
+                            self.lessor.counts().acked(Source::Memory, came_at.elapsed());
                         }
                     }
                     Ok(None) => open = false,
@@ -120,7 +132,11 @@ impl<S: Store> Stream<S> {
     }
 
     /// Checks a message and hands its touches over in one go. Returns the answer if memory has it all.
-    fn take(&mut self, message: KeepAliveRequest) -> Result<Option<KeepAliveResponse>, Status> {
+    fn take(
+        &mut self,
+        message: KeepAliveRequest,
+        came_at: Instant,
+    ) -> Result<Option<KeepAliveResponse>, Status> {
         self.pace.spend();
         let mut wrong = Violations::default();
         if message.sequence == 0 {
@@ -136,13 +152,13 @@ impl<S: Store> Stream<S> {
         if self.carrier.len() > self.most_leases {
             return Err(wire::limit_exceeded("stream_leases", self.most_leases));
         }
-        let now = Instant::now();
-        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(now);
+        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(came_at);
         let due: Vec<usize> = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
         if due.is_empty() {
             return Ok(Some(self.remember(message, leases)));
         }
-        self.in_flight.push(Box::pin(touch(self.lessor.clone(), message.sequence, leases, due)));
+        let message = Message { sequence: message.sequence, came_at };
+        self.in_flight.push(Box::pin(touch(self.lessor.clone(), message, leases, due)));
         Ok(None)
     }
 
@@ -176,7 +192,7 @@ fn reference(lease: &Carriage) -> LeaseRef {
 /// stream.
 async fn touch<S: Store>(
     lessor: Lessor<S>,
-    sequence: u64,
+    message: Message,
     leases: Vec<Arc<Carriage>>,
     mut due: Vec<usize>,
 ) -> Answer {
@@ -188,12 +204,12 @@ async fn touch<S: Store>(
                 break;
             }
             Err(CallError::Store(StoreError::Unavailable { .. })) => sleep(RETRY).await,
-            Err(error) => return (sequence, Err(wire::failed(error))),
+            Err(error) => return (message, Err(wire::failed(error))),
         }
         // By now what memory said of the others has aged.
         due = (0..leases.len()).collect();
     }
-    (sequence, Ok(leases.into_iter().zip(touched).collect()))
+    (message, Ok(leases.into_iter().zip(touched).collect()))
 }
 
 /// Holds a stream to a rate in the long run: the generic cell rate algorithm (ITU-T I.371), as a delay.

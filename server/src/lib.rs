@@ -21,16 +21,25 @@ mod watch;
 /// Wire to domain and back.
 mod wire;
 
+/// What counts, and what is shown of it.
+mod meter;
+
 /// Accepting connections.
 mod accept;
+/// Calls, counted.
+mod calls;
 /// Calls of the lease service past the routes.
 mod express;
 /// Whether this daemon should be asked.
 mod health;
 /// The HTTP side port.
 mod http;
+/// What the system says of this process.
+mod process;
 /// Running the daemon.
 pub mod server;
+/// How the daemon stands.
+mod standing;
 
 /// What was typed and what it means.
 pub mod config;

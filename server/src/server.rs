@@ -22,13 +22,17 @@ use tower::layer::util::{Identity, Stack};
 use tower::util::MapResponseLayer;
 
 use crate::accept::{connections, counted};
+use crate::calls::CountCalls;
 use crate::config::{Config, Limits};
 use crate::express::Express;
 use crate::health::Health;
 use crate::http;
 use crate::lessor::Lessor;
+use crate::meter::Meter;
+use crate::process::Process;
 use crate::service::Service;
-use crate::store::Store;
+use crate::standing::Standing;
+use crate::store::{Metered, Store};
 use crate::wire::{MAX_MESSAGE_BYTES, oversized};
 
 /// The largest message that goes out.
@@ -111,20 +115,26 @@ where
 {
     let ended = CancellationToken::new();
     let _end_all = ended.clone().drop_guard();
-    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone());
+    let mut meter = Meter::default();
+    let store = Metered::new(store, &mut meter);
+    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone(), &mut meter);
     let reporter = HealthReporter::new();
     let health = Health::new(reporter.clone()).await;
 
     let watched = (health.clone(), lessor.clone(), shutdown.clone());
     tokio::spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
     tokio::spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
+    let calls = CountCalls::new(&mut meter);
+    let open = meter.gauge("leased_connections", "Connections that are open");
+    meter.ask(Standing { lessor: lessor.clone(), health: health.clone(), limits: config.limits });
+    meter.ask(Process);
     if let Some(listener) = http {
-        tokio::spawn(http::serve(listener, health.clone(), lessor.clone(), ended.clone()));
+        tokio::spawn(http::serve(listener, health.clone(), lessor.clone(), meter, ended.clone()));
     }
 
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
-    let serve = router(service, reporter, &config.limits)?.serve_with_incoming_shutdown(
-        counted(grpc, config.limits.connections),
+    let serve = router(service, reporter, calls, &config.limits)?.serve_with_incoming_shutdown(
+        counted(grpc, config.limits.connections, open),
         shutdown.clone().cancelled_owned(),
     );
     let drain = async {
@@ -147,6 +157,7 @@ where
 fn router<S: Store>(
     service: Service<S>,
     reporter: HealthReporter,
+    calls: CountCalls,
     limits: &Limits,
 ) -> anyhow::Result<Router<Layers<S>>> {
     let lease = LeaseServiceServer::new(service.clone())
@@ -169,6 +180,7 @@ fn router<S: Store>(
         // Without pings a half-open connection looks alive for minutes.
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .layer(calls)
         .layer(MapResponseLayer::new(oversize as fn(_) -> _))
         .layer(Express::to(lease))
         .add_service(admin)
@@ -178,7 +190,7 @@ fn router<S: Store>(
     Ok(router)
 }
 
-type Layers<S> = Stack<Express<LeaseServiceServer<Service<S>>>, Stack<Oversize, Identity>>;
+type Layers<S> = Stack<Express<LeaseServiceServer<Service<S>>>, Stack<Oversize, Stack<CountCalls, Identity>>>;
 type Oversize = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
 /// A message that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.

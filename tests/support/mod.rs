@@ -1,6 +1,7 @@
 //! Daemons in-process over a store of their own, and requests as tests write them.
 
 mod crash;
+pub(crate) mod exposition;
 pub(crate) mod relay;
 pub(crate) mod tools;
 
@@ -332,13 +333,19 @@ pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T 
 
 /// The status line and the body of a GET.
 pub(crate) async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
+    let (head, body) = fetch(address, path).await?;
+    Some((head.lines().next()?.to_owned(), body))
+}
+
+/// The head and the body of a GET.
+pub(crate) async fn fetch(address: SocketAddr, path: &str) -> Option<(String, String)> {
     let mut stream = TcpStream::connect(address).await.ok()?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.ok()?;
     let (head, body) = answer.split_once("\r\n\r\n")?;
-    Some((head.lines().next()?.to_owned(), body.to_owned()))
+    Some((format!("{head}\r\n"), body.to_owned()))
 }
 
 /// Waits until so many stand in line for `key`.

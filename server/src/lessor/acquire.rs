@@ -10,7 +10,7 @@ use super::line::Entry;
 use super::part::Part;
 use super::{CallError, Lessor};
 use crate::lease::{
-    Acquisition, FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing, Timestamp, Ttl,
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing, Timestamp, Ttl,
 };
 use crate::store::Store;
 
@@ -64,6 +64,8 @@ pub struct Grant {
     pub expires_at: Timestamp,
     /// Granted from the line.
     pub waited: bool,
+    /// It displaced a holder whose time was over.
+    pub took_over: bool,
 }
 
 /// Who stands in the way.
@@ -87,6 +89,12 @@ impl<S: Store> Lessor<S> {
     /// # Errors
     /// [`CallError`]; after an error of the store the call may be repeated with the same id.
     pub async fn acquire(&self, call: Call) -> Result<Acquired, CallError> {
+        let answer = self.ask(call).await?;
+        self.counts().answered(&answer);
+        Ok(answer)
+    }
+
+    async fn ask(&self, call: Call) -> Result<Acquired, CallError> {
         let until = Instant::now() + call.wait;
         let Call { key, acquisition, origin, .. } = call;
         let acquisition = Arc::new(acquisition);
@@ -115,7 +123,12 @@ impl<S: Store> Lessor<S> {
             }
         };
         match first.standing(id) {
-            Standing::Waiter(_) if waits => self.wait(attempt, until).await,
+            Standing::Waiter(_) if waits => {
+                let wait = self.counts().wait();
+                let answer = self.wait(attempt, until).await;
+                wait.over(&answer);
+                answer
+            }
             standing => {
                 let answer = answer(&first, standing, waits);
                 attempt.close();
@@ -141,7 +154,7 @@ impl<S: Store> Lessor<S> {
             biased;
             snapshot = entry.told() => {
                 let answer = match snapshot.standing(id) {
-                    Standing::Holder(holder) => granted(holder, true),
+                    Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
                     Standing::Departed(reason) => Acquired::Lost(reason),
                     Standing::Waiter(_) | Standing::Unknown => Acquired::QueueFull,
                 };
@@ -177,7 +190,7 @@ impl<S: Store> Lessor<S> {
         let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?;
         attempt.close();
         Ok(match snapshot.standing(id) {
-            Standing::Holder(holder) => granted(holder, true),
+            Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
             Standing::Departed(reason) => Acquired::Lost(reason),
             Standing::Waiter(_) | Standing::Unknown => Acquired::Held(refusal(&snapshot, last_position)),
         })
@@ -190,7 +203,7 @@ fn origin_is_caller<S: Store>(attempt: &Attempt<S>) -> bool {
 
 fn answer(snapshot: &Snapshot, standing: Standing<'_>, waits: bool) -> Acquired {
     match standing {
-        Standing::Holder(holder) => granted(holder, false),
+        Standing::Holder(holder) => granted(snapshot, holder, Waited::No),
         Standing::Departed(reason) => Acquired::Lost(reason),
         Standing::Waiter(position) => Acquired::Held(refusal(snapshot, Some(position))),
         // Whoever waits is refused a place only for want of room.
@@ -199,14 +212,25 @@ fn answer(snapshot: &Snapshot, standing: Standing<'_>, waits: bool) -> Acquired 
     }
 }
 
-fn granted(holder: &Holder, waited: bool) -> Acquired {
+/// Whether a grant came from the line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waited {
+    Yes,
+    No,
+}
+
+fn granted(snapshot: &Snapshot, holder: &Holder, waited: Waited) -> Acquired {
+    // What one step does has one instant.
+    let makes_way =
+        |departure: &Departure| departure.reason == Reason::Displaced && departure.at == holder.acquired_at;
     Acquired::Granted(Grant {
         id: holder.id,
         token: holder.token,
         ttl: holder.ttl,
         acquired_at: holder.acquired_at,
         expires_at: holder.expires_at,
-        waited,
+        waited: waited == Waited::Yes,
+        took_over: snapshot.record.departures.iter().any(makes_way),
     })
 }
 

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::carried::Carried;
 use super::committer::Committer;
+use super::counts::Counts;
 use super::line::Line;
 use super::part::Part;
 use super::watchers::Watchers;
@@ -33,6 +34,7 @@ pub(super) struct Audience {
     pub(super) line: Arc<Line>,
     pub(super) carried: Arc<Carried>,
     pub(super) watchers: Arc<Watchers>,
+    pub(super) counts: Arc<Counts>,
 }
 
 impl Audience {
@@ -112,6 +114,7 @@ pub(super) async fn follow<S: Store>(
                     FeedEvent::Changed { key, rev } if audience.wants(&key, rev) => drop(keys.insert(key)),
                     FeedEvent::Changed { .. } => {}
                     FeedEvent::Gap => {
+                        audience.counts.gaps.inc();
                         keys.extend(audience.keys());
                         audience.watchers.rebuild();
                     }

@@ -1,6 +1,7 @@
 //! One lease on one keepalive stream: what is known of it, from when a message names it until it is lost or the stream
 //! ends.
 
+use std::mem::replace;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -95,7 +96,9 @@ impl Carriage {
         let mut state = self.state();
         match snapshot.standing(id) {
             Standing::Holder(holder) => {
-                state.held = true;
+                if !replace(&mut state.held, true) {
+                    self.inbox.counts().carried.inc();
+                }
                 if touched.contains(&id) {
                     state.renewal = Some(Renewal::new(snapshot, holder, sent_at));
                 }
@@ -126,6 +129,7 @@ impl Carriage {
 
     fn lose(self: &Arc<Self>, mut state: MutexGuard<'_, State>, standing: Standing<'_>) -> Fate {
         if state.loss.is_none() {
+            self.inbox.counts().carried.dec();
             state.renewal = None;
             state.loss = Some(Loss(match standing {
                 Standing::Departed(reason) => Some(reason),
@@ -187,5 +191,15 @@ impl Carriage {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing in here panics half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Carriage {
+    fn drop(&mut self) {
+        let State { held, loss, .. } = *self.state();
+        if held && loss.is_none() {
+            self.inbox.counts().carried.dec();
+            self.inbox.counts().orphaned.inc();
+        }
     }
 }

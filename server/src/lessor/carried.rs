@@ -10,12 +10,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
 use super::carriage::{Carriage, Fate};
+use super::counts::Counts;
 use super::part::Part;
 use crate::lease::{FencingToken, Key, LeaseId, Snapshot};
 
 /// Leases carried by the streams of this daemon, by key. The streams bound it: each takes out what it brought.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[cfg_attr(test, derive(Default))]
 pub(super) struct Carried {
+    pub(super) counts: Arc<Counts>,
     keys: Mutex<HashMap<Key, OnKey>>,
 }
 
@@ -30,6 +33,10 @@ struct OnKey {
 }
 
 impl Carried {
+    pub(super) fn new(counts: &Arc<Counts>) -> Self {
+        Self { counts: Arc::clone(counts), keys: Mutex::default() }
+    }
+
     /// Takes note of a record that a commit of this daemon returned, which renewed `touched` and was sent after `sent_at`.
     pub(super) fn own(&self, snapshot: &Arc<Snapshot>, touched: &[LeaseId], sent_at: Instant) {
         let mut keys = self.state();

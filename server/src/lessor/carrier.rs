@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::Touched;
 use super::carriage::{Carriage, Fate, Loss};
 use super::carried::Carried;
+use super::counts::{Counts, Source, Tally};
 use crate::lease::{Key, LeaseId};
 
 /// One stream's leases; dropping it lets go of them. It holds each lease that was named and not told as lost since.
@@ -27,6 +28,7 @@ pub(super) struct Inbox {
     /// `None` when the stream has ended.
     lost: Mutex<Option<Vec<Arc<Carriage>>>>,
     ring: Notify,
+    counts: Arc<Counts>,
 }
 
 impl Inbox {
@@ -35,6 +37,11 @@ impl Inbox {
             lost.push(Arc::clone(carriage));
         }
         self.ring.notify_one();
+    }
+
+    /// Where its stream's leases are counted.
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -49,7 +56,8 @@ impl Inbox {
 
 impl Carrier {
     pub(super) fn new(carried: &Arc<Carried>) -> Self {
-        let inbox = Arc::new(Inbox { lost: Mutex::new(Some(Vec::new())), ring: Notify::new() });
+        let (lost, counts) = (Mutex::new(Some(Vec::new())), Arc::clone(&carried.counts));
+        let inbox = Arc::new(Inbox { lost, ring: Notify::new(), counts });
         Self { carried: Arc::clone(carried), leases: HashMap::new(), inbox }
     }
 
@@ -91,13 +99,17 @@ impl Carrier {
         message: Vec<(Arc<Carriage>, Option<Touched>)>,
     ) -> Vec<(Arc<Carriage>, Touched)> {
         let now = Instant::now();
+        let mut tally = Tally::default();
         let answer: Vec<_> = message
             .into_iter()
             .map(|(carriage, touched)| {
+                let source = if touched.is_some() { Source::Store } else { Source::Memory };
                 let touched = carriage.settle(touched, now);
+                tally.add(touched, source);
                 (carriage, touched)
             })
             .collect();
+        self.carried.counts.told(&tally);
         let lost = answer.iter().filter(|(_, touched)| matches!(touched, Touched::Lost(_)));
         let lost: Vec<&Arc<Carriage>> =
             lost.map(|(carriage, _)| carriage).filter(|carriage| carriage.is_over()).collect();
@@ -116,7 +128,12 @@ impl Carrier {
                 .filter_map(|carriage| carriage.tell().map(|loss| (carriage, loss)))
                 .collect();
             if !lost.is_empty() {
-                lost.iter().for_each(|(carriage, _)| self.forget(carriage));
+                let mut tally = Tally::default();
+                lost.iter().for_each(|(carriage, loss)| {
+                    tally.lost(loss.0);
+                    self.forget(carriage);
+                });
+                self.carried.counts.told(&tally);
                 return lost;
             }
             self.inbox.ring.notified().await;

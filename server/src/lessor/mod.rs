@@ -14,6 +14,7 @@ mod carried_world;
 mod carrier;
 mod changes;
 mod committer;
+mod counts;
 mod known;
 mod line;
 mod pace;
@@ -35,12 +36,15 @@ use carried::Carried;
 pub(crate) use carrier::Carrier;
 pub use changes::ChangeKind;
 use committer::Committer;
+use counts::Tally;
+pub(crate) use counts::{Counts, Source};
 use line::Line;
 use part::Part;
 pub use watch::{Begin, Watch, WatchEvent};
 use watchers::Watchers;
 
 use crate::lease::{FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing};
+use crate::meter::Meter;
 use crate::store::{ListQuery, Outcome, Page, Store, StoreError};
 
 /// The bounds that the engine keeps.
@@ -129,11 +133,12 @@ impl<S> Clone for Lessor<S> {
 impl<S: Store> Lessor<S> {
     /// Starts an engine. Its tasks end when `draining` is cancelled and its last commit has returned.
     #[must_use]
-    pub fn start(store: S, bounds: Bounds, draining: CancellationToken) -> Self {
+    pub(crate) fn start(store: S, bounds: Bounds, draining: CancellationToken, meter: &mut Meter) -> Self {
+        let counts = Arc::new(Counts::new(meter));
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
-        let carried = Arc::new(Carried::default());
+        let carried = Arc::new(Carried::new(&counts));
         let watchers = Arc::new(Watchers::new(bounds.watches));
-        let audience = Arc::new(Audience { line, carried, watchers });
+        let audience = Arc::new(Audience { line, carried, watchers, counts });
         let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
         tokio::spawn(line::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tokio::spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
@@ -154,7 +159,11 @@ impl<S: Store> Lessor<S> {
     /// [`CallError::Store`] if the store fails.
     pub async fn touch(&self, key: Key, id: LeaseId) -> Result<Touched, CallError> {
         let snapshot = self.commit(key, Part::Touch(id)).await?;
-        Ok(touched(&snapshot, id))
+        let touched = touched(&snapshot, id);
+        let mut tally = Tally::default();
+        tally.add(touched, Source::Store);
+        self.counts().told(&tally);
+        Ok(touched)
     }
 
     /// Renews many leases in one go; the answers stand in the order of `leases`.
@@ -175,17 +184,29 @@ impl<S: Store> Lessor<S> {
         Carrier::new(&self.audience.carried)
     }
 
+    /// Where calls are counted.
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.audience.counts
+    }
+
     /// Gives a lease back. Whoever is next holds it when this returns.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn release(&self, key: Key, id: LeaseId) -> Result<Released, CallError> {
         let snapshot = self.commit(key, Part::Release(id)).await?;
-        Ok(match snapshot.standing(id) {
-            Standing::Departed(Reason::Released) => Released::Done,
-            Standing::Departed(reason) => Released::Lost(Some(reason)),
-            _ => Released::Lost(None),
-        })
+        let reason = match snapshot.standing(id) {
+            Standing::Departed(Reason::Released) => {
+                self.counts().releases.inc();
+                return Ok(Released::Done);
+            }
+            Standing::Departed(reason) => Some(reason),
+            _ => None,
+        };
+        let mut tally = Tally::default();
+        tally.lost(reason);
+        self.counts().told(&tally);
+        Ok(Released::Lost(reason))
     }
 
     /// Takes the lease with `token` away from its holder, or every holder's without one, and returns how many went.
@@ -205,7 +226,9 @@ impl<S: Store> Lessor<S> {
         }
         let after = self.commit(key, Part::Revoke(tokens)).await?;
         let is_revoked = |id: &&LeaseId| after.standing(**id) == Standing::Departed(Reason::Revoked);
-        Ok(ids.iter().filter(is_revoked).count())
+        let revoked = ids.iter().filter(is_revoked).count();
+        self.counts().revoked(revoked);
+        Ok(revoked)
     }
 
     /// The key's record, if it has one.

@@ -4,6 +4,7 @@
 mod conformance;
 pub mod embedded;
 mod failure;
+mod metered;
 pub mod mongo;
 
 use std::future::Future;
@@ -14,6 +15,8 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+
+pub(crate) use metered::Metered;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
 

@@ -1,0 +1,253 @@
+//! Metrics as a scraper reads them, and strictly: what Prometheus' text format (version 0.0.4) and its conventions for names
+//! leave no room for is an error.
+//!
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>, <https://prometheus.io/docs/practices/naming/>
+
+use std::collections::{BTreeMap, BTreeSet};
+
+pub(crate) type Labels = BTreeMap<String, String>;
+
+/// Families by name.
+#[derive(Debug, Default)]
+pub(crate) struct Exposition(pub BTreeMap<String, Family>);
+
+#[derive(Debug)]
+pub(crate) struct Family {
+    pub kind: String,
+    /// Names of labels, but for `le`.
+    pub labels: BTreeSet<String>,
+    samples: Vec<Sample>,
+}
+
+#[derive(Debug)]
+struct Sample {
+    name: String,
+    labels: Labels,
+    value: f64,
+}
+
+impl Exposition {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let text = text.strip_suffix('\n').ok_or("the last line has no end")?;
+        let mut families = BTreeMap::new();
+        let mut lines = text.split('\n').peekable();
+        while let Some(line) = lines.next() {
+            let help = line.strip_prefix("# HELP ").and_then(|line| line.split_once(' '));
+            let (name, help) = help.ok_or_else(|| format!("no help begins here: {line}"))?;
+            let line = lines.next().unwrap_or_default();
+            let kind = line.strip_prefix("# TYPE ").and_then(|line| line.strip_prefix(name));
+            let kind =
+                kind.and_then(|kind| kind.strip_prefix(' ')).ok_or_else(|| format!("no type: {line}"))?;
+            let mut samples = Vec::new();
+            while let Some(line) = lines.next_if(|line| !line.starts_with('#')) {
+                samples.push(sample(line)?);
+            }
+            let family = Family::new(name, help, kind, samples).map_err(|why| format!("{name}: {why}"))?;
+            if families.insert(name.to_owned(), family).is_some() {
+                return Err(format!("{name} is there twice"));
+            }
+        }
+        Ok(Self(families))
+    }
+
+    /// The sum of the samples of this name that have these labels.
+    pub(crate) fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let bare = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+        let family = self.0.get(name).or_else(|| self.0.get(bare?));
+        let samples = family.unwrap_or_else(|| panic!("no {name}")).samples.iter();
+        let has = |sample: &&Sample| {
+            labels.iter().all(|(label, value)| sample.labels.get(*label).is_some_and(|known| known == value))
+        };
+        let found: Vec<f64> =
+            samples.filter(|sample| sample.name == name).filter(has).map(|sample| sample.value).collect();
+        assert!(!found.is_empty(), "no {name} has {labels:?}");
+        found.iter().sum()
+    }
+}
+
+impl Family {
+    fn new(name: &str, help: &str, kind: &str, samples: Vec<Sample>) -> Result<Self, String> {
+        ensure(is_name(name), "not a name")?;
+        ensure(!help.is_empty(), "no help")?;
+        ensure(!samples.is_empty(), "no samples")?;
+        ensure(matches!(kind, "counter" | "gauge" | "histogram"), "an unknown type")?;
+        ensure(name.ends_with("_total") == (kind == "counter"), "counters, and no others, end in _total")?;
+        let suffixes = if kind == "histogram" { &["_bucket", "_sum", "_count"][..] } else { &[""] };
+        let mut labels: Option<BTreeSet<String>> = None;
+        let mut seen = BTreeSet::new();
+        for sample in &samples {
+            let suffix = sample.name.strip_prefix(name).filter(|suffix| suffixes.contains(suffix));
+            let suffix = suffix.ok_or_else(|| format!("{} does not belong here", sample.name))?;
+            let mut own: BTreeSet<String> = sample.labels.keys().cloned().collect();
+            ensure(own.remove("le") == (suffix == "_bucket"), "buckets, and no others, have le")?;
+            ensure(labels.get_or_insert_with(|| own.clone()) == &own, "other labels than before")?;
+            ensure(seen.insert((&sample.name, &sample.labels)), "a sample is there twice")?;
+            let counts = kind != "gauge";
+            ensure(
+                !counts || (sample.value >= 0.0 && sample.value.is_finite()),
+                "a count that counts nothing",
+            )?;
+        }
+        if kind == "histogram" {
+            histograms(name, &samples)?;
+        }
+        Ok(Self { kind: kind.to_owned(), labels: labels.unwrap_or_default(), samples })
+    }
+}
+
+/// Each histogram of a family comes whole: buckets that rise, the sum, the count.
+fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
+    let mut samples = samples.iter().peekable();
+    while samples.peek().is_some() {
+        let mut last: Option<(f64, f64, Labels)> = None;
+        while let Some(sample) = samples.next_if(|sample| sample.name.ends_with("_bucket")) {
+            let mut labels = sample.labels.clone();
+            let bound = number(&labels.remove("le").unwrap_or_default())?;
+            if let Some((lower, fewer, others)) = &last {
+                ensure(*lower < bound, "bounds do not rise")?;
+                ensure(*fewer <= sample.value, "a bucket holds less than the one before")?;
+                ensure(*others == labels, "a histogram within another")?;
+            }
+            last = Some((bound, sample.value, labels));
+        }
+        let (bound, all, labels) = last.ok_or("a histogram without buckets")?;
+        ensure(bound == f64::INFINITY, "the last bucket has a bound")?;
+        for (suffix, value) in [("_sum", None), ("_count", Some(all))] {
+            let sample = samples.next().ok_or("a histogram breaks off")?;
+            ensure(
+                sample.name == format!("{name}{suffix}") && sample.labels == labels,
+                "not of the buckets",
+            )?;
+            ensure(value.is_none_or(|value| value == sample.value), "the last bucket is not the count")?;
+        }
+    }
+    Ok(())
+}
+
+/// `name{label="value",…} number`
+fn sample(line: &str) -> Result<Sample, String> {
+    let wrong = || format!("not a sample: {line}");
+    let end = line.find(['{', ' ']).ok_or_else(wrong)?;
+    let (name, mut rest) = line.split_at(end);
+    let mut labels = Labels::new();
+    if let Some(inner) = rest.strip_prefix('{') {
+        rest = inner;
+        loop {
+            let (label, quoted) = rest.split_once("=\"").ok_or_else(wrong)?;
+            let (value, after) = unquote(quoted).ok_or_else(wrong)?;
+            ensure(is_name(label) && !label.contains(':'), &wrong())?;
+            ensure(labels.insert(label.to_owned(), value).is_none(), &wrong())?;
+            match after.strip_prefix(',') {
+                Some(more) => rest = more,
+                None => {
+                    rest = after.strip_prefix('}').ok_or_else(wrong)?;
+                    break;
+                }
+            }
+        }
+    }
+    let value = number(rest.strip_prefix(' ').ok_or_else(wrong)?)?;
+    Ok(Sample { name: name.to_owned(), labels, value })
+}
+
+/// A label's value up to its quotation mark, and what follows.
+fn unquote(text: &str) -> Option<(String, &str)> {
+    let mut value = String::new();
+    let mut rest = text.chars();
+    loop {
+        match rest.next()? {
+            '"' => return Some((value, rest.as_str())),
+            '\\' => value.push(match rest.next()? {
+                'n' => '\n',
+                escaped @ ('\\' | '"') => escaped,
+                _ => return None,
+            }),
+            plain => value.push(plain),
+        }
+    }
+}
+
+/// A number as Go reads it, and no time after it.
+fn number(text: &str) -> Result<f64, String> {
+    let wrong = || format!("not a number: {text}");
+    match text {
+        "+Inf" => Ok(f64::INFINITY),
+        "-Inf" => Ok(f64::NEG_INFINITY),
+        "NaN" => Ok(f64::NAN),
+        _ => text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(wrong),
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let is_part = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | ':');
+    text.chars().all(is_part) && text.starts_with(|first: char| !first.is_ascii_digit())
+}
+
+fn ensure(holds: bool, otherwise: &str) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(otherwise.to_owned()) }
+}
+
+const GOOD: &str = r#"# HELP a_total How often.
+# TYPE a_total counter
+a_total{who="me \"\\\n"} 3
+a_total{who="you"} 0
+# HELP b_seconds How long.
+# TYPE b_seconds histogram
+b_seconds_bucket{le="0.5"} 1
+b_seconds_bucket{le="1"} 2
+b_seconds_bucket{le="+Inf"} 3
+b_seconds_sum 2.5
+b_seconds_count 3
+# HELP c How much.
+# TYPE c gauge
+c NaN
+"#;
+
+#[test]
+fn what_is_as_it_should_be_is_read() {
+    let read = Exposition::parse(GOOD).unwrap();
+    assert_eq!(read.value("a_total", &[]), 3.0);
+    assert_eq!(read.value("a_total", &[("who", "you")]), 0.0);
+    assert_eq!(read.value("b_seconds_bucket", &[("le", "1")]), 2.0);
+    assert_eq!(read.value("b_seconds_count", &[]), 3.0);
+    assert!(read.value("c", &[]).is_nan());
+}
+
+#[test]
+fn what_is_not_is_refused() {
+    for (right, wrong) in [
+        ("c NaN\n", "c NaN"),
+        ("c NaN", "c nan"),
+        ("c NaN", "c 1 1700000000000"),
+        ("c NaN", "c 1\nc 1"),
+        ("c NaN", "d 1"),
+        ("c NaN\n", ""),
+        ("c NaN", "c 1\n"),
+        ("# HELP c How much.\n", ""),
+        ("# HELP c How much.", "# HELP c "),
+        ("# TYPE c gauge\n", ""),
+        ("# TYPE c gauge", "# TYPE c counter"),
+        ("# TYPE c gauge", "# TYPE c number"),
+        ("# TYPE a_total counter", "# TYPE a_total gauge"),
+        ("a_total{who=\"you\"} 0", "a_total{who=\"you\"} -1"),
+        ("a_total{who=\"you\"} 0", "a_total{what=\"you\"} 0"),
+        ("a_total{who=\"you\"} 0", "a_total 0"),
+        ("a_total{who=\"you\"} 0", "a_total{who=\"you\" 0"),
+        ("who=\"you\"", "1=\"you\""),
+        ("me \\\"", "me \\q"),
+        ("le=\"0.5\"", "le=\"1\""),
+        ("le=\"0.5\"} 1", "le=\"0.5\"} 3"),
+        ("le=\"+Inf\"", "le=\"2\""),
+        ("b_seconds_bucket{le=\"+Inf\"} 3\n", ""),
+        ("b_seconds_sum 2.5\n", ""),
+        ("b_seconds_count 3", "b_seconds_count 2"),
+        (
+            "# HELP c How much.\n# TYPE c gauge\nc NaN",
+            "# HELP a_total How often.\n# TYPE a_total counter\na_total 1",
+        ),
+    ] {
+        assert!(GOOD.contains(right), "{right}");
+        let text = GOOD.replacen(right, wrong, 1);
+        assert!(Exposition::parse(&text).is_err(), "{wrong:?} instead of {right:?}");
+    }
+}
