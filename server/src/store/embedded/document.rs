@@ -114,17 +114,17 @@ enum StoredReason {
     Revoked = 3,
 }
 
-/// The record as bytes. The key is kept beside them.
-pub(super) fn encode(record: &Record) -> Vec<u8> {
-    StoredRecord {
+/// Adds the record to `bytes`. The key is kept beside them.
+pub(super) fn encode(record: &Record, bytes: &mut Vec<u8>) {
+    let stored = StoredRecord {
         token: record.token.0,
         rev: record.rev,
         blocked_until: record.blocked_until.map(|at| at.0),
         holders: record.holders.iter().map(holder_out).collect(),
         waiters: record.waiters.iter().map(waiter_out).collect(),
         departures: record.departures.iter().map(departure_out).collect(),
-    }
-    .encode_to_vec()
+    };
+    stored.encode(bytes).expect("a vector grows");
 }
 
 /// The record of `key` out of bytes.

@@ -186,9 +186,11 @@ impl Home {
             let mut changed = Changed::Nothing;
             let now = self.now();
             let mut snapshots = Vec::with_capacity(batch.len());
+            let mut bytes = Vec::new();
             for (key, edit) in batch {
-                let known = match records.get(key.as_str())? {
-                    Some(bytes) => Some(document::decode(key, bytes.value())?),
+                let mut place = records.get_mut(key.as_str())?;
+                let known = match &place {
+                    Some(place) => Some(document::decode(key, place.value())?),
                     None => makes_record(edit).then(|| Record::vacant(key.clone())),
                 };
                 let Some(record) = known else {
@@ -196,7 +198,16 @@ impl Home {
                     continue;
                 };
                 let record = step(record, edit, now, &self.rules);
-                records.insert(key.as_str(), document::encode(&record).as_slice())?;
+                bytes.clear();
+                document::encode(&record, &mut bytes);
+                // What has grown may belong on another page, and is looked for anew.
+                match place.as_mut().filter(|place| place.value().len() == bytes.len()) {
+                    Some(place) => place.insert(bytes.as_slice())?,
+                    None => {
+                        drop(place);
+                        records.insert(key.as_str(), bytes.as_slice())?;
+                    }
+                }
                 changed = Changed::Something;
                 snapshots.push(Snapshot { record, now });
             }
