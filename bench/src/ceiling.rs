@@ -1,37 +1,88 @@
-//! Calls that ask no store: how many pairs a second the daemon's gRPC stack and this load generator allow at most.
+//! Calls of the daemon that ask no store, as a peer: what its gRPC stack and this load generator allow at most. Health checks
+//! stand for unary calls; a reflection stream, with an answer to each message, for keepalives.
 
-use anyhow::Result;
-use tokio::task::JoinSet;
-use tokio::time::Instant;
-use tonic::codegen::http::Uri;
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_client::HealthClient;
+use std::time::Duration;
 
-use crate::connection::Connection;
-use crate::pairs::Round;
-use crate::report::Pairs;
+use anyhow::{Context, Result};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-/// Runs every caller until the time is over.
-pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
-    let origin: Uri = endpoint.parse()?;
-    let mut connections = Vec::new();
-    for _ in 0..round.connections {
-        connections.push(HealthClient::with_origin(Connection::to(&origin).await?, origin.clone()));
+use crate::grpc::Client;
+use crate::peer::{Peer, Turn};
+
+#[derive(Debug, Clone)]
+pub(crate) struct Ceiling(Client);
+
+impl Ceiling {
+    async fn call(&mut self) -> Result<()> {
+        let _: HealthCheckResponse =
+            self.0.call("/grpc.health.v1.Health/Check", HealthCheckRequest::default()).await?;
+        Ok(())
     }
-    let start = Instant::now();
-    let mut callers = JoinSet::new();
-    for (_, client) in (0..round.callers).zip(connections.into_iter().cycle()) {
-        let mut client = client.clone();
-        callers.spawn(async move {
-            let mut pairs = Pairs::new();
-            while start.elapsed() < round.time {
-                let begun = Instant::now();
-                client.check(HealthCheckRequest::default()).await?;
-                client.check(HealthCheckRequest::default()).await?;
-                pairs.add(begun.elapsed());
-            }
-            Ok(pairs)
-        });
+}
+
+impl Peer for Ceiling {
+    type Held = ();
+    type Stream = Echo;
+
+    async fn connect(address: &str) -> Result<Self> {
+        Ok(Self(Client::connect(address).await?))
     }
-    Pairs::join(callers, start).await
+
+    async fn acquire(&mut self, _key: String, _ttl: Duration) -> Result<()> {
+        self.call().await
+    }
+
+    async fn release(&mut self, (): ()) -> Result<()> {
+        self.call().await
+    }
+
+    async fn keep(&mut self, _held: Vec<()>, _ttl: Duration) -> Result<Echo> {
+        let (messages, receiver) = mpsc::channel(1);
+        messages.send(question()).await?;
+        let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+        let answers = self.0.stream(path, ReceiverStream::new(receiver)).await?;
+        let mut echo = Echo { messages, answers };
+        echo.answer().await?;
+        Ok(echo)
+    }
+}
+
+/// Of `reflection.proto`: what is asked for.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ServerReflectionRequest {
+    #[prost(string, optional, tag = "7")]
+    list_services: Option<String>,
+}
+
+/// Nothing of it matters here.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ServerReflectionResponse {}
+
+fn question() -> ServerReflectionRequest {
+    ServerReflectionRequest { list_services: Some(String::new()) }
+}
+
+/// A stream with one message in flight.
+#[derive(Debug)]
+pub(crate) struct Echo {
+    messages: mpsc::Sender<ServerReflectionRequest>,
+    answers: Streaming<ServerReflectionResponse>,
+}
+
+impl Echo {
+    async fn answer(&mut self) -> Result<()> {
+        self.answers.message().await?.context("the stream has ended")?;
+        Ok(())
+    }
+}
+
+impl Turn for Echo {
+    async fn turn(&mut self) -> Result<u64> {
+        self.messages.send(question()).await?;
+        self.answer().await?;
+        Ok(1)
+    }
 }

@@ -1,4 +1,4 @@
-//! The same pairs with one conditional `findOneAndUpdate` for each call, as a lock library would do them.
+//! A lock library's way as a peer: one conditional `findOneAndUpdate` for each call, with the driver of this program.
 
 use std::time::Duration;
 
@@ -6,53 +6,76 @@ use anyhow::{Result, ensure};
 use mongodb::bson::{Bson, DateTime, Document, doc};
 use mongodb::options::{ClientOptions, ReturnDocument, WriteConcern};
 use mongodb::{Client, Collection};
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::pairs::Round;
-use crate::report::Pairs;
+use crate::clock;
+use crate::peer::{Peer, Turn};
 
-const TTL: Duration = Duration::from_secs(30);
+#[derive(Debug, Clone)]
+pub(crate) struct Direct(Collection<Document>);
 
-/// Runs every caller until the time is over.
-pub(crate) async fn run(uri: &str, round: Round) -> Result<Pairs> {
-    let mut options = ClientOptions::parse(uri).await?;
-    options.max_pool_size = Some(64);
-    options.max_connecting = Some(8);
-    options.retry_writes = Some(false);
-    options.write_concern = Some(WriteConcern::majority());
-    let locks: Collection<Document> =
-        Client::with_options(options)?.database("leased-bench").collection("locks");
-    let start = Instant::now();
-    let mut callers = JoinSet::new();
-    for number in 0..round.callers {
-        let locks = locks.clone();
-        callers.spawn(async move {
-            let mut pairs = Pairs::new();
-            while start.elapsed() < round.time {
-                let begun = Instant::now();
-                lock_and_unlock(&locks, &format!("bench/{number}")).await?;
-                pairs.add(begun.elapsed());
-            }
-            Ok(pairs)
-        });
+/// The key and its owner.
+pub(crate) type Held = (String, String);
+
+impl Peer for Direct {
+    type Held = Held;
+    type Stream = Touches;
+
+    async fn connect(address: &str) -> Result<Self> {
+        let mut options = ClientOptions::parse(address).await?;
+        options.max_pool_size = Some(16);
+        options.max_connecting = Some(4);
+        options.retry_writes = Some(false);
+        options.write_concern = Some(WriteConcern::majority());
+        Ok(Self(Client::with_options(options)?.database("leased-bench").collection("locks")))
     }
-    Pairs::join(callers, start).await
+
+    async fn acquire(&mut self, key: String, ttl: Duration) -> Result<Held> {
+        let owner = Uuid::from_u128(fastrand::u128(..)).to_string();
+        let free = doc! { "_id": &key, "$or": [{ "owner": Bson::Null }, { "expires_at": { "$lt": after(Duration::ZERO)? } }] };
+        let lock =
+            doc! { "$set": { "owner": &owner, "expires_at": after(ttl)? }, "$inc": { "token": 1_i64 } };
+        let locked =
+            self.0.find_one_and_update(free, lock).upsert(true).return_document(ReturnDocument::After);
+        ensure!(locked.await?.is_some(), "the lock was not granted");
+        Ok((key, owner))
+    }
+
+    async fn release(&mut self, (key, owner): Held) -> Result<()> {
+        let unlock = doc! { "$set": { "owner": Bson::Null } };
+        let unlocked = self.0.find_one_and_update(doc! { "_id": key, "owner": owner }, unlock).await?;
+        ensure!(unlocked.is_some(), "the lock was lost");
+        Ok(())
+    }
+
+    async fn keep(&mut self, held: Vec<Held>, ttl: Duration) -> Result<Touches> {
+        let mut touches = Touches { locks: self.0.clone(), held, ttl };
+        touches.turn().await?;
+        Ok(touches)
+    }
 }
 
-async fn lock_and_unlock(locks: &Collection<Document>, key: &str) -> Result<()> {
-    #[expect(clippy::disallowed_methods, reason = "a lock library without a daemon has no other clock")]
-    let now = DateTime::now();
-    let until = DateTime::from_millis(now.timestamp_millis() + i64::try_from(TTL.as_millis())?);
-    let owner = Uuid::new_v4().to_string();
-    let free = doc! { "_id": key, "$or": [{ "owner": Bson::Null }, { "expires_at": { "$lt": now } }] };
-    let lock = doc! { "$set": { "owner": &owner, "expires_at": until }, "$inc": { "token": 1_i64 } };
-    let locked =
-        locks.find_one_and_update(free, lock).upsert(true).return_document(ReturnDocument::After).await?;
-    ensure!(locked.is_some(), "the lock was not granted");
-    let unlock = doc! { "$set": { "owner": Bson::Null } };
-    let unlocked = locks.find_one_and_update(doc! { "_id": key, "owner": owner }, unlock).await?;
-    ensure!(unlocked.is_some(), "the lock was lost");
-    Ok(())
+/// The time by this host's clock: a lock library without a daemon has no other.
+fn after(time: Duration) -> Result<DateTime> {
+    Ok(DateTime::from_millis(i64::try_from((clock::now() + time).as_millis())?))
+}
+
+/// The locks of one caller, touched one after the other.
+#[derive(Debug)]
+pub(crate) struct Touches {
+    locks: Collection<Document>,
+    held: Vec<Held>,
+    ttl: Duration,
+}
+
+impl Turn for Touches {
+    async fn turn(&mut self) -> Result<u64> {
+        let mut kept = 0;
+        for (key, owner) in &self.held {
+            let touch = doc! { "$set": { "expires_at": after(self.ttl)? } };
+            let touched = self.locks.find_one_and_update(doc! { "_id": key, "owner": owner }, touch).await?;
+            kept += u64::from(touched.is_some());
+        }
+        Ok(kept)
+    }
 }

@@ -1,114 +1,159 @@
-//! The same pairs through etcd's own lock service, each caller under a lease of its own.
-//!
-//! The messages are those of etcd's `lock.proto` and `rpc.proto`, with the fields that matter here.
+//! etcd as a peer: its lock service, and the leases that locks are under.
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use tokio::task::JoinSet;
-use tokio::time::Instant;
-use tonic::client::Grpc;
-use tonic::codegen::http::Uri;
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic_prost::ProstCodec;
+use anyhow::{Context, Result, ensure};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 
-use crate::connection::Connection;
-use crate::pairs::Round;
-use crate::report::Pairs;
+use crate::clock;
+use crate::etcd_api::{
+    LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LockRequest,
+    LockResponse, RangeRequest, RangeResponse, StatusRequest, StatusResponse, UnlockRequest, UnlockResponse,
+};
+use crate::grpc::Client;
+use crate::peer::{Peer, Turn};
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct LeaseGrantRequest {
-    /// In seconds.
-    #[prost(int64, tag = "1")]
-    ttl: i64,
+#[derive(Debug, Clone)]
+pub(crate) struct Etcd {
+    client: Client,
+    /// What this caller's locks are under; without one each gets its own.
+    lease: Option<Lease>,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct LeaseGrantResponse {
-    #[prost(int64, tag = "2")]
+#[derive(Debug, Clone, Copy)]
+struct Lease {
     id: i64,
+    end: Duration,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct LockRequest {
-    #[prost(bytes = "vec", tag = "1")]
-    name: Vec<u8>,
-    #[prost(int64, tag = "2")]
-    lease: i64,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct LockResponse {
-    #[prost(bytes = "vec", tag = "2")]
+/// A key under a lease; no key for a lease that is only kept alive.
+#[derive(Debug)]
+pub(crate) struct Held {
     key: Vec<u8>,
+    lease: Lease,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct UnlockRequest {
-    #[prost(bytes = "vec", tag = "1")]
-    key: Vec<u8>,
+impl Etcd {
+    async fn grant(&mut self, ttl: Duration) -> Result<Lease> {
+        let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
+        let request = LeaseGrantRequest { ttl: i64::try_from(seconds)? };
+        let granted: LeaseGrantResponse = self.client.call("/etcdserverpb.Lease/LeaseGrant", request).await?;
+        Ok(Lease { id: granted.id, end: clock::now() + Duration::from_secs(u64::try_from(granted.ttl)?) })
+    }
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct UnlockResponse {}
+impl Peer for Etcd {
+    type Held = Held;
+    type Stream = Stream;
 
-type Client = Grpc<Connection>;
+    async fn connect(address: &str) -> Result<Self> {
+        Ok(Self { client: Client::connect(address).await?, lease: None })
+    }
 
-/// Runs every caller until the time is over.
-pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
-    let mut connections = Vec::new();
-    for _ in 0..round.connections {
-        connections.push(connect(endpoint).await?);
+    async fn caller(&self, ttl: Duration) -> Result<Self> {
+        let mut caller = self.clone();
+        caller.lease = Some(caller.grant(ttl).await?);
+        Ok(caller)
     }
-    let mut leases = Vec::new();
-    for number in 0..round.callers {
-        let mut client = connections[usize::try_from(number % round.connections)?].clone();
-        let grant = LeaseGrantRequest { ttl: 600 };
-        let granted: LeaseGrantResponse = call(&mut client, "/etcdserverpb.Lease/LeaseGrant", grant).await?;
-        leases.push((number, client, granted.id));
+
+    async fn acquire(&mut self, key: String, ttl: Duration) -> Result<Held> {
+        let lease = match self.lease {
+            Some(lease) => lease,
+            None => self.grant(ttl).await?,
+        };
+        let request = LockRequest { name: key.into_bytes(), lease: lease.id };
+        let locked: LockResponse = self.client.call("/v3lockpb.Lock/Lock", request).await?;
+        Ok(Held { key: locked.key, lease })
     }
-    let start = Instant::now();
-    let mut callers = JoinSet::new();
-    for (number, mut client, lease) in leases {
-        callers.spawn(async move {
-            let mut pairs = Pairs::new();
-            while start.elapsed() < round.time {
-                let begun = Instant::now();
-                let name = format!("bench/{number}").into_bytes();
-                let lock = LockRequest { name, lease };
-                let locked: LockResponse = call(&mut client, "/v3lockpb.Lock/Lock", lock).await?;
-                let unlock = UnlockRequest { key: locked.key };
-                let _: UnlockResponse = call(&mut client, "/v3lockpb.Lock/Unlock", unlock).await?;
-                pairs.add(begun.elapsed());
-            }
-            Ok(pairs)
-        });
+
+    async fn release(&mut self, held: Held) -> Result<()> {
+        let _: UnlockResponse =
+            self.client.call("/v3lockpb.Lock/Unlock", UnlockRequest { key: held.key }).await?;
+        Ok(())
     }
-    Pairs::join(callers, start).await
+
+    /// A lease without a key: nothing else has to be kept alive.
+    async fn hold(&mut self, _key: String, ttl: Duration) -> Result<Held> {
+        Ok(Held { key: Vec::new(), lease: self.grant(ttl).await? })
+    }
+
+    async fn keep(&mut self, held: Vec<Held>, _ttl: Duration) -> Result<Stream> {
+        let ids: Vec<i64> = held.iter().map(|held| held.lease.id).collect();
+        let (messages, receiver) = mpsc::channel(ids.len().max(1));
+        // Before the stream is open: etcd answers that with its first answer.
+        ask(&messages, &ids).await?;
+        let path = "/etcdserverpb.Lease/LeaseKeepAlive";
+        let answers = self.client.stream(path, ReceiverStream::new(receiver)).await?;
+        let mut stream = Stream { messages, answers, ids };
+        stream.answers().await?;
+        Ok(stream)
+    }
+
+    async fn stand(&mut self, key: String, ttl: Duration) -> Result<Held> {
+        self.acquire(key, ttl).await
+    }
+
+    async fn standing(&mut self, prefix: &str) -> Result<usize> {
+        let key = prefix.as_bytes().to_vec();
+        let mut range_end = key.clone();
+        *range_end.last_mut().context("a prefix")? += 1;
+        let request = RangeRequest { key, range_end, count_only: true };
+        let keys: RangeResponse = self.client.call("/etcdserverpb.KV/Range", request).await?;
+        Ok(usize::try_from(keys.count)?)
+    }
+
+    fn end(held: &Held) -> Duration {
+        held.lease.end
+    }
 }
 
-/// Whether etcd answers there.
-pub(crate) async fn answers(endpoint: &str) -> bool {
+/// A stream of etcd's, where each lease takes a message of its own.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    messages: mpsc::Sender<LeaseKeepAliveRequest>,
+    answers: Streaming<LeaseKeepAliveResponse>,
+    ids: Vec<i64>,
+}
+
+impl Stream {
+    async fn answers(&mut self) -> Result<u64> {
+        let mut kept = 0;
+        for _ in &self.ids {
+            let answer = self.answers.message().await?.context("the stream has ended")?;
+            kept += u64::from(answer.ttl > 0);
+        }
+        Ok(kept)
+    }
+}
+
+impl Turn for Stream {
+    async fn turn(&mut self) -> Result<u64> {
+        // The channel takes them all.
+        ask(&self.messages, &self.ids).await?;
+        self.answers().await
+    }
+}
+
+async fn ask(messages: &mpsc::Sender<LeaseKeepAliveRequest>, ids: &[i64]) -> Result<()> {
+    for &id in ids {
+        messages.send(LeaseKeepAliveRequest { id }).await?;
+    }
+    Ok(())
+}
+
+/// Whether the node at `address` takes writes, and leads.
+pub(crate) async fn leads(address: &str) -> Result<bool> {
     let ask = async {
-        let mut client = connect(endpoint).await?;
-        let grant = LeaseGrantRequest { ttl: 1 };
-        call::<_, LeaseGrantResponse>(&mut client, "/etcdserverpb.Lease/LeaseGrant", grant).await
+        let mut node = Etcd::connect(address).await?;
+        node.grant(Duration::from_secs(1)).await?;
+        let status: StatusResponse =
+            node.client.call("/etcdserverpb.Maintenance/Status", StatusRequest {}).await?;
+        let header = status.header.context("a status without a header")?;
+        ensure!(status.leader != 0, "there is no leader");
+        Ok(status.leader == header.member_id)
     };
-    tokio::time::timeout(Duration::from_secs(2), ask).await.is_ok_and(|answer| answer.is_ok())
-}
-
-async fn connect(endpoint: &str) -> Result<Client> {
-    let origin: Uri = endpoint.parse()?;
-    Ok(Grpc::with_origin(Connection::to(&origin).await?, origin))
-}
-
-async fn call<Q, A>(client: &mut Client, path: &'static str, request: Q) -> Result<A>
-where
-    Q: prost::Message + Send + Sync + 'static,
-    A: prost::Message + Default + Send + Sync + 'static,
-{
-    client.ready().await.context("the connection is lost")?;
-    let path = PathAndQuery::from_static(path);
-    let answer = client.unary(tonic::Request::new(request), path, ProstCodec::<Q, A>::default()).await?;
-    Ok(answer.into_inner())
+    timeout(Duration::from_secs(2), ask).await?
 }

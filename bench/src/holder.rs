@@ -5,15 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use leased_client::{Client, Lease};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
-use crate::pairs::Round;
-use crate::process::{Cpu, Process};
-use crate::report::Pairs;
-
-/// Leases that are acquired at once.
-const AT_ONCE: u32 = 250;
+use crate::cpu::{Cpu, resident};
+use crate::peer::{NoStream, Peer, all};
+use crate::server::{Daemon, Server};
 
 /// Memory and processor time of a client that holds many leases of a daemon with the embedded store.
 #[derive(Debug, clap::Args)]
@@ -33,25 +29,25 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn hold(args: Args) -> Result<()> {
-    let (address, process) = Process::leased(args.daemon.as_deref(), None)?;
-    let client = Client::connect([&address]).await?;
+    let server = Server::leased(Daemon { program: args.daemon.as_deref(), ..Daemon::default() }).await?;
+    let client = Client::connect([server.address()]).await?;
     let ttl = Duration::from_secs(args.ttl);
     // What acquiring at once takes is needed but once.
-    drop(acquire(&client, 4 * AT_ONCE, ttl).await?);
+    drop(acquire(&client, 1000, ttl).await?);
     client.settle().await;
-    let before = resident()?;
+    let before = own_memory()?;
     let leases = acquire(&client, args.leases, ttl).await?;
-    let after = resident()?;
+    let after = own_memory()?;
 
-    let cpu = Cpu::now(&[(process.name(), process.id())]);
+    let cpu = Cpu::now(&server.process().into_iter().collect());
     sleep(ttl * args.ttls).await;
     let held = leases.iter().filter(|lease| lease.is_held()).count();
     println!("{held} of {} leases held after {} TTLs", args.leases, args.ttls);
-    let each = |now: usize| now.saturating_sub(before) / leases.len();
+    let each = |now: u64| now.saturating_sub(before) / leases.len() as u64;
     println!(
         "{} bytes of memory a lease when acquired, {} after the last TTL",
         each(after),
-        each(resident()?)
+        each(own_memory()?)
     );
     for (name, spent) in cpu.spent() {
         println!("{name}: {:.1} % of a core", 100.0 * spent.as_secs_f64() / (ttl * args.ttls).as_secs_f64());
@@ -61,47 +57,35 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
 }
 
 async fn acquire(client: &Client, count: u32, ttl: Duration) -> Result<Vec<Lease>> {
-    let mut leases = Vec::new();
-    let numbers: Vec<u32> = (0..count).collect();
-    for some in numbers.chunks(AT_ONCE as usize) {
-        let mut acquiring = JoinSet::new();
-        for number in some {
-            acquiring.spawn(client.acquire(format!("held/{number:06}")).ttl(ttl).into_future());
-        }
-        while let Some(lease) = acquiring.join_next().await {
-            leases.push(lease??);
-        }
-    }
-    Ok(leases)
+    let acquiring = (0..count).map(|number| {
+        let acquire = client.acquire(format!("held/{number:06}")).ttl(ttl);
+        async move { Ok(acquire.await?) }
+    });
+    all(acquiring).await
 }
 
-/// The memory of this program that is in use, in bytes.
-fn resident() -> Result<usize> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    let kilobytes: usize = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kilobytes * 1024)
+fn own_memory() -> Result<u64> {
+    resident(std::process::id()).context("no memory is known")
 }
 
-/// Runs every caller until the time is over.
-pub(crate) async fn run(endpoint: &str, round: Round) -> Result<Pairs> {
-    let mut clients = Vec::new();
-    for _ in 0..round.connections {
-        clients.push(Client::connect([endpoint]).await?);
+/// The client crate as a peer.
+#[derive(Debug, Clone)]
+pub(crate) struct Holder(Client);
+
+impl Peer for Holder {
+    type Held = Lease;
+    type Stream = NoStream;
+
+    async fn connect(address: &str) -> Result<Self> {
+        Ok(Self(Client::connect([address]).await?))
     }
-    let start = Instant::now();
-    let mut callers = JoinSet::new();
-    for (number, client) in (0..round.callers).zip(clients.into_iter().cycle()) {
-        callers.spawn(async move {
-            let mut pairs = Pairs::new();
-            while start.elapsed() < round.time {
-                let begun = Instant::now();
-                let lease = client.acquire(format!("bench/{number}")).await?;
-                lease.release().await?;
-                pairs.add(begun.elapsed());
-            }
-            Ok(pairs)
-        });
+
+    async fn acquire(&mut self, key: String, ttl: Duration) -> Result<Lease> {
+        Ok(self.0.acquire(key).ttl(ttl).await?)
     }
-    Pairs::join(callers, start).await
+
+    async fn release(&mut self, lease: Lease) -> Result<()> {
+        lease.release().await?;
+        Ok(())
+    }
 }

@@ -2,30 +2,82 @@
 //!
 //! `cargo build --release -p leased -p leased-bench`, then `cargo run --release -p leased-bench -- --help`
 
-/// What gRPC alone allows.
-mod ceiling;
-/// What calls go through.
-mod connection;
-/// The same with a plain `findOneAndUpdate` for each call.
-mod direct;
-/// The same with etcd.
-mod etcd;
-/// Daemons over a store.
-mod fleet;
+/// All contenders, all workloads, in turn.
+mod compare;
+/// Who takes part.
+mod contender;
+/// What is measured.
+mod workload;
+
+/// Each of them.
+mod server;
+/// A contender's processes.
+mod stage;
+/// One workload by one contender, once.
+mod trial;
+
+/// The largest number of leases kept alive.
+mod capacity;
+/// Callers that go on as fast as they are answered.
+mod closed;
+/// What a touch takes of the processors.
+mod cost;
+/// Leases that are touched when it is time.
+mod crowd;
 /// How soon the next in line is told.
 mod handoff;
-/// Pairs through the client crate, and what a lease costs its holder.
-mod holder;
-/// Pairs through leased.
-mod leases;
-/// Acquire and release pairs, side by side.
+/// One message in flight on many streams.
+mod keepalives;
+/// What leases and streams take of the memory.
+mod memory;
+/// Acquire and release pairs.
 mod pairs;
-/// Processes and what they spend.
-mod process;
-/// What was measured.
-mod report;
+/// The search for the largest number.
+mod search;
 /// How soon the leases of those who fell silent are taken over.
 mod takeover;
+
+/// What gRPC alone allows.
+mod ceiling;
+/// The time that those under load share.
+mod clock;
+/// What calls go through.
+mod connection;
+/// A plain `findOneAndUpdate` for each call.
+mod direct;
+/// etcd.
+mod etcd;
+/// Its messages.
+mod etcd_api;
+/// Calls without a stub.
+mod grpc;
+/// The client crate, and what it costs its user.
+mod holder;
+/// leased.
+mod leased;
+/// mongolock, in Python.
+mod mongolock;
+/// What every contender is asked.
+mod peer;
+/// Redis.
+mod redis_lock;
+
+/// What processes spend.
+mod cpu;
+/// Where it was.
+mod machine;
+/// All rounds, and as JSON.
+mod results;
+/// What one round came to.
+mod sample;
+/// Medians, ranges, ratios.
+mod summary;
+/// As curves.
+mod svg;
+/// As tables.
+mod table;
+/// What callers have done.
+mod tally;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -37,24 +89,22 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[derive(Debug, Parser)]
 struct Args {
     #[command(subcommand)]
-    workload: Workload,
+    command: Command,
 }
 
 #[derive(Debug, Subcommand)]
-enum Workload {
+enum Command {
+    Compare(compare::Args),
     Pairs(pairs::Args),
-    Handoff(handoff::Args),
-    Takeover(takeover::Args),
     Holder(holder::Args),
 }
 
 // One thread: what it does not spend on waking others is left to those under load.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    match Args::parse().workload {
-        Workload::Pairs(args) => pairs::run(args).await,
-        Workload::Handoff(args) => handoff::run(args).await,
-        Workload::Takeover(args) => takeover::run(args).await,
-        Workload::Holder(args) => holder::hold(args).await,
+    match Args::parse().command {
+        Command::Compare(args) => compare::run(args).await,
+        Command::Pairs(args) => pairs::command(args).await,
+        Command::Holder(args) => holder::hold(args).await,
     }
 }

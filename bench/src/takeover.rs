@@ -1,138 +1,81 @@
 //! From the moment when a silent holder's lease may be taken to the moment when the next in line is told.
-//!
-//! All run on one host, so the clock of the store is the clock of this program.
 
-use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use leased_client::v1::{AcquireRequest, ListRequest};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::fleet::{Fleet, Leases, Options, Store};
-use crate::report::Latencies;
+use crate::clock;
+use crate::contender::Contender;
+use crate::cpu::Cpu;
+use crate::peer::{Peer, all, connections};
+use crate::sample::Sample;
+use crate::tally::Latencies;
+use crate::trial::Trial;
 
-/// Callers of one connection; a daemon allows 256 calls on each.
-const PER_CONNECTION: usize = 200;
-
-/// Calls that ask for a lease at once: more than the store does in its time would be refused.
-const AT_ONCE: usize = 2000;
+/// Of those who take over: longer than any run.
+const TTL: Duration = Duration::from_secs(600);
 
 /// Leases of holders that fall silent together, each with one in line.
-#[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    #[command(flatten)]
-    options: Options,
-    /// Leases that run out together.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    keys: u32,
-    /// From the first acquire to the end of all the leases, in seconds: long enough for all to be held and waited for.
-    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(2..=600))]
-    seconds: u64,
-}
-
-pub(crate) async fn run(args: Args) -> Result<()> {
-    for &store in args.options.stores() {
-        let fleet = Fleet::start(store, &args.options).await?;
-        let grace = if store == Store::Embedded { Duration::ZERO } else { Duration::from_secs(1) };
-        for round in 1..=args.options.rounds {
-            let latencies = round_of(&fleet, grace, &args, round).await?;
-            latencies.print(&format!("round {round}  {store:?}, {} keys", args.keys));
+pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+    let grace = match trial.contender {
+        Contender::Mongod | Contender::ReplicaSet => Duration::from_secs(1),
+        _ => Duration::ZERO,
+    };
+    let until = clock::now() + allowed(trial);
+    let (prefix, address) = (Trial::prefix(), trial.stage.address()?);
+    let holders = connections::<P>(address, trial.scale).await?;
+    let held = holders.iter().cycle().zip(0..trial.scale).map(|(holder, number)| {
+        let (mut holder, key) = (holder.clone(), format!("{prefix}/{number:06}"));
+        async move {
+            let ttl = until.checked_sub(clock::now()).filter(|ttl| ttl.as_millis() >= 100);
+            let held = holder.acquire(key.clone(), ttl.context("too slow to take them all")?).await?;
+            Ok((key, held))
         }
-    }
-    Ok(())
-}
-
-async fn round_of(fleet: &Fleet, grace: Duration, args: &Args, round: u32) -> Result<Latencies> {
-    let until = now() + Duration::from_secs(args.seconds);
-    let room = Arc::new(Semaphore::new(AT_ONCE));
-    let mut held = JoinSet::new();
+    });
+    // Kept, so that nothing is given back.
+    let held = all(held).await?;
+    let waiters = connections::<P>(address, trial.scale).await?;
     let mut line = JoinSet::new();
-    let numbers: Vec<u32> = (0..args.keys).collect();
-    for some in numbers.chunks(PER_CONNECTION) {
-        let (holder, waiter) = (fleet.client(0).await?, fleet.client(fleet.len() - 1).await?);
-        for number in some {
-            let key = format!("takeover/{round}/{number:06}");
-            held.spawn(hold(Arc::clone(&room), holder.clone(), waiter.clone(), key, until));
-        }
+    for (waiter, (key, held)) in waiters.iter().cycle().zip(&held) {
+        line.spawn(take(waiter.clone(), key.clone(), P::end(held) + grace));
     }
-    while let Some(joined) = held.join_next().await {
-        let (waiter, key, end) = joined??;
-        line.spawn(take(waiter, key, end + grace));
+    let mut holder = holders.first().context("a connection")?.clone();
+    while holder.standing(&format!("{prefix}/")).await? < 2 * trial.scale {
+        ensure!(clock::now() < until, "too slow to have all stand in line");
+        sleep(Duration::from_millis(100)).await;
     }
-    let mut client = fleet.client(0).await?;
-    let in_line = in_line(&mut client, &format!("takeover/{round}/")).await?;
-    ensure!(now() < until, "{in_line} stood in line when the leases ran out: allow more seconds");
     let mut latencies = Latencies::new();
+    // Those who are told come in until all are.
+    let (start, cpu) = (Instant::now(), Cpu::now(&trial.stage.processes()));
     while let Some(late) = line.join_next().await {
         latencies.add(late??);
     }
-    Ok(latencies)
+    let (time, spent) = (start.elapsed(), cpu.spent());
+    let mut sample = Sample::default();
+    latencies.note(&mut sample);
+    Ok(sample.spending(&spent, time))
 }
 
-/// Takes a lease that ends at `until`, and falls silent.
-async fn hold(
-    room: Arc<Semaphore>,
-    mut client: Leases,
-    waiter: Leases,
-    key: String,
-    until: Duration,
-) -> Result<(Leases, String, Duration)> {
-    let _permit = room.acquire().await?;
-    let ttl = until.checked_sub(now()).filter(|ttl| ttl.as_millis() >= 100).context("too few seconds")?;
-    let request =
-        AcquireRequest { key: key.clone(), ttl: Some(ttl.try_into()?), ..AcquireRequest::default() };
-    let granted = client.acquire(request).await?.into_inner();
-    let end = granted.expire_time.context("an end")?;
-    let end = Duration::new(u64::try_from(end.seconds)?, u32::try_from(end.nanos)?);
-    Ok((waiter, key, end))
+/// How long all may take to hold and to stand in line: by keys a second that each contender manages in every case.
+fn allowed(trial: &Trial<'_>) -> Duration {
+    let a_second: u32 = match trial.contender {
+        Contender::Embedded => 4000,
+        Contender::Mongod => 2500,
+        Contender::ReplicaSet => 1200,
+        Contender::EtcdThree => 500,
+        _ => 800,
+    };
+    Duration::from_secs(4) + Duration::from_secs_f64(trial.scale as f64 / f64::from(a_second))
 }
 
 /// Stands in line, and returns how long after `due` it was told.
-async fn take(mut client: Leases, key: String, due: Duration) -> Result<Duration> {
-    let (ttl, wait) = (Duration::from_secs(600), Duration::from_secs(600));
-    let request = AcquireRequest {
-        key,
-        ttl: Some(ttl.try_into()?),
-        wait: Some(wait.try_into()?),
-        ..AcquireRequest::default()
-    };
-    let granted = client.acquire(request).await?.into_inner();
-    let told = now();
-    ensure!(granted.waited && told >= due, "granted too early");
-    Ok(told - due)
-}
-
-/// Waits until every key under `prefix` has one in line, for as long as there is time; gives how many have.
-async fn in_line(client: &mut Leases, prefix: &str) -> Result<usize> {
-    let start = Instant::now();
-    loop {
-        let (mut keys, mut waited, mut page_token) = (0, 0, String::new());
-        loop {
-            let request = ListRequest {
-                prefix: prefix.to_owned(),
-                page_size: 1000,
-                page_token,
-                ..ListRequest::default()
-            };
-            let page = client.list(request).await?.into_inner();
-            keys += page.leases.len();
-            waited += page.leases.iter().filter(|lease| !lease.waiters.is_empty()).count();
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
-                break;
-            }
-        }
-        if waited == keys || start.elapsed() > Duration::from_secs(60) {
-            return Ok(waited);
-        }
-        sleep(Duration::from_millis(100)).await;
-    }
-}
-
-#[expect(clippy::disallowed_methods, reason = "one host, so this is the store's clock")]
-fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+async fn take<P: Peer>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
+    waiter.stand(key, TTL).await?;
+    let told = clock::now();
+    // A server that keeps whole seconds ends a lease when it likes within them.
+    let slack = Duration::from_secs(1);
+    ensure!(told + slack >= due, "granted {:?} too early", due - told);
+    Ok(told.saturating_sub(due))
 }

@@ -41,7 +41,7 @@ rm -rf "$folder"
 
 /// A folder, the server that may run in it, and the shell that watches over both.
 #[derive(Debug)]
-pub(crate) struct Guardian {
+pub struct Guardian {
     shell: Child,
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
@@ -49,8 +49,12 @@ pub(crate) struct Guardian {
 }
 
 impl Guardian {
-    /// Watches over `folder`, which is removed in the end; `command` is what [`Self::start`] runs.
-    pub(crate) fn new(folder: &Path, command: &Command) -> Result<Self> {
+    /// Watches over `folder`, which is removed in the end; `command` is what [`Self::start`] runs, of which the program
+    /// and the arguments count. What it says goes to `output` in the folder.
+    ///
+    /// # Errors
+    /// If there is no shell.
+    pub fn new(folder: &Path, command: &Command) -> Result<Self> {
         let mut shell = Command::new("sh")
             .args(["-c", SCRIPT, "guardian"])
             .arg(folder)
@@ -70,22 +74,33 @@ impl Guardian {
     }
 
     /// Starts the server; ends the one that runs, if any.
-    pub(crate) fn start(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// If somebody else ended the shell, as with every order.
+    pub fn start(&mut self) -> Result<()> {
         self.order("start")
     }
 
     /// Ends the server as a crash would; the folder stays. On return the process is gone.
-    pub(crate) fn end(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn end(&mut self) -> Result<()> {
         self.order("end")
     }
 
     /// Whether the server has not ended by itself.
-    pub(crate) fn is_running(&mut self) -> Result<bool> {
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn is_running(&mut self) -> Result<bool> {
         self.order("look")?;
         Ok(self.server.is_some())
     }
 
-    pub(crate) fn pid(&self) -> Option<u32> {
+    /// The server's process, while there is one.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
         self.server.map(|server| server.as_raw_nonzero().get().unsigned_abs())
     }
 

@@ -17,6 +17,7 @@ mod replica_set;
 /// One server for all of a process.
 mod shared;
 
+pub use guardian::Guardian;
 pub use mongod::Mongod;
 pub use replica_set::ReplicaSet;
 pub use shared::shared;

@@ -45,6 +45,12 @@ impl ReplicaSet {
         Ok(format!("mongodb://127.0.0.1:{}/?directConnection=true", self.node(node)?.port()))
     }
 
+    /// The processes of the nodes that have not been killed.
+    #[must_use]
+    pub fn pids(&self) -> Vec<u32> {
+        self.nodes.iter().filter_map(Node::pid).collect()
+    }
+
     /// The node that says that it is the primary, if one does. Of two, of which one has not heard yet that it no longer
     /// is, the one that was elected later. A paused node is given two seconds to answer.
     pub async fn primary(&self) -> Option<usize> {

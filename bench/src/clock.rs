@@ -1,0 +1,9 @@
+//! The clock of this host, which all under load share: for when a lease is over, and for nothing that is timed.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The time since 1970.
+#[expect(clippy::disallowed_methods, reason = "one host, so this is the store's clock")]
+pub(crate) fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}

@@ -1,0 +1,203 @@
+//! The comparison: the same workloads by all contenders that there are, in turn, some times over.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use tokio::time::timeout;
+
+use crate::contender::Contender;
+use crate::machine::Machine;
+use crate::results::{Outcome, Outcomes, Results};
+use crate::sample::Sample;
+use crate::stage::Stage;
+use crate::summary::{count, digits};
+use crate::trial::Trial;
+use crate::workload::Workload;
+use crate::{svg, table};
+
+/// How long a contender may take to be ready; the first time a mongod is fetched.
+const READY: Duration = Duration::from_secs(300);
+
+/// The same workloads by leased and by what it is compared with, in turn.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which workloads [default: all].
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "WORKLOAD")]
+    only: Vec<Workload>,
+    /// Who takes part [default: all that are installed, without `stub` and `client`].
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "CONTENDER")]
+    with: Vec<Contender>,
+    /// At which scales: how many callers, streams, leases [default: those of each workload].
+    #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    at: Vec<u32>,
+    /// Everything small, in some minutes: one round of a second.
+    #[arg(long)]
+    quick: bool,
+    /// Rounds; the medians count [default: 3].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
+    rounds: Option<u32>,
+    /// How long a rate is measured, and what other durations follow from [default: 5].
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: Option<u64>,
+    /// Where to write `table.md`, `results.json` and `scaling.svg`; made if it is missing.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// The daemon to start [default: the one beside this program].
+    #[arg(long, value_name = "FILE")]
+    daemon: Option<PathBuf>,
+}
+
+/// What is to be measured, and with whom.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) workloads: Vec<Workload>,
+    pub(crate) contenders: Vec<Contender>,
+    /// Instead of the scales of each workload.
+    pub(crate) scales: Vec<u32>,
+    pub(crate) quick: bool,
+    pub(crate) rounds: u32,
+    pub(crate) seconds: u64,
+    pub(crate) daemon: Option<PathBuf>,
+}
+
+pub(crate) async fn run(args: Args) -> Result<()> {
+    if let Some(folder) = &args.out {
+        // Before an hour is spent.
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    let all = |named: &[Contender]| match named {
+        [] => Contender::value_variants().iter().copied().filter(|one| one.is_usual()).collect(),
+        named => named.to_vec(),
+    };
+    let plan = Plan {
+        workloads: if args.only.is_empty() { Workload::value_variants().to_vec() } else { args.only },
+        contenders: all(&args.with),
+        scales: args.at,
+        quick: args.quick,
+        rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 3 }),
+        seconds: args.seconds.unwrap_or(if args.quick { 1 } else { 5 }),
+        daemon: args.daemon,
+    };
+    let results = plan.run().await?;
+    let text = table::of(&results);
+    println!("{text}");
+    if let Some(folder) = &args.out {
+        write(folder, &results, &text)?;
+    }
+    Ok(())
+}
+
+fn write(folder: &Path, results: &Results, text: &str) -> Result<()> {
+    std::fs::write(folder.join("table.md"), text)?;
+    std::fs::write(folder.join("results.json"), serde_json::to_string_pretty(results)? + "\n")?;
+    if let Some(picture) = svg::of(&results.outcomes) {
+        std::fs::write(folder.join("scaling.svg"), picture)?;
+    }
+    Ok(())
+}
+
+impl Plan {
+    /// Measures all of it; after Ctrl-C, what there is by then.
+    pub(crate) async fn run(mut self) -> Result<Results> {
+        let missing: Vec<&str> = self.contenders.iter().filter_map(|one| one.missing()).collect();
+        self.contenders.retain(|one| one.missing().is_none());
+        ensure!(!self.contenders.is_empty(), "nobody is left: {}", missing.join("; "));
+        let mut left_out: Vec<String> = missing.into_iter().map(ToOwned::to_owned).collect();
+        left_out.dedup();
+        let mut results = Results {
+            command: std::iter::once("leased-bench".to_owned())
+                .chain(std::env::args().skip(1))
+                .collect::<Vec<_>>()
+                .join(" "),
+            machine: Machine::look(&self.contenders, self.daemon.as_deref()),
+            rounds: self.rounds,
+            seconds: self.seconds,
+            left_out,
+            outcomes: Outcomes::default(),
+        };
+        tokio::select! {
+            () = self.measure(&mut results) => {}
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                eprintln!("interrupted; what there is:");
+            }
+        }
+        Ok(results)
+    }
+
+    async fn measure(&self, results: &mut Results) {
+        for round in 1..=self.rounds {
+            for &workload in &self.workloads {
+                for &contender in &self.contenders {
+                    let scales: Vec<u32> = self
+                        .scales(workload)
+                        .iter()
+                        .copied()
+                        .filter(|scale| workload.takes(contender, *scale))
+                        .collect();
+                    if !scales.is_empty() {
+                        self.one(results, round, workload, contender, &scales).await;
+                    }
+                }
+            }
+        }
+    }
+
+    fn scales(&self, workload: Workload) -> &[u32] {
+        match (&self.scales[..], self.quick) {
+            ([], true) => workload.facts().quick,
+            ([], false) => workload.facts().scales,
+            (named, _) => named,
+        }
+    }
+
+    /// One contender's part in a round: all scales of a workload.
+    async fn one(
+        &self,
+        results: &mut Results,
+        round: u32,
+        workload: Workload,
+        contender: Contender,
+        scales: &[u32],
+    ) {
+        let stage = timeout(READY, Stage::set(contender, workload, self.daemon.as_deref())).await;
+        let stage = stage.unwrap_or_else(|_| Err(anyhow::Error::msg("it does not become ready")));
+        if let Some(uri) = stage.as_ref().ok().and_then(Stage::mongodb) {
+            // For the heading only.
+            drop(results.machine.note_mongod(uri).await);
+        }
+        for &scale in scales {
+            let outcome = match &stage {
+                Ok(stage) => {
+                    let (scale, time) = (scale as usize, Duration::from_secs(self.seconds));
+                    Trial { contender, workload, scale, time, stage }.run().await
+                }
+                Err(error) => Err(anyhow::Error::msg(format!("{error:#}"))),
+            };
+            let outcome = outcome.map_err(|error| format!("{error:#}"));
+            let who = format!("{} {}, {}", count(scale), workload.facts().unit, contender.title());
+            eprintln!("round {round} of {}  {workload:?}, {who}: {}", self.rounds, line(workload, &outcome));
+            results.outcomes.add(workload, scale, contender, outcome);
+        }
+    }
+}
+
+/// A round as progress is shown.
+fn line(workload: Workload, outcome: &Outcome) -> String {
+    match outcome {
+        Ok(sample) => {
+            let figure = |name: &&str| Some(format!("{} {name}", digits(sample.figure(name)?)));
+            let figures: Vec<String> = workload.facts().shown.iter().filter_map(figure).collect();
+            format!("{}{}", figures.join(", "), spent(sample))
+        }
+        Err(why) => format!("failed: {why}"),
+    }
+}
+
+fn spent(sample: &Sample) -> String {
+    let shares: Vec<String> = sample.cpu.iter().map(|(kind, part)| format!("{kind} {part:.2}")).collect();
+    let errors = if sample.errors > 0 { format!("; {} errors", sample.errors) } else { String::new() };
+    if shares.is_empty() { errors } else { format!("  ({}){errors}", shares.join(", ")) }
+}

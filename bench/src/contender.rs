@@ -1,0 +1,85 @@
+//! Who takes part, how they are called, and what they are measured by.
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::server::is_installed;
+
+/// A contender. The order is that of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Contender {
+    /// leased with its embedded store.
+    Embedded,
+    /// leased over one mongod.
+    Mongod,
+    /// leased over a replica set of three mongods.
+    ReplicaSet,
+    /// etcd with one node.
+    Etcd,
+    /// etcd with three nodes; calls go to the leader.
+    EtcdThree,
+    /// Redis with one node, each write synced.
+    Redis,
+    /// mongolock 1.3.4 on one mongod.
+    Mongolock,
+    /// A conditional findOneAndUpdate for each call on one mongod, as a lock library would do it.
+    Direct,
+    /// Calls of leased that ask no store: what gRPC alone allows on this machine.
+    Ceiling,
+    /// leased with its embedded store by the generated stub over tonic's channels; only on request.
+    Stub,
+    /// The same through the client crate; only on request.
+    Client,
+}
+
+impl Contender {
+    /// Whether it takes part unless others are named.
+    pub(crate) fn is_usual(self) -> bool {
+        !matches!(self, Self::Stub | Self::Client)
+    }
+
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Embedded => "leased, embedded",
+            Self::Mongod => "leased, one mongod",
+            Self::ReplicaSet => "leased, three mongods",
+            Self::Etcd => "etcd, one node",
+            Self::EtcdThree => "etcd, three nodes",
+            Self::Redis => "Redis, always synced",
+            Self::Mongolock => "mongolock, one mongod",
+            Self::Direct => "findOneAndUpdate, one mongod",
+            Self::Ceiling => "gRPC alone",
+            Self::Stub => "leased, embedded, tonic's channels",
+            Self::Client => "leased, embedded, client crate",
+        }
+    }
+
+    /// Those that it is set in relation to.
+    pub(crate) fn yardsticks(self) -> &'static [Self] {
+        match self {
+            Self::Embedded => &[Self::Etcd, Self::Redis, Self::Ceiling],
+            Self::Mongod => &[Self::Etcd, Self::Redis, Self::Mongolock, Self::Direct],
+            Self::ReplicaSet => &[Self::EtcdThree],
+            Self::Stub | Self::Client => &[Self::Embedded],
+            _ => &[],
+        }
+    }
+
+    /// What has to be installed for it and is not.
+    pub(crate) fn missing(self) -> Option<&'static str> {
+        let (program, advice) = match self {
+            Self::Etcd | Self::EtcdThree => {
+                ("etcd", "etcd is not installed; Debian's package is etcd-server")
+            }
+            Self::Redis => {
+                ("redis-server", "redis-server is not installed; Debian's package is redis-server")
+            }
+            Self::Mongolock => {
+                ("python3", "python3 is not installed; Debian's packages are python3 and python3-pip")
+            }
+            _ => return None,
+        };
+        (!is_installed(program)).then_some(advice)
+    }
+}

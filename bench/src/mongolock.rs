@@ -1,0 +1,92 @@
+//! mongolock, which is a library in Python: its load is a program in Python, of several processes.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use throwaway_mongodb::Guardian;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep};
+
+use crate::cpu::{Cpu, LOAD};
+use crate::sample::Sample;
+use crate::server::{beside, new_folder};
+use crate::trial::Trial;
+use crate::workload::Workload;
+
+const LOAD_PROGRAM: &str = include_str!("../mongolock.py");
+const REQUIREMENTS: &str = include_str!("../mongolock.txt");
+
+/// What the program says when it is done.
+#[derive(Debug, Deserialize)]
+struct Said {
+    done: u64,
+    errors: u64,
+    /// Of the span in which was counted.
+    seconds: f64,
+    p50_ms: f64,
+    p99_ms: f64,
+    /// What its processes spent meanwhile, in seconds.
+    cpu: f64,
+}
+
+pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
+    let packages = spawn_blocking(packages).await??;
+    let (work, rate) = match trial.workload {
+        Workload::Pairs => ("pairs", "pairs/s"),
+        _ => ("touches", "acks/s"),
+    };
+    let folder = new_folder()?;
+    fs::write(folder.join("mongolock_load.py"), LOAD_PROGRAM)?;
+    let mut command = Command::new("env");
+    command.arg(format!("PYTHONPATH={}", packages.display())).args(["python3", "-u"]);
+    command.arg(folder.join("mongolock_load.py")).args([trial.stage.address()?, work]);
+    command.args([trial.scale.to_string(), trial.time.as_secs_f64().to_string(), Trial::prefix()]);
+    let cpu = Cpu::now(&trial.stage.processes());
+    let (start, mut guardian) = (Instant::now(), Guardian::new(&folder, &command)?);
+    guardian.start()?;
+    while guardian.is_running()? {
+        sleep(Duration::from_millis(50)).await;
+    }
+    // Of the database over the whole run, in which there is little else to do.
+    let (time, mut spent) = (start.elapsed(), cpu.spent());
+    let output = fs::read_to_string(folder.join("output"))?;
+    let last = output.trim().lines().last().context("the program in Python said nothing")?;
+    let Ok(said) = serde_json::from_str::<Said>(last) else { bail!("python3 said: {last}") };
+    ensure!(said.done > 0, "nothing was done in time");
+    spent.retain(|(kind, _)| *kind != LOAD);
+    let mut sample = Sample::default().spending(&spent, time);
+    sample.cpu.push((LOAD, said.cpu / said.seconds));
+    #[expect(clippy::cast_precision_loss, reason = "a count of turns is far below 2^52")]
+    sample.note(rate, said.done as f64 / said.seconds);
+    sample.note("p50 ms", said.p50_ms);
+    sample.note("p99 ms", said.p99_ms);
+    sample.errors = said.errors;
+    Ok(sample)
+}
+
+/// A folder with the packages, fetched once. A folder and not a virtual environment: those need more of Python than pip.
+fn packages() -> Result<PathBuf> {
+    let packages = beside("mongolock-1.3.4")?;
+    if packages.is_dir() {
+        return Ok(packages);
+    }
+    eprintln!("fetching mongolock, once");
+    let work = new_folder()?;
+    fs::write(work.join("requirements.txt"), REQUIREMENTS)?;
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]);
+    pip.args(["--requirement", "requirements.txt", "--target", "packages"]).current_dir(&work);
+    let output = pip.stdin(Stdio::null()).output().context("python3 cannot be run")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("pip said: {}", said.trim().lines().last().unwrap_or_default());
+    }
+    // The last step, so that it is whole or not there.
+    fs::rename(work.join("packages"), &packages)?;
+    drop(fs::remove_dir_all(work));
+    Ok(packages)
+}
