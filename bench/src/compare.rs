@@ -60,6 +60,8 @@ pub(crate) struct Plan {
     pub(crate) rounds: u32,
     pub(crate) seconds: u64,
     pub(crate) daemon: Option<PathBuf>,
+    /// Where to write what there is, after each workload of a round.
+    pub(crate) out: Option<PathBuf>,
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
@@ -79,18 +81,14 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 3 }),
         seconds: args.seconds.unwrap_or(if args.quick { 1 } else { 5 }),
         daemon: args.daemon,
+        out: args.out,
     };
-    let results = plan.run().await?;
-    let text = table::of(&results);
-    println!("{text}");
-    if let Some(folder) = &args.out {
-        write(folder, &results, &text)?;
-    }
+    println!("{}", table::of(&plan.run().await?));
     Ok(())
 }
 
-fn write(folder: &Path, results: &Results, text: &str) -> Result<()> {
-    std::fs::write(folder.join("table.md"), text)?;
+fn write(folder: &Path, results: &Results) -> Result<()> {
+    std::fs::write(folder.join("table.md"), table::of(results))?;
     std::fs::write(folder.join("results.json"), serde_json::to_string_pretty(results)? + "\n")?;
     if let Some(picture) = svg::of(&results.outcomes) {
         std::fs::write(folder.join("scaling.svg"), picture)?;
@@ -118,7 +116,7 @@ impl Plan {
             outcomes: Outcomes::default(),
         };
         tokio::select! {
-            () = self.measure(&mut results) => {}
+            measured = self.measure(&mut results) => measured?,
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
                 eprintln!("interrupted; what there is:");
@@ -127,7 +125,7 @@ impl Plan {
         Ok(results)
     }
 
-    async fn measure(&self, results: &mut Results) {
+    async fn measure(&self, results: &mut Results) -> Result<()> {
         for round in 1..=self.rounds {
             for &workload in &self.workloads {
                 for &contender in &self.contenders {
@@ -141,8 +139,12 @@ impl Plan {
                         self.one(results, round, workload, contender, &scales).await;
                     }
                 }
+                if let Some(folder) = &self.out {
+                    write(folder, results)?;
+                }
             }
         }
+        Ok(())
     }
 
     fn scales(&self, workload: Workload) -> &[u32] {
@@ -162,25 +164,36 @@ impl Plan {
         contender: Contender,
         scales: &[u32],
     ) {
+        for &scale in scales {
+            let outcome = self.trial(results, workload, contender, scale).await;
+            let outcome = outcome.map_err(|error| format!("{error:#}"));
+            let who = format!("{} {}, {}", count(scale), workload.facts().unit, contender.title());
+            eprintln!(
+                "round {round} of {}  {}, {who}: {}",
+                self.rounds,
+                workload.name(),
+                line(workload, &outcome)
+            );
+            results.outcomes.add(workload, scale, contender, outcome);
+        }
+    }
+
+    /// One run, by processes of its own.
+    async fn trial(
+        &self,
+        results: &mut Results,
+        workload: Workload,
+        contender: Contender,
+        scale: u32,
+    ) -> Result<Sample> {
         let stage = timeout(READY, Stage::set(contender, workload, self.daemon.as_deref())).await;
-        let stage = stage.unwrap_or_else(|_| Err(anyhow::Error::msg("it does not become ready")));
-        if let Some(uri) = stage.as_ref().ok().and_then(Stage::mongodb) {
+        let stage = stage.context("it does not become ready")??;
+        if let Some(uri) = stage.mongodb() {
             // For the heading only.
             drop(results.machine.note_mongod(uri).await);
         }
-        for &scale in scales {
-            let outcome = match &stage {
-                Ok(stage) => {
-                    let (scale, time) = (scale as usize, Duration::from_secs(self.seconds));
-                    Trial { contender, workload, scale, time, stage }.run().await
-                }
-                Err(error) => Err(anyhow::Error::msg(format!("{error:#}"))),
-            };
-            let outcome = outcome.map_err(|error| format!("{error:#}"));
-            let who = format!("{} {}, {}", count(scale), workload.facts().unit, contender.title());
-            eprintln!("round {round} of {}  {workload:?}, {who}: {}", self.rounds, line(workload, &outcome));
-            results.outcomes.add(workload, scale, contender, outcome);
-        }
+        let (scale, time) = (scale as usize, Duration::from_secs(self.seconds));
+        Trial { contender, workload, scale, time, stage: &stage }.run().await
     }
 }
 

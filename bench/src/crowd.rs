@@ -8,11 +8,13 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::cpu::{Cpu, Processes};
-use crate::peer::{Peer, Turn, connections, hold};
+use crate::peer::{Peer, Turn, all, connections, hold};
 use crate::sample::Sample;
 use crate::tally::Shared;
 use crate::trial::Trial;
 
+/// Leases that are taken before the streams that carry them are opened: few, so that none runs out meanwhile.
+const BATCH: usize = 1000;
 /// Streams on a connection.
 const A_CONNECTION: usize = 200;
 /// Callers that take leases at once; they share connections of their own.
@@ -75,18 +77,27 @@ impl<P: Peer> Crowd<P> {
     /// Takes more leases until there are so many; those that there are stay alive meanwhile.
     pub(crate) async fn grow(&mut self, to: usize) -> Result<()> {
         while self.len() < to {
-            let leases = self.a_stream.min(to - self.len());
-            let held = hold(&self.callers, &Trial::prefix(), leases, self.ttl).await?;
-            let confirmed = held.iter().map(|(_, asked)| *asked).min().unwrap_or_else(Instant::now);
-            if self.connections.len() * A_CONNECTION <= self.streams.len() {
+            let leases = BATCH.min(to - self.len());
+            let mut held = hold(&self.callers, &Trial::prefix(), leases, self.ttl).await?;
+            let streams = held.len().div_ceil(self.a_stream);
+            while self.connections.len() * A_CONNECTION < self.streams.len() + streams {
                 self.connections.push(P::connect(&self.address).await?);
             }
-            let number = self.streams.len() % self.connections.len();
-            let held = held.into_iter().map(|(held, _)| held).collect();
-            let stream = self.connections[number].keep(held, self.ttl).await?;
-            let state = Arc::new(Mutex::new(State { kept: leases, confirmed, lapsed: false }));
-            let carry = carry(stream, self.ttl, Arc::clone(&state), self.tally.clone());
-            self.streams.push(Carried { leases, state, task: self.tasks.spawn(carry) });
+            let mut opening = Vec::with_capacity(streams);
+            for number in 0..streams {
+                let some = held.split_off(held.len() - held.len().min(self.a_stream));
+                let mut connection =
+                    self.connections[(self.streams.len() + number) % self.connections.len()].clone();
+                let (leases, ttl) = (some.len(), self.ttl);
+                let confirmed = some.iter().map(|(_, asked)| *asked).min().unwrap_or_else(Instant::now);
+                let some = some.into_iter().map(|(held, _)| held).collect();
+                opening.push(async move { Ok((connection.keep(some, ttl).await?, leases, confirmed)) });
+            }
+            for (stream, leases, confirmed) in all(opening).await? {
+                let state = Arc::new(Mutex::new(State { kept: leases, confirmed, lapsed: false }));
+                let carry = carry(stream, self.ttl, Arc::clone(&state), self.tally.clone());
+                self.streams.push(Carried { leases, state, task: self.tasks.spawn(carry) });
+            }
         }
         Ok(())
     }

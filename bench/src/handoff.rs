@@ -19,6 +19,8 @@ const TTL: Duration = Duration::from_secs(600);
 /// Handoffs for each second of the trial, and for how many times its time they may go on.
 const A_SECOND: u64 = 60;
 const PATIENCE: u32 = 4;
+/// What passes between handoffs.
+const A_WHILE: Duration = Duration::from_millis(10);
 
 /// Whoever waited, once told: since when, its connection, and what it holds.
 type Told<P> = Result<(Instant, P, <P as Peer>::Held)>;
@@ -41,6 +43,8 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let mut latencies = Latencies::new();
     let (start, cpu) = (Instant::now(), Cpu::now(&trial.stage.processes()));
     while latencies.len() < A_SECOND * trial.time.as_secs() && start.elapsed() < PATIENCE * trial.time {
+        // Whoever came into line is not yet told at once: etcd's watches, begun a moment ago, take up to 100 ms.
+        sleep(A_WHILE).await;
         let next = line.pop_front().context("somebody in line")?;
         let called = Instant::now();
         holder.release(held).await?;

@@ -48,6 +48,7 @@ pub(crate) async fn command(args: Args) -> Result<()> {
         rounds: args.rounds,
         seconds: args.seconds,
         daemon: args.daemon,
+        out: None,
     };
     println!("{}", table::of(&plan.run().await?));
     Ok(())

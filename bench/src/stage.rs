@@ -1,5 +1,5 @@
-//! A contender's processes, alone on the machine and new for each workload and round: those that idle beside it would take
-//! their part of the processors, and what an earlier workload left would be in its way.
+//! A contender's processes, alone on the machine and new for each run: those that idle beside it would take their part of the
+//! processors, and what an earlier run left would be in its way.
 
 use std::path::Path;
 

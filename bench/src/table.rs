@@ -6,7 +6,7 @@ use comfy_table::{Table, presets};
 
 use crate::contender::Contender;
 use crate::results::{Outcome, Outcomes, Results};
-use crate::summary::count;
+use crate::summary::{Summary, count};
 use crate::workload::{Facts, Workload};
 
 /// In the place of what a contender cannot do.
@@ -74,15 +74,26 @@ fn cell(outcomes: &Outcomes, workload: Workload, scale: u32, contender: Contende
     }
 }
 
-/// What each process had of the processors at the largest scale that went well.
+/// What each kind of process had of the processors at the largest scale that went well: medians.
 fn shares(outcomes: &Outcomes, workload: Workload, contender: Contender) -> String {
-    let scales = outcomes.scales(workload);
-    let well = |scale: &u32| {
-        outcomes.of(workload, *scale, contender).iter().rev().find_map(|outcome| outcome.as_ref().ok())
+    let spent = |scale| {
+        let rounds = outcomes.of(workload, scale, contender).iter().flatten();
+        rounds.flat_map(|sample| sample.cpu.iter().copied()).collect::<Vec<_>>()
     };
-    let Some(sample) = scales.iter().rev().find_map(well) else { return NOTHING.to_owned() };
-    let share = |(kind, part): &(&str, f64)| format!("{kind} {part:.2}");
-    sample.cpu.iter().map(share).collect::<Vec<_>>().join(", ")
+    let scales = outcomes.scales(workload);
+    let Some(spent) = scales.into_iter().rev().map(spent).find(|spent| !spent.is_empty()) else {
+        return NOTHING.to_owned();
+    };
+    let mut shares: Vec<String> = Vec::new();
+    let mut kinds: Vec<&str> = Vec::new();
+    for (kind, _) in &spent {
+        if !kinds.contains(kind) {
+            kinds.push(kind);
+            let median = Summary::of(spent.iter().filter(|(of, _)| of == kind).map(|(_, part)| *part));
+            shares.extend(median.map(|share| format!("{kind} {:.2}", share.median)));
+        }
+    }
+    shares.join(", ")
 }
 
 fn ratios(outcomes: &Outcomes, workload: Workload, facts: &Facts) -> Option<Table> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::clock;
 use crate::contender::Contender;
@@ -47,11 +47,16 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
         sleep(Duration::from_millis(100)).await;
     }
     let mut latencies = Latencies::new();
-    // Those who are told come in until all are.
+    let patience = until.saturating_sub(clock::now()) + grace + 12 * trial.time;
     let (start, cpu) = (Instant::now(), Cpu::now(&trial.stage.processes()));
-    while let Some(late) = line.join_next().await {
-        latencies.add(late??);
-    }
+    let told = async {
+        while let Some(late) = line.join_next().await {
+            latencies.add(late??);
+        }
+        anyhow::Ok(())
+    };
+    let in_time = timeout(patience, told).await.map_or(Ok(false), |told| told.map(|()| true))?;
+    ensure!(in_time, "{} of {} were told within {:?}", latencies.len(), trial.scale, 12 * trial.time);
     let (time, spent) = (start.elapsed(), cpu.spent());
     let mut sample = Sample::default();
     latencies.note(&mut sample);

@@ -49,6 +49,11 @@ pub(crate) struct Facts {
 const TOLD: &[&str] = &["p50 ms", "p99 ms", "max ms"];
 
 impl Workload {
+    /// As it is named on the command line.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
     pub(crate) const fn facts(self) -> Facts {
         match self {
             Self::Pairs => Facts {
@@ -89,7 +94,7 @@ impl Workload {
             },
             Self::Handoff => Facts {
                 title: "Handoff: from the call of a release until the next in line is told",
-                text: "Holder and line at one daemon, or at etcd's leader.",
+                text: "Holder and line at one daemon, or at etcd's leader, where a line is keys and watches as etcd's own clients make them.",
                 unit: "in line",
                 scales: &[1, 8],
                 quick: &[1, 8],
@@ -119,7 +124,7 @@ impl Workload {
                 text: "What the server's memory grows by, for each of so many leases on streams of 1,000; of etcd with the lock's key, of Redis the key. A database is counted in the second figure only.",
                 unit: "leases",
                 scales: &[50_000],
-                quick: &[5000],
+                quick: &[10_000],
                 shown: &["B", "B with database"],
                 more_is_better: false,
             },
