@@ -45,7 +45,15 @@ def caller(locks, work, key, owner, start, end, latencies, errors):
             latencies.append(over - begun)
 
 
-def process(uri, work, names, seconds, ready, results):
+def end_with(parent):
+    """A process that is killed takes nobody along; those it started have to see to that."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def process(uri, work, names, seconds, ready, results, parent):
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     # mongolock passes the options of the driver in the URI.
     locks = mongolock.MongoLock(uri, db="leased-bench", collection="mongolock")
     locks.get_lock_info(names[0])
@@ -75,10 +83,8 @@ def main():
     ready, results = multiprocessing.Barrier(count), multiprocessing.Queue()
     for number in range(count):
         names = [f"{prefix}/{name}" for name in range(number, callers, count)]
-        # Its time is bounded, and it ends with its parent where that ends in good order.
-        multiprocessing.Process(
-            target=process, args=(uri, work, names, seconds, ready, results), daemon=True
-        ).start()
+        options = (uri, work, names, seconds, ready, results, os.getpid())
+        multiprocessing.Process(target=process, args=options, daemon=True).start()
     latencies, errors, spent = [], [], 0.0
     for _ in range(count):
         some, failed, cost = results.get()

@@ -120,6 +120,9 @@ impl Plan {
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
                 eprintln!("interrupted; what there is:");
+                if let Some(folder) = &self.out {
+                    write(folder, &results)?;
+                }
             }
         }
         Ok(results)
