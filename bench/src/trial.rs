@@ -43,7 +43,8 @@ impl Trial<'_> {
     fn limit(&self) -> Duration {
         let most = match self.workload {
             Workload::Capacity => 60,
-            Workload::Takeover | Workload::Cost => 50,
+            Workload::Takeover => 70,
+            Workload::Cost => 50,
             _ => 20,
         };
         Duration::from_secs(30) + most * self.time
