@@ -19,8 +19,9 @@ use tonic::{Code, Status, Streaming};
 
 use crate::config::Limits;
 use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Source, Touched};
+use crate::request::{self, Violations};
 use crate::store::{Store, StoreError};
-use crate::wire::{self, Violations};
+use crate::wire;
 
 /// Messages of one stream that are being committed at once; the next is read when one is answered.
 const MESSAGES: usize = 16;
@@ -144,7 +145,7 @@ impl<S: Store> Stream<S> {
         }
         let mut named = Vec::with_capacity(message.leases.len());
         for (position, lease) in message.leases.iter().enumerate() {
-            named.extend(wire::lease(&mut wrong, format_args!("leases[{position}]"), Some(lease)));
+            named.extend(request::lease(&mut wrong, format_args!("leases[{position}]"), Some(lease)));
         }
         wrong.into_result()?;
 

@@ -14,11 +14,13 @@ pub mod store;
 
 /// The stream that keeps leases alive.
 mod keepalive;
+/// Requests, read and checked.
+mod request;
 /// The unary calls.
 mod service;
 /// The stream that shows what happens to keys.
 mod watch;
-/// Wire to domain and back.
+/// What callers are told.
 mod wire;
 
 /// What counts, and what is shown of it.

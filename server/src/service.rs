@@ -15,6 +15,7 @@ use crate::config::Limits;
 use crate::keepalive::{self, Answers};
 use crate::lease::FencingToken;
 use crate::lessor::{Lessor, Released, Touched};
+use crate::request;
 use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
 use crate::wire;
@@ -48,7 +49,7 @@ impl<S> Service<S> {
 impl<S: Store> LeaseService for Service<S> {
     async fn acquire(&self, request: Request<AcquireRequest>) -> Result<Response<AcquireResponse>, Status> {
         let (headers, _, request) = request.into_parts();
-        let call = wire::acquire(request, &headers, &self.limits)?;
+        let call = request::acquire(request, &headers, &self.limits)?;
         let key = call.key.clone();
         let answer = self.lessor.acquire(call).await.map_err(wire::failed)?;
         Ok(Response::new(wire::acquired(&key, answer)?))
@@ -56,8 +57,8 @@ impl<S: Store> LeaseService for Service<S> {
 
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         let request = request.into_inner();
-        wire::small(&request)?;
-        let (key, id) = wire::one_lease(request.lease.as_ref())?;
+        request::small(&request)?;
+        let (key, id) = request::one_lease(request.lease.as_ref())?;
         match self.lessor.release(key, id).await.map_err(wire::failed)? {
             Released::Done => Ok(Response::new(ReleaseResponse {})),
             Released::Lost(reason) => Err(wire::lost(reason)),
@@ -66,8 +67,8 @@ impl<S: Store> LeaseService for Service<S> {
 
     async fn touch(&self, request: Request<TouchRequest>) -> Result<Response<TouchResponse>, Status> {
         let request = request.into_inner();
-        wire::small(&request)?;
-        let (key, id) = wire::one_lease(request.lease.as_ref())?;
+        request::small(&request)?;
+        let (key, id) = request::one_lease(request.lease.as_ref())?;
         match self.lessor.touch(key, id).await.map_err(wire::failed)? {
             Touched::Kept(remaining) => {
                 Ok(Response::new(TouchResponse { remaining: Some(wire::to_duration(remaining)) }))
@@ -89,15 +90,15 @@ impl<S: Store> LeaseService for Service<S> {
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let request = request.into_inner();
-        wire::small(&request)?;
-        let key = wire::key("key", &request.key)?;
+        request::small(&request)?;
+        let key = request::key("key", &request.key)?;
         let snapshot = self.lessor.get(key).await.map_err(wire::failed)?.ok_or_else(wire::key_unknown)?;
         Ok(Response::new(GetResponse { lease: Some(wire::to_lease(&snapshot)) }))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
         let request = request.into_inner();
-        let (after, limit) = wire::page(&request)?;
+        let (after, limit) = request::page(&request)?;
         let query = ListQuery { prefix: request.prefix, after, limit, include_free: request.include_free };
         let page = self.lessor.list(query).await.map_err(wire::failed)?;
 
@@ -123,7 +124,7 @@ impl<S: Store> LeaseService for Service<S> {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Events>, Status> {
         let request = request.into_inner();
-        let begin = wire::watch(&request)?;
+        let begin = request::watch(&request)?;
         let watch = self.lessor.watch(request.prefix, begin).await.map_err(wire::failed)?;
         Ok(Response::new(watch::serve(watch, self.draining.clone())))
     }
@@ -133,7 +134,7 @@ impl<S: Store> LeaseService for Service<S> {
 impl<S: Store> AdminService for Service<S> {
     async fn revoke(&self, request: Request<RevokeRequest>) -> Result<Response<RevokeResponse>, Status> {
         let request = request.into_inner();
-        let key = wire::revoke(&request)?;
+        let key = request::revoke(&request)?;
         let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
         let revoked = self.lessor.revoke(key, token).await.map_err(wire::failed)?;
         let RevokeRequest { key, fencing_token, reason } = request;

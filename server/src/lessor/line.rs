@@ -1,4 +1,4 @@
-//! The calls of this daemon that stand in line, and when to look after them.
+//! The calls of this daemon that stand in line, and when to look after them; [`upkeep`](super::upkeep) does.
 //!
 //! Their places are in the records, where every daemon sees them; here is only whom to tell when a record says that
 //! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* now
@@ -11,13 +11,10 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
 
-use super::audience::{self, Audience};
-use super::committer::Committer;
 use super::pace::Pace;
 use super::part::{Part, Presence};
-use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot, Standing};
+use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot};
 use crate::store::Store;
 
 /// Longer than any timer is set for.
@@ -212,7 +209,7 @@ impl Line {
     }
 
     /// Tells a call that its place could not be kept.
-    fn give_up(&self, id: LeaseId, snapshot: &Arc<Snapshot>) {
+    pub(super) fn give_up(&self, id: LeaseId, snapshot: &Arc<Snapshot>) {
         let key = &snapshot.record.key;
         let mut state = self.state();
         let Some(waiting) = state.keys.get_mut(key) else { return };
@@ -221,12 +218,26 @@ impl Line {
         state.tidy(key);
     }
 
+    /// Waits until something is due.
+    pub(super) async fn due(&self) {
+        loop {
+            let next = self.next_due();
+            if next <= Instant::now() {
+                return;
+            }
+            tokio::select! {
+                () = self.sooner.notified() => {}
+                () = sleep_until(next) => return,
+            }
+        }
+    }
+
     fn next_due(&self) -> Instant {
         self.state().due.first().map_or_else(|| Instant::now() + FAR, |(due, _)| *due)
     }
 
     /// What is to be done by `now`.
-    fn take_due(&self, now: Instant) -> Chores {
+    pub(super) fn take_due(&self, now: Instant) -> Chores {
         let mut state = self.state();
         let mut chores = Chores::default();
         let calls = state.calls;
@@ -242,7 +253,7 @@ impl Line {
     }
 
     /// Allows the next check of these keys.
-    fn rest(&self, keys: &[Key]) {
+    pub(super) fn rest(&self, keys: &[Key]) {
         let mut state = self.state();
         for key in keys {
             if let Some(waiting) = state.keys.get_mut(key) {
@@ -356,67 +367,11 @@ impl Calls {
     }
 }
 
-/// What the keeper has to do.
+/// What is due.
 #[derive(Debug, Default)]
-struct Chores {
-    nudges: Vec<Key>,
-    checks: Vec<Key>,
-    refreshes: Vec<(LeaseId, (Key, Part))>,
-    refreshed: Vec<Key>,
-}
-
-/// Looks after the line until the daemon drains. Places last on for a while, so that their callers can go on
-/// elsewhere.
-pub(super) async fn keep<S: Store>(
-    audience: Arc<Audience>,
-    committer: Arc<Committer<S>>,
-    draining: CancellationToken,
-) {
-    let line = &audience.line;
-    loop {
-        tokio::select! {
-            () = draining.cancelled() => return,
-            () = line.sooner.notified() => {}
-            () = sleep_until(line.next_due()) => {}
-        }
-        let chores = line.take_due(Instant::now());
-        committer.submit_unanswered(chores.nudges.into_iter().map(|key| (key, Part::Nudge)));
-        if !chores.refreshed.is_empty() {
-            tokio::spawn(refresh(
-                Arc::clone(line),
-                Arc::clone(&committer),
-                chores.refreshes,
-                chores.refreshed,
-            ));
-        }
-        if !chores.checks.is_empty() {
-            tokio::spawn(check(Arc::clone(&audience), Arc::clone(&committer), chores.checks));
-        }
-    }
-}
-
-/// Prolongs places. A call whose place is gone and finds no room for another is told.
-async fn refresh<S: Store>(
-    line: Arc<Line>,
-    committer: Arc<Committer<S>>,
-    places: Vec<(LeaseId, (Key, Part))>,
-    keys: Vec<Key>,
-) {
-    let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
-    // A failure is tried again at the next turn; a place outlasts several.
-    if let Ok(snapshots) = committer.submit_each(parts).await {
-        for (id, snapshot) in ids.into_iter().zip(&snapshots) {
-            if let Some(snapshot) = snapshot.as_ref().filter(|one| one.standing(id) == Standing::Unknown) {
-                line.give_up(id, snapshot);
-            }
-        }
-    }
-    line.rest(&keys);
-}
-
-/// Looks at records that other daemons may have changed.
-async fn check<S: Store>(audience: Arc<Audience>, committer: Arc<Committer<S>>, keys: Vec<Key>) {
-    // A failure is made good by the next check.
-    drop(audience::read(&audience, &committer, &keys).await);
-    audience.line.rest(&keys);
+pub(super) struct Chores {
+    pub(super) nudges: Vec<Key>,
+    pub(super) checks: Vec<Key>,
+    pub(super) refreshes: Vec<(LeaseId, (Key, Part))>,
+    pub(super) refreshed: Vec<Key>,
 }

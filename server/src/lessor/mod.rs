@@ -19,6 +19,7 @@ mod known;
 mod line;
 mod pace;
 mod part;
+mod upkeep;
 mod watch;
 mod watchers;
 
@@ -140,7 +141,7 @@ impl<S: Store> Lessor<S> {
         let watchers = Arc::new(Watchers::new(bounds.watches));
         let audience = Arc::new(Audience { line, carried, watchers, counts });
         let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
-        tokio::spawn(line::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tokio::spawn(upkeep::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tokio::spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tokio::spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         let room = Arc::new(Semaphore::new(bounds.queued_commands));
