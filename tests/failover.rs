@@ -17,6 +17,8 @@ use crate::support::{Asking, Calls, Daemon, Leases, PATIENCE, ask, eventually, l
 
 /// A TTL that outlives the loss of a primary.
 const TTL: Duration = secs(20);
+/// How many of those who left a record remembers; each had a greater token than the one before.
+const REMEMBERED_DEPARTURES: i64 = leased::lease::REMEMBERED_DEPARTURES as i64;
 
 /// Acquires, and repeats the call with its id while the store is away.
 async fn get(client: &mut Leases, key: &str, id: Uuid) -> Result<AcquireResponse, Status> {
@@ -33,18 +35,25 @@ fn is_away(status: &Status) -> bool {
     status.code() == Code::Unavailable
 }
 
-/// Releases, and repeats the call while the store is away.
-async fn give_back(client: &mut Leases, lease: &LeaseRef) {
+/// Releases the lease with `token`, and repeats the call while the store is away.
+async fn give_back(client: &mut Leases, lease: &LeaseRef, token: i64) {
     let start = Instant::now();
     let mut repeats = false;
     loop {
         match client.give_back(lease).await {
             Err(status) if is_away(&status) && start.elapsed() < PATIENCE => repeats = true,
-            // Released by the call before, and by more others since than the record remembers.
+            // Released by a call before, and by more others since than the record remembers.
             Err(status)
                 if repeats && refusal(&status, "loss") == (Some(Reason::LeaseLost), String::new()) =>
             {
-                return;
+                match client.look(&lease.key).await {
+                    Ok(seen) => {
+                        let others = seen.fencing_token - token;
+                        assert!(others >= REMEMBERED_DEPARTURES, "forgotten after {others}: {seen:?}");
+                        return;
+                    }
+                    Err(status) => assert!(is_away(&status) && start.elapsed() < PATIENCE, "{status:?}"),
+                }
             }
             answer => return answer.unwrap(),
         }
@@ -97,7 +106,7 @@ async fn streams_leases_and_places_outlive_the_loss_of_the_primary() {
     let mut last = leases[0].fencing_token;
     let mut holder = named[0].clone();
     for waiter in line {
-        give_back(&mut at_one, &holder).await;
+        give_back(&mut at_one, &holder, last).await;
         let granted = waiter.await.unwrap().unwrap();
         assert!(granted.waited && granted.fencing_token > last);
         last = granted.fencing_token;
@@ -132,7 +141,7 @@ fn work(mut client: Leases, keys: usize, stop: Arc<AtomicBool>) -> JoinHandle<Ve
             }
             tokio::task::yield_now().await;
             let to = Instant::now();
-            give_back(&mut client, &granted.lease.unwrap()).await;
+            give_back(&mut client, &granted.lease.unwrap(), granted.fencing_token).await;
             held.push(Held { key, from, to, token: granted.fencing_token });
         }
         held
@@ -180,7 +189,8 @@ async fn without_a_majority_nothing_is_granted_and_with_one_it_goes_on() {
     let mut set = ReplicaSet::start().await.unwrap();
     let daemon = Daemon::over(set.uri(), |_| {}).await;
     let mut client = daemon.client().await;
-    let held = client.get_lease(ask("held").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let granted = client.get_lease(ask("held").ttl(secs(60))).await.unwrap();
+    let (held, token) = (granted.lease.unwrap(), granted.fencing_token);
     let primary = set.primary().await.unwrap();
     let others: Vec<usize> = (0..3).filter(|node| *node != primary).collect();
     for node in &others {
@@ -198,5 +208,5 @@ async fn without_a_majority_nothing_is_granted_and_with_one_it_goes_on() {
     let granted = get(&mut client, "free", id).await.unwrap();
     let seen = client.look("free").await.unwrap();
     assert_eq!((seen.holders.len(), seen.fencing_token), (1, granted.fencing_token), "one acquisition");
-    give_back(&mut client, &held).await;
+    give_back(&mut client, &held, token).await;
 }

@@ -20,7 +20,8 @@ use crate::watch::Watch;
 /// A tenth of it is longer than any test.
 const LONG: u64 = 3600;
 
-async fn scrape(daemon: &Daemon) -> Exposition {
+/// What a daemon counts.
+pub(crate) async fn scrape(daemon: &Daemon) -> Exposition {
     let (head, body) = fetch(daemon.http, "/metrics").await.unwrap();
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     let head = head.to_lowercase();

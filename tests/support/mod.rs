@@ -156,10 +156,14 @@ impl Daemon {
         LeaseServiceClient::new(self.channel().await)
     }
 
-    /// The URLs of this daemon and of the rest of its fleet.
+    /// This daemon and the rest of its fleet that lives as long.
+    pub(crate) fn members(&self) -> impl Iterator<Item = &Daemon> {
+        std::iter::once(self).chain(self.fleet.as_ref().map(|others| &others.sibling))
+    }
+
+    /// The URLs of all members.
     pub(crate) fn urls(&self) -> Vec<String> {
-        let sibling = self.fleet.as_ref().map(|others| &others.sibling);
-        std::iter::once(self).chain(sibling).map(|daemon| format!("http://{}", daemon.grpc)).collect()
+        self.members().map(|daemon| format!("http://{}", daemon.grpc)).collect()
     }
 
     /// A holder that may turn to any daemon of a fleet.
