@@ -12,9 +12,9 @@ const FIRST_BYTES: usize = 512;
 /// Encoded messages that are handed to the connection in one go, in bytes; as tonic has it.
 const YIELD_BYTES: usize = 32 * 1024;
 
-/// The codec of the generated stubs.
+/// The codec of the generated stubs; for others' messages, too.
 #[derive(Debug, Clone)]
-pub(crate) struct SmallBuffers<T, U>(PhantomData<(T, U)>);
+pub struct SmallBuffers<T, U>(PhantomData<(T, U)>);
 
 impl<T, U> Default for SmallBuffers<T, U> {
     fn default() -> Self {

@@ -5,6 +5,7 @@
 mod codec;
 mod reason;
 
+pub use codec::SmallBuffers;
 pub use reason::Reason;
 
 /// The API itself, generated from `proto/leased/v1/lease.proto`.

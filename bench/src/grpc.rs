@@ -1,11 +1,12 @@
-//! Calls of any gRPC server by their paths, for servers of which this program has no stub.
+//! Calls of any gRPC server by their paths, for servers of which this program has no stub; with the buffers of our own
+//! stubs, so that the load costs the same.
 
 use anyhow::{Context, Result};
+use leased_proto::SmallBuffers;
 use tonic::client::Grpc;
 use tonic::codegen::http::Uri;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::{IntoStreamingRequest, Streaming};
-use tonic_prost::ProstCodec;
 
 use crate::connection::Connection;
 
@@ -26,7 +27,8 @@ impl Client {
     {
         self.0.ready().await.context("the connection is lost")?;
         let path = PathAndQuery::from_static(path);
-        let answer = self.0.unary(tonic::Request::new(request), path, ProstCodec::<Q, A>::default()).await?;
+        let answer =
+            self.0.unary(tonic::Request::new(request), path, SmallBuffers::<Q, A>::default()).await?;
         Ok(answer.into_inner())
     }
 
@@ -43,6 +45,6 @@ impl Client {
         self.0.ready().await.context("the connection is lost")?;
         let path = PathAndQuery::from_static(path);
         let messages = messages.into_streaming_request();
-        Ok(self.0.streaming(messages, path, ProstCodec::<Q, A>::default()).await?.into_inner())
+        Ok(self.0.streaming(messages, path, SmallBuffers::<Q, A>::default()).await?.into_inner())
     }
 }

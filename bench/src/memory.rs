@@ -17,6 +17,8 @@ const TTL: Duration = Duration::from_secs(600);
 const A_STREAM: usize = 1000;
 /// Callers that take leases at once.
 const CALLERS: usize = 512;
+/// Until what the last answers were made of has been freed; nothing outside of a server says when that is.
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// Memory of leases on shared streams.
 pub(crate) async fn of_leases<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
@@ -80,7 +82,7 @@ impl Memory {
             kept += stream.turn().await?;
         }
         ensure!(kept == trial.scale as u64, "{kept} of {} leases are kept", trial.scale);
-        sleep(Duration::from_secs(1)).await;
+        sleep(SETTLE).await;
         let now = Self::of(trial)?;
         let mut sample = Sample::default();
         for (name, before, now) in [("B", self.servers, now.servers), ("B with database", self.all, now.all)]
