@@ -207,6 +207,10 @@ impl Store for SimulatedStore {
         }
     }
 
+    fn batches(&self) -> usize {
+        2
+    }
+
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
         self.travel().await;
         if self.is_away() {

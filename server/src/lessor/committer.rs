@@ -19,9 +19,6 @@ use super::part::{Gathered, Part};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
 
-/// Batches in flight at once. One leaves the store idle between two of them; with each more, batches get smaller, and
-/// most of what a small one costs is its overhead.
-const BATCHES: usize = 2;
 /// Keys in one batch.
 const BATCH_KEYS: usize = 1000;
 /// Bytes in one batch, far below what a command may have (16 MiB).
@@ -175,7 +172,7 @@ impl<S: Store> Committer<S> {
         for (key, pending) in parts {
             state.add(key, pending);
         }
-        if state.may_begin() {
+        if state.may_begin(self.store.batches()) {
             state.batches += 1;
             self.runtime.spawn(Arc::clone(self).work());
         }
@@ -249,10 +246,11 @@ impl State {
         slot.gathering.push_back(pending);
     }
 
-    /// Whether a batch may begin beside those in flight. One that took the first few to come would make all smaller.
-    fn may_begin(&self) -> bool {
-        let enough = if self.batches == 0 { 1 } else { (self.latest / 2).max(1) };
-        self.batches < BATCHES && self.ready.len() >= enough
+    /// Whether a batch may begin beside those in flight, of which there are to be no more than `most`. One that took the
+    /// first few to come would make all smaller.
+    fn may_begin(&self, most: usize) -> bool {
+        let enough = if self.batches == 0 { 1 } else { (self.latest / most).max(1) };
+        self.batches < most && self.ready.len() >= enough
     }
 
     /// The next batch; its keys are in flight from here on.

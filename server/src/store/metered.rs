@@ -92,6 +92,10 @@ impl<S: Store> Store for Metered<S> {
         self.note(Operation::Commit, answer)
     }
 
+    fn batches(&self) -> usize {
+        self.store.batches()
+    }
+
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
         self.note(Operation::Read, self.store.read(keys).await)
     }

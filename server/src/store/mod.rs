@@ -39,6 +39,10 @@ pub trait Store: Send + Sync + 'static {
         deadline: Duration,
     ) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
 
+    /// How many batches are worth having in flight at once. One leaves the store idle between two of them; with each more,
+    /// batches get smaller, and most of what a small one costs is its overhead.
+    fn batches(&self) -> usize;
+
     /// The records of those of the `keys` that have one, in any order.
     ///
     /// # Errors

@@ -160,6 +160,13 @@ impl Store for TestStore {
         }
     }
 
+    fn batches(&self) -> usize {
+        match self {
+            Self::Embedded(store, _) => store.batches(),
+            Self::MongoDb(store) => store.batches(),
+        }
+    }
+
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
         match self {
             Self::Embedded(store, _) => store.read(keys).await,

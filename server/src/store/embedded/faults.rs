@@ -10,9 +10,11 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use redb::{BackendError, StorageBackend};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::file::{Medium, OpenError};
-use super::writer::Home;
+use super::writer::{Commit, Home, together};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Record, Rules};
 use crate::store::conformance::reading::{ask, asking, key};
 use crate::store::failure::Failure;
@@ -413,4 +415,36 @@ fn damage_is_noticed_at_start_and_nothing_is_changed() {
         Ok(())
     })
     .expect("damage is noticed");
+}
+
+/// What batches that wait for the writer together are answered: for each its keys, if it was applied.
+fn answers(home: &Home, batches: &[(&[&str], bool)]) -> Vec<Option<Vec<Key>>> {
+    let (now, mut receivers) = (Instant::now(), Vec::new());
+    let group = batches.iter().map(|(names, in_time)| {
+        let edits = names.iter().map(|name| (key(name), ask(asking(LeaseId::random())))).collect();
+        let (reply, receiver) = oneshot::channel();
+        receivers.push(receiver);
+        let until = if *in_time { now + Duration::from_secs(60) } else { now - Duration::from_millis(1) };
+        Commit { batch: Arc::new(edits), until, reply }
+    });
+    together(home, group.collect());
+    let answers = receivers.into_iter().map(|mut receiver| receiver.try_recv().ok()?.ok());
+    answers
+        .map(|snapshots| Some(snapshots?.into_iter().map(|snapshot| snapshot.record.key).collect()))
+        .collect()
+}
+
+#[test]
+fn batches_that_wait_together_share_a_sync_and_have_their_own_answers() {
+    let platter = Platter::default();
+    let home = platter.open().expect("a new file");
+    let keys = |names: &[&str]| Some(names.iter().map(|name| key(name)).collect::<Vec<_>>());
+    let batches: [(&[&str], bool); 3] = [(&["a", "b"], true), (&["late"], false), (&["c"], true)];
+    assert_eq!(answers(&home, &batches), [keys(&["a", "b"]), None, keys(&["c"])]);
+    assert_eq!(home.look(&key("late")).expect("a read"), None, "it was given up before it began");
+
+    // Only one sync fails: a second one would acknowledge the second batch.
+    platter.state().sync_fails = true;
+    assert_eq!(answers(&home, &[(&["d"], true), (&["e"], true)]), [None, None]);
+    assert_eq!(answers(&home, &[(&["d"], true), (&["e"], true)]), [keys(&["d"]), keys(&["e"])]);
 }

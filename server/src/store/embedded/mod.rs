@@ -29,6 +29,8 @@ use super::failure::Failure;
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
+/// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
+const BATCHES: usize = 4;
 /// Reads at once; each is a thread while it lasts.
 const READS: usize = 16;
 /// A page of a listing ends past this many bytes.
@@ -87,6 +89,10 @@ impl Store for EmbeddedStore {
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
         repeat(deadline, &self.repetitions, async || Ok(self.writer.commit(&batch, deadline).await?)).await
+    }
+
+    fn batches(&self) -> usize {
+        BATCHES
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {

@@ -1,4 +1,4 @@
-//! The thread that writes: one transaction a batch, and the file opened anew after a failure.
+//! The thread that writes: one transaction for all the batches that wait for it, and the file opened anew after a failure.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,12 +46,20 @@ pub(super) struct Writer(SyncSender<Order>);
 
 #[derive(Debug)]
 enum Order {
-    Commit { batch: Arc<Vec<(Key, Edit)>>, until: Instant, reply: Reply<Vec<Snapshot>> },
+    Commit(Commit),
     Forget { keys: Vec<Key>, free_for: Duration, reply: Reply<u64> },
     Check { reply: Reply<()> },
 }
 
-type Reply<T> = oneshot::Sender<Result<T, Failure>>;
+/// A batch, and until when it may begin.
+#[derive(Debug)]
+pub(super) struct Commit {
+    pub(super) batch: Arc<Vec<(Key, Edit)>>,
+    pub(super) until: Instant,
+    pub(super) reply: Reply<Vec<Snapshot>>,
+}
+
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
 impl From<document::Unreadable> for Failure {
     fn from(unreadable: document::Unreadable) -> Self {
@@ -180,14 +188,17 @@ impl Home {
     }
 
     /// Applies every edit at one instant.
-    pub(super) fn commit(&self, batch: &[(Key, Edit)]) -> Result<Vec<Snapshot>, Failure> {
+    pub(super) fn commit<'a>(
+        &self,
+        edits: impl IntoIterator<Item = &'a (Key, Edit)>,
+    ) -> Result<Vec<Snapshot>, Failure> {
         self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
             let mut changed = Changed::Nothing;
             let now = self.now();
-            let mut snapshots = Vec::with_capacity(batch.len());
+            let mut snapshots = Vec::new();
             let mut bytes = Vec::new();
-            for (key, edit) in batch {
+            for (key, edit) in edits {
                 let mut place = records.get_mut(key.as_str())?;
                 let known = match &place {
                     Some(place) => Some(document::decode(key, place.value())?),
@@ -276,7 +287,7 @@ impl Writer {
         patience: Duration,
     ) -> Result<Vec<Snapshot>, Failure> {
         let (batch, until) = (Arc::clone(batch), Instant::now() + patience);
-        self.order(patience, |reply| Order::Commit { batch, until, reply }).await
+        self.order(patience, |reply| Order::Commit(Commit { batch, until, reply })).await
     }
 
     /// Forgets those of the keys that have been free for `free_for`, and returns how many.
@@ -310,15 +321,47 @@ impl Writer {
 }
 
 fn work(home: &Home, orders: &Receiver<Order>) {
+    let mut next = None;
     // Whoever has given up hears nothing.
-    while let Ok(order) = orders.recv() {
+    while let Some(order) = next.take().or_else(|| orders.recv().ok()) {
         match order {
-            Order::Commit { until, .. } if until < Instant::now() => {}
-            Order::Commit { batch, reply, .. } => drop(reply.send(home.guarded(|| home.commit(&batch)))),
+            Order::Commit(commit) => {
+                let mut group = vec![commit];
+                for order in orders.try_iter() {
+                    match order {
+                        Order::Commit(commit) => group.push(commit),
+                        other => {
+                            next = Some(other);
+                            break;
+                        }
+                    }
+                }
+                together(home, group);
+            }
             Order::Forget { keys, free_for, reply } => {
                 drop(reply.send(home.guarded(|| home.forget(&keys, free_for))));
             }
             Order::Check { reply } => drop(reply.send(home.guarded(|| home.check()))),
+        }
+    }
+}
+
+/// Commits batches in one transaction: one sync, and each page written once, for all of them.
+pub(super) fn together(home: &Home, mut group: Vec<Commit>) {
+    let now = Instant::now();
+    group.retain(|commit| commit.until >= now);
+    let edits = || group.iter().flat_map(|commit| commit.batch.iter());
+    match home.guarded(|| home.commit(edits())) {
+        Ok(snapshots) => {
+            let mut snapshots = snapshots.into_iter();
+            for Commit { batch, reply, .. } in group {
+                drop(reply.send(Ok(snapshots.by_ref().take(batch.len()).collect())));
+            }
+        }
+        Err(failure) => {
+            for Commit { reply, .. } in group {
+                drop(reply.send(Err(failure.clone())));
+            }
         }
     }
 }

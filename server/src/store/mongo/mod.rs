@@ -37,6 +37,8 @@ use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// Keys forgotten with one command.
 const PURGE_PAGE: usize = 1000;
+/// Batches in flight; each is a command that writes and one that reads.
+const BATCHES: usize = 2;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
@@ -263,6 +265,10 @@ impl Store for MongoStore {
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
         repeat(deadline, &self.repetitions, async || Ok(self.attempt(&batch).await?)).await
+    }
+
+    fn batches(&self) -> usize {
+        BATCHES
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
