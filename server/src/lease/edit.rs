@@ -97,6 +97,17 @@ impl Edit {
         self
     }
 
+    /// Whether it renews leases and does nothing else.
+    #[must_use]
+    pub fn only_touches(&self) -> bool {
+        let Self { touch, release, revoke, cancel, enqueue } = self;
+        !touch.is_empty()
+            && release.is_empty()
+            && revoke.is_empty()
+            && cancel.is_empty()
+            && enqueue.is_empty()
+    }
+
     /// Leases to renew.
     #[must_use]
     pub fn touched(&self) -> &[LeaseId] {

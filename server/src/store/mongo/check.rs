@@ -161,7 +161,7 @@ async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
 /// Tries each kind of command in a form that changes nothing.
 async fn rights(store: &MongoStore, concern: &WriteConcern) -> Result<(), ConnectError> {
     let nothing = doc! { "_id": { "$in": [] } };
-    store.find(nothing.clone(), 1).await?;
+    store.find(&[]).await?;
     feed::open(store).await?;
     let daemons = daemons::collection_name(store.collection.name());
     command(store, doc! { "find": &daemons, "filter": nothing, "limit": 1 }).await?;

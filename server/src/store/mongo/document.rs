@@ -1,13 +1,17 @@
 //! Records as MongoDB documents: the names and types of their fields.
 //!
 //! ```text
-//! { _id: key, token: long, rev: long, epoch: long, blocked_until: date | null,
+//! { _id: key, token: long, rev: long, epoch: long, edited_at: date, mark: long, blocked_until: date | null,
 //!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, ttl: ms, min_hold: ms, size, token, acquired_at, expires_at }],
 //!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, wait, since, expires_at }],
 //!   departures: [{ id, reason, at }] }
 //! ```
 //!
 //! Metadata is an array of pairs: a caller's text never becomes a field name.
+//!
+//! `edited_at` is the instant of the latest edit. A commit reads it as the clock, which costs the database less than to
+//! compute its clock beside every record. `mark` names the command that made the edit: by it a commit that found fewer
+//! records than it has edits tells which of them are done.
 //!
 //! `epoch` is for the change feed alone, and no part of a record as the rules know it: the `rev` of the latest edit that
 //! others should hear of. Any edit but one of mere touches is such, and that one too if it moved the line.
@@ -33,10 +37,23 @@ pub(super) struct Foreign {
     field: &'static str,
 }
 
+/// The fields with the instant of the latest edit and the command that made it.
+pub(super) const EDITED_AT: &str = "edited_at";
+pub(super) const MARK: &str = "mark";
+/// The field with the store's clock in what [`projection`] shows.
+const NOW: &str = "now";
+
+/// A record after an edit.
+#[derive(Debug)]
+pub(super) struct Edited {
+    pub(super) snapshot: Snapshot,
+    pub(super) mark: Option<i64>,
+}
+
 /// A projection of a whole record with the store's clock beside it, given as an expression.
 pub(super) fn projection(now: &Bson) -> Document {
     doc! {
-        "token": 1, "rev": 1, "blocked_until": 1, "holders": 1, "waiters": 1, "departures": 1, "now": now.clone(),
+        "token": 1, "rev": 1, "blocked_until": 1, "holders": 1, "waiters": 1, "departures": 1, NOW: now.clone(),
     }
 }
 
@@ -83,10 +100,25 @@ pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
 /// Reads a document got with [`projection`].
 pub(super) fn snapshot(document: &RawDocument) -> Result<Snapshot, Foreign> {
     let root = Fields { document, key: "?" };
+    let now = root.date(NOW)?;
+    Ok(Snapshot { record: record(document)?, now })
+}
+
+/// Reads a whole document, as it was when it was edited last. One that has been made and not edited yet holds nothing that
+/// its instant could matter to.
+pub(super) fn edited(document: &RawDocument) -> Result<Edited, Foreign> {
+    let root = Fields { document, key: "?" };
+    let record = record(document)?;
+    let now = root.maybe(EDITED_AT, date)?.unwrap_or(Timestamp(0));
+    Ok(Edited { snapshot: Snapshot { record, now }, mark: root.maybe(MARK, RawBsonRef::as_i64)? })
+}
+
+fn record(document: &RawDocument) -> Result<Record, Foreign> {
+    let root = Fields { document, key: "?" };
     let name = root.text("_id")?;
     let root = Fields { document, key: name };
     let key = Key::try_from(name).map_err(|_| root.foreign("_id"))?;
-    let record = Record {
+    Ok(Record {
         key,
         token: FencingToken(root.maybe("token", RawBsonRef::as_i64)?.unwrap_or(0)),
         rev: root.maybe("rev", RawBsonRef::as_i64)?.unwrap_or(0),
@@ -94,8 +126,7 @@ pub(super) fn snapshot(document: &RawDocument) -> Result<Snapshot, Foreign> {
         holders: root.list("holders", holder)?,
         waiters: root.list("waiters", waiter)?,
         departures: root.list("departures", departure)?,
-    };
-    Ok(Snapshot { record, now: root.date("now")? })
+    })
 }
 
 fn holder(fields: &Fields<'_>) -> Result<Holder, Foreign> {

@@ -39,7 +39,7 @@ async fn store() -> MongoStore {
 
 /// Another daemon's store on the same records.
 fn beside(store: &MongoStore) -> MongoStore {
-    at_pace(store.clone(), |pace| pace)
+    at_pace(MongoStore { lines: Arc::default(), ..store.clone() }, |pace| pace)
 }
 
 fn at_pace(store: MongoStore, change: impl FnOnce(Pace) -> Pace) -> MongoStore {

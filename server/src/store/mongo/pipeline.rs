@@ -8,7 +8,7 @@
 
 use mongodb::bson::{Bson, Document, doc};
 
-use super::document::{acquisition, long, reason, uuid};
+use super::document::{EDITED_AT, MARK, acquisition, long, reason, uuid};
 use super::expression::{bind, filter, ids, literal, map, not};
 use crate::lease::{Edit, Key, MAX_RECORD_BYTES, MAX_WAITERS, REMEMBERED_DEPARTURES, Reason, Rules};
 
@@ -18,8 +18,8 @@ const ALL: i32 = i32::MAX;
 /// The instant at which a pipeline acts: the clock of the database.
 pub(super) const CLOCK: &str = "$$NOW";
 
-/// The stages that apply each key's edit to its record at `now`, an expression.
-pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson) -> Vec<Document> {
+/// The stages that apply each key's edit to its record at `now`, an expression, and leave `mark` in it.
+pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, mark: i64) -> Vec<Document> {
     let has = |part: fn(&Edit) -> bool| batch.iter().any(|(_, edit)| !part(edit));
     let touch = has(|edit| edit.touched().is_empty());
     let release = has(|edit| edit.released().is_empty());
@@ -38,9 +38,24 @@ pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson) -> Vec<
         stages.push(edit_line(&parts, &source, rules, now));
     }
     stages.push(admit(rules, now));
-    stages.push(finish(&parts, rules, now));
+    stages.push(finish(&parts, rules, now, mark));
     stages.push(doc! { "$unset": ["edit", "gone", "admission"] });
     stages
+}
+
+/// The same for touches at keys where nobody waits, so that nobody can be admitted: all there is to do is to renew the
+/// holders, and half as dear. The epoch stays: others need not hear of it.
+pub(super) fn touches(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<Document> {
+    let ids = |edit: &Edit| Bson::from(edit.touched().iter().map(|&id| uuid(id)).collect::<Vec<_>>());
+    let rev = doc! { "$add": ["$rev", 1_i64] };
+    let holders = match batch {
+        [(_, edit)] => renewed("$holders", literal(ids(edit)), now),
+        _ => {
+            let own = doc! { "touch": looked_up(batch, ids) };
+            bind(own, renewed("$holders", "$$touch", now))
+        }
+    };
+    vec![doc! { "$set": { "holders": holders, "rev": rev, EDITED_AT: now.clone(), MARK: mark } }]
 }
 
 /// Which lists are not empty in every edit of the batch.
@@ -82,7 +97,7 @@ fn is_loud(edit: &Edit) -> bool {
 /// Where a stage finds a record's own edit: in the table, or in the stage itself when all are the same, as a single one or
 /// nudges are.
 enum Source {
-    Table { keys: Bson, edits: Bson },
+    Table(Document),
     Inline(Document),
 }
 
@@ -92,21 +107,14 @@ impl Source {
             [(_, edit), rest @ ..] if rest.iter().all(|(_, other)| other == edit) => {
                 Self::Inline(encode(edit, parts))
             }
-            _ => Self::Table {
-                keys: batch.iter().map(|(key, _)| Bson::from(key.as_str())).collect::<Vec<_>>().into(),
-                edits: batch
-                    .iter()
-                    .map(|(_, edit)| Bson::from(encode(edit, parts)))
-                    .collect::<Vec<_>>()
-                    .into(),
-            },
+            _ => Self::Table(looked_up(batch, |edit| encode(edit, parts).into())),
         }
     }
 
     /// An expression for one of the edit's lists.
     fn list(&self, name: &str) -> Bson {
         match self {
-            Self::Table { .. } => format!("$edit.{name}").into(),
+            Self::Table(_) => format!("$edit.{name}").into(),
             Self::Inline(edit) => literal(edit.get(name).cloned().unwrap_or_else(|| Bson::Array(Vec::new()))),
         }
     }
@@ -130,6 +138,14 @@ fn encode(edit: &Edit, parts: &Parts) -> Document {
     lists
 }
 
+/// What belongs to a record's key: a constant table, looked up by the position of the key.
+fn looked_up(batch: &[(Key, Edit)], value: impl Fn(&Edit) -> Bson) -> Document {
+    let keys: Vec<Bson> = batch.iter().map(|(key, _)| key.as_str().into()).collect();
+    let values: Vec<Bson> = batch.iter().map(|(_, edit)| value(edit)).collect();
+    let position = doc! { "$indexOfArray": [literal(keys.into()), "$_id"] };
+    doc! { "$arrayElemAt": [literal(values.into()), position] }
+}
+
 /// Makes a record whole and lays its edit beside it.
 fn begin(source: &Source) -> Document {
     let mut fields = doc! {
@@ -138,9 +154,8 @@ fn begin(source: &Source) -> Document {
         "waiters": { "$ifNull": ["$waiters", []] },
         "departures": { "$ifNull": ["$departures", []] },
     };
-    if let Source::Table { keys, edits } = source {
-        let position = doc! { "$indexOfArray": [literal(keys.clone()), "$_id"] };
-        fields.insert("edit", doc! { "$arrayElemAt": [literal(edits.clone()), position] });
+    if let Source::Table(own) = source {
+        fields.insert("edit", own.clone());
     }
     doc! { "$set": fields }
 }
@@ -169,16 +184,21 @@ fn edit_holders(parts: &Parts, source: &Source, now: &Bson) -> Document {
         fields.insert("blocked_until", doc! { "$max": ["$blocked_until", { "$max": held_until }] });
     }
     if parts.touch {
-        let renewed = doc! { "$max": ["$$h.expires_at", { "$add": [now.clone(), "$$h.ttl"] }] };
-        let touched = doc! { "$mergeObjects": ["$$h", { "expires_at": renewed }] };
-        let is_touched = doc! { "$in": ["$$h.id", source.list("touch")] };
-        stay = map(stay, "h", doc! { "$cond": [is_touched, touched, "$$h"] });
+        stay = renewed(stay, source.list("touch"), now);
     }
     fields.insert("holders", stay);
     if !gone.is_empty() {
         fields.insert("gone", doc! { "$concatArrays": gone });
     }
     doc! { "$set": fields }
+}
+
+/// The `holders`, those with these ids touched.
+fn renewed(holders: impl Into<Bson>, ids: impl Into<Bson>, now: &Bson) -> Bson {
+    let until = doc! { "$max": ["$$h.expires_at", { "$add": [now.clone(), "$$h.ttl"] }] };
+    let touched = doc! { "$mergeObjects": ["$$h", { "expires_at": until }] };
+    let is_touched = doc! { "$in": ["$$h.id", ids.into()] };
+    map(holders, "h", doc! { "$cond": [is_touched, touched, "$$h"] })
 }
 
 /// Cancel and enqueue.
@@ -302,7 +322,7 @@ fn holder(now: &Bson) -> Document {
 
 /// Puts the admission into effect; those who came only to try leave; `rev` rises, and `epoch` with it unless all was
 /// quiet.
-fn finish(parts: &Parts, rules: &Rules, now: &Bson) -> Document {
+fn finish(parts: &Parts, rules: &Rules, now: &Bson, mark: i64) -> Document {
     let any = doc! { "$gt": [{ "$size": { "$ifNull": ["$admission.granted", []] } }, 0] };
     let live = live(rules, now);
     let displaced = note(&filter("$holders", "h", not(&live)), Reason::Displaced, now);
@@ -328,6 +348,8 @@ fn finish(parts: &Parts, rules: &Rules, now: &Bson) -> Document {
         "departures": departures,
         "epoch": epoch(parts.loud, &rev),
         "rev": rev,
+        EDITED_AT: now.clone(),
+        MARK: mark,
     } }
 }
 

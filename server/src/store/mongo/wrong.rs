@@ -40,6 +40,7 @@ pub(super) fn put_into(mut stages: Vec<Document>, wrong: Wrong) -> Vec<Document>
         Wrong::EpochKept => set(&mut stages, "epoch", "$epoch".into()),
         Wrong::EpochAlwaysRises => {
             let next = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
+            stages.insert(0, doc! { "$set": { "epoch": next.clone() } });
             set(&mut stages, "epoch", next.into());
         }
         Wrong::OutsideLiteral => unquote(&mut stages),

@@ -1,0 +1,175 @@
+//! Batches: the commands that apply many edits, or a single one, and read the records after.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
+use mongodb::bson::{Bson, Document, doc};
+use mongodb::options::ReturnDocument;
+
+use super::command::ATTEMPT;
+use super::{MongoStore, document, pipeline};
+use crate::lease::{Edit, Key, Snapshot};
+use crate::store::failure::Failure;
+use crate::store::{makes_record, vacant};
+
+/// Keys of which more are not remembered to have a line.
+const LINES: usize = 10_000;
+
+type Edits = Vec<(Key, Edit)>;
+
+/// Keys at which someone waited when they were seen last. A hint: it saves a command that would match nothing.
+#[derive(Debug, Default)]
+pub(super) struct Lines(Mutex<HashSet<Key>>);
+
+impl Lines {
+    fn note(&self, snapshots: &[Snapshot]) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for Snapshot { record, .. } in snapshots {
+            if record.waiters.is_empty() {
+                known.remove(&record.key);
+            } else if known.len() < LINES {
+                known.insert(record.key.clone());
+            }
+        }
+    }
+
+    /// The edits that touch and do nothing else, where nobody is known to wait; and the others.
+    pub(super) fn split(&self, batch: &[(Key, Edit)]) -> (Edits, Edits) {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        batch.iter().cloned().partition(|(key, edit)| edit.only_touches() && !known.contains(key))
+    }
+}
+
+impl MongoStore {
+    /// One try at a batch.
+    pub(super) async fn attempt(&self, batch: &[(Key, Edit)]) -> Result<Vec<Snapshot>, Failure> {
+        let snapshots = match batch {
+            [] => Vec::new(),
+            [(key, edit)] => vec![self.alone(key, edit).await?],
+            _ => self.together(batch).await?,
+        };
+        self.lines.note(&snapshots);
+        Ok(snapshots)
+    }
+
+    /// A single edit: one round trip, or two if it touches a lease that someone waits for.
+    async fn alone(&self, key: &Key, edit: &Edit) -> Result<Snapshot, Failure> {
+        let (batch, mark) = ([(key.clone(), edit.clone())], fastrand::i64(..));
+        let (quick, _) = self.lines.split(&batch);
+        if !quick.is_empty() {
+            let stages = self.quick_stages(&quick, mark);
+            if let Some(found) = self.find_and_modify(quickly(&quick), stages, false).await? {
+                return Ok(found);
+            }
+        }
+        let filter = doc! { "_id": key.as_str() };
+        let found = self.find_and_modify(filter, self.stages(&batch, mark), makes_record(edit)).await?;
+        Ok(found.unwrap_or_else(|| vacant(key)))
+    }
+
+    async fn find_and_modify(
+        &self,
+        filter: Document,
+        stages: Vec<Document>,
+        upsert: bool,
+    ) -> Result<Option<Snapshot>, Failure> {
+        let collection = self.collection.clone();
+        let mut concern = self.concern.clone();
+        concern.w_timeout = Some(ATTEMPT);
+        let found = self
+            .runner
+            .run(async move {
+                collection
+                    .find_one_and_update(filter, stages)
+                    .upsert(upsert)
+                    .return_document(ReturnDocument::After)
+                    .max_time(ATTEMPT)
+                    .write_concern(concern)
+                    .await
+            })
+            .await?;
+        let edited = found.map(|found| document::edited(&found)).transpose().map_err(Failure::refused)?;
+        Ok(edited.map(|edited| edited.snapshot))
+    }
+
+    /// Many edits: one command that writes and one that reads, and the same again for what that leaves to be done.
+    async fn together(&self, batch: &[(Key, Edit)]) -> Result<Vec<Snapshot>, Failure> {
+        let mark = fastrand::i64(..);
+        let (quick, others) = self.lines.split(batch);
+        let matched = self.update(&quick, &others, mark).await?;
+        let mut found = self.find_edited(&names(batch)).await?;
+        if matched < batch.len() {
+            // Someone waits at a key that is touched, or there is no record.
+            let is_left = |(key, edit): &&(Key, Edit)| match found.get(key) {
+                Some(edited) => edited.mark != Some(mark),
+                None => makes_record(edit),
+            };
+            let rest: Vec<(Key, Edit)> = batch.iter().filter(is_left).cloned().collect();
+            let blanks: Vec<Bson> = rest
+                .iter()
+                .filter(|(key, _)| !found.contains_key(key))
+                .map(|(key, _)| doc! { "_id": key.as_str() }.into())
+                .collect();
+            if !blanks.is_empty() {
+                let insert = doc! { "insert": self.collection.name(), "documents": blanks, "ordered": false };
+                self.runner.write(&self.database, insert, &self.concern).await?;
+            }
+            if !rest.is_empty() {
+                if self.update(&[], &rest, mark).await? < rest.len() {
+                    return Err(Failure::unknown("a record was forgotten in the same moment"));
+                }
+                found.extend(self.find_edited(&names(&rest)).await?);
+            }
+        }
+        let snapshot = |key| found.remove(key).map_or_else(|| vacant(key), |edited| edited.snapshot);
+        Ok(batch.iter().map(|(key, _)| key).map(snapshot).collect())
+    }
+
+    /// Applies touches at keys where nobody waits, and edits of any kind, and returns how many records there were of
+    /// those. All get the `mark`.
+    async fn update(
+        &self,
+        quick: &[(Key, Edit)],
+        others: &[(Key, Edit)],
+        mark: i64,
+    ) -> Result<usize, Failure> {
+        let mut statements = Vec::new();
+        if !quick.is_empty() {
+            statements.push(doc! { "q": quickly(quick), "u": self.quick_stages(quick, mark), "multi": true });
+        }
+        if !others.is_empty() {
+            let which = doc! { "_id": { "$in": names(others) } };
+            statements.push(doc! { "q": which, "u": self.stages(others, mark), "multi": true });
+        }
+        let update = doc! { "update": self.collection.name(), "updates": statements };
+        let matched = self.runner.write(&self.database, update, &self.concern).await?;
+        usize::try_from(matched).map_err(Failure::unknown)
+    }
+
+    fn stages(&self, batch: &[(Key, Edit)], mark: i64) -> Vec<Document> {
+        self.tampered(pipeline::pipeline(batch, &self.rules, &self.clock, mark))
+    }
+
+    fn quick_stages(&self, batch: &[(Key, Edit)], mark: i64) -> Vec<Document> {
+        self.tampered(pipeline::touches(batch, &self.clock, mark))
+    }
+
+    /// With the deliberate wrong in it that a test asks for.
+    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only tests ask"))]
+    fn tampered(&self, stages: Vec<Document>) -> Vec<Document> {
+        #[cfg(test)]
+        if let Some(wrong) = self.wrong {
+            return super::wrong::put_into(stages, wrong);
+        }
+        stages
+    }
+}
+
+/// Records at which nobody waits.
+fn quickly(batch: &[(Key, Edit)]) -> Document {
+    doc! { "_id": { "$in": names(batch) }, "waiters": [] }
+}
+
+fn names(batch: &[(Key, Edit)]) -> Vec<&str> {
+    batch.iter().map(|(key, _)| key.as_str()).collect()
+}
