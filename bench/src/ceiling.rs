@@ -3,13 +3,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
+use anyhow::Result;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-use crate::grpc::Client;
+use crate::grpc::{Client, Stream};
 use crate::peer::{Peer, Turn};
 
 #[derive(Debug, Clone)]
@@ -40,12 +37,9 @@ impl Peer for Ceiling {
     }
 
     async fn keep(&mut self, _held: Vec<()>, _ttl: Duration) -> Result<Echo> {
-        let (messages, receiver) = mpsc::channel(1);
-        messages.send(question()).await?;
         let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
-        let answers = self.0.stream(path, ReceiverStream::new(receiver)).await?;
-        let mut echo = Echo { messages, answers };
-        echo.answer().await?;
+        let mut echo = Echo(self.0.stream(path).await?);
+        echo.turn().await?;
         Ok(echo)
     }
 }
@@ -67,22 +61,12 @@ fn question() -> ServerReflectionRequest {
 
 /// A stream with one message in flight.
 #[derive(Debug)]
-pub(crate) struct Echo {
-    messages: mpsc::Sender<ServerReflectionRequest>,
-    answers: Streaming<ServerReflectionResponse>,
-}
-
-impl Echo {
-    async fn answer(&mut self) -> Result<()> {
-        self.answers.message().await?.context("the stream has ended")?;
-        Ok(())
-    }
-}
+pub(crate) struct Echo(Stream<ServerReflectionRequest, ServerReflectionResponse>);
 
 impl Turn for Echo {
     async fn turn(&mut self) -> Result<u64> {
-        self.messages.send(question()).await?;
-        self.answer().await?;
+        self.0.send([question()])?;
+        self.0.next().await?;
         Ok(1)
     }
 }

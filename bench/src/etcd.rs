@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
 use crate::clock;
 use crate::etcd_api::{
@@ -14,7 +11,7 @@ use crate::etcd_api::{
     LockResponse, PutRequest, PutResponse, RangeRequest, RangeResponse, StatusRequest, StatusResponse,
     UnlockRequest, UnlockResponse, WatchCreateRequest, WatchRequest, WatchResponse,
 };
-use crate::grpc::Client;
+use crate::grpc::{self, Client};
 use crate::peer::{Peer, Turn};
 
 #[derive(Debug, Clone)]
@@ -47,13 +44,10 @@ impl Etcd {
 
     /// Waits until a key is deleted.
     async fn gone(&mut self, key: Vec<u8>, start_revision: i64) -> Result<()> {
-        let (messages, receiver) = mpsc::channel(1);
-        messages.send(WatchRequest { create: Some(WatchCreateRequest { key, start_revision }) }).await?;
-        let path = "/etcdserverpb.Watch/Watch";
-        let mut answers: Streaming<WatchResponse> =
-            self.client.stream(path, ReceiverStream::new(receiver)).await?;
+        let mut watch = self.client.stream("/etcdserverpb.Watch/Watch").await?;
+        watch.send([WatchRequest { create: Some(WatchCreateRequest { key, start_revision }) }])?;
         loop {
-            let answer = answers.message().await?.context("the watch has ended")?;
+            let answer: WatchResponse = watch.next().await?;
             ensure!(!answer.canceled, "the watch was refused");
             if answer.events.iter().any(|event| event.kind == 1) {
                 return Ok(());
@@ -106,14 +100,10 @@ impl Peer for Etcd {
     }
 
     async fn keep(&mut self, held: Vec<Held>, _ttl: Duration) -> Result<Stream> {
-        let ids: Vec<i64> = held.iter().map(|held| held.lease.id).collect();
-        let (messages, receiver) = mpsc::channel(ids.len().max(1));
-        // Before the stream is open: etcd answers that with its first answer.
-        ask(&messages, &ids).await?;
-        let path = "/etcdserverpb.Lease/LeaseKeepAlive";
-        let answers = self.client.stream(path, ReceiverStream::new(receiver)).await?;
-        let mut stream = Stream { messages, answers, ids };
-        stream.answers().await?;
+        let ids = held.iter().map(|held| held.lease.id).collect();
+        let stream = self.client.stream("/etcdserverpb.Lease/LeaseKeepAlive").await?;
+        let mut stream = Stream { stream, ids };
+        stream.turn().await?;
         Ok(stream)
     }
 
@@ -154,35 +144,19 @@ impl Peer for Etcd {
 /// A stream of etcd's, where each lease takes a message of its own.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    messages: mpsc::Sender<LeaseKeepAliveRequest>,
-    answers: Streaming<LeaseKeepAliveResponse>,
+    stream: grpc::Stream<LeaseKeepAliveRequest, LeaseKeepAliveResponse>,
     ids: Vec<i64>,
-}
-
-impl Stream {
-    async fn answers(&mut self) -> Result<u64> {
-        let mut kept = 0;
-        for _ in &self.ids {
-            let answer = self.answers.message().await?.context("the stream has ended")?;
-            kept += u64::from(answer.ttl > 0);
-        }
-        Ok(kept)
-    }
 }
 
 impl Turn for Stream {
     async fn turn(&mut self) -> Result<u64> {
-        // The channel takes them all.
-        ask(&self.messages, &self.ids).await?;
-        self.answers().await
+        self.stream.send(self.ids.iter().map(|&id| LeaseKeepAliveRequest { id }))?;
+        let mut kept = 0;
+        for _ in &self.ids {
+            kept += u64::from(self.stream.next().await?.ttl > 0);
+        }
+        Ok(kept)
     }
-}
-
-async fn ask(messages: &mpsc::Sender<LeaseKeepAliveRequest>, ids: &[i64]) -> Result<()> {
-    for &id in ids {
-        messages.send(LeaseKeepAliveRequest { id }).await?;
-    }
-    Ok(())
 }
 
 /// Whether the node at `address` takes writes, and leads.

@@ -1,50 +1,349 @@
-//! Calls of any gRPC server by their paths, for servers of which this program has no stub; with the buffers of our own
-//! stubs, so that the load costs the same.
+//! The load generator's own client: gRPC calls over HTTP/2 and nothing around them. What this program spends is taken from
+//! those under load, who share the processors with it, so tonic's stubs and channels are too dear; and all who are called by
+//! gRPC are called by it, so that the load costs the same.
 
-use anyhow::{Context, Result};
-use leased_proto::SmallBuffers;
-use tonic::client::Grpc;
-use tonic::codegen::http::Uri;
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic::{IntoStreamingRequest, Streaming};
+use std::future::poll_fn;
+use std::marker::PhantomData;
 
-use crate::connection::Connection;
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use h2::client::{Builder, ResponseFuture, SendRequest};
+use h2::{RecvStream, SendStream};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, TE};
+use http::uri::PathAndQuery;
+use http::{Method, Request, StatusCode, Uri, Version};
+use prost::Message;
+use tokio::net::TcpStream;
+use tonic::Status;
 
-/// A connection with what gRPC puts around it. Clones are the same one.
+use crate::framing::{Received, encode};
+
+/// What a server may send on a stream, and on all streams of a connection, before it is told that it may send more: enough
+/// for any answer, so that none is held up.
+const STREAM_WINDOW: u32 = 2 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Streams at once until the server has said how many it allows.
+const FIRST_STREAMS: usize = 100;
+
+/// A connection to a gRPC server. Clones are the same one.
 #[derive(Debug, Clone)]
-pub(crate) struct Client(Grpc<Connection>);
+pub(crate) struct Client {
+    requests: SendRequest<Bytes>,
+    origin: Uri,
+    headers: HeaderMap,
+}
 
 impl Client {
+    /// Connects to `address`, as in `http://127.0.0.1:1`.
     pub(crate) async fn connect(address: &str) -> Result<Self> {
         let origin: Uri = address.parse()?;
-        Ok(Self(Grpc::with_origin(Connection::to(&origin).await?, origin)))
+        let stream = TcpStream::connect(origin.authority().context("an address")?.as_str()).await?;
+        stream.set_nodelay(true)?;
+        let mut builder = Builder::new();
+        builder
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_max_send_streams(FIRST_STREAMS)
+            .enable_push(false);
+        let (requests, connection) = builder.handshake(stream).await?;
+        // It ends with the last clone and the last stream. When the connection is lost, each of them is told.
+        tokio::spawn(connection);
+        let mut headers = HeaderMap::with_capacity(2);
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        Ok(Self { requests, origin, headers })
     }
 
+    /// A call with one message each way.
     pub(crate) async fn call<Q, A>(&mut self, path: &'static str, request: Q) -> Result<A>
     where
-        Q: prost::Message + Send + Sync + 'static,
-        A: prost::Message + Default + Send + Sync + 'static,
+        Q: Message,
+        A: Message + Default,
     {
-        self.0.ready().await.context("the connection is lost")?;
-        let path = PathAndQuery::from_static(path);
-        let answer =
-            self.0.unary(tonic::Request::new(request), path, SmallBuffers::<Q, A>::default()).await?;
-        Ok(answer.into_inner())
+        let message = encode([request])?;
+        let (mut messages, mut answers) = self.open(path).await?;
+        messages.send_data(message, true)?;
+        let answer = answers.next().await?.context("a call ended without an answer")?;
+        ensure!(answers.next::<A>().await?.is_none(), "more than one answer to a call");
+        Ok(answer)
     }
 
-    /// Opens a stream; some servers answer this only when they answer the first message.
-    pub(crate) async fn stream<Q, A>(
-        &mut self,
-        path: &'static str,
-        messages: impl IntoStreamingRequest<Message = Q>,
-    ) -> Result<Streaming<A>>
-    where
-        Q: prost::Message + Send + Sync + 'static,
-        A: prost::Message + Default + Send + Sync + 'static,
-    {
-        self.0.ready().await.context("the connection is lost")?;
-        let path = PathAndQuery::from_static(path);
-        let messages = messages.into_streaming_request();
-        Ok(self.0.streaming(messages, path, SmallBuffers::<Q, A>::default()).await?.into_inner())
+    /// Opens a stream. Does not wait for the server: some answer this only when they answer the first message.
+    pub(crate) async fn stream<Q, A>(&mut self, path: &'static str) -> Result<Stream<Q, A>> {
+        let (messages, answers) = self.open(path).await?;
+        Ok(Stream { messages, answers, types: PhantomData })
+    }
+
+    /// Sends the head of a request, once the server allows one more. What is sent before the caller next waits leaves
+    /// together with it, in one write.
+    async fn open(&mut self, path: &'static str) -> Result<(SendStream<Bytes>, Answers)> {
+        poll_fn(|context| self.requests.poll_ready(context)).await.context("the connection is lost")?;
+        let mut parts = self.origin.clone().into_parts();
+        parts.path_and_query = Some(PathAndQuery::from_static(path));
+        let mut request = Request::new(());
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = Uri::from_parts(parts)?;
+        *request.version_mut() = Version::HTTP_2;
+        *request.headers_mut() = self.headers.clone();
+        let (response, messages) = self.requests.send_request(request, false)?;
+        Ok((messages, Answers::Awaited(response)))
+    }
+}
+
+/// A stream both ways; the server is told when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Stream<Q, A> {
+    messages: SendStream<Bytes>,
+    answers: Answers,
+    types: PhantomData<fn(Q) -> A>,
+}
+
+impl<Q: Message, A: Message + Default> Stream<Q, A> {
+    /// Sends messages in one piece, and does not wait: what the server does not take yet is kept by h2, which sends it when the
+    /// server takes more.
+    pub(crate) fn send(&mut self, messages: impl IntoIterator<Item = Q>) -> Result<()> {
+        // An error says that the stream is over, and the next answer says why.
+        drop(self.messages.send_data(encode(messages)?, false));
+        Ok(())
+    }
+
+    /// The next answer; an error once the stream has ended.
+    pub(crate) async fn next(&mut self) -> Result<A> {
+        self.answers.next().await?.context("the stream has ended")
+    }
+}
+
+/// What comes back.
+#[derive(Debug)]
+enum Answers {
+    Awaited(ResponseFuture),
+    Begun { body: RecvStream, received: Received },
+}
+
+impl Answers {
+    /// The next message; none once the call has ended well.
+    async fn next<A: Message + Default>(&mut self) -> Result<Option<A>> {
+        loop {
+            match self {
+                Self::Awaited(response) => {
+                    let (head, body) = response.await?.into_parts();
+                    let ended = body.is_end_stream();
+                    *self = Self::Begun { body, received: Received::default() };
+                    ensure!(
+                        head.status == StatusCode::OK,
+                        "the server answers with HTTP status {}",
+                        head.status
+                    );
+                    if ended {
+                        // What would be in the trailers is here.
+                        succeeded(&head.headers)?;
+                        return Ok(None);
+                    }
+                }
+                Self::Begun { body, received } => {
+                    if let Some(message) = received.next()? {
+                        return Ok(Some(message));
+                    }
+                    if let Some(data) = body.data().await.transpose()? {
+                        body.flow_control().release_capacity(data.len())?;
+                        received.push(data);
+                    } else {
+                        succeeded(&body.trailers().await?.unwrap_or_default())?;
+                        ensure!(received.is_empty(), "a call ended within a message");
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether a call has ended well, by its trailers.
+fn succeeded(trailers: &HeaderMap) -> Result<()> {
+    // Nearly all do; a `Status` takes more.
+    if trailers.get("grpc-status").is_some_and(|code| code == "0") {
+        return Ok(());
+    }
+    Err(Status::from_header_map(trailers).context("a call ended without a status")?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use h2::server::{Connection, SendResponse};
+    use http::Response;
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// A request as a server has it.
+    type Asked = (Request<RecvStream>, SendResponse<Bytes>);
+
+    /// A client, and the other end of its connection.
+    async fn connected(streams: u32) -> (Client, Connection<TcpStream, Bytes>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        let accept = async {
+            let (stream, _) = listener.accept().await.expect("a connection");
+            let mut builder = h2::server::Builder::new();
+            builder.max_concurrent_streams(streams).handshake(stream).await.expect("HTTP/2")
+        };
+        let (client, server) = tokio::join!(Client::connect(&address), accept);
+        (client.expect("a connection"), server)
+    }
+
+    async fn asked(server: &mut Connection<TcpStream, Bytes>) -> Asked {
+        server.accept().await.expect("a request").expect("well formed")
+    }
+
+    /// The trailers of a call that ended with `code`.
+    fn ended(code: &'static str) -> HeaderMap {
+        HeaderMap::from_iter([("grpc-status".parse().expect("a name"), HeaderValue::from_static(code))])
+    }
+
+    /// Answers with whatever bytes in whatever pieces, and then with the trailers.
+    fn answer(mut asked: Asked, pieces: impl IntoIterator<Item = Bytes>) {
+        let mut body = asked.1.send_response(Response::new(()), false).expect("an open stream");
+        for piece in pieces {
+            body.send_data(piece, false).expect("an open stream");
+        }
+        body.send_trailers(ended("0")).expect("an open stream");
+    }
+
+    /// Has the connection go on for as long as the work takes.
+    async fn beside<T>(mut server: Connection<TcpStream, Bytes>, work: impl Future<Output = T>) -> T {
+        let connection = tokio::spawn(async move { poll_fn(|context| server.poll_closed(context)).await });
+        let done = timeout(Duration::from_secs(30), work).await.expect("no hang");
+        connection.abort();
+        done
+    }
+
+    #[tokio::test]
+    async fn a_call_is_answered() {
+        let (mut client, mut server) = connected(9).await;
+        let question = "?".repeat(300_000);
+        let call = tokio::spawn({
+            let question = question.clone();
+            async move { client.call::<String, String>("/a/b", question).await }
+        });
+        let mut asked = asked(&mut server).await;
+        assert_eq!(asked.0.uri().path(), "/a/b");
+        assert_eq!(asked.0.method(), Method::POST);
+        assert_eq!(asked.0.headers()[TE], "trailers");
+        assert_eq!(asked.0.headers()[CONTENT_TYPE], "application/grpc");
+        let work = async {
+            let mut received = Received::default();
+            while let Some(data) = asked.0.body_mut().data().await {
+                let data = data.expect("data");
+                asked.0.body_mut().flow_control().release_capacity(data.len()).expect("received");
+                received.push(data);
+            }
+            // More than either window, which the client has to open again.
+            assert_eq!(received.next::<String>().expect("well formed"), Some(question));
+            let long = encode(["!".repeat(20_000_000)]).expect("short enough");
+            let pieces: Vec<Bytes> = long.chunks(7_000_000).map(|piece| long.slice_ref(piece)).collect();
+            answer(asked, pieces);
+            call.await.expect("no panic")
+        };
+        assert_eq!(beside(server, work).await.expect("an answer").len(), 20_000_000);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_without_a_body_says_why() {
+        let (mut client, mut server) = connected(9).await;
+        let call = tokio::spawn(async move { client.call::<String, String>("/a/b", String::new()).await });
+        let (_, mut respond) = asked(&mut server).await;
+        let mut head = Response::new(());
+        *head.headers_mut() = ended("8");
+        head.headers_mut().insert("grpc-message", HeaderValue::from_static("100%25 full"));
+        respond.send_response(head, true).expect("an open stream");
+        let error = beside(server, call).await.expect("no panic").expect_err("a refusal");
+        let status = error.downcast_ref::<Status>().expect("a status");
+        assert_eq!((status.code(), status.message()), (tonic::Code::ResourceExhausted, "100% full"));
+    }
+
+    #[tokio::test]
+    async fn a_call_without_a_whole_answer_fails() {
+        let half = encode(["answer".to_owned()]).expect("short").slice(..8);
+        for pieces in [vec![], vec![half]] {
+            let (mut client, mut server) = connected(9).await;
+            let call =
+                tokio::spawn(async move { client.call::<String, String>("/a/b", String::new()).await });
+            answer(asked(&mut server).await, pieces);
+            beside(server, call).await.expect("no panic").expect_err("no answer");
+        }
+    }
+
+    #[tokio::test]
+    async fn more_calls_than_are_allowed_wait() {
+        let (client, mut server) = connected(2).await;
+        let mut calls = tokio::task::JoinSet::new();
+        for number in 0..20 {
+            let mut client = client.clone();
+            calls.spawn(async move {
+                for turn in 0..5 {
+                    let question = format!("{number} {turn}");
+                    let answer: String = client.call("/a/b", question.clone()).await.expect("an answer");
+                    assert_eq!(answer, question);
+                }
+            });
+        }
+        let serve = async {
+            while let Some(Ok(mut asked)) = server.accept().await {
+                tokio::spawn(async move {
+                    let mut received = Received::default();
+                    while let Some(data) = asked.0.body_mut().data().await {
+                        received.push(data.expect("data"));
+                    }
+                    let question: String = received.next().expect("well formed").expect("a message");
+                    answer(asked, [encode([question]).expect("short")]);
+                });
+            }
+        };
+        tokio::select! {
+            () = serve => panic!("the connection is closed"),
+            called = timeout(Duration::from_secs(30), calls.join_all()) => drop(called.expect("no hang")),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_goes_both_ways_and_the_server_hears_of_its_end() {
+        let (mut client, mut server) = connected(9).await;
+        let mut stream = client.stream::<String, String>("/a/b").await.expect("a stream");
+        stream.send(["one".to_owned(), "two".to_owned()]).expect("short");
+        let (mut request, mut respond) = asked(&mut server).await;
+        let work = async {
+            let mut received = Received::default();
+            received.push(request.body_mut().data().await.expect("data").expect("data"));
+            let mut body = respond.send_response(Response::new(()), false).expect("an open stream");
+            for sent in ["one", "two"] {
+                let message: String = received.next().expect("well formed").expect("a message");
+                assert_eq!(message, sent);
+                body.send_data(encode([message]).expect("short"), false).expect("an open stream");
+                assert_eq!(stream.next().await.expect("an answer"), sent);
+            }
+            drop(stream);
+            let reset = request.body_mut().data().await.expect("an end").expect_err("a reset");
+            assert_eq!(reset.reason(), Some(h2::Reason::CANCEL));
+        };
+        beside(server, work).await;
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_hears_of_a_lost_connection() {
+        let (mut client, mut server) = connected(9).await;
+        let mut stream = client.stream::<String, String>("/a/b").await.expect("a stream");
+        let asked = asked(&mut server).await;
+        drop(server);
+        let lost = async {
+            stream.next().await.expect_err("a lost connection");
+            stream.send([String::new()]).expect("short");
+            stream.next().await.expect_err("a lost connection");
+            client.call::<String, String>("/a/b", String::new()).await.expect_err("a lost connection");
+        };
+        timeout(Duration::from_secs(30), lost).await.expect("no hang");
+        drop(asked);
     }
 }

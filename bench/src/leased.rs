@@ -1,58 +1,86 @@
-//! leased as a peer, over the load generator's own connections or over tonic's channels, as users of the stub have them.
+//! leased as a peer, by whatever makes its calls: the load generator's own client, or the stub.
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use leased_client::v1::keep_alive_result::Outcome;
-use leased_client::v1::lease_service_client::LeaseServiceClient;
 use leased_client::v1::{
     AcquireRequest, AcquireResponse, KeepAliveRequest, KeepAliveResponse, LeaseRef, ListRequest,
-    ReleaseRequest,
+    ListResponse, ReleaseRequest, ReleaseResponse,
 };
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
-use tonic::client::GrpcService;
-use tonic::codegen::http::Uri;
-use tonic::codegen::{Body, Bytes, StdError};
-use tonic::transport::{Channel, Endpoint};
 use uuid::{Builder, Uuid};
 
-use crate::connection::Connection;
+use crate::grpc::{self, Client};
 use crate::peer::{Peer, Turn};
 
 /// The longest that anybody stands in line here.
 const WAIT: Duration = Duration::from_secs(600);
 
-/// What calls go through.
-pub(crate) trait Transport:
-    GrpcService<
-        tonic::body::Body,
-        Error: Into<StdError>,
-        Future: Send,
-        ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
-    > + Clone
-    + Send
-    + Sync
-    + 'static
-{
-    fn to(origin: &Uri) -> impl Future<Output = Result<Self>> + Send;
+/// A connection, and the calls of leased that are needed here. Clones are the same one.
+pub(crate) trait Calls: Clone + Send + Sync + 'static {
+    type KeepAlives: KeepAlives;
+
+    fn connect(address: &str) -> impl Future<Output = Result<Self>> + Send;
+
+    fn acquire(&mut self, request: AcquireRequest) -> impl Future<Output = Result<AcquireResponse>> + Send;
+
+    fn release(&mut self, request: ReleaseRequest) -> impl Future<Output = Result<ReleaseResponse>> + Send;
+
+    fn list(&mut self, request: ListRequest) -> impl Future<Output = Result<ListResponse>> + Send;
+
+    /// Opens a stream with its first message.
+    fn keep_alive(
+        &mut self,
+        first: KeepAliveRequest,
+    ) -> impl Future<Output = Result<Self::KeepAlives>> + Send;
 }
 
-impl Transport for Connection {
-    async fn to(origin: &Uri) -> Result<Self> {
-        Self::to(origin).await
+/// A keepalive stream as it is called.
+pub(crate) trait KeepAlives: Send + 'static {
+    fn send(&mut self, message: KeepAliveRequest) -> impl Future<Output = Result<()>> + Send;
+
+    /// The next answer; an error once the stream has ended.
+    fn next(&mut self) -> impl Future<Output = Result<KeepAliveResponse>> + Send;
+}
+
+impl Calls for Client {
+    type KeepAlives = grpc::Stream<KeepAliveRequest, KeepAliveResponse>;
+
+    async fn connect(address: &str) -> Result<Self> {
+        Self::connect(address).await
+    }
+
+    async fn acquire(&mut self, request: AcquireRequest) -> Result<AcquireResponse> {
+        self.call("/leased.v1.LeaseService/Acquire", request).await
+    }
+
+    async fn release(&mut self, request: ReleaseRequest) -> Result<ReleaseResponse> {
+        self.call("/leased.v1.LeaseService/Release", request).await
+    }
+
+    async fn list(&mut self, request: ListRequest) -> Result<ListResponse> {
+        self.call("/leased.v1.LeaseService/List", request).await
+    }
+
+    async fn keep_alive(&mut self, first: KeepAliveRequest) -> Result<Self::KeepAlives> {
+        let mut stream = self.stream("/leased.v1.LeaseService/KeepAlive").await?;
+        stream.send([first])?;
+        Ok(stream)
     }
 }
 
-impl Transport for Channel {
-    async fn to(origin: &Uri) -> Result<Self> {
-        Ok(Endpoint::from(origin.clone()).connect().await?)
+impl KeepAlives for grpc::Stream<KeepAliveRequest, KeepAliveResponse> {
+    async fn send(&mut self, message: KeepAliveRequest) -> Result<()> {
+        self.send([message])
+    }
+
+    async fn next(&mut self) -> Result<KeepAliveResponse> {
+        self.next().await
     }
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Leased<T>(LeaseServiceClient<T>);
+pub(crate) struct Leased<C>(C);
 
 /// A lease, and when it ends.
 #[derive(Debug)]
@@ -61,17 +89,16 @@ pub(crate) struct Held {
     end: Duration,
 }
 
-impl<T: Transport> Peer for Leased<T> {
+impl<C: Calls> Peer for Leased<C> {
     type Held = Held;
-    type Stream = Stream;
+    type Stream = Stream<C::KeepAlives>;
 
     async fn connect(address: &str) -> Result<Self> {
-        let origin: Uri = address.parse()?;
-        Ok(Self(LeaseServiceClient::with_origin(T::to(&origin).await?, origin)))
+        Ok(Self(C::connect(address).await?))
     }
 
     async fn acquire(&mut self, key: String, ttl: Duration) -> Result<Held> {
-        held(self.0.acquire(request(key, ttl)?).await?.into_inner())
+        held(self.0.acquire(request(key, ttl)?).await?)
     }
 
     async fn release(&mut self, held: Held) -> Result<()> {
@@ -79,20 +106,17 @@ impl<T: Transport> Peer for Leased<T> {
         Ok(())
     }
 
-    async fn keep(&mut self, held: Vec<Held>, _ttl: Duration) -> Result<Stream> {
-        let (messages, receiver) = mpsc::channel(1);
+    async fn keep(&mut self, held: Vec<Held>, _ttl: Duration) -> Result<Self::Stream> {
         let leases = held.into_iter().map(|held| held.lease).collect();
-        // Before the stream is open, for a server may answer only then.
-        messages.send(KeepAliveRequest { leases, sequence: 1 }).await?;
-        let answers = self.0.keep_alive(ReceiverStream::new(receiver)).await?.into_inner();
-        let mut stream = Stream { messages, answers, sequence: 1 };
+        let messages = self.0.keep_alive(KeepAliveRequest { leases, sequence: 1 }).await?;
+        let mut stream = Stream { messages, sequence: 1 };
         stream.answer().await?;
         Ok(stream)
     }
 
     async fn stand(&mut self, key: String, ttl: Duration) -> Result<Held> {
         let request = AcquireRequest { wait: Some(WAIT.try_into()?), ..request(key, ttl)? };
-        held(self.0.acquire(request).await?.into_inner())
+        held(self.0.acquire(request).await?)
     }
 
     async fn standing(&mut self, prefix: &str) -> Result<usize> {
@@ -104,7 +128,7 @@ impl<T: Transport> Peer for Leased<T> {
                 page_token,
                 ..ListRequest::default()
             };
-            let page = self.0.list(request).await?.into_inner();
+            let page = self.0.list(request).await?;
             standing +=
                 page.leases.iter().map(|lease| lease.holders.len() + lease.waiters.len()).sum::<usize>();
             page_token = page.next_page_token;
@@ -137,16 +161,16 @@ fn new_id() -> Uuid {
 
 /// A keepalive stream with one message in flight, which after the first names no leases and so means all.
 #[derive(Debug)]
-pub(crate) struct Stream {
-    messages: mpsc::Sender<KeepAliveRequest>,
-    answers: Streaming<KeepAliveResponse>,
+pub(crate) struct Stream<K> {
+    messages: K,
     sequence: u64,
 }
 
-impl Stream {
+impl<K: KeepAlives> Stream<K> {
     /// How many leases the answer to the latest message says are kept.
     async fn answer(&mut self) -> Result<u64> {
-        while let Some(answer) = self.answers.message().await? {
+        loop {
+            let answer = self.messages.next().await?;
             // Else it tells of a loss unasked; the answer then says nothing of that lease.
             if answer.sequence == self.sequence {
                 let kept =
@@ -154,11 +178,10 @@ impl Stream {
                 return Ok(kept.count() as u64);
             }
         }
-        bail!("the stream has ended")
     }
 }
 
-impl Turn for Stream {
+impl<K: KeepAlives> Turn for Stream<K> {
     async fn turn(&mut self) -> Result<u64> {
         self.sequence += 1;
         self.messages.send(KeepAliveRequest { leases: Vec::new(), sequence: self.sequence }).await?;

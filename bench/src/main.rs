@@ -41,15 +41,15 @@ mod takeover;
 mod ceiling;
 /// The time that those under load share.
 mod clock;
-/// What calls go through.
-mod connection;
 /// A plain `findOneAndUpdate` for each call.
 mod direct;
 /// etcd.
 mod etcd;
 /// Its messages.
 mod etcd_api;
-/// Calls without a stub.
+/// Messages on the wire.
+mod framing;
+/// What calls go through.
 mod grpc;
 /// The client crate, and what it costs its user.
 mod holder;
@@ -61,6 +61,8 @@ mod mongolock;
 mod peer;
 /// Redis.
 mod redis_lock;
+/// leased by its stub.
+mod stub;
 
 /// What processes spend.
 mod cpu;

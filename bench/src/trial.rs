@@ -5,19 +5,19 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::time::timeout;
-use tonic::transport::Channel;
 
 use crate::ceiling::Ceiling;
-use crate::connection::Connection;
 use crate::contender::Contender;
 use crate::direct::Direct;
 use crate::etcd::Etcd;
+use crate::grpc::Client;
 use crate::holder::Holder;
 use crate::leased::Leased;
 use crate::peer::Peer;
 use crate::redis_lock::Redis;
 use crate::sample::Sample;
 use crate::stage::Stage;
+use crate::stub::Stub;
 use crate::workload::Workload;
 use crate::{capacity, cost, handoff, keepalives, memory, mongolock, pairs, takeover};
 
@@ -53,9 +53,9 @@ impl Trial<'_> {
     async fn dispatch(&self) -> Result<Sample> {
         match self.contender {
             Contender::Embedded | Contender::Mongod | Contender::ReplicaSet => {
-                self.by::<Leased<Connection>>().await
+                self.by::<Leased<Client>>().await
             }
-            Contender::Stub => self.by::<Leased<Channel>>().await,
+            Contender::Stub => self.by::<Leased<Stub>>().await,
             Contender::Client => self.by::<Holder>().await,
             Contender::Etcd | Contender::EtcdThree => self.by::<Etcd>().await,
             Contender::Redis => self.by::<Redis>().await,
