@@ -25,6 +25,10 @@ pub(crate) enum Contender {
     Mongolock,
     /// A conditional findOneAndUpdate for each call on one mongod, as a lock library would do it.
     Direct,
+    /// `$inc` of many records with each command on one mongod: the least that a write for each change costs there.
+    Batched,
+    /// The same on a replica set of three.
+    BatchedThree,
     /// Calls of leased that ask no store: what gRPC alone allows on this machine.
     Ceiling,
     /// leased with its embedded store by the generated stub over tonic's channels; only on request.
@@ -49,6 +53,8 @@ impl Contender {
             Self::Redis => "Redis, always synced",
             Self::Mongolock => "mongolock, one mongod",
             Self::Direct => "findOneAndUpdate, one mongod",
+            Self::Batched => "batches of $inc, one mongod",
+            Self::BatchedThree => "batches of $inc, three mongods",
             Self::Ceiling => "gRPC alone",
             Self::Stub => "leased, embedded, tonic's channels",
             Self::Client => "leased, embedded, client crate",
@@ -59,8 +65,10 @@ impl Contender {
     pub(crate) fn yardsticks(self) -> &'static [Self] {
         match self {
             Self::Embedded => &[Self::Etcd, Self::Redis, Self::Ceiling],
-            Self::Mongod => &[Self::Etcd, Self::Redis, Self::Mongolock, Self::Direct],
-            Self::ReplicaSet => &[Self::EtcdThree],
+            Self::Mongod => &[Self::Etcd, Self::Redis, Self::Mongolock, Self::Direct, Self::Batched],
+            Self::ReplicaSet => &[Self::EtcdThree, Self::BatchedThree],
+            Self::Batched => &[Self::Etcd],
+            Self::BatchedThree => &[Self::EtcdThree],
             Self::Stub | Self::Client => &[Self::Embedded],
             _ => &[],
         }

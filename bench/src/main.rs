@@ -17,6 +17,7 @@ mod stage;
 mod trial;
 
 /// The largest number of leases kept alive.
+mod batched;
 mod capacity;
 /// Callers that go on as fast as they are answered.
 mod closed;

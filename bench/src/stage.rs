@@ -27,15 +27,19 @@ impl Stage {
         program: Option<&Path>,
     ) -> Result<Self> {
         use Contender as C;
-        let one = matches!(contender, C::Mongod | C::Mongolock | C::Direct);
+        let one = matches!(contender, C::Mongod | C::Mongolock | C::Direct | C::Batched);
         let one = if one { Some(Mongod::start().await?) } else { None };
-        let three = if contender == C::ReplicaSet { Some(ReplicaSet::start().await?) } else { None };
+        let three = if matches!(contender, C::ReplicaSet | C::BatchedThree) {
+            Some(ReplicaSet::start().await?)
+        } else {
+            None
+        };
         let mut stage = Self { servers: Vec::new(), one, three };
         match contender {
             C::Etcd => stage.servers = Server::etcd(1).await?,
             C::EtcdThree => stage.servers = Server::etcd(3).await?,
             C::Redis => stage.servers.push(Server::redis().await?),
-            C::Mongolock | C::Direct => {}
+            C::Mongolock | C::Direct | C::Batched | C::BatchedThree => {}
             C::Embedded | C::Mongod | C::ReplicaSet | C::Ceiling | C::Stub | C::Client => {
                 stage.daemons(workload, program).await?;
             }

@@ -153,6 +153,8 @@ fn pen(contender: Contender) -> (&'static str, &'static str) {
         Contender::Redis => ("#cc79a7", "6 3"),
         Contender::Mongolock => ("#777777", "2 3"),
         Contender::Direct => ("#000000", "2 3"),
+        Contender::Batched => ("#009e73", "2 3"),
+        Contender::BatchedThree => ("#56b4e9", "2 3"),
         Contender::Ceiling => ("#aaaaaa", "2 3"),
     }
 }

@@ -19,7 +19,7 @@ use crate::sample::Sample;
 use crate::stage::Stage;
 use crate::stub::Stub;
 use crate::workload::Workload;
-use crate::{capacity, cost, handoff, keepalives, memory, mongolock, pairs, takeover};
+use crate::{batched, capacity, cost, handoff, keepalives, memory, mongolock, pairs, takeover};
 
 /// What is to be done.
 #[derive(Debug)]
@@ -61,6 +61,7 @@ impl Trial<'_> {
             Contender::Redis => self.by::<Redis>().await,
             Contender::Direct => self.by::<Direct>().await,
             Contender::Ceiling => self.by::<Ceiling>().await,
+            Contender::Batched | Contender::BatchedThree => batched::run(self).await,
             Contender::Mongolock => mongolock::run(self).await,
         }
     }

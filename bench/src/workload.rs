@@ -160,6 +160,7 @@ impl Workload {
             C::Redis => !matches!(self, Self::Handoff | Self::Relay | Self::Takeover | Self::StreamMemory),
             C::Mongolock => few && matches!(self, Self::Pairs | Self::Keepalives),
             C::Direct => few && matches!(self, Self::Pairs | Self::Keepalives) || self == Self::Capacity,
+            C::Batched | C::BatchedThree => matches!(self, Self::Pairs | Self::Keepalives),
             C::Ceiling => matches!(self, Self::Pairs | Self::Keepalives | Self::Coalesced),
             C::Stub => matches!(self, Self::Pairs | Self::Keepalives),
             C::Client => self == Self::Pairs,

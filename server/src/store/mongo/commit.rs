@@ -33,10 +33,10 @@ impl Lines {
         }
     }
 
-    /// The edits that touch and do nothing else, where nobody is known to wait; and the others.
+    /// The edits with which nobody comes, where nobody is known to wait; and the others.
     pub(super) fn split(&self, batch: &[(Key, Edit)]) -> (Edits, Edits) {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        batch.iter().cloned().partition(|(key, edit)| edit.only_touches() && !known.contains(key))
+        batch.iter().cloned().partition(|(key, edit)| edit.enqueued().is_empty() && !known.contains(key))
     }
 }
 
@@ -52,11 +52,12 @@ impl MongoStore {
         Ok(snapshots)
     }
 
-    /// A single edit: one round trip, or two if it touches a lease that someone waits for.
+    /// A single edit: one round trip, or two for a touch where someone waits of whom nothing is known here. Other edits are not
+    /// to take two: a release is what those wait for.
     async fn alone(&self, key: &Key, edit: &Edit) -> Result<Snapshot, Failure> {
         let (batch, mark) = ([(key.clone(), edit.clone())], fastrand::i64(..));
         let (quick, _) = self.lines.split(&batch);
-        if !quick.is_empty() {
+        if !quick.is_empty() && edit.only_touches() {
             let stages = self.quick_stages(&quick, mark);
             if let Some(found) = self.find_and_modify(quickly(&quick), stages, false).await? {
                 return Ok(found);
@@ -99,7 +100,7 @@ impl MongoStore {
         let matched = self.update(&quick, &others, mark).await?;
         let mut found = self.find_edited(&names(batch)).await?;
         if matched < batch.len() {
-            // Someone waits at a key that is touched, or there is no record.
+            // Someone waits of whom nothing is known here, or there is no record.
             let is_left = |(key, edit): &&(Key, Edit)| match found.get(key) {
                 Some(edited) => edited.mark != Some(mark),
                 None => makes_record(edit),
@@ -125,7 +126,7 @@ impl MongoStore {
         Ok(batch.iter().map(|(key, _)| key).map(snapshot).collect())
     }
 
-    /// Applies touches at keys where nobody waits, and edits of any kind, and returns how many records there were of
+    /// Applies edits with which nobody comes, at keys where nobody waits, and edits of any kind, and returns how many records there were of
     /// those. All get the `mark`.
     async fn update(
         &self,
@@ -151,7 +152,7 @@ impl MongoStore {
     }
 
     fn quick_stages(&self, batch: &[(Key, Edit)], mark: i64) -> Vec<Document> {
-        self.tampered(pipeline::touches(batch, &self.clock, mark))
+        self.tampered(pipeline::without_line(batch, &self.clock, mark))
     }
 
     /// With the deliberate wrong in it that a test asks for.

@@ -30,18 +30,26 @@ async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
 
 #[rstest]
 #[tokio::test]
-async fn a_touch_admits_whom_another_daemon_put_into_the_line(#[values(false, true)] beside_others: bool) {
+async fn an_edit_admits_whom_another_daemon_put_into_the_line(
+    #[values(false, true)] releases: bool,
+    #[values(false, true)] beside_others: bool,
+) {
     let [mut ours, theirs] = two().await;
     let (contested, quiet) = (key("contested"), key("quiet"));
-    let [silent, holder, waiter] = [(); 3].map(|()| LeaseId::random());
-    let held = vec![(contested.clone(), ask(asking(silent))), (quiet.clone(), ask(asking(holder)))];
+    let [first, holder, waiter] = [(); 3].map(|()| LeaseId::random());
+    let held = vec![(contested.clone(), ask(asking(first))), (quiet.clone(), ask(asking(holder)))];
     commit(&ours, held).await;
     let waits = Acquisition { wait: true, ..asking(waiter) };
     commit(&theirs, vec![(contested.clone(), ask(waits))]).await;
 
-    // The lease and its grace are over, so any edit admits the next in line, and be it a touch of nothing.
-    ours.set_clock(NOW + Duration::from_secs(2));
-    let mut batch = vec![(contested, Edit::default().touch(LeaseId::random()))];
+    let edit = if releases {
+        Edit::default().release(first)
+    } else {
+        // The lease and its grace are over, so any edit admits the next in line, and be it a touch of nothing.
+        ours.set_clock(NOW + Duration::from_secs(2));
+        Edit::default().touch(LeaseId::random())
+    };
+    let mut batch = vec![(contested, edit)];
     if beside_others {
         batch.push((quiet, Edit::default().touch(holder)));
         batch.push((key("unknown"), Edit::default().touch(holder)));

@@ -15,47 +15,57 @@ use crate::lease::{Edit, Key, MAX_RECORD_BYTES, MAX_WAITERS, REMEMBERED_DEPARTUR
 /// More than any array of a record holds; `$slice` wants a count.
 const ALL: i32 = i32::MAX;
 
+/// A field that is set to this is none.
+const GONE: &str = "$$REMOVE";
+
 /// The instant at which a pipeline acts: the clock of the database.
 pub(super) const CLOCK: &str = "$$NOW";
 
 /// The stages that apply each key's edit to its record at `now`, an expression, and leave `mark` in it.
 pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, mark: i64) -> Vec<Document> {
-    let has = |part: fn(&Edit) -> bool| batch.iter().any(|(_, edit)| !part(edit));
-    let touch = has(|edit| edit.touched().is_empty());
-    let release = has(|edit| edit.released().is_empty());
-    let revoke = has(|edit| edit.revoked().is_empty());
-    let cancel = has(|edit| edit.cancelled().is_empty());
-    let enqueue = has(|edit| edit.enqueued().is_empty());
-    let loud = Loudness::of(batch);
-    let parts = Parts { touch, release, revoke, cancel, enqueue, loud };
+    let parts = Parts::of(batch);
     let source = Source::new(batch, &parts);
-
     let mut stages = vec![begin(&source)];
-    if touch || release || revoke {
-        stages.push(edit_holders(&parts, &source, now));
+    if parts.touch || parts.release || parts.revoke {
+        let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now);
+        let mut fields = doc! { "holders": stay };
+        if parts.release || parts.revoke {
+            fields.insert("gone", gone);
+        }
+        fields.extend(blocked_until.map(|until| ("blocked_until".to_owned(), until)));
+        stages.push(doc! { "$set": fields });
     }
-    if cancel || enqueue {
+    if parts.cancel || parts.enqueue {
         stages.push(edit_line(&parts, &source, rules, now));
     }
     stages.push(admit(rules, now));
     stages.push(finish(&parts, rules, now, mark));
-    stages.push(doc! { "$unset": ["edit", "gone", "admission"] });
     stages
 }
 
-/// The same for touches at keys where nobody waits, so that nobody can be admitted: all there is to do is to renew the
-/// holders, and half as dear. The epoch stays: others need not hear of it.
-pub(super) fn touches(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<Document> {
-    let ids = |edit: &Edit| Bson::from(edit.touched().iter().map(|&id| uuid(id)).collect::<Vec<_>>());
+/// The same, for less, for edits with which nobody comes, at keys where nobody waits: there is nobody to admit.
+pub(super) fn without_line(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<Document> {
+    let parts = Parts::of(batch);
+    let source = Source::new(batch, &parts);
+    let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now);
     let rev = doc! { "$add": ["$rev", 1_i64] };
-    let holders = match batch {
-        [(_, edit)] => renewed("$holders", literal(ids(edit)), now),
-        _ => {
-            let own = doc! { "touch": looked_up(batch, ids) };
-            bind(own, renewed("$holders", "$$touch", now))
-        }
-    };
-    vec![doc! { "$set": { "holders": holders, "rev": rev, EDITED_AT: now.clone(), MARK: mark } }]
+    let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), MARK: mark };
+    if parts.release || parts.revoke {
+        fields.insert("departures", remembered(gone));
+    }
+    fields.extend(blocked_until.map(|until| ("blocked_until".to_owned(), until)));
+    match parts.loud {
+        Loudness::All => drop(fields.insert("epoch", rev)),
+        Loudness::Some => drop(fields.insert("epoch", doc! { "$cond": ["$edit.loud", rev, "$epoch"] })),
+        Loudness::None => {}
+    }
+    let mut stages = Vec::new();
+    if let Source::Table(own) = source {
+        stages.push(doc! { "$set": { "edit": own } });
+        fields.insert("edit", GONE);
+    }
+    stages.push(doc! { "$set": fields });
+    stages
 }
 
 /// Which lists are not empty in every edit of the batch.
@@ -66,6 +76,20 @@ struct Parts {
     cancel: bool,
     enqueue: bool,
     loud: Loudness,
+}
+
+impl Parts {
+    fn of(batch: &[(Key, Edit)]) -> Self {
+        let has = |part: fn(&Edit) -> bool| batch.iter().any(|(_, edit)| !part(edit));
+        Self {
+            touch: has(|edit| edit.touched().is_empty()),
+            release: has(|edit| edit.released().is_empty()),
+            revoke: has(|edit| edit.revoked().is_empty()),
+            cancel: has(|edit| edit.cancelled().is_empty()),
+            enqueue: has(|edit| edit.enqueued().is_empty()),
+            loud: Loudness::of(batch),
+        }
+    }
 }
 
 /// Which edits of a batch others should hear of: those with more than touches in them.
@@ -160,37 +184,41 @@ fn begin(source: &Source) -> Document {
     doc! { "$set": fields }
 }
 
-/// Touch, release and revoke. Leaves the departures of this edit in `gone`.
-fn edit_holders(parts: &Parts, source: &Source, now: &Bson) -> Document {
-    let released = doc! { "$in": ["$$h.id", source.list("release")] };
-    let revoked = doc! { "$in": ["$$h.token", source.list("revoke")] };
-    let mut stay = Bson::from("$holders");
-    let mut gone = Vec::new();
-    let mut fields = Document::new();
-    if parts.revoke {
-        let mut which = vec![revoked.clone()];
-        if parts.release {
-            which.push(not(&released));
+/// What touch, release and revoke make of the holders, as expressions.
+struct Held {
+    stay: Bson,
+    /// The departures of this edit, newest first.
+    gone: Document,
+    /// If it may have changed.
+    blocked_until: Option<Bson>,
+}
+
+impl Held {
+    fn after(parts: &Parts, source: &Source, now: &Bson) -> Self {
+        let released = doc! { "$in": ["$$h.id", source.list("release")] };
+        let revoked = doc! { "$in": ["$$h.token", source.list("revoke")] };
+        let (mut stay, mut gone, mut blocked_until) = (Bson::from("$holders"), Vec::new(), None);
+        if parts.revoke {
+            let mut which = vec![revoked.clone()];
+            if parts.release {
+                which.push(not(&released));
+            }
+            gone.push(note(&filter("$holders", "h", doc! { "$and": which }), Reason::Revoked, now));
+            stay = filter(stay, "h", not(&revoked));
         }
-        gone.push(note(&filter("$holders", "h", doc! { "$and": which }), Reason::Revoked, now));
-        stay = filter(stay, "h", not(&revoked));
+        if parts.release {
+            let leaving = filter("$holders", "h", released.clone());
+            gone.push(note(&leaving, Reason::Released, now));
+            stay = filter(stay, "h", not(&released));
+            let bound = filter(leaving, "h", doc! { "$gt": ["$$h.min_hold", 0_i64] });
+            let held_until = map(bound, "h", doc! { "$add": ["$$h.acquired_at", "$$h.min_hold"] });
+            blocked_until = Some(doc! { "$max": ["$blocked_until", { "$max": held_until }] }.into());
+        }
+        if parts.touch {
+            stay = renewed(stay, source.list("touch"), now);
+        }
+        Self { stay, gone: doc! { "$concatArrays": gone }, blocked_until }
     }
-    if parts.release {
-        let leaving = filter("$holders", "h", released.clone());
-        gone.push(note(&leaving, Reason::Released, now));
-        stay = filter(stay, "h", not(&released));
-        let bound = filter(leaving, "h", doc! { "$gt": ["$$h.min_hold", 0_i64] });
-        let held_until = map(bound, "h", doc! { "$add": ["$$h.acquired_at", "$$h.min_hold"] });
-        fields.insert("blocked_until", doc! { "$max": ["$blocked_until", { "$max": held_until }] });
-    }
-    if parts.touch {
-        stay = renewed(stay, source.list("touch"), now);
-    }
-    fields.insert("holders", stay);
-    if !gone.is_empty() {
-        fields.insert("gone", doc! { "$concatArrays": gone });
-    }
-    doc! { "$set": fields }
 }
 
 /// The `holders`, those with these ids touched.
@@ -223,9 +251,9 @@ fn arrive(line: Bson, parts: &Parts, source: &Source, rules: &Rules, now: &Bson)
         "w",
         doc! { "$cond": [{ "$in": ["$$w.id", "$$named"] }, { "$mergeObjects": ["$$w", stay] }, "$$w"] },
     );
-    let mut known = vec![ids("$holders"), ids("$$line"), ids("$departures")];
+    let mut known = vec!["$holders.id", "$$line.id", "$departures.id"];
     if parts.release || parts.revoke {
-        known.push(ids("$gone"));
+        known.push("$gone.id");
     }
     let is_new = doc! { "$not": [{ "$in": ["$$a.id", "$$known"] }] };
     let place = doc! { "$mergeObjects": ["$$a", { "since": now.clone(), "expires_at": until }] };
@@ -331,26 +359,28 @@ fn finish(parts: &Parts, rules: &Rules, now: &Bson, mark: i64) -> Document {
     if parts.release || parts.revoke {
         gone.push("$gone".into());
     }
-    let remembered = doc! { "$max": [
-        i32::try_from(REMEMBERED_DEPARTURES).unwrap_or(ALL),
-        { "$size": "$$gone" },
-    ] };
-    let departures = bind(
-        doc! { "gone": { "$concatArrays": gone } },
-        doc! { "$slice": [{ "$concatArrays": ["$$gone", "$departures"] }, remembered] },
-    );
     let rest = doc! { "$slice": ["$waiters", { "$ifNull": ["$admission.left", 0] }, ALL] };
     let rev = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
     doc! { "$set": {
         "token": { "$ifNull": ["$admission.token", "$token"] },
         "holders": { "$cond": [any, { "$concatArrays": [stay, "$admission.granted"] }, "$holders"] },
         "waiters": filter(rest, "w", "$$w.wait"),
-        "departures": departures,
+        "departures": remembered(doc! { "$concatArrays": gone }),
         "epoch": epoch(parts.loud, &rev),
         "rev": rev,
         EDITED_AT: now.clone(),
         MARK: mark,
+        "edit": GONE,
+        "gone": GONE,
+        "admission": GONE,
     } }
+}
+
+/// The departures with those of this edit before them.
+fn remembered(gone: Document) -> Bson {
+    let count = doc! { "$max": [i32::try_from(REMEMBERED_DEPARTURES).unwrap_or(ALL), { "$size": "$$gone" }] };
+    let all = doc! { "$concatArrays": ["$$gone", "$departures"] };
+    bind(doc! { "gone": gone }, doc! { "$slice": [all, count] })
 }
 
 /// The revision of the latest edit that others should hear of: one with more than touches, or one that moved the line.
