@@ -35,6 +35,8 @@ pub(crate) struct Crowd<P: Peer> {
 
 #[derive(Debug)]
 struct Carried {
+    /// Over which of the connections.
+    connection: usize,
     leases: usize,
     state: Arc<Mutex<State>>,
     task: AbortHandle,
@@ -80,26 +82,44 @@ impl<P: Peer> Crowd<P> {
             let leases = BATCH.min(to - self.len());
             let mut held = hold(&self.callers, &Trial::prefix(), leases, self.ttl).await?;
             let streams = held.len().div_ceil(self.a_stream);
-            while self.connections.len() * A_CONNECTION < self.streams.len() + streams {
-                self.connections.push(P::connect(&self.address).await?);
-            }
             let mut opening = Vec::with_capacity(streams);
-            for number in 0..streams {
+            for number in self.roomy(streams).await? {
                 let some = held.split_off(held.len() - held.len().min(self.a_stream));
-                let mut connection =
-                    self.connections[(self.streams.len() + number) % self.connections.len()].clone();
+                let mut connection = self.connections[number].clone();
                 let (leases, ttl) = (some.len(), self.ttl);
                 let confirmed = some.iter().map(|(_, asked)| *asked).min().unwrap_or_else(Instant::now);
                 let some = some.into_iter().map(|(held, _)| held).collect();
-                opening.push(async move { Ok((connection.keep(some, ttl).await?, leases, confirmed)) });
+                opening
+                    .push(async move { Ok((connection.keep(some, ttl).await?, number, leases, confirmed)) });
             }
-            for (stream, leases, confirmed) in all(opening).await? {
+            for (stream, connection, leases, confirmed) in all(opening).await? {
                 let state = Arc::new(Mutex::new(State { kept: leases, confirmed, lapsed: false }));
                 let carry = carry(stream, self.ttl, Arc::clone(&state), self.tally.clone());
-                self.streams.push(Carried { leases, state, task: self.tasks.spawn(carry) });
+                self.streams.push(Carried { connection, leases, state, task: self.tasks.spawn(carry) });
             }
         }
         Ok(())
+    }
+
+    /// The connections that so many more streams go over; a daemon would keep a stream too many waiting without end.
+    async fn roomy(&mut self, streams: usize) -> Result<Vec<usize>> {
+        let mut carried = vec![0; self.connections.len()];
+        self.streams.iter().for_each(|stream| carried[stream.connection] += 1);
+        let mut chosen = Vec::with_capacity(streams);
+        for _ in 0..streams {
+            let roomy = carried.iter().position(|carried| *carried < A_CONNECTION);
+            let roomy = match roomy {
+                Some(roomy) => roomy,
+                None => {
+                    self.connections.push(P::connect(&self.address).await?);
+                    carried.push(0);
+                    carried.len() - 1
+                }
+            };
+            carried[roomy] += 1;
+            chosen.push(roomy);
+        }
+        Ok(chosen)
     }
 
     /// Lets go of streams that have lost something, and of so many others that no more leases are left than `to`.
@@ -168,14 +188,63 @@ async fn carry<S: Turn>(mut stream: S, ttl: Duration, state: Arc<Mutex<State>>, 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use anyhow::ensure;
+
     use super::*;
+
+    /// A connection that takes no more streams than it may have.
+    #[derive(Debug, Clone)]
+    struct Narrow(Arc<AtomicUsize>);
+
+    impl Peer for Narrow {
+        type Held = ();
+        type Stream = Idle;
+
+        async fn connect(_: &str) -> Result<Self> {
+            Ok(Self(Arc::default()))
+        }
+
+        async fn acquire(&mut self, _: String, _: Duration) -> Result<()> {
+            Ok(())
+        }
+
+        async fn release(&mut self, (): ()) -> Result<()> {
+            Ok(())
+        }
+
+        async fn keep(&mut self, _: Vec<()>, _: Duration) -> Result<Idle> {
+            ensure!(self.0.fetch_add(1, Ordering::Relaxed) < A_CONNECTION, "one stream too many");
+            Ok(Idle)
+        }
+    }
+
+    struct Idle;
+
+    impl Turn for Idle {
+        async fn turn(&mut self) -> Result<u64> {
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_has_no_more_streams_than_it_may_however_the_crowd_grows() {
+        let mut crowd = Crowd::<Narrow>::new("", Duration::from_secs(10), 1).await.expect("a crowd");
+        for leases in [10, 150, 450, 470, 2000] {
+            crowd.grow(leases).await.expect("room");
+            assert_eq!(crowd.len(), leases);
+            assert_eq!(crowd.connections.len(), leases.div_ceil(A_CONNECTION));
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_lease_is_lost_that_was_confirmed_too_late() {
         let ttl = Duration::from_secs(3);
         let mut tasks = JoinSet::new();
         let state = Arc::new(Mutex::new(State { kept: 10, confirmed: Instant::now(), lapsed: false }));
-        let stream = Carried { leases: 10, state: Arc::clone(&state), task: tasks.spawn(async {}) };
+        let stream =
+            Carried { connection: 0, leases: 10, state: Arc::clone(&state), task: tasks.spawn(async {}) };
         tokio::time::advance(Duration::from_secs(2)).await;
         assert_eq!(stream.lost(ttl), 0);
         let sent = Instant::now();

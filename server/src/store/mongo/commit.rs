@@ -17,7 +17,7 @@ const LINES: usize = 10_000;
 
 type Edits = Vec<(Key, Edit)>;
 
-/// Keys at which someone waited when they were seen last. A hint: it saves a command that would match nothing.
+/// Keys at which someone waited when they were seen last. A hint: it saves a command that would not find them.
 #[derive(Debug, Default)]
 pub(super) struct Lines(Mutex<HashSet<Key>>);
 
@@ -126,8 +126,8 @@ impl MongoStore {
         Ok(batch.iter().map(|(key, _)| key).map(snapshot).collect())
     }
 
-    /// Applies edits with which nobody comes, at keys where nobody waits, and edits of any kind, and returns how many records there were of
-    /// those. All get the `mark`.
+    /// Applies edits with which nobody comes, at keys where nobody waits, and others of any kind; returns how many records
+    /// there were for them. Each gets the `mark`.
     async fn update(
         &self,
         quick: &[(Key, Edit)],
