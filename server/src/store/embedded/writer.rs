@@ -350,6 +350,9 @@ fn work(home: &Home, orders: &Receiver<Order>) {
 pub(super) fn together(home: &Home, mut group: Vec<Commit>) {
     let now = Instant::now();
     group.retain(|commit| commit.until >= now);
+    if group.is_empty() {
+        return;
+    }
     let edits = || group.iter().flat_map(|commit| commit.batch.iter());
     match home.guarded(|| home.commit(edits())) {
         Ok(snapshots) => {

@@ -33,8 +33,13 @@ impl Lines {
         }
     }
 
+    /// Whether nobody is known to wait at the key.
+    pub(super) fn has_none_at(&self, key: &Key) -> bool {
+        !self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(key)
+    }
+
     /// The edits with which nobody comes, where nobody is known to wait; and the others.
-    pub(super) fn split(&self, batch: &[(Key, Edit)]) -> (Edits, Edits) {
+    fn split(&self, batch: &[(Key, Edit)]) -> (Edits, Edits) {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         batch.iter().cloned().partition(|(key, edit)| edit.enqueued().is_empty() && !known.contains(key))
     }
@@ -56,10 +61,9 @@ impl MongoStore {
     /// to take two: a release is what those wait for.
     async fn alone(&self, key: &Key, edit: &Edit) -> Result<Snapshot, Failure> {
         let (batch, mark) = ([(key.clone(), edit.clone())], fastrand::i64(..));
-        let (quick, _) = self.lines.split(&batch);
-        if !quick.is_empty() && edit.only_touches() {
-            let stages = self.quick_stages(&quick, mark);
-            if let Some(found) = self.find_and_modify(quickly(&quick), stages, false).await? {
+        if edit.only_touches() && self.lines.has_none_at(key) {
+            let stages = self.quick_stages(&batch, mark);
+            if let Some(found) = self.find_and_modify(quickly(&batch), stages, false).await? {
                 return Ok(found);
             }
         }

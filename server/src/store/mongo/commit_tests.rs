@@ -72,7 +72,7 @@ async fn where_someone_was_seen_to_wait_a_touch_goes_the_long_way_until_nobody_i
     let [holder, waiter] = [(); 2].map(|()| LeaseId::random());
     commit(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
     let touch = || vec![(contested.clone(), Edit::default().touch(holder))];
-    let goes_the_long_way = || ours.lines.split(&touch()).0.is_empty();
+    let goes_the_long_way = || !ours.lines.has_none_at(&contested);
     assert!(!goes_the_long_way());
     commit(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
     commit(&ours, touch()).await;
