@@ -1,8 +1,8 @@
 //! The calls of this daemon that stand in line, and when to look after them; [`upkeep`](super::upkeep) does.
 //!
 //! Their places are in the records, where every daemon sees them; here is only whom to tell when a record says that
-//! a turn has come, and three hints for looking again: a *nudge* when time alone lets the head in, a *check* now
-//! and then for what other daemons did, if there can be others, and a *refresh* of the places well before they lapse.
+//! a turn has come, and when to act for a key: a *nudge* when time alone lets the head in, and a *look* now and then,
+//! which refreshes the places well before they lapse, or else checks what other daemons did, if there can be others.
 //! A feed of others' changes is usually sooner than a check; the checks are the net under it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -19,6 +19,8 @@ use crate::store::Store;
 
 /// Longer than any timer is set for.
 const FAR: Duration = Duration::from_secs(3600);
+/// Keys that are acted for in one go.
+pub(super) const LOT: usize = 1000;
 
 /// Calls that wait, by key.
 #[derive(Debug)]
@@ -27,15 +29,19 @@ pub(super) struct Line {
     pace: Pace,
     limit: usize,
     state: Mutex<State>,
-    /// Rings when something is due earlier than before.
-    sooner: Notify,
+    /// Rings when a nudge is due earlier than any before.
+    nudge_sooner: Notify,
+    /// The same for looks.
+    look_sooner: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     keys: HashMap<Key, Waiting>,
-    /// When each key is to be looked after next.
-    due: BTreeSet<(Instant, Key)>,
+    /// By `Waiting::nudge_at`.
+    nudges: BTreeSet<(Instant, Key)>,
+    /// By `Waiting::look_at`.
+    looks: BTreeSet<(Instant, Key)>,
     calls: usize,
     last_number: u64,
 }
@@ -45,13 +51,10 @@ struct State {
 struct Waiting {
     calls: HashMap<LeaseId, Calls>,
     latest: Option<Arc<Snapshot>>,
-    check_at: Instant,
-    refresh_at: Instant,
     nudge_at: Option<Instant>,
-    /// Its entry in `State::due`.
-    due: Instant,
-    /// A check or refresh is under way.
-    busy: bool,
+    look_at: Instant,
+    /// A look from then on is a refresh.
+    refresh_at: Instant,
 }
 
 /// The calls with one id: one, or several after a client's reconnect.
@@ -128,7 +131,8 @@ impl Line {
             pace: Pace::of(store),
             limit,
             state: Mutex::default(),
-            sooner: Notify::new(),
+            nudge_sooner: Notify::new(),
+            look_sooner: Notify::new(),
         }
     }
 
@@ -142,11 +146,17 @@ impl Line {
         state.calls += 1;
         state.last_number += 1;
         let number = state.last_number;
-        let calls = state.calls;
-        let waiting = state.keys.entry(key.clone()).or_insert_with(|| Waiting::new(self.pace, calls));
+        let State { keys, looks, calls, .. } = &mut *state;
+        let waiting = keys.entry(key.clone()).or_insert_with(|| {
+            let waiting = Waiting::new(self.pace, *calls);
+            looks.insert((waiting.look_at, key.clone()));
+            waiting
+        });
         let same = waiting.calls.entry(acquisition.id).or_insert_with(|| Calls::new(acquisition));
         same.calls.push(WaitingCall { number, tell });
-        self.rearm(&mut state, key);
+        if state.looks.first().is_some_and(|(_, first)| first == key) {
+            self.look_sooner.notify_one();
+        }
         drop(state);
         Some(Entry { line: Arc::clone(self), key: key.clone(), id: acquisition.id, number, told })
     }
@@ -159,14 +169,12 @@ impl Line {
     pub(super) fn observe(&self, snapshot: &Arc<Snapshot>) {
         let mut state = self.state();
         let key = &snapshot.record.key;
-        let Some(waiting) = state.keys.get_mut(key) else { return };
-        waiting.note(snapshot, &self.rules);
+        let Some(waiting) = self.note(&mut state, snapshot) else { return };
         let holders = snapshot.record.holders.iter().map(|holder| holder.id);
         let departed = snapshot.record.departures.iter().map(|departure| departure.id);
         let told: usize = holders.chain(departed).map(|id| waiting.tell(id, snapshot)).sum();
         state.calls -= told;
         state.tidy(key);
-        self.rearm(&mut state, key);
     }
 
     /// Takes note of a record as others left it, and returns what to commit: a turn that came by a foreign commit
@@ -174,18 +182,15 @@ impl Line {
     pub(super) fn observe_foreign(&self, snapshot: &Arc<Snapshot>) -> Vec<(Key, Part)> {
         let mut state = self.state();
         let key = &snapshot.record.key;
-        let Some(waiting) = state.keys.get_mut(key) else { return Vec::new() };
-        let version = snapshot.record.version();
-        if waiting.latest.as_ref().is_some_and(|latest| latest.record.version() > version) {
+        let latest = state.keys.get(key).and_then(|waiting| waiting.latest.as_ref());
+        if latest.is_some_and(|latest| latest.record.version() > snapshot.record.version()) {
             return Vec::new();
         }
-        waiting.note(snapshot, &self.rules);
+        let Some(waiting) = self.note(&mut state, snapshot) else { return Vec::new() };
         let in_line: HashSet<LeaseId> =
             snapshot.record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
         let claims = waiting.rejoins().filter(|(id, _)| !in_line.contains(id));
-        let claims = claims.map(|(_, part)| (key.clone(), part)).collect();
-        self.rearm(&mut state, key);
-        claims
+        claims.map(|(_, part)| (key.clone(), part)).collect()
     }
 
     /// Takes note that the key has no record, and returns what to commit: its calls join the line anew.
@@ -218,58 +223,66 @@ impl Line {
         state.tidy(key);
     }
 
-    /// Waits until something is due.
-    pub(super) async fn due(&self) {
-        loop {
-            let next = self.next_due();
-            if next <= Instant::now() {
-                return;
-            }
-            tokio::select! {
-                () = self.sooner.notified() => {}
-                () = sleep_until(next) => return,
-            }
-        }
+    /// Waits until a nudge is due.
+    pub(super) async fn nudge_due(&self) {
+        reached(&self.nudge_sooner, || self.state().nudges.first().map(|(due, _)| *due)).await;
     }
 
-    fn next_due(&self) -> Instant {
-        self.state().due.first().map_or_else(|| Instant::now() + FAR, |(due, _)| *due)
+    /// Waits until a look is due.
+    pub(super) async fn look_due(&self) {
+        reached(&self.look_sooner, || self.state().looks.first().map(|(due, _)| *due)).await;
     }
 
-    /// What is to be done by `now`.
-    pub(super) fn take_due(&self, now: Instant) -> Chores {
+    /// Keys to nudge by `now`, as many as a [`LOT`].
+    pub(super) fn take_nudges(&self, now: Instant) -> Vec<Key> {
         let mut state = self.state();
-        let mut chores = Chores::default();
-        let calls = state.calls;
-        while let Some((_, key)) = state.due.first().filter(|(due, _)| *due <= now).cloned() {
-            let Some(waiting) = state.keys.get_mut(&key) else {
-                state.due.pop_first();
-                continue;
-            };
-            waiting.chores(&key, now, (self.pace, calls), &mut chores);
-            state.arm(&key);
-        }
-        chores
-    }
-
-    /// Allows the next check of these keys.
-    pub(super) fn rest(&self, keys: &[Key]) {
-        let mut state = self.state();
-        for key in keys {
-            if let Some(waiting) = state.keys.get_mut(key) {
-                waiting.busy = false;
+        let State { keys, nudges, .. } = &mut *state;
+        let lot = due_by(nudges, now);
+        for key in &lot {
+            if let Some(waiting) = keys.get_mut(key) {
+                waiting.nudge_at = None;
             }
-            state.arm(key);
         }
-        self.sooner.notify_one();
+        lot
     }
 
-    /// Arms the key's timer anew, and wakes the keeper if that is the earliest.
-    fn rearm(&self, state: &mut State, key: &Key) {
-        state.arm(key);
-        if state.due.first().is_some_and(|(_, first)| first == key) {
-            self.sooner.notify_one();
+    /// What to look after by `now`, for as many keys as a [`LOT`].
+    pub(super) fn take_looks(&self, now: Instant) -> Looks {
+        let mut state = self.state();
+        let mut lot = Looks::default();
+        let State { keys, looks, calls, .. } = &mut *state;
+        for key in due_by(looks, now) {
+            let Some(waiting) = keys.get_mut(&key) else { continue };
+            waiting.look_at = now + self.pace.look(*calls);
+            looks.insert((waiting.look_at, key.clone()));
+            if waiting.refresh_at <= now {
+                waiting.refresh_at = now + self.pace.refresh(*calls);
+                lot.refreshes.extend(waiting.rejoins().map(|(id, part)| (id, (key.clone(), part))));
+            } else {
+                lot.checks.push(key);
+            }
         }
+        lot
+    }
+
+    /// Takes note of a record, if calls wait for its key.
+    fn note<'a>(&self, state: &'a mut State, snapshot: &Arc<Snapshot>) -> Option<&'a mut Waiting> {
+        let State { keys, nudges, .. } = state;
+        let key = &snapshot.record.key;
+        let waiting = keys.get_mut(key)?;
+        let nudge_at = snapshot.next_admission(&self.rules).map(|time| Instant::now() + time);
+        if let Some(before) = waiting.nudge_at {
+            nudges.remove(&(before, key.clone()));
+        }
+        if let Some(nudge_at) = nudge_at {
+            nudges.insert((nudge_at, key.clone()));
+            if nudges.first().is_some_and(|(_, first)| first == key) {
+                self.nudge_sooner.notify_one();
+            }
+        }
+        waiting.nudge_at = nudge_at;
+        waiting.latest = Some(Arc::clone(snapshot));
+        Some(waiting)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -279,41 +292,29 @@ impl Line {
 }
 
 impl State {
-    /// Enters the key's next due time.
-    fn arm(&mut self, key: &Key) {
-        let Some(waiting) = self.keys.get_mut(key) else { return };
-        self.due.remove(&(waiting.due, key.clone()));
-        waiting.due = waiting.next_due();
-        self.due.insert((waiting.due, key.clone()));
-    }
-
     /// Forgets a key for which no call waits.
     fn tidy(&mut self, key: &Key) {
-        if let Some(waiting) = self.keys.get(key).filter(|waiting| waiting.calls.is_empty()) {
-            self.due.remove(&(waiting.due, key.clone()));
-            self.keys.remove(key);
+        if !self.keys.get(key).is_some_and(|waiting| waiting.calls.is_empty()) {
+            return;
         }
+        let Some((key, Waiting { nudge_at, look_at, .. })) = self.keys.remove_entry(key) else { return };
+        if let Some(nudge_at) = nudge_at {
+            self.nudges.remove(&(nudge_at, key.clone()));
+        }
+        self.looks.remove(&(look_at, key));
     }
 }
 
 impl Waiting {
     fn new(pace: Pace, calls: usize) -> Self {
         let now = Instant::now();
-        let check_at = now + pace.look(calls);
         Self {
             calls: HashMap::new(),
             latest: None,
-            check_at,
-            refresh_at: now + pace.refresh(calls),
             nudge_at: None,
-            due: check_at,
-            busy: false,
+            look_at: now + pace.look(calls),
+            refresh_at: now + pace.refresh(calls),
         }
-    }
-
-    fn note(&mut self, snapshot: &Arc<Snapshot>, rules: &Rules) {
-        self.nudge_at = snapshot.next_admission(rules).map(|time| Instant::now() + time);
-        self.latest = Some(Arc::clone(snapshot));
     }
 
     /// Tells all calls with this id and returns how many there were.
@@ -330,31 +331,6 @@ impl Waiting {
     fn rejoins(&self) -> impl Iterator<Item = (LeaseId, Part)> {
         self.calls.iter().map(|(id, same)| (*id, same.rejoin()))
     }
-
-    fn next_due(&self) -> Instant {
-        let look = if self.busy { Instant::now() + FAR } else { self.check_at };
-        self.nudge_at.map_or(look, |nudge| nudge.min(look))
-    }
-
-    /// Adds what is due for this key to `chores`, while so many calls wait in all.
-    fn chores(&mut self, key: &Key, now: Instant, (pace, calls): (Pace, usize), chores: &mut Chores) {
-        if self.nudge_at.is_some_and(|nudge| nudge <= now) {
-            self.nudge_at = None;
-            chores.nudges.push(key.clone());
-        }
-        if self.busy || self.check_at > now {
-            return;
-        }
-        self.busy = true;
-        self.check_at = now + pace.look(calls);
-        if self.refresh_at <= now {
-            self.refresh_at = now + pace.refresh(calls);
-            chores.refreshes.extend(self.rejoins().map(|(id, part)| (id, (key.clone(), part))));
-            chores.refreshed.push(key.clone());
-        } else {
-            chores.checks.push(key.clone());
-        }
-    }
 }
 
 impl Calls {
@@ -367,11 +343,94 @@ impl Calls {
     }
 }
 
-/// What is due.
+/// What to look after.
 #[derive(Debug, Default)]
-pub(super) struct Chores {
-    pub(super) nudges: Vec<Key>,
+pub(super) struct Looks {
     pub(super) checks: Vec<Key>,
     pub(super) refreshes: Vec<(LeaseId, (Key, Part))>,
-    pub(super) refreshed: Vec<Key>,
+}
+
+/// Waits until the instant that `next` names, or an earlier one that it names once `sooner` has rung.
+async fn reached(sooner: &Notify, next: impl Fn() -> Option<Instant>) {
+    loop {
+        let next = next().unwrap_or_else(|| Instant::now() + FAR);
+        if next <= Instant::now() {
+            return;
+        }
+        tokio::select! {
+            () = sooner.notified() => {}
+            () = sleep_until(next) => {}
+        }
+    }
+}
+
+/// Takes the keys that are due by `now`, as many as a [`LOT`].
+fn due_by(agenda: &mut BTreeSet<(Instant, Key)>, now: Instant) -> Vec<Key> {
+    let mut lot = Vec::new();
+    while lot.len() < LOT && agenda.first().is_some_and(|(due, _)| *due <= now) {
+        lot.extend(agenda.pop_first().map(|(_, key)| key));
+    }
+    lot
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::lease::{Edit, Mode, Record, Timestamp, Ttl, step};
+    use crate::store::embedded::EmbeddedStore;
+
+    fn acquisition() -> Arc<Acquisition> {
+        Arc::new(Acquisition {
+            id: LeaseId::random(),
+            owner: String::new(),
+            metadata: BTreeMap::new(),
+            mode: Mode::Exclusive,
+            shared_limit: 1,
+            ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
+            min_hold: Duration::ZERO,
+            wait: true,
+        })
+    }
+
+    /// A key that one holds and the other waits for.
+    fn snapshot(key: Key, holder: Arc<Acquisition>, waiter: Arc<Acquisition>, rules: &Rules) -> Snapshot {
+        let edit = Edit::default().enqueue(holder).enqueue(waiter);
+        let now = Timestamp(1_000_000);
+        Snapshot { record: step(Record::vacant(key), &edit, now, rules), now }
+    }
+
+    #[tokio::test]
+    async fn a_crowd_is_looked_after_in_lots_and_each_key_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+        let store = EmbeddedStore::open(folder.path(), rules).await.expect("a usable folder");
+        let line = Arc::new(Line::new(&store, usize::MAX));
+        let enter = |number| {
+            let key = Key::try_from(format!("key/{number}").as_str()).expect("a key");
+            let waiter = acquisition();
+            let entry = line.enter(&key, &waiter).expect("room");
+            line.observe(&Arc::new(snapshot(key, acquisition(), waiter, &rules)));
+            entry
+        };
+        let crowd: Vec<Entry> = (0..=2 * LOT).map(enter).collect();
+
+        let later = Instant::now() + rules.place;
+        let lots = |take: &dyn Fn() -> usize| {
+            std::iter::repeat_with(take).take_while(|keys| *keys > 0).collect::<Vec<_>>()
+        };
+        assert_eq!(lots(&|| line.take_looks(later).refreshes.len()), [LOT, LOT, 1]);
+        assert_eq!(lots(&|| line.take_nudges(later).len()), [LOT, LOT, 1]);
+        assert!(line.look_due().now_or_never().is_none(), "looked after anew only later");
+        assert!(line.nudge_due().now_or_never().is_none());
+
+        crowd.iter().for_each(|entry| assert!(entry.latest().is_some()));
+        drop(crowd);
+        let state = line.state();
+        assert!(state.keys.is_empty() && state.calls == 0);
+        assert!(state.looks.is_empty() && state.nudges.is_empty());
+    }
 }

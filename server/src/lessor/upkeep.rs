@@ -1,13 +1,17 @@
 //! Looking after the line: nudges, checks and refreshes, when they are due. Remembers nothing.
+//!
+//! Looks go in lots, one after the other, so that those of a crowd never stand between the store and a call for longer
+//! than one lot takes. Nudges wait for nothing.
 
 use std::sync::Arc;
 
+use tokio::task::yield_now;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::audience::{self, Audience};
 use super::committer::Committer;
-use super::line::Line;
+use super::line::{Line, Looks};
 use super::part::Part;
 use crate::lease::{Key, LeaseId, Standing};
 use crate::store::Store;
@@ -19,50 +23,40 @@ pub(super) async fn keep<S: Store>(
     committer: Arc<Committer<S>>,
     draining: CancellationToken,
 ) {
-    let line = &audience.line;
+    tokio::select! {
+        () = draining.cancelled() => {}
+        () = nudge(&audience.line, &committer) => {}
+        () = look(&audience, &committer) => {}
+    }
+}
+
+async fn nudge<S: Store>(line: &Line, committer: &Arc<Committer<S>>) {
     loop {
-        tokio::select! {
-            () = draining.cancelled() => return,
-            () = line.due() => {}
-        }
-        let chores = line.take_due(Instant::now());
-        committer.submit_unanswered(chores.nudges.into_iter().map(|key| (key, Part::Nudge)));
-        if !chores.refreshed.is_empty() {
-            tokio::spawn(refresh(
-                Arc::clone(line),
-                Arc::clone(&committer),
-                chores.refreshes,
-                chores.refreshed,
-            ));
-        }
-        if !chores.checks.is_empty() {
-            tokio::spawn(check(Arc::clone(&audience), Arc::clone(&committer), chores.checks));
-        }
+        line.nudge_due().await;
+        let keys = line.take_nudges(Instant::now());
+        committer.submit_unanswered(keys.into_iter().map(|key| (key, Part::Nudge)));
+        // There may be many more, and the first can be committed meanwhile.
+        yield_now().await;
+    }
+}
+
+async fn look<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>) {
+    loop {
+        audience.line.look_due().await;
+        let Looks { checks, refreshes } = audience.line.take_looks(Instant::now());
+        // A failure of either is made good by the next look; a place outlasts several.
+        let check = async { drop(audience::read(audience, committer, &checks).await) };
+        tokio::join!(check, refresh(&audience.line, committer, refreshes));
     }
 }
 
 /// Prolongs places. A call whose place is gone and finds no room for another is told.
-async fn refresh<S: Store>(
-    line: Arc<Line>,
-    committer: Arc<Committer<S>>,
-    places: Vec<(LeaseId, (Key, Part))>,
-    keys: Vec<Key>,
-) {
+async fn refresh<S: Store>(line: &Line, committer: &Arc<Committer<S>>, places: Vec<(LeaseId, (Key, Part))>) {
     let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
-    // A failure is tried again at the next turn; a place outlasts several.
-    if let Ok(snapshots) = committer.submit_each(parts).await {
-        for (id, snapshot) in ids.into_iter().zip(&snapshots) {
-            if let Some(snapshot) = snapshot.as_ref().filter(|one| one.standing(id) == Standing::Unknown) {
-                line.give_up(id, snapshot);
-            }
+    let Ok(snapshots) = committer.submit_each(parts).await else { return };
+    for (id, snapshot) in ids.into_iter().zip(&snapshots) {
+        if let Some(snapshot) = snapshot.as_ref().filter(|one| one.standing(id) == Standing::Unknown) {
+            line.give_up(id, snapshot);
         }
     }
-    line.rest(&keys);
-}
-
-/// Looks at records that other daemons may have changed.
-async fn check<S: Store>(audience: Arc<Audience>, committer: Arc<Committer<S>>, keys: Vec<Key>) {
-    // A failure is made good by the next check.
-    drop(audience::read(&audience, &committer, &keys).await);
-    audience.line.rest(&keys);
 }
