@@ -187,10 +187,14 @@ impl Line {
             return Vec::new();
         }
         let Some(waiting) = self.note(&mut state, snapshot) else { return Vec::new() };
-        let in_line: HashSet<LeaseId> =
-            snapshot.record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
-        let claims = waiting.rejoins().filter(|(id, _)| !in_line.contains(id));
-        claims.map(|(_, part)| (key.clone(), part)).collect()
+        let record = &snapshot.record;
+        let in_line: HashSet<LeaseId> = record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
+        let out_of_line = waiting.calls.iter().filter(|(id, _)| !in_line.contains(id));
+        let claim = |(id, same): (&LeaseId, &Calls)| {
+            let holds = record.holders.iter().any(|holder| holder.id == *id);
+            (key.clone(), if holds { same.claim(*id) } else { same.rejoin() })
+        };
+        out_of_line.map(claim).collect()
     }
 
     /// Takes note that the key has no record, and returns what to commit: its calls join the line anew.
@@ -327,7 +331,7 @@ impl Waiting {
         count
     }
 
-    /// What keeps the places of all calls, and claims the leases of those whose turn has come.
+    /// What keeps the places of all calls.
     fn rejoins(&self) -> impl Iterator<Item = (LeaseId, Part)> {
         self.calls.iter().map(|(id, same)| (*id, same.rejoin()))
     }
@@ -336,6 +340,10 @@ impl Waiting {
 impl Calls {
     fn new(acquisition: &Arc<Acquisition>) -> Self {
         Self { acquisition: Arc::clone(acquisition), presence: Arc::new(Presence), calls: Vec::new() }
+    }
+
+    fn claim(&self, id: LeaseId) -> Part {
+        Part::Claim(id, Arc::downgrade(&self.presence))
     }
 
     fn rejoin(&self) -> Part {

@@ -13,6 +13,8 @@ pub(super) enum Part {
     Acquire(Arc<Acquisition>),
     /// The same for a call that waits already, while it does: a place that was given up is not taken anew.
     Rejoin(Arc<Acquisition>, Weak<Presence>),
+    /// Renews the lease that another daemon's commit granted to a call that waits, while it does.
+    Claim(LeaseId, Weak<Presence>),
     Touch(LeaseId),
     Release(LeaseId),
     Revoke(Vec<FencingToken>),
@@ -44,7 +46,7 @@ impl Gathered {
             Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => {
                 !edit.enqueued().iter().any(|acquisition| acquisition.id == *id)
             }
-            Part::Touch(_) | Part::Revoke(_) | Part::Nudge => true,
+            Part::Claim(..) | Part::Touch(_) | Part::Revoke(_) | Part::Nudge => true,
         };
         if fits {
             self.0 = part.add_to(take(&mut self.0));
@@ -64,7 +66,7 @@ impl Part {
             Self::Acquire(acquisition) | Self::Rejoin(acquisition, _) => {
                 edit.touch(acquisition.id).enqueue(Arc::clone(acquisition))
             }
-            Self::Touch(id) => edit.touch(*id),
+            Self::Claim(id, _) | Self::Touch(id) => edit.touch(*id),
             Self::Release(id) => edit.release(*id),
             Self::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
             Self::Cancel(id) => edit.cancel(*id),
@@ -75,7 +77,10 @@ impl Part {
 
     /// Whether what it was for is over.
     pub(super) fn is_moot(&self) -> bool {
-        matches!(self, Self::Rejoin(_, presence) if presence.strong_count() == 0)
+        match self {
+            Self::Rejoin(_, presence) | Self::Claim(_, presence) => presence.strong_count() == 0,
+            _ => false,
+        }
     }
 
     /// About how much the part adds to a command, in bytes.

@@ -22,7 +22,7 @@ type Edits = Vec<(Key, Edit)>;
 pub(super) struct Lines(Mutex<HashSet<Key>>);
 
 impl Lines {
-    fn note(&self, snapshots: &[Snapshot]) {
+    pub(super) fn note(&self, snapshots: &[Snapshot]) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for Snapshot { record, .. } in snapshots {
             if record.waiters.is_empty() {

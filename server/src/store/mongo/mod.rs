@@ -116,7 +116,9 @@ impl Store for MongoStore {
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
         let names: Vec<&str> = keys.iter().map(Key::as_str).collect();
-        Ok(self.find(&names).await?)
+        let snapshots = self.find(&names).await?;
+        self.lines.note(&snapshots);
+        Ok(snapshots)
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
