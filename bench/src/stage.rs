@@ -55,7 +55,7 @@ impl Stage {
             Workload::Coalesced => &[NO_PACE],
             _ => &[],
         };
-        let count = if workload == Workload::Relay { 2 } else { 1 };
+        let count = if matches!(workload, Workload::Relay | Workload::SharedCost) { 2 } else { 1 };
         for _ in 0..count {
             let server = Server::leased(Daemon { program, mongodb: self.mongodb(), options }).await?;
             self.servers.push(server);

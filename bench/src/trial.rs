@@ -44,7 +44,7 @@ impl Trial<'_> {
         let most = match self.workload {
             Workload::Capacity => 60,
             Workload::Takeover => 70,
-            Workload::Cost => 50,
+            Workload::Cost | Workload::SharedCost => 50,
             _ => 20,
         };
         Duration::from_secs(30) + most * self.time
@@ -76,7 +76,7 @@ impl Trial<'_> {
             Workload::Takeover => Box::pin(takeover::run::<P>(self)).await,
             Workload::LeaseMemory => Box::pin(memory::of_leases::<P>(self)).await,
             Workload::StreamMemory => Box::pin(memory::of_streams::<P>(self)).await,
-            Workload::Cost => Box::pin(cost::run::<P>(self)).await,
+            Workload::Cost | Workload::SharedCost => Box::pin(cost::run::<P>(self)).await,
         }
     }
 

@@ -29,6 +29,8 @@ pub(crate) enum Workload {
     StreamMemory,
     /// Processor time for a touch as leases get more.
     Cost,
+    /// The same while a second daemon follows every change.
+    SharedCost,
 }
 
 /// What is said of a workload.
@@ -146,11 +148,23 @@ impl Workload {
                 shown: &["µs"],
                 more_is_better: false,
             },
+            Self::SharedCost => Facts {
+                title: "Processor time for a touch, with two daemons",
+                text: "The same while another daemon is there, so that both have a change stream open; all streams are at the first.",
+                unit: "leases",
+                scales: &[1000, 10_000],
+                quick: &[1000],
+                shown: &["µs"],
+                more_is_better: false,
+            },
         }
     }
 
     /// Whether the contender can do it, at this scale: libraries without a server have nothing to hold streams or lines.
     pub(crate) fn takes(self, contender: Contender, scale: u32) -> bool {
+        if self == Self::SharedCost {
+            return matches!(contender, Contender::Mongod | Contender::ReplicaSet);
+        }
         use Contender as C;
         let few = scale <= 1000;
         match contender {
