@@ -20,7 +20,7 @@ use crate::store::Store;
 /// Longer than any timer is set for.
 const FAR: Duration = Duration::from_secs(3600);
 /// Keys that are acted for in one go.
-pub(super) const LOT: usize = 1000;
+const LOT: usize = 1000;
 
 /// Calls that wait, by key.
 #[derive(Debug)]
