@@ -34,6 +34,21 @@ impl Acquisition {
     pub fn size(&self) -> usize {
         footprint(&self.owner, &self.metadata)
     }
+
+    /// One that waits for a second's lease without company, as most tests have it.
+    #[cfg(test)]
+    pub(crate) fn waiting(id: LeaseId) -> Self {
+        Self {
+            id,
+            owner: String::new(),
+            metadata: BTreeMap::new(),
+            mode: Mode::Exclusive,
+            shared_limit: 1,
+            ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
+            min_hold: Duration::ZERO,
+            wait: true,
+        }
+    }
 }
 
 /// One key's share of a batch. Its parts are concurrent with each other, for none has been answered; the order in

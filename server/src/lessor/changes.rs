@@ -87,13 +87,12 @@ fn ids(record: &Record) -> (Ids, Ids, Ids) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::sync::Arc;
     use std::time::Duration;
 
     use super::ChangeKind::{Granted, Lapsed, LeftQueue, Queued, Released, Revoked};
     use super::*;
-    use crate::lease::{Acquisition, Edit, Key, Mode, Rules, Ttl, step};
+    use crate::lease::{Acquisition, Edit, Key, Rules, step};
 
     const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 
@@ -110,16 +109,7 @@ mod tests {
     }
 
     fn ask(number: u8) -> Edit {
-        Edit::default().enqueue(Arc::new(Acquisition {
-            id: id(number),
-            owner: String::new(),
-            metadata: BTreeMap::new(),
-            mode: Mode::Exclusive,
-            shared_limit: 1,
-            ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
-            min_hold: Duration::ZERO,
-            wait: true,
-        }))
+        Edit::default().enqueue(Arc::new(Acquisition::waiting(id(number))))
     }
 
     impl Watched {

@@ -5,22 +5,17 @@
 //! which refreshes the places well before they lapse, or else checks what other daemons did, if there can be others.
 //! A feed of others' changes is usually sooner than a check; the checks are the net under it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
 
+use super::agenda::Agenda;
 use super::pace::Pace;
 use super::part::{Part, Presence};
 use crate::lease::{Acquisition, Key, LeaseId, Rules, Snapshot};
 use crate::store::Store;
-
-/// Longer than any timer is set for.
-const FAR: Duration = Duration::from_secs(3600);
-/// Keys that are acted for in one go.
-const LOT: usize = 1000;
 
 /// Calls that wait, by key.
 #[derive(Debug)]
@@ -29,19 +24,15 @@ pub(super) struct Line {
     pace: Pace,
     limit: usize,
     state: Mutex<State>,
-    /// Rings when a nudge is due earlier than any before.
-    nudge_sooner: Notify,
-    /// The same for looks.
-    look_sooner: Notify,
+    /// By `Waiting::nudge_at`. Changed only under `state`, as is the other.
+    nudges: Agenda,
+    /// By `Waiting::look_at`.
+    looks: Agenda,
 }
 
 #[derive(Debug, Default)]
 struct State {
     keys: HashMap<Key, Waiting>,
-    /// By `Waiting::nudge_at`.
-    nudges: BTreeSet<(Instant, Key)>,
-    /// By `Waiting::look_at`.
-    looks: BTreeSet<(Instant, Key)>,
     calls: usize,
     last_number: u64,
 }
@@ -113,7 +104,7 @@ impl Entry {
             waiting.calls.remove(&self.id);
         }
         state.calls -= gone;
-        state.tidy(&self.key);
+        self.line.tidy(&mut state, &self.key);
         others
     }
 }
@@ -131,8 +122,8 @@ impl Line {
             pace: Pace::of(store),
             limit,
             state: Mutex::default(),
-            nudge_sooner: Notify::new(),
-            look_sooner: Notify::new(),
+            nudges: Agenda::default(),
+            looks: Agenda::default(),
         }
     }
 
@@ -146,17 +137,14 @@ impl Line {
         state.calls += 1;
         state.last_number += 1;
         let number = state.last_number;
-        let State { keys, looks, calls, .. } = &mut *state;
+        let State { keys, calls, .. } = &mut *state;
         let waiting = keys.entry(key.clone()).or_insert_with(|| {
             let waiting = Waiting::new(self.pace, *calls);
-            looks.insert((waiting.look_at, key.clone()));
+            self.looks.shift(key, None, Some(waiting.look_at));
             waiting
         });
         let same = waiting.calls.entry(acquisition.id).or_insert_with(|| Calls::new(acquisition));
         same.calls.push(WaitingCall { number, tell });
-        if state.looks.first().is_some_and(|(_, first)| first == key) {
-            self.look_sooner.notify_one();
-        }
         drop(state);
         Some(Entry { line: Arc::clone(self), key: key.clone(), id: acquisition.id, number, told })
     }
@@ -174,7 +162,7 @@ impl Line {
         let departed = snapshot.record.departures.iter().map(|departure| departure.id);
         let told: usize = holders.chain(departed).map(|id| waiting.tell(id, snapshot)).sum();
         state.calls -= told;
-        state.tidy(key);
+        self.tidy(&mut state, key);
     }
 
     /// Takes note of a record as others left it, and returns what to commit: a turn that came by a foreign commit
@@ -224,43 +212,42 @@ impl Line {
         let Some(waiting) = state.keys.get_mut(key) else { return };
         let told = waiting.tell(id, snapshot);
         state.calls -= told;
-        state.tidy(key);
+        self.tidy(&mut state, key);
     }
 
     /// Waits until a nudge is due.
     pub(super) async fn nudge_due(&self) {
-        reached(&self.nudge_sooner, || self.state().nudges.first().map(|(due, _)| *due)).await;
+        self.nudges.reached().await;
     }
 
     /// Waits until a look is due.
     pub(super) async fn look_due(&self) {
-        reached(&self.look_sooner, || self.state().looks.first().map(|(due, _)| *due)).await;
+        self.looks.reached().await;
     }
 
-    /// Keys to nudge by `now`, as many as a [`LOT`].
+    /// Keys to nudge by `now`; a lot, if there are more.
     pub(super) fn take_nudges(&self, now: Instant) -> Vec<Key> {
         let mut state = self.state();
-        let State { keys, nudges, .. } = &mut *state;
-        let lot = due_by(nudges, now);
+        let lot = self.nudges.take(now);
         for key in &lot {
-            if let Some(waiting) = keys.get_mut(key) {
+            if let Some(waiting) = state.keys.get_mut(key) {
                 waiting.nudge_at = None;
             }
         }
         lot
     }
 
-    /// What to look after by `now`, for as many keys as a [`LOT`].
+    /// What to look after by `now`; for a lot of keys, if there are more.
     pub(super) fn take_looks(&self, now: Instant) -> Looks {
         let mut state = self.state();
         let mut lot = Looks::default();
-        let State { keys, looks, calls, .. } = &mut *state;
-        for key in due_by(looks, now) {
-            let Some(waiting) = keys.get_mut(&key) else { continue };
-            waiting.look_at = now + self.pace.look(*calls);
-            looks.insert((waiting.look_at, key.clone()));
+        let calls = state.calls;
+        for key in self.looks.take(now) {
+            let Some(waiting) = state.keys.get_mut(&key) else { continue };
+            waiting.look_at = now + self.pace.look(calls);
+            self.looks.shift(&key, None, Some(waiting.look_at));
             if waiting.refresh_at <= now {
-                waiting.refresh_at = now + self.pace.refresh(*calls);
+                waiting.refresh_at = now + self.pace.refresh(calls);
                 lot.refreshes.extend(waiting.rejoins().map(|(id, part)| (id, (key.clone(), part))));
             } else {
                 lot.checks.push(key);
@@ -271,41 +258,28 @@ impl Line {
 
     /// Takes note of a record, if calls wait for its key.
     fn note<'a>(&self, state: &'a mut State, snapshot: &Arc<Snapshot>) -> Option<&'a mut Waiting> {
-        let State { keys, nudges, .. } = state;
         let key = &snapshot.record.key;
-        let waiting = keys.get_mut(key)?;
+        let waiting = state.keys.get_mut(key)?;
         let nudge_at = snapshot.next_admission(&self.rules).map(|time| Instant::now() + time);
-        if let Some(before) = waiting.nudge_at {
-            nudges.remove(&(before, key.clone()));
-        }
-        if let Some(nudge_at) = nudge_at {
-            nudges.insert((nudge_at, key.clone()));
-            if nudges.first().is_some_and(|(_, first)| first == key) {
-                self.nudge_sooner.notify_one();
-            }
-        }
+        self.nudges.shift(key, waiting.nudge_at, nudge_at);
         waiting.nudge_at = nudge_at;
         waiting.latest = Some(Arc::clone(snapshot));
         Some(waiting)
     }
 
+    /// Forgets a key for which no call waits.
+    fn tidy(&self, state: &mut State, key: &Key) {
+        if state.keys.get(key).is_some_and(|waiting| waiting.calls.is_empty())
+            && let Some(Waiting { nudge_at, look_at, .. }) = state.keys.remove(key)
+        {
+            self.nudges.shift(key, nudge_at, None);
+            self.looks.shift(key, Some(look_at), None);
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing in here panics half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    /// Forgets a key for which no call waits.
-    fn tidy(&mut self, key: &Key) {
-        if !self.keys.get(key).is_some_and(|waiting| waiting.calls.is_empty()) {
-            return;
-        }
-        let Some((key, Waiting { nudge_at, look_at, .. })) = self.keys.remove_entry(key) else { return };
-        if let Some(nudge_at) = nudge_at {
-            self.nudges.remove(&(nudge_at, key.clone()));
-        }
-        self.looks.remove(&(look_at, key));
     }
 }
 
@@ -358,55 +332,20 @@ pub(super) struct Looks {
     pub(super) refreshes: Vec<(LeaseId, (Key, Part))>,
 }
 
-/// Waits until the instant that `next` names, or an earlier one that it names once `sooner` has rung.
-async fn reached(sooner: &Notify, next: impl Fn() -> Option<Instant>) {
-    loop {
-        let next = next().unwrap_or_else(|| Instant::now() + FAR);
-        if next <= Instant::now() {
-            return;
-        }
-        tokio::select! {
-            () = sooner.notified() => {}
-            () = sleep_until(next) => {}
-        }
-    }
-}
-
-/// Takes the keys that are due by `now`, as many as a [`LOT`].
-fn due_by(agenda: &mut BTreeSet<(Instant, Key)>, now: Instant) -> Vec<Key> {
-    let mut lot = Vec::new();
-    while lot.len() < LOT && agenda.first().is_some_and(|(due, _)| *due <= now) {
-        lot.extend(agenda.pop_first().map(|(_, key)| key));
-    }
-    lot
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::time::Duration;
 
     use futures_util::FutureExt;
 
+    use super::super::agenda::LOT;
     use super::*;
-    use crate::lease::{Edit, Mode, Record, Timestamp, Ttl, step};
+    use crate::lease::{Edit, Record, Timestamp, step};
     use crate::store::embedded::EmbeddedStore;
 
-    fn acquisition() -> Arc<Acquisition> {
-        Arc::new(Acquisition {
-            id: LeaseId::random(),
-            owner: String::new(),
-            metadata: BTreeMap::new(),
-            mode: Mode::Exclusive,
-            shared_limit: 1,
-            ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
-            min_hold: Duration::ZERO,
-            wait: true,
-        })
-    }
-
     /// A key that one holds and the other waits for.
-    fn snapshot(key: Key, holder: Arc<Acquisition>, waiter: Arc<Acquisition>, rules: &Rules) -> Snapshot {
-        let edit = Edit::default().enqueue(holder).enqueue(waiter);
+    fn snapshot(key: Key, holder: Acquisition, waiter: Arc<Acquisition>, rules: &Rules) -> Snapshot {
+        let edit = Edit::default().enqueue(Arc::new(holder)).enqueue(waiter);
         let now = Timestamp(1_000_000);
         Snapshot { record: step(Record::vacant(key), &edit, now, rules), now }
     }
@@ -419,9 +358,9 @@ mod tests {
         let line = Arc::new(Line::new(&store, usize::MAX));
         let enter = |number| {
             let key = Key::try_from(format!("key/{number}").as_str()).expect("a key");
-            let waiter = acquisition();
+            let waiter = Arc::new(Acquisition::waiting(LeaseId::random()));
             let entry = line.enter(&key, &waiter).expect("room");
-            line.observe(&Arc::new(snapshot(key, acquisition(), waiter, &rules)));
+            line.observe(&Arc::new(snapshot(key, Acquisition::waiting(LeaseId::random()), waiter, &rules)));
             entry
         };
         let crowd: Vec<Entry> = (0..=2 * LOT).map(enter).collect();
@@ -439,6 +378,26 @@ mod tests {
         drop(crowd);
         let state = line.state();
         assert!(state.keys.is_empty() && state.calls == 0);
-        assert!(state.looks.is_empty() && state.nudges.is_empty());
+        assert!(line.looks.is_empty() && line.nudges.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_grant_by_another_daemon_is_claimed_with_a_touch_while_its_call_waits() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+        let store = EmbeddedStore::open(folder.path(), rules).await.expect("a usable folder");
+        let line = Arc::new(Line::new(&store, usize::MAX));
+        let key = Key::try_from("key").expect("a key");
+        let [mine, next] = [(); 2].map(|()| Acquisition::waiting(LeaseId::random()));
+        let mut entry = line.enter(&key, &Arc::new(mine.clone())).expect("room");
+        let granted = Arc::new(snapshot(key.clone(), mine.clone(), Arc::new(next), &rules));
+
+        let claims = line.observe_foreign(&granted);
+        assert!(matches!(&claims[..], [(_, Part::Claim(id, _))] if *id == mine.id), "{claims:?}");
+        assert!(!claims[0].1.is_moot());
+        assert!(entry.told().now_or_never().is_none(), "told only once it is claimed");
+        drop(entry);
+        assert!(claims[0].1.is_moot(), "nobody is there to hold it");
+        assert!(line.observe_foreign(&granted).is_empty());
     }
 }

@@ -4,6 +4,7 @@
 //! commit returned. A call that waits has its place in the record; [`line`](mod@line) only remembers whom to tell.
 
 mod acquire;
+mod agenda;
 mod audience;
 mod carriage;
 mod carried;

@@ -95,23 +95,10 @@ impl Part {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::time::Duration;
-
     use super::*;
-    use crate::lease::{Mode, Ttl};
 
     fn acquire(id: LeaseId) -> Part {
-        Part::Acquire(Arc::new(Acquisition {
-            id,
-            owner: String::new(),
-            metadata: BTreeMap::new(),
-            mode: Mode::Exclusive,
-            shared_limit: 1,
-            ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
-            min_hold: Duration::ZERO,
-            wait: true,
-        }))
+        Part::Acquire(Arc::new(Acquisition::waiting(id)))
     }
 
     #[test]
