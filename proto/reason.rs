@@ -28,10 +28,14 @@ pub enum Reason {
     StoreUnavailable,
     /// The daemon is about to end; another one can be asked at once.
     ShuttingDown,
+    /// The lease id is in use on this key with another mode or limit. Nothing changed.
+    IdReused,
+    /// The request is malformed. `google.rpc.BadRequest` beside this names the fields.
+    InvalidRequest,
 }
 
 impl Reason {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::LeaseHeld,
         Self::LeaseLost,
         Self::KeyUnknown,
@@ -39,6 +43,8 @@ impl Reason {
         Self::LimitExceeded,
         Self::StoreUnavailable,
         Self::ShuttingDown,
+        Self::IdReused,
+        Self::InvalidRequest,
     ];
 
     /// The reason as `ErrorInfo` spells it.
@@ -52,6 +58,8 @@ impl Reason {
             Self::LimitExceeded => "LIMIT_EXCEEDED",
             Self::StoreUnavailable => "STORE_UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",
+            Self::IdReused => "ID_REUSED",
+            Self::InvalidRequest => "INVALID_REQUEST",
         }
     }
 
@@ -63,6 +71,8 @@ impl Reason {
             Self::LeaseLost | Self::KeyUnknown => Code::NotFound,
             Self::QueueFull | Self::LimitExceeded => Code::ResourceExhausted,
             Self::StoreUnavailable | Self::ShuttingDown => Code::Unavailable,
+            Self::IdReused => Code::FailedPrecondition,
+            Self::InvalidRequest => Code::InvalidArgument,
         }
     }
 
@@ -72,7 +82,12 @@ impl Reason {
             Self::QueueFull => Some(Duration::from_secs(1)),
             Self::StoreUnavailable => Some(Duration::from_millis(500)),
             Self::ShuttingDown => Some(Duration::ZERO),
-            Self::LeaseHeld | Self::LeaseLost | Self::KeyUnknown | Self::LimitExceeded => None,
+            Self::LeaseHeld
+            | Self::LeaseLost
+            | Self::KeyUnknown
+            | Self::LimitExceeded
+            | Self::IdReused
+            | Self::InvalidRequest => None,
         }
     }
 

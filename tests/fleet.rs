@@ -160,7 +160,7 @@ async fn told(stream: &mut KeepAlive) -> (String, LossReason) {
     let result = answer.results.remove(0);
     match result.outcome.unwrap() {
         Outcome::Lost(lost) => (result.lease.unwrap().key, lost.reason()),
-        Outcome::Kept(kept) => panic!("kept: {kept:?}"),
+        other => panic!("not lost: {other:?}"),
     }
 }
 

@@ -62,14 +62,14 @@ impl KeepAlive {
 pub(crate) fn kept(outcome: &Outcome) -> Duration {
     match outcome {
         Outcome::Kept(kept) => kept.remaining.unwrap().try_into().unwrap(),
-        Outcome::Lost(lost) => panic!("lost: {lost:?}"),
+        other => panic!("not kept: {other:?}"),
     }
 }
 
 pub(crate) fn lost(outcome: &Outcome) -> LossReason {
     match outcome {
-        Outcome::Kept(kept) => panic!("kept: {kept:?}"),
         Outcome::Lost(lost) => lost.reason(),
+        other => panic!("not lost: {other:?}"),
     }
 }
 

@@ -41,6 +41,8 @@ fn granted(key: &Key, grant: &Grant) -> v1::AcquireResponse {
         acquire_time: Some(to_timestamp(grant.acquired_at)),
         expire_time: Some(to_timestamp(grant.expires_at)),
         waited: grant.waited,
+        mode: v1::Mode::Unspecified.into(),
+        remaining: None,
     }
 }
 
@@ -171,6 +173,7 @@ fn to_holder(snapshot: &Snapshot, holder: &Holder) -> v1::Holder {
         acquire_time: Some(to_timestamp(holder.acquired_at)),
         expire_time: Some(to_timestamp(holder.expires_at)),
         metadata: BTreeMap::clone(&holder.metadata).into_iter().collect(),
+        shared_limit: 0,
     }
 }
 
@@ -179,6 +182,7 @@ fn to_waiter(waiter: &Waiter) -> v1::Waiter {
         owner: waiter.acquisition.owner.clone(),
         mode: to_mode(waiter.acquisition.mode).into(),
         since: Some(to_timestamp(waiter.since)),
+        shared_limit: 0,
     }
 }
 
