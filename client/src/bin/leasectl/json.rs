@@ -35,6 +35,24 @@ pub(crate) struct Revoked<'a> {
     pub(crate) revoked: u32,
 }
 
+/// What went wrong. The value of `error` in an object of its own.
+#[derive(Debug, Serialize)]
+pub(crate) struct Fault<'a> {
+    pub(crate) reason: &'static str,
+    pub(crate) message: &'a str,
+    pub(crate) exit_code: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) holder: Option<Standing<'a>>,
+}
+
+/// Who stands in the way.
+#[derive(Debug, Serialize)]
+pub(crate) struct Standing<'a> {
+    pub(crate) owner: &'a str,
+    pub(crate) token: i64,
+    pub(crate) remaining_ms: u64,
+}
+
 #[derive(Debug, Serialize)]
 pub(crate) struct Key<'a> {
     key: &'a str,

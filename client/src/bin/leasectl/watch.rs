@@ -7,7 +7,7 @@ use tokio_stream::StreamExt;
 
 use crate::failure::Failure;
 use crate::json::{Event, change, state, time};
-use crate::output::{Output, json};
+use crate::output::{Output, complain, json};
 use crate::table;
 
 /// Prints what happens, until a signal ends the process.
@@ -34,9 +34,9 @@ fn text(event: &WatchEvent) -> Option<String> {
         WatchEvent::Snapshot(key) => Some(line(state(key.state), key)),
         WatchEvent::Change { kind, key } => Some(line(change(*kind), key)),
         WatchEvent::Interrupted { cause } => {
-            eprintln!(
-                "leasectl: the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
-            );
+            complain(&format!(
+                "the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
+            ));
             None
         }
         WatchEvent::SnapshotEnd => None,
