@@ -33,6 +33,8 @@ mod languages;
 mod losses;
 /// What a daemon counts.
 mod metrics;
+/// Proxies between callers and daemons.
+mod proxies;
 /// Keys that nobody needs any more.
 mod purge;
 /// Waiting in line, over one daemon and two.
