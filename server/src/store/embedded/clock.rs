@@ -92,6 +92,16 @@ impl Clock {
     /// Goes on from what a file says: the anchor kept in it, and the time of its latest commit.
     pub(super) fn resume(readings: Arc<dyn Readings>, kept: Option<&Anchor>, latest: Timestamp) -> Self {
         let anchor = anchor(&*readings, kept, latest);
+        let (wall, time) = (Timestamp(millis(readings.wall())), anchor.at(millis(readings.up())));
+        let (ahead, behind) = (time - wall, wall - time);
+        if ahead.max(behind) > NOTABLE {
+            tracing::warn!(
+                ?ahead,
+                ?behind,
+                "the host's clock was set since the machine was started, or is behind the latest commit; leases go by \
+                 the store's clock, which differs from it until the machine is started again"
+            );
+        }
         Self {
             readings,
             anchor,
@@ -135,25 +145,17 @@ impl Clock {
 /// The anchor to go by: the one kept, if it is of this boot, or else a new one.
 fn anchor(readings: &dyn Readings, kept: Option<&Anchor>, latest: Timestamp) -> Anchor {
     let (boot, up) = (readings.boot(), millis(readings.up()));
-    let wall = Timestamp(millis(readings.wall()));
     // A boot clock that went back is another one, whatever its name: that of a machine restored from a snapshot.
     let same = kept.filter(|kept| Some(&kept.boot) == boot.as_ref() && kept.up <= up);
-    let anchor = match same {
+    match same {
         Some(kept) if kept.at(up) >= latest => kept.clone(),
         // An earlier version of this program went by the wall clock during this boot.
         Some(_) => Anchor { boot: boot.unwrap_or_default(), up, time: latest },
-        None => Anchor { boot: boot.unwrap_or_default(), up, time: wall.max(latest) },
-    };
-    let (ahead, behind) = (anchor.at(up) - wall, wall - anchor.at(up));
-    if ahead.max(behind) > NOTABLE {
-        tracing::warn!(
-            ?ahead,
-            ?behind,
-            "the store's clock differs from the host's, which was set since the machine was started or is behind the \
-             latest commit; leases go by the store's clock until the machine is started again"
-        );
+        None => {
+            let wall = Timestamp(millis(readings.wall()));
+            Anchor { boot: boot.unwrap_or_default(), up, time: wall.max(latest) }
+        }
     }
-    anchor
 }
 
 #[cfg(test)]

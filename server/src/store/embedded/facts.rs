@@ -20,7 +20,7 @@ pub(super) const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::ne
 /// Numbers about the whole.
 const FACTS: TableDefinition<'_, &str, i64> = TableDefinition::new("leased");
 /// Names of the whole. Absent from files that an earlier version laid out, until this one opens them.
-const NAMES: TableDefinition<'_, &str, &str> = TableDefinition::new("names");
+pub(super) const NAMES: TableDefinition<'_, &str, &str> = TableDefinition::new("names");
 
 /// The number that says how the rest is to be read.
 const FORMAT: &str = "format";

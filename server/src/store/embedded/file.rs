@@ -326,3 +326,78 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     File::open(folder)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opens(folder: &Path) -> Result<(), OpenError> {
+        let file = DataFile::in_folder(folder);
+        file.prepare()?;
+        open(&file, &Unsynced::default(), None).map(drop)
+    }
+
+    #[test]
+    fn what_a_killed_first_start_leaves_is_done_anew() {
+        let whole = blank();
+        for length in [0, 1, 4096, whole.len() / 2, whole.len()] {
+            let folder = tempfile::tempdir().expect("a folder");
+            fs::write(folder.path().join(NEW_FILE), &whole[..length]).expect("a file");
+            opens(folder.path()).expect("a start");
+            assert!(!folder.path().join(NEW_FILE).exists(), "it is cleaned up");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_first_start_leaves_beside_the_file_is_removed_and_the_file_is_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        opens(folder.path()).expect("a start");
+        let before = fs::metadata(folder.path().join(FILE)).expect("the file");
+        fs::write(folder.path().join(NEW_FILE), "half").expect("a file");
+        opens(folder.path()).expect("a start");
+        assert!(!folder.path().join(NEW_FILE).exists(), "it is cleaned up");
+        let after = fs::metadata(folder.path().join(FILE)).expect("the file");
+        assert_eq!(Identity::of(&after), Identity::of(&before));
+    }
+
+    #[test]
+    fn a_first_start_that_another_is_at_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let other = File::create(folder.path().join(NEW_FILE)).expect("a file");
+        other.lock().expect("a lock");
+        assert!(matches!(opens(folder.path()), Err(OpenError::InUse(_))));
+        drop(other);
+        opens(folder.path()).expect("a start");
+    }
+
+    #[test]
+    fn a_file_that_is_empty_is_damaged_and_a_link_that_leads_nowhere_is_left_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(FILE);
+        fs::write(&path, "").expect("a file");
+        assert!(matches!(opens(folder.path()), Err(OpenError::Damaged(..))));
+        assert_eq!(fs::metadata(&path).expect("the file").len(), 0);
+        fs::remove_file(&path).expect("a file");
+        std::os::unix::fs::symlink(folder.path().join("volume/leases.redb"), &path).expect("a link");
+        assert!(matches!(opens(folder.path()), Err(OpenError::Forbidden(..))));
+        assert!(fs::symlink_metadata(&path).expect("the link").is_symlink());
+    }
+
+    /// A number that is used again, as file systems do.
+    #[test]
+    fn another_store_in_the_same_file_is_not_taken_for_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = DataFile::in_folder(folder.path());
+        file.prepare().expect("a first start");
+        let (database, facts) = open(&file, &Unsynced::default(), None).expect("an open file");
+        drop(database);
+        let known = Known { store: facts.store.expect("an identity"), latest: facts.latest };
+        open(&file, &Unsynced::default(), Some(known)).expect("the same one");
+        let other = blank();
+        fs::write(file.path(), &other).expect("the same file");
+        file.find().expect("the same file");
+        let refused = open(&file, &Unsynced::default(), Some(known)).expect_err("another store");
+        assert!(matches!(refused, OpenError::Gone(_, REPLACED)), "{refused}");
+        assert!(fs::read(file.path()).expect("the file") == other, "it was written to");
+    }
+}

@@ -364,6 +364,35 @@ async fn where_boots_have_no_names_each_start_counts_as_one() {
     assert_eq!(holders(&apply(&store, "job", for_a_while(LeaseId::random())).await), [id]);
 }
 
+/// The earlier version kept neither an identity nor an anchor, and went by the wall clock.
+#[tokio::test]
+async fn a_file_of_an_earlier_version_gets_an_identity_and_takes_nothing_from_its_holders() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let machine = Machine::new(None);
+    let store = start(folder.path(), &machine).await;
+    let id = LeaseId::random();
+    apply(&store, "job", for_a_while(id)).await;
+    let before = store.store_id();
+    drop(store);
+    let writing = loop {
+        match redb::Database::open(folder.path().join(super::file::FILE)) {
+            Ok(database) => break database.begin_write().expect("a transaction"),
+            Err(redb::DatabaseError::DatabaseAlreadyOpen) => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    writing.delete_table(super::facts::NAMES).expect("a table");
+    writing.commit().expect("a commit");
+
+    machine.set_wall(60_000);
+    let store = start(folder.path(), &machine).await;
+    let after = store.store_id();
+    assert_ne!(after, before);
+    assert_eq!(holders(&apply(&store, "job", for_a_while(LeaseId::random())).await), [id]);
+    drop(store);
+    assert_eq!(start(folder.path(), &machine).await.store_id(), after);
+}
+
 #[tokio::test]
 async fn a_store_keeps_its_identity() {
     let (folder, other) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));

@@ -282,6 +282,26 @@ mod tests {
         assert_eq!(purged, u64::try_from(keys).expect("a count"));
     }
 
+    #[tokio::test]
+    async fn keys_are_read_while_listings_have_all_their_threads_and_more_wait() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let (go, gate) = std::sync::mpsc::channel::<()>();
+        let gate = Arc::new(std::sync::Mutex::new(gate));
+        let mut listings = Vec::new();
+        for _ in 0..3 * PAGE_READERS {
+            let (store, gate) = (store.clone(), Arc::clone(&gate));
+            let work = move |_: &Home, _: &Records| Ok(gate.lock().expect("no panic").recv().is_err());
+            listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(store.read(vec![key("x")]).await.expect("a read"), []);
+        drop(go);
+        for listing in listings {
+            assert!(listing.await.expect("no panic").expect("a listing"));
+        }
+    }
+
     /// `LEASED_PURGED_KEYS` sets how many keys there are in all.
     #[tokio::test]
     async fn keys_without_end_leave_a_file_that_does_not_grow() {

@@ -48,8 +48,9 @@ pub(super) struct Home {
 /// Gives orders to the thread, which ends with the last of these.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
-    orders: SyncSender<Order>,
+    // Dropped first, so that it is the thread that closes the file, which takes time.
     home: Arc<Home>,
+    orders: SyncSender<Order>,
 }
 
 #[derive(Debug)]
@@ -348,7 +349,7 @@ impl Writer {
         };
         thread::Builder::new().name("store".to_owned()).spawn(run).map_err(Unstarted::Thread)?;
         let home = opened.await.map_err(|_| Unstarted::Panicked)?.map_err(Unstarted::Store)?;
-        Ok(Self { orders: sender, home })
+        Ok(Self { home, orders: sender })
     }
 
     pub(super) fn home(&self) -> &Arc<Home> {
