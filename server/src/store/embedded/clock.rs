@@ -111,9 +111,13 @@ impl Clock {
         }
     }
 
-    /// Goes on from what the file says when it is opened again.
-    pub(super) fn resume_again(&mut self, kept: Option<&Anchor>, latest: Timestamp) {
-        self.anchor = anchor(&*self.readings, kept, latest.max(self.shown));
+    /// Goes on in a file that is opened again, whose latest commit may be another daemon's. A process lives within one
+    /// boot, so the anchor holds, unless that commit is ahead of it.
+    pub(super) fn reach(&mut self, latest: Timestamp) {
+        let up = millis(self.readings.up());
+        if self.anchor.at(up) < latest {
+            self.anchor = Anchor { boot: self.anchor.boot.clone(), up, time: latest };
+        }
     }
 
     pub(super) fn anchor(&self) -> &Anchor {

@@ -121,7 +121,7 @@ enum Event {
         off: i64,
         set_wall: i64,
     },
-    /// The daemon opens its file again, in which a daemon of another kind was ahead by this much.
+    /// The daemon opens its file again, in which the latest commit is another daemon's and so much later.
     Reopen(i64),
 }
 
@@ -193,7 +193,7 @@ fn keeps_time(events: &[Event], mistake: Option<Mistake>) -> Result<(), TestCase
             }
             Event::Reopen(ahead) => {
                 kept.latest = Timestamp(kept.latest.0 + ahead);
-                clock.resume_again(kept.anchor.as_ref(), kept.latest);
+                clock.reach(kept.latest);
                 kept.anchor = Some(clock.anchor().clone());
                 passed = Some((kept.latest.0 - before.0).max(0));
             }
@@ -362,6 +362,16 @@ async fn where_boots_have_no_names_each_start_counts_as_one() {
     machine.set_wall(60_000);
     let store = start(folder.path(), &machine).await;
     assert_eq!(holders(&apply(&store, "job", for_a_while(LeaseId::random())).await), [id]);
+
+    let renewed = apply(&store, "job", Edit::default()).await.holders[0].expires_at;
+    let (file, away) = (folder.path().join(super::file::FILE), folder.path().join("away"));
+    std::fs::rename(&file, &away).expect("the file");
+    store.check().await.expect_err("the file is gone");
+    machine.set_wall(60_000);
+    std::fs::rename(&away, &file).expect("the file");
+    store.check().await.expect("it is back");
+    let reopened = apply(&store, "job", Edit::default()).await.holders[0].expires_at;
+    assert_eq!(reopened, renewed, "a file that is opened again within one start is none");
 }
 
 /// The earlier version kept neither an identity nor an anchor, and went by the wall clock.

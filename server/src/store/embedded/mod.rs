@@ -101,7 +101,7 @@ impl EmbeddedStore {
         self.home().set_clock(now);
     }
 
-    /// Reads what has been committed, on one of these threads.
+    /// Reads what has been committed, on a thread of `readers`.
     async fn reading<T: Send + 'static>(
         &self,
         readers: &Readers,

@@ -190,7 +190,7 @@ impl Home {
         let (anchor, now) = {
             let mut clock = self.clock();
             // Another daemon may have had the file meanwhile.
-            clock.resume_again(facts.anchor.as_ref(), facts.latest);
+            clock.reach(facts.latest);
             (clock.anchor().clone(), clock.now())
         };
         facts.settle(&database, &anchor, now, &self.rules)?;
@@ -332,8 +332,7 @@ enum Changed {
 }
 
 impl Writer {
-    /// Starts the thread, which opens the store first: both need what only the system can give, and no later call
-    /// depends on it again.
+    /// Starts the thread and waits until it has opened the store. Opening blocks for as long as the disk takes.
     pub(super) async fn start(
         open: impl FnOnce() -> Result<Home, OpenError> + Send + 'static,
     ) -> Result<Self, Unstarted> {
