@@ -20,4 +20,5 @@ pub use id::{FencingToken, LeaseId};
 pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
 pub use record::{Departure, Holder, Mode, Reason, Record, Waiter};
 pub use step::{MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, REMEMBERED_DEPARTURES, Rules, step};
+pub(crate) use time::millis;
 pub use time::{Timestamp, Ttl};

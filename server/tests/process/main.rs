@@ -16,3 +16,6 @@ mod data;
 
 /// Killed at any moment, and short of room.
 mod crash;
+
+/// A data folder that is removed, replaced, unmounted or never finished.
+mod volume;

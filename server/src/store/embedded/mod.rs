@@ -1,14 +1,18 @@
 //! The store on one host: a file of its own, one daemon. The only files that know redb.
 //!
 //! It runs the rules themselves, in one write transaction a batch, on a thread of its own. A commit that has been
-//! answered is on the disk.
+//! answered is on the disk. All its threads are made at the start: later the system may have none to give.
 
 mod clock;
 mod disk;
 mod document;
+mod facts;
 #[cfg(test)]
 mod faults;
 mod file;
+#[cfg(test)]
+mod machine;
+mod readers;
 mod writer;
 
 use std::path::Path;
@@ -17,13 +21,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use redb::ReadableDatabase;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::spawn_blocking;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+use clock::{Host, Readings};
+use facts::RECORDS;
 pub use file::OpenError;
-use file::{DataFile, RECORDS};
-use writer::{Home, Writer};
+use file::{DataFile, Medium};
+use readers::Readers;
+use writer::{Home, Unstarted, Writer};
 
 use super::failure::Failure;
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
@@ -31,17 +38,19 @@ use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
 const BATCHES: usize = 4;
-/// Reads at once; each is a thread while it lasts.
-const READS: usize = 16;
+/// Threads that read some keys, and threads that read pages. The first never wait for the second: a page may take
+/// as long as there are free keys to pass over, and the engine looks keys up to do its work.
+const KEY_READERS: usize = 4;
+const PAGE_READERS: usize = 4;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
 /// Records in a file. The file is closed some time after the last clone has gone.
 #[derive(Debug, Clone)]
 pub struct EmbeddedStore {
-    home: Arc<Home>,
     writer: Writer,
-    reads: Arc<Semaphore>,
+    keys: Readers,
+    pages: Readers,
     repetitions: Arc<AtomicU64>,
 }
 
@@ -51,32 +60,59 @@ impl EmbeddedStore {
     /// # Errors
     /// [`OpenError`]: another daemon has it, it is damaged or not ours, or the system does not let us.
     pub async fn open(folder: &Path, rules: Rules) -> Result<Self, OpenError> {
-        let file = Box::new(DataFile::in_folder(folder));
-        let opened = spawn_blocking(move || Home::open(file, rules)).await;
-        let home = Arc::new(opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?);
-        let writer = Writer::start(Arc::clone(&home));
-        Ok(Self { home, writer, reads: Arc::new(Semaphore::new(READS)), repetitions: Arc::default() })
+        Self::open_on(Box::new(DataFile::in_folder(folder)), rules, Arc::new(Host)).await
+    }
+
+    async fn open_on(
+        medium: Box<dyn Medium>,
+        rules: Rules,
+        readings: Arc<dyn Readings>,
+    ) -> Result<Self, OpenError> {
+        let path = medium.path().to_owned();
+        let failed = |why: String| OpenError::Failed(path.clone(), why);
+        let thread = |error| failed(format!("the system gives no thread ({error})"));
+        let writer = Writer::start(move || Home::open(medium, rules, readings)).await;
+        let writer = writer.map_err(|unstarted| match unstarted {
+            Unstarted::Thread(error) => thread(error),
+            Unstarted::Store(error) => error,
+            Unstarted::Panicked => failed("the store panicked while it was opened".to_owned()),
+        })?;
+        Ok(Self {
+            writer,
+            keys: Readers::start("store-keys", KEY_READERS).map_err(thread)?,
+            pages: Readers::start("store-pages", PAGE_READERS).map_err(thread)?,
+            repetitions: Arc::default(),
+        })
+    }
+
+    /// The identity of the store. It is made when the file is laid out, and stays with the file.
+    #[must_use]
+    pub fn store_id(&self) -> Uuid {
+        self.home().store()
+    }
+
+    fn home(&self) -> &Arc<Home> {
+        self.writer.home()
     }
 
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
-        self.home.set_clock(now);
+        self.home().set_clock(now);
     }
 
-    /// Reads what has been committed, on a thread that may wait for the disk.
+    /// Reads what has been committed, on a thread of `readers`.
     async fn reading<T: Send + 'static>(
         &self,
+        readers: &Readers,
         read: impl FnOnce(&Home, &Records) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let permit = Arc::clone(&self.reads).acquire_owned().await;
-        let home = Arc::clone(&self.home);
-        let done = spawn_blocking(move || {
-            let _permit = permit;
+        let home = Arc::clone(self.home());
+        let work = move || {
             let records = home.database()?.begin_read()?.open_table(RECORDS)?;
             read(&home, &records)
-        });
-        Ok(done.await.map_err(Failure::not_applied)??)
+        };
+        Ok(readers.run(work).await?)
     }
 }
 
@@ -105,11 +141,11 @@ impl Store for EmbeddedStore {
             }
             Ok(found)
         };
-        self.reading(read).await
+        self.reading(&self.keys, read).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.reading(move |home, records| page(home, records, &query)).await
+        self.reading(&self.pages, move |home, records| page(home, records, &query)).await
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
@@ -117,7 +153,7 @@ impl Store for EmbeddedStore {
         let mut from = None;
         loop {
             let read = move |home: &Home, records: &Records| forgettable(home, records, from, free_for);
-            let (keys, next) = self.reading(read).await?;
+            let (keys, next) = self.reading(&self.pages, read).await?;
             // The writer looks again: a key may have been leased since.
             purged += self.writer.forget(keys, free_for).await?;
             let Some(next) = next else { return Ok(purged) };
@@ -130,7 +166,7 @@ impl Store for EmbeddedStore {
     }
 
     fn rules(&self) -> Rules {
-        self.home.rules()
+        self.home().rules()
     }
 
     fn name(&self) -> &'static str {
@@ -244,6 +280,26 @@ mod tests {
         store.set_clock(now);
         let purged = store.purge(Duration::from_secs(3600)).await.expect("a purge");
         assert_eq!(purged, u64::try_from(keys).expect("a count"));
+    }
+
+    #[tokio::test]
+    async fn keys_are_read_while_listings_have_all_their_threads_and_more_wait() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let (go, gate) = std::sync::mpsc::channel::<()>();
+        let gate = Arc::new(std::sync::Mutex::new(gate));
+        let mut listings = Vec::new();
+        for _ in 0..3 * PAGE_READERS {
+            let (store, gate) = (store.clone(), Arc::clone(&gate));
+            let work = move |_: &Home, _: &Records| Ok(gate.lock().expect("no panic").recv().is_err());
+            listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(store.read(vec![key("x")]).await.expect("a read"), []);
+        drop(go);
+        for listing in listings {
+            assert!(listing.await.expect("no panic").expect("a listing"));
+        }
     }
 
     /// `LEASED_PURGED_KEYS` sets how many keys there are in all.
