@@ -11,6 +11,7 @@ mod faults;
 mod file;
 mod writer;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use redb::ReadableDatabase;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use file::OpenError;
 use file::{DataFile, RECORDS};
@@ -40,6 +42,7 @@ const PAGE_BYTES: usize = 4 * 1024 * 1024;
 #[derive(Debug, Clone)]
 pub struct EmbeddedStore {
     home: Arc<Home>,
+    id: Uuid,
     writer: Writer,
     reads: Arc<Semaphore>,
     repetitions: Arc<AtomicU64>,
@@ -54,8 +57,9 @@ impl EmbeddedStore {
         let file = Box::new(DataFile::in_folder(folder));
         let opened = spawn_blocking(move || Home::open(file, rules)).await;
         let home = Arc::new(opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?);
+        let id = store_id(folder).map_err(|error| OpenError::Failed(folder.to_owned(), error.to_string()))?;
         let writer = Writer::start(Arc::clone(&home));
-        Ok(Self { home, writer, reads: Arc::new(Semaphore::new(READS)), repetitions: Arc::default() })
+        Ok(Self { home, id, writer, reads: Arc::new(Semaphore::new(READS)), repetitions: Arc::default() })
     }
 
     /// Stops the clock at `now`, also if that is earlier.
@@ -78,6 +82,12 @@ impl EmbeddedStore {
         });
         Ok(done.await.map_err(Failure::not_applied)??)
     }
+}
+
+/// The identity of the store in the folder: as long as its file is the same file of the same file system.
+fn store_id(folder: &Path) -> std::io::Result<Uuid> {
+    let file = std::fs::metadata(folder.join(file::FILE))?;
+    Ok(Uuid::from_u64_pair(file.dev(), file.ino()))
 }
 
 type Records = redb::ReadOnlyTable<&'static str, &'static [u8]>;
@@ -127,6 +137,10 @@ impl Store for EmbeddedStore {
 
     async fn check(&self) -> Result<(), StoreError> {
         Ok(self.writer.check().await?)
+    }
+
+    fn id(&self) -> Uuid {
+        self.id
     }
 
     fn rules(&self) -> Rules {
