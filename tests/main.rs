@@ -23,6 +23,8 @@ mod fleet;
 mod holder;
 /// Requests that are wrong, and requests that only look so.
 mod hostile;
+/// Which store answers.
+mod identity;
 /// Looking at keys.
 mod inspect;
 /// Renewing leases on a stream.

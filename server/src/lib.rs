@@ -40,6 +40,8 @@ mod http;
 mod process;
 /// Running the daemon.
 pub mod server;
+/// Which store answers.
+mod stamp;
 /// How the daemon stands.
 mod standing;
 

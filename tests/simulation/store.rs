@@ -10,6 +10,7 @@ use leased::store::{FeedEvent, FeedState, ListQuery, Outcome, Page, Store, Store
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::history::{History, now};
 use crate::support::ms;
@@ -237,6 +238,10 @@ impl Store for SimulatedStore {
     async fn check(&self) -> Result<(), StoreError> {
         self.travel().await;
         if self.is_away() { Err(away(Outcome::NotApplied)) } else { Ok(()) }
+    }
+
+    fn id(&self) -> Uuid {
+        Uuid::nil()
     }
 
     fn rules(&self) -> Rules {

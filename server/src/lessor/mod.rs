@@ -30,6 +30,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 pub use acquire::{Acquired, Call, Grant, Origin, Refusal};
 use audience::Audience;
@@ -133,18 +134,24 @@ impl<S> Clone for Lessor<S> {
 }
 
 impl<S: Store> Lessor<S> {
-    /// Starts an engine. Its tasks end when `draining` is cancelled and its last commit has returned.
+    /// Starts an engine. Its `tasks` end when `draining` is cancelled.
     #[must_use]
-    pub(crate) fn start(store: S, bounds: Bounds, draining: CancellationToken, meter: &mut Meter) -> Self {
+    pub(crate) fn start(
+        store: S,
+        bounds: Bounds,
+        draining: CancellationToken,
+        meter: &mut Meter,
+        tasks: &TaskTracker,
+    ) -> Self {
         let counts = Arc::new(Counts::new(meter));
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
         let carried = Arc::new(Carried::new(&counts));
         let watchers = Arc::new(Watchers::new(bounds.watches));
         let audience = Arc::new(Audience { line, carried, watchers, counts });
         let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
-        tokio::spawn(upkeep::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        tokio::spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        tokio::spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(upkeep::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         let room = Arc::new(Semaphore::new(bounds.queued_commands));
         Self { committer, audience, room, bounds, draining }
     }

@@ -8,8 +8,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
-use super::{FeedEvent, FeedState, ListQuery, Outcome, Page, Store, StoreError};
+use super::{FeedEvent, FeedState, ListQuery, Outcome, Page, StartError, Store, StoreError};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 use crate::meter::{Histogram, Meter, Present};
 
@@ -112,6 +113,22 @@ impl<S: Store> Store for Metered<S> {
 
     async fn check(&self) -> Result<(), StoreError> {
         self.note(Operation::Check, self.store.check().await)
+    }
+
+    fn id(&self) -> Uuid {
+        self.store.id()
+    }
+
+    async fn join(&self) -> Result<(), StartError> {
+        self.store.join().await
+    }
+
+    async fn objection(&self) -> String {
+        self.store.objection().await
+    }
+
+    async fn leave(&self) {
+        self.store.leave().await;
     }
 
     fn rules(&self) -> Rules {

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub(crate) use metered::Metered;
 
@@ -66,6 +67,30 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError`] if it cannot.
     fn check(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Which store it is: the same for every daemon on the same records and after every restart, and another for any
+    /// other store. So callers notice when they are given daemons of two.
+    fn id(&self) -> Uuid;
+
+    /// Makes this daemon known to the others on the same records. To be called before anyone is served.
+    ///
+    /// # Errors
+    /// [`StartError::Unusable`] if it must not run beside them; [`StartError::Unreachable`] if the store does not answer.
+    fn join(&self) -> impl Future<Output = Result<(), StartError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// Waits until this daemon must serve no more, because of other daemons or of what became of the store, and says
+    /// why. Never returns while all is well.
+    fn objection(&self) -> impl Future<Output = String> + Send {
+        std::future::pending()
+    }
+
+    /// Ends what the store does in the background and tells the other daemons that this one is gone; bounded in time.
+    /// Nothing is asked of the store afterwards.
+    fn leave(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
 
     /// The rules that commits obey.
     fn rules(&self) -> Rules;

@@ -11,6 +11,9 @@ mod support;
 /// The ready line, the exit codes, the signals.
 mod lifecycle;
 
+/// What is refused before anyone is served.
+mod start;
+
 /// The data of the embedded store: whose it is, and in which state.
 mod data;
 

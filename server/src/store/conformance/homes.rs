@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::wrongs::Wrong;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
@@ -36,6 +37,7 @@ pub(super) struct Unanswered(pub(super) StoreError);
 
 /// Either store, at instants that the test chooses.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
 pub(super) enum TestStore {
     Embedded(EmbeddedStore, #[expect(dead_code, reason = "removes the folder in the end")] Arc<TempDir>),
     MongoDb(MongoStore),
@@ -192,6 +194,13 @@ impl Store for TestStore {
         match self {
             Self::Embedded(store, _) => store.check().await,
             Self::MongoDb(store) => store.check().await,
+        }
+    }
+
+    fn id(&self) -> Uuid {
+        match self {
+            Self::Embedded(store, _) => store.id(),
+            Self::MongoDb(store) => store.id(),
         }
     }
 

@@ -382,7 +382,7 @@ async fn a_file_of_an_earlier_version_gets_an_identity_and_takes_nothing_from_it
     let store = start(folder.path(), &machine).await;
     let id = LeaseId::random();
     apply(&store, "job", for_a_while(id)).await;
-    let before = store.store_id();
+    let before = store.id();
     drop(store);
     let writing = loop {
         match redb::Database::open(folder.path().join(super::file::FILE)) {
@@ -396,11 +396,11 @@ async fn a_file_of_an_earlier_version_gets_an_identity_and_takes_nothing_from_it
 
     machine.set_wall(60_000);
     let store = start(folder.path(), &machine).await;
-    let after = store.store_id();
+    let after = store.id();
     assert_ne!(after, before);
     assert_eq!(holders(&apply(&store, "job", for_a_while(LeaseId::random())).await), [id]);
     drop(store);
-    assert_eq!(start(folder.path(), &machine).await.store_id(), after);
+    assert_eq!(start(folder.path(), &machine).await.id(), after);
 }
 
 #[tokio::test]
@@ -408,9 +408,9 @@ async fn a_store_keeps_its_identity() {
     let (folder, other) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
     let machine = Machine::new(None);
     let store = start(folder.path(), &machine).await;
-    let id = store.store_id();
-    assert_ne!(id, start(other.path(), &machine).await.store_id());
+    let id = store.id();
+    assert_ne!(id, start(other.path(), &machine).await.id());
     drop(store);
     machine.boot(1_000);
-    assert_eq!(start(folder.path(), &machine).await.store_id(), id);
+    assert_eq!(start(folder.path(), &machine).await.id(), id);
 }

@@ -85,12 +85,6 @@ impl EmbeddedStore {
         })
     }
 
-    /// The identity of the store. It is made when the file is laid out, and stays with the file.
-    #[must_use]
-    pub fn store_id(&self) -> Uuid {
-        self.home().store()
-    }
-
     fn home(&self) -> &Arc<Home> {
         self.writer.home()
     }
@@ -163,6 +157,10 @@ impl Store for EmbeddedStore {
 
     async fn check(&self) -> Result<(), StoreError> {
         Ok(self.writer.check().await?)
+    }
+
+    fn id(&self) -> Uuid {
+        self.home().store()
     }
 
     fn rules(&self) -> Rules {

@@ -50,8 +50,9 @@ impl Failure {
             // DuplicateKey: someone else inserted the record first.
             11000 => Self::NotApplied(cause),
             // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, document too large,
-            // CannotCreateCollection, a document that validation rejects.
-            13 | 18 | 73 | 59 | 10334 | 17419 | 17420 | 662 | 121 => Self::Refused(cause),
+            // CannotCreateCollection, a document that validation rejects, CommandNotSupported,
+            // CommandNotSupportedOnView, OptionNotSupportedOnView.
+            13 | 18 | 73 | 59 | 10334 | 17419 | 17420 | 662 | 121 | 115 | 166 | 167 => Self::Refused(cause),
             // Anything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
             // have struck half-way through a batch.
             _ => Self::Unknown(cause),
@@ -63,15 +64,33 @@ impl Failure {
 #[derive(Debug, Clone)]
 pub(super) struct Runner {
     tasks: Arc<Semaphore>,
+    most: usize,
 }
 
 impl Runner {
     pub(super) fn new() -> Self {
-        Self { tasks: Arc::new(Semaphore::new(TASKS)) }
+        Self::of(TASKS)
     }
 
     pub(super) fn for_errands() -> Self {
-        Self { tasks: Arc::new(Semaphore::new(ERRANDS)) }
+        Self::of(ERRANDS)
+    }
+
+    fn of(most: usize) -> Self {
+        Self { tasks: Arc::new(Semaphore::new(most)), most }
+    }
+
+    /// Waits until every command that was begun has ended, also those that nobody waits for, or for as long as one
+    /// may take.
+    pub(super) async fn settled(&self) {
+        let all = u32::try_from(self.most).unwrap_or(u32::MAX);
+        drop(timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await);
+    }
+
+    /// Lets no command begin any more, and waits for those that were begun as [`Self::settled`] does.
+    pub(super) async fn end(&self) {
+        self.settled().await;
+        self.tasks.close();
     }
 
     /// Runs `command` to its end, and waits for that no longer than an attempt may take.

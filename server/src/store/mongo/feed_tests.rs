@@ -148,6 +148,11 @@ fn registered(store: &MongoStore) -> Collection<Document> {
     store.database.collection(&daemons::collection_name(store.collection.name()))
 }
 
+/// The daemons among what is registered.
+fn signs() -> Document {
+    doc! { "seen_at": { "$exists": true } }
+}
+
 /// One who waits, shared or alone.
 fn waiting(id: LeaseId, mode: Mode) -> Acquisition {
     Acquisition { wait: true, mode, shared_limit: 2, ..asking(id) }

@@ -11,11 +11,14 @@ mod expression;
 mod feed;
 #[cfg(test)]
 mod feed_tests;
+mod identity;
 mod pipeline;
 mod reading;
+mod uri;
 #[cfg(test)]
 mod wrong;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,12 +28,14 @@ use mongodb::options::WriteConcern;
 use mongodb::{Client, Collection, Database};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use check::Unusable;
 use command::Runner;
 use commit::Lines;
 use daemons::{Daemons, Pace};
 use feed::Feed;
+use uri::Printer;
 
 use super::failure::Failure;
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
@@ -39,10 +44,16 @@ use crate::lease::{Edit, Key, Rules, Snapshot};
 /// Batches in flight; each is a command that writes and one that reads.
 const BATCHES: usize = 2;
 
+/// A write that a majority has not acknowledged for so long means that commits have nowhere to go.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long the end may take.
+const FAREWELL: Duration = Duration::from_secs(8);
+
 /// Where the records are.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Location {
-    /// The connection string; every option of the driver holds.
+    /// The connection string. Every option of the driver holds but those that would make leases unsafe, which are
+    /// refused.
     pub uri: String,
     /// The database's name.
     pub database: String,
@@ -50,10 +61,22 @@ pub struct Location {
     pub collection: String,
 }
 
+/// The URI holds a password.
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { uri: _, database, collection } = self;
+        f.debug_struct("Location")
+            .field("database", database)
+            .field("collection", collection)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Records in a MongoDB collection.
 #[derive(Debug, Clone)]
 pub struct MongoStore {
     rules: Rules,
+    id: Uuid,
     database: Database,
     collection: Collection<RawDocumentBuf>,
     concern: WriteConcern,
@@ -73,15 +96,22 @@ impl MongoStore {
     /// [`ConnectError::Unusable`] if the database can be reached and cannot be used, or the URI is wrong;
     /// [`ConnectError::Unreachable`] if it did not answer, so that trying again may help.
     pub async fn connect(location: &Location, rules: Rules) -> Result<Self, ConnectError> {
-        let options = check::client_options(&location.uri).await?;
-        let asked = options.write_concern.clone();
-        let client = Client::with_options(options).map_err(|error| Unusable::Uri(command::brief(&error)))?;
+        let mut printer = Printer::new(&location.uri);
+        let store = Self::open(location, rules, &mut printer).await;
+        store.map_err(|error| printer.printable(error))
+    }
+
+    async fn open(location: &Location, rules: Rules, printer: &mut Printer) -> Result<Self, ConnectError> {
+        let options = uri::client_options(&location.uri).await?;
+        printer.with_options(&options);
+        let client = Client::with_options(options.clone()).map_err(|error| uri::unusable(&error))?;
         let database = client.database(&location.database);
         let mut store = Self {
             rules,
+            id: Uuid::nil(),
             collection: database.collection(&location.collection),
             database,
-            concern: WriteConcern::majority(),
+            concern: uri::write_concern(),
             runner: Runner::new(),
             feed: Arc::new(Feed::new(Pace::default())),
             lines: Arc::default(),
@@ -90,7 +120,17 @@ impl MongoStore {
             #[cfg(test)]
             wrong: None,
         };
-        store.concern = check::database(&store, asked).await?;
+        let checked = async {
+            check::database(&store, &options).await?;
+            Ok(identity::settle(&store).await?)
+        };
+        match checked.await {
+            Ok(id) => store.id = id,
+            Err(error) => {
+                store.leave().await;
+                return Err(error);
+            }
+        }
         Ok(store)
     }
 
@@ -131,10 +171,44 @@ impl Store for MongoStore {
 
     async fn check(&self) -> Result<(), StoreError> {
         let database = self.database.clone();
-        // Addressed to the primary: it answers when commits can go somewhere.
-        let hello = async move { database.run_command(doc! { "hello": 1 }).await };
-        self.runner.run(hello).await?;
-        Ok(())
+        let hello = self.runner.run(async move { database.run_command(doc! { "hello": 1 }).await }).await?;
+        let is_router = hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid");
+        if !is_router && !hello.get_bool("isWritablePrimary").unwrap_or(false) {
+            return Err(Failure::not_applied("the node is not the primary").into());
+        }
+        // A primary without a majority says nothing of that.
+        match self.feed.member.silence() {
+            Some(silence) if silence > SILENCE => {
+                let cause = format!("a majority has acknowledged no write for {} s", silence.as_secs());
+                Err(Failure::not_applied(cause).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn id(&self) -> Uuid {
+        self.id
+    }
+
+    async fn join(&self) -> Result<(), StartError> {
+        Ok(Daemons::new(self).join().await?)
+    }
+
+    async fn objection(&self) -> String {
+        self.feed.member.objection().await
+    }
+
+    async fn leave(&self) {
+        let store = self.clone();
+        let farewell = tokio::spawn(async move {
+            Daemons::new(&store).depart().await;
+            // The driver panics when a command meets a client that has been shut down.
+            tokio::join!(store.runner.end(), store.feed.errands.end());
+            store.database.client().clone().shutdown().await;
+        });
+        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::debug!("MongoDB's driver did not end in time");
+        }
     }
 
     fn rules(&self) -> Rules {
@@ -187,6 +261,22 @@ pub enum ConnectError {
     Unreachable(String),
 }
 
+impl ConnectError {
+    /// What the driver or the server said.
+    fn cause_mut(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Unreachable(cause)
+            | Self::Unusable(
+                Unusable::Uri(cause)
+                | Unusable::Login(cause)
+                | Unusable::Rights(cause)
+                | Unusable::Refused(cause),
+            ) => Some(cause),
+            Self::Unusable(_) => None,
+        }
+    }
+}
+
 impl From<ConnectError> for StartError {
     fn from(error: ConnectError) -> Self {
         match error {
@@ -200,6 +290,7 @@ impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::NotApplied(cause) | Failure::Unknown(cause) => Self::Unreachable(cause),
+            // Where a server's code is known, `check` says more.
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
     }
