@@ -138,7 +138,8 @@ impl<S: Store> AdminService for Service<S> {
         let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
         let revoked = self.lessor.revoke(key, token).await.map_err(wire::failed)?;
         let RevokeRequest { key, fencing_token, reason } = request;
-        tracing::info!(%key, fencing_token, %reason, revoked, "revoked");
+        // As strings, which both formats escape: a line break of the caller's must not begin a line of the log.
+        tracing::info!(key = &*key, fencing_token, reason = &*reason, revoked, "revoked");
         Ok(Response::new(RevokeResponse { revoked: i32::try_from(revoked).unwrap_or(i32::MAX) }))
     }
 }

@@ -16,3 +16,6 @@ mod data;
 
 /// Killed at any moment, and short of room.
 mod crash;
+
+/// What callers say, in the log.
+mod logs;
