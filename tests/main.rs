@@ -31,6 +31,8 @@ mod keepalive;
 mod languages;
 /// What a stream is told unasked.
 mod losses;
+/// What messages may be: ids, sizes, refusals, and what is refused alone.
+mod messages;
 /// What a daemon counts.
 mod metrics;
 /// Keys that nobody needs any more.

@@ -20,9 +20,6 @@ use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
 use crate::wire;
 
-/// A page of a listing stays below this, in bytes, so that it fits into a message.
-const PAGE_BYTES: usize = 3 * 1024 * 1024;
-
 /// Both services, over one engine.
 #[derive(Debug)]
 pub(crate) struct Service<S> {
@@ -108,7 +105,7 @@ impl<S: Store> LeaseService for Service<S> {
         for snapshot in &page.snapshots {
             let lease = wire::to_lease(snapshot);
             bytes += lease.encoded_len();
-            if bytes > PAGE_BYTES && !response.leases.is_empty() {
+            if bytes > wire::PART_BYTES && !response.leases.is_empty() {
                 more = true;
                 break;
             }
