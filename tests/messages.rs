@@ -35,6 +35,17 @@ async fn held(client: &mut Leases, keys: &[&str]) -> Vec<LeaseRef> {
     leases
 }
 
+/// A lease among very many that are asked for at once, which a busy machine may not manage in the time that a call has.
+async fn granted(mut client: Leases, request: AcquireRequest) -> LeaseRef {
+    for _ in 0..10 {
+        match client.get_lease(request.clone()).await {
+            Ok(answer) => return answer.lease.unwrap(),
+            Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+        }
+    }
+    panic!("not granted");
+}
+
 fn misspelt(id: Uuid) -> [String; 6] {
     [
         id.hyphenated().to_string().to_uppercase(),
@@ -217,9 +228,8 @@ async fn an_answer_that_does_not_fit_into_one_message_comes_in_parts() {
     let mut client = daemon.client().await;
     let mut calls = JoinSet::new();
     for number in 0..8000 {
-        let mut client = client.clone();
-        let request = ask(&format!("{number:0>512}")).ttl(secs(3600));
-        calls.spawn(async move { client.get_lease(request).await.unwrap().lease.unwrap() });
+        let request = ask(&format!("{number:0>512}")).id(Uuid::new_v4()).ttl(secs(3600));
+        calls.spawn(granted(client.clone(), request));
     }
     let leases = calls.join_all().await;
     let mut stream = KeepAlive::open(&mut client).await;
@@ -239,22 +249,20 @@ async fn an_answer_that_does_not_fit_into_one_message_comes_in_parts() {
 }
 
 /// A record may have a MiB of labels.
-#[rstest]
 #[tokio::test]
-async fn listings_and_watches_of_the_largest_records_fit_into_messages(
-    #[values(Embedded, MongoDb)] home: Home,
-) {
-    let daemon = Daemon::start(home).await;
+async fn listings_and_watches_of_the_largest_records_fit_into_messages() {
+    let daemon = Daemon::start(Embedded).await;
     let mut client = daemon.client().await;
     let keys = ["pool/1", "pool/2", "pool/3", "pool/4", "pool/5"];
     let mut calls = JoinSet::new();
     for key in keys {
         for _ in 0..230 {
             let metadata = HashMap::from([("label".to_owned(), "é".repeat(2000))]);
-            let request =
-                AcquireRequest { metadata, ..ask(key).shared(0).owner(&"é".repeat(128)).ttl(secs(3600)) };
-            let mut client = client.clone();
-            calls.spawn(async move { client.get_lease(request).await.unwrap() });
+            let request = AcquireRequest {
+                metadata,
+                ..ask(key).id(Uuid::new_v4()).shared(0).owner(&"é".repeat(128)).ttl(secs(3600))
+            };
+            calls.spawn(granted(client.clone(), request));
         }
     }
     calls.join_all().await;
