@@ -33,6 +33,8 @@ mod keepalive;
 mod languages;
 /// What a stream is told unasked.
 mod losses;
+/// What messages may be: ids, sizes, refusals, and what is refused alone.
+mod messages;
 /// What a daemon counts.
 mod metrics;
 /// Proxies between callers and daemons.

@@ -17,8 +17,8 @@ const BEATS: u32 = 3;
 /// Whoever is due within a ninth of its TTL goes along, so that a client sends at most three messages in a third. A new lease
 /// is named after a ninth, for a daemon tells of losses only to a stream that has named the lease.
 const ALONG: u32 = 9;
-/// The bytes of the leases named in one message, below what a daemon takes (1 MiB).
-const MESSAGE_BYTES: usize = 900 * 1024;
+/// The bytes of the leases named in one message, below what a daemon takes (512 KiB).
+const MESSAGE_BYTES: usize = 480 * 1024;
 /// What a lease takes up in a message beyond its key: the id, two tags and lengths, the tag and length of the whole.
 const LEASE_BYTES: usize = 48;
 
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(beat.messages.iter().map(Vec::len).sum::<usize>(), 10_000);
         for leases in beat.messages {
             let message = leased_proto::v1::KeepAliveRequest { leases, sequence: u64::MAX };
-            assert!(prost::Message::encoded_len(&message) <= 1024 * 1024);
+            assert!(prost::Message::encoded_len(&message) <= 512 * 1024);
         }
     }
 

@@ -94,7 +94,7 @@ impl Opened {
     }
 
     async fn say(&self, sequence: u64, results: Vec<KeepAliveResult>) {
-        self.answers.send(Ok(KeepAliveResponse { sequence, results })).await.unwrap();
+        self.answers.send(Ok(KeepAliveResponse { sequence, results, more: false })).await.unwrap();
     }
 
     /// Answers that all its leases are kept.

@@ -12,6 +12,8 @@ pub mod lessor;
 /// Where records live.
 pub mod store;
 
+/// The clock that counts suspension.
+mod boot_instant;
 /// The stream that keeps leases alive.
 mod keepalive;
 /// Requests, read and checked.

@@ -189,6 +189,8 @@ fn router<S: Store>(
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(leased_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // What refusals carry; without it grpcurl shows their details as bytes.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let router = Server::builder()
         // Left unset, tonic switches off hyper's own bounds for the first and the third.

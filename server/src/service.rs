@@ -20,9 +20,6 @@ use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
 use crate::wire;
 
-/// A page of a listing stays below this, in bytes, so that it fits into a message.
-const PAGE_BYTES: usize = 3 * 1024 * 1024;
-
 /// Both services, over one engine.
 #[derive(Debug)]
 pub(crate) struct Service<S> {
@@ -108,7 +105,7 @@ impl<S: Store> LeaseService for Service<S> {
         for snapshot in &page.snapshots {
             let lease = wire::to_lease(snapshot);
             bytes += lease.encoded_len();
-            if bytes > PAGE_BYTES && !response.leases.is_empty() {
+            if bytes > wire::PART_BYTES && !response.leases.is_empty() {
                 more = true;
                 break;
             }
@@ -138,7 +135,8 @@ impl<S: Store> AdminService for Service<S> {
         let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
         let revoked = self.lessor.revoke(key, token).await.map_err(wire::failed)?;
         let RevokeRequest { key, fencing_token, reason } = request;
-        tracing::info!(%key, fencing_token, %reason, revoked, "revoked");
+        // As strings, which both formats escape: a line break of the caller's must not begin a line of the log.
+        tracing::info!(key = &*key, fencing_token, reason = &*reason, revoked, "revoked");
         Ok(Response::new(RevokeResponse { revoked: i32::try_from(revoked).unwrap_or(i32::MAX) }))
     }
 }

@@ -4,14 +4,22 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use leased_proto::{Reason as Refused, v1};
+use prost::encoding::message::encoded_len;
 use tonic::Status;
 
-use crate::lease::{Holder, Key, LeaseId, Mode, Reason, Snapshot, State, Timestamp, Waiter};
+use crate::lease::{Holder, Key, LeaseId, MAX_KEY_BYTES, Mode, Reason, Snapshot, State, Timestamp, Waiter};
 use crate::lessor::{Acquired, CallError, ChangeKind, Grant, Refusal, Touched, WatchEvent};
 use crate::store::StoreError;
 
-/// The largest message that comes in: a keepalive message that names all the leases of a stream.
-pub(crate) const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
+/// The largest message that is read at all. Of what a keepalive message names past its own, smaller limit the caller is
+/// told lease by lease; past this one its stream ends.
+pub(crate) const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
+/// What a message that goes out may have, in bytes: below the 4 MiB that gRPC clients take unless they are told
+/// otherwise.
+pub(crate) const PART_BYTES: usize = 3 * 1024 * 1024;
+/// What is shown of a lease id that is none.
+const MAX_ECHOED_ID_BYTES: usize = 64;
+
 /// The status of a message past the limit on messages.
 pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
@@ -124,6 +132,47 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
     v1::KeepAliveResult { lease: Some(lease), outcome: Some(outcome) }
 }
 
+/// What a keepalive stream is told of a lease that is not touched. Shows what the caller sent, cut to what a key and an id
+/// may have at most.
+pub(crate) fn refused(
+    mut lease: v1::LeaseRef,
+    reason: v1::RefusalReason,
+    message: impl Into<String>,
+) -> v1::KeepAliveResult {
+    cut(&mut lease.key, MAX_KEY_BYTES);
+    cut(&mut lease.lease_id, MAX_ECHOED_ID_BYTES);
+    let refused = v1::Refused { reason: reason.into(), message: message.into() };
+    v1::KeepAliveResult {
+        lease: Some(lease),
+        outcome: Some(v1::keep_alive_result::Outcome::Refused(refused)),
+    }
+}
+
+fn cut(text: &mut String, most: usize) {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+    text.shrink_to_fit();
+}
+
+/// What a keepalive stream is told in one go, as responses that each fit into a message. All but the last part of an
+/// answer say that more follow; losses told unasked (`sequence` 0) stand each for itself.
+pub(crate) fn keepalive_responses(
+    sequence: u64,
+    results: Vec<v1::KeepAliveResult>,
+) -> impl Iterator<Item = v1::KeepAliveResponse> {
+    let mut rest = Some(results);
+    std::iter::from_fn(move || {
+        let mut results = rest.take()?;
+        let mut bytes = 0;
+        let past = results.iter().position(|result| {
+            bytes += encoded_len(2, result);
+            bytes > PART_BYTES
+        });
+        rest = past.map(|past| results.split_off(past.max(1)));
+        Some(v1::KeepAliveResponse { sequence, results, more: sequence > 0 && rest.is_some() })
+    })
+}
+
 /// What a watch stream is told.
 pub(crate) fn watch_response(event: &WatchEvent) -> v1::WatchResponse {
     use v1::watch_response::Event;
@@ -204,5 +253,46 @@ fn to_timestamp(Timestamp(millis): Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: millis.div_euclid(1000),
         nanos: i32::try_from(millis.rem_euclid(1000) * 1_000_000).unwrap_or(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+
+    /// Kept leases on the longest keys.
+    fn results(count: usize) -> Vec<v1::KeepAliveResult> {
+        let key = Key::try_from("k".repeat(MAX_KEY_BYTES).as_str()).expect("a key");
+        let kept = Touched::Kept(Duration::from_millis(86_399_999));
+        (0..count).map(|_| keepalive_result(lease_ref(&key, LeaseId::random()), kept)).collect()
+    }
+
+    #[test]
+    fn what_a_stream_is_told_fits_into_messages_and_the_last_part_says_so() {
+        for (count, sequence) in [(0, 7), (1, 7), (5000, 7), (10_000, 7), (10_000, 0)] {
+            let all = results(count);
+            let parts: Vec<_> = keepalive_responses(sequence, all.clone()).collect();
+            assert!(
+                parts.iter().all(|part| part.sequence == sequence && part.encoded_len() <= PART_BYTES + 64)
+            );
+            let more: Vec<bool> = parts.iter().map(|part| part.more).collect();
+            assert!(!more[more.len() - 1] && more[1..].len() == count / 5_200, "{count}: {more:?}");
+            assert!(more[..more.len() - 1].iter().all(|more| *more == (sequence > 0)), "{count}: {more:?}");
+            assert!(
+                parts.into_iter().flat_map(|part| part.results).eq(all),
+                "{count}: all of them, in their order"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_shown_as_it_was_sent_but_cut() {
+        for (key, shown) in [("a\nb".to_owned(), "a\nb".to_owned()), ("é".repeat(400), "é".repeat(256))] {
+            let lease = v1::LeaseRef { key, lease_id: "ééé".repeat(20) };
+            let refused = refused(lease, v1::RefusalReason::Invalid, "no").lease.expect("a lease");
+            assert_eq!((refused.key, refused.lease_id), (shown, "é".repeat(32)));
+        }
     }
 }

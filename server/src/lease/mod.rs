@@ -16,7 +16,7 @@ mod time;
 
 pub use answer::{Snapshot, Standing, State};
 pub use edit::{Acquisition, Edit};
-pub use id::{FencingToken, LeaseId};
+pub use id::{FencingToken, InvalidLeaseId, LeaseId};
 pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
 pub use record::{Departure, Holder, Mode, Reason, Record, Waiter};
 pub use step::{MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, REMEMBERED_DEPARTURES, Rules, step};

@@ -7,11 +7,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::time::Instant;
-
 use super::carriage::{Carriage, Fate};
 use super::counts::Counts;
 use super::part::Part;
+use crate::boot_instant::BootInstant;
 use crate::lease::{FencingToken, Key, LeaseId, Snapshot};
 
 /// Leases carried by the streams of this daemon, by key. The streams bound it: each takes out what it brought.
@@ -38,7 +37,7 @@ impl Carried {
     }
 
     /// Takes note of a record that a commit of this daemon returned, which renewed `touched` and was sent after `sent_at`.
-    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, touched: &[LeaseId], sent_at: Instant) {
+    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, touched: &[LeaseId], sent_at: BootInstant) {
         let mut keys = self.state();
         let key = &snapshot.record.key;
         let Some(on_key) = keys.get_mut(key) else { return };
@@ -125,7 +124,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::time::Duration;
 
-    use super::super::Carrier;
+    use super::super::{Carrier, Touched};
     use super::*;
     use crate::lease::{Acquisition, Edit, Mode, Record, Rules, Timestamp, Ttl, step};
 
@@ -157,10 +156,10 @@ mod tests {
         let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
         assert!(!carried.wants(&key(), None));
         let mut carrier = Carrier::new(&carried);
-        carrier.name(vec![(key(), id)]);
+        carrier.naming(1).name((key(), id)).expect("room");
         assert_eq!(carried.keys(), [key()]);
         assert!(carried.wants(&key(), Some(1)), "nothing has been seen yet");
-        carried.own(&held(id), &[id], Instant::now());
+        carried.own(&held(id), &[id], BootInstant::now());
         assert!(!carried.wants(&key(), Some(1)));
         assert!(carried.wants(&key(), Some(2)));
         assert!(carried.wants(&key(), None), "the record may be gone");
@@ -173,38 +172,60 @@ mod tests {
     async fn a_missing_record_makes_no_loss_but_a_touch() {
         let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
         let mut carrier = Carrier::new(&carried);
-        let lease = carrier.name(vec![(key(), id)]).remove(0);
+        let lease = carrier.naming(1).name((key(), id)).expect("room");
         assert!(carried.missing(&key()).is_empty(), "nothing says that it was ever held");
-        carried.own(&held(id), &[id], Instant::now());
-        assert!(lease.is_fresh(Instant::now()));
+        carried.own(&held(id), &[id], BootInstant::now());
+        assert!(lease.is_fresh(BootInstant::now()));
         assert!(matches!(carried.missing(&key())[..], [(_, Part::Touch(touched))] if touched == id));
-        assert!(!lease.is_fresh(Instant::now()), "memory does for it no more");
+        assert!(!lease.is_fresh(BootInstant::now()), "memory does for it no more");
         carrier.settle(vec![(lease, None)]);
 
         let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
-        carried.own(&vacant, &[id], Instant::now());
+        carried.own(&vacant, &[id], BootInstant::now());
         let lost = carrier.lost().await;
         assert_eq!(
             lost.iter().map(|(lease, loss)| (lease.lease().1, loss.0)).collect::<Vec<_>>(),
             [(id, None)]
         );
-        assert_eq!(carrier.len(), 0);
+        assert!(carrier.all().is_empty(), "it is not carried any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_is_full_takes_no_new_lease_and_keeps_those_that_it_has() {
+        let (carried, [one, two, three]) =
+            (Arc::new(Carried::default()), [(); 3].map(|()| LeaseId::random()));
+        let mut carrier = Carrier::new(&carried);
+        let mut naming = carrier.naming(2);
+        let [first, again, second] = [one, one, two].map(|id| naming.name((key(), id)).expect("room"));
+        assert!(Arc::ptr_eq(&first, &again), "named twice it is carried once");
+        assert!(naming.name((key(), three)).is_none());
+        assert!(naming.name((key(), two)).is_some(), "what is carried may be named");
+        drop(naming);
+        assert_eq!(carrier.all().len(), 2);
+
+        // What is lost makes room.
+        carried.own(&held(two), &[two], BootInstant::now());
+        let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
+        carried.own(&vacant, &[], BootInstant::now());
+        let settled = carrier.settle(vec![(first, None), (again, None), (second, None)]);
+        assert!(matches!(settled[2].1, Touched::Lost(_)), "{settled:?}");
+        drop(carrier.naming(2).name((key(), two)).expect("what is lost makes room"));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_loss_that_nobody_waited_for_yet_is_found_later() {
         let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
         let mut carrier = Carrier::new(&carried);
-        let named = carrier.name(vec![(key(), id)]);
-        carried.own(&held(id), &[id], Instant::now());
-        carrier.settle(named.into_iter().map(|lease| (lease, None)).collect());
+        let lease = carrier.naming(1).name((key(), id)).expect("room");
+        carried.own(&held(id), &[id], BootInstant::now());
+        carrier.settle(vec![(lease, None)]);
         assert!(
             tokio::time::timeout(Duration::from_secs(1), carrier.lost()).await.is_err(),
             "nothing is lost"
         );
         let mut after = Snapshot::clone(&held(id));
         after.record = step(after.record, &Edit::default().release(id), after.now, &RULES);
-        carried.own(&Arc::new(after), &[], Instant::now());
+        carried.own(&Arc::new(after), &[], BootInstant::now());
         // A wait that is given up takes nothing with it.
         assert_eq!(carrier.lost().await.len(), 1);
     }

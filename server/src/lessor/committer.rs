@@ -12,10 +12,10 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::yield_now;
-use tokio::time::Instant;
 
 use super::audience::Audience;
 use super::part::{Gathered, Part};
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{Outcome, Store, StoreError};
 
@@ -193,7 +193,7 @@ impl<S: Store> Committer<S> {
                 batch
             };
             let edits = Arc::new(edits);
-            let sent_at = Instant::now();
+            let sent_at = BootInstant::now();
             let outcome = self.store.commit(Arc::clone(&edits), self.deadline).await;
             self.answer(&edits, replies, sent_at, outcome);
             self.state().landed(&edits);
@@ -206,7 +206,7 @@ impl<S: Store> Committer<S> {
         &self,
         edits: &[(Key, Edit)],
         replies: Vec<(usize, Reply)>,
-        sent_at: Instant,
+        sent_at: BootInstant,
         outcome: Result<Vec<Snapshot>, StoreError>,
     ) {
         let mut records = match outcome {

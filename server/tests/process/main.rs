@@ -22,3 +22,6 @@ mod crash;
 
 /// A data folder that is removed, replaced, unmounted or never finished.
 mod volume;
+
+/// What callers say, in the log.
+mod logs;
