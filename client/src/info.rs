@@ -111,8 +111,8 @@ impl From<v1::Holder> for HolderInfo {
         Self {
             token: FencingToken::new(holder.fencing_token),
             mode: Mode::from(holder.mode()),
-            ttl: duration(holder.ttl),
-            remaining: duration(holder.remaining),
+            ttl: span(holder.ttl),
+            remaining: span(holder.remaining),
             acquired_at: time(holder.acquire_time),
             expires_at: time(holder.expire_time),
             metadata: holder.metadata.into_iter().collect(),
@@ -136,7 +136,8 @@ impl From<v1::Mode> for Mode {
     }
 }
 
-fn duration(duration: Option<prost_types::Duration>) -> Duration {
+/// A duration of the API; nothing if there is none, or one below nothing.
+pub(crate) fn span(duration: Option<prost_types::Duration>) -> Duration {
     duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default()
 }
 

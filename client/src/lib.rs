@@ -86,6 +86,8 @@ mod watch;
 
 /// The time contract, as arithmetic.
 mod belief;
+/// One daemon, and the connections to it.
+mod daemon;
 /// The daemons to ask.
 mod endpoints;
 /// One lease.
@@ -96,6 +98,12 @@ mod holdings;
 mod keeper;
 /// The holder's clock.
 mod moment;
+/// Looking up names.
+mod names;
+/// For tests: the other end.
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+mod peer;
 
 use std::time::Duration;
 
@@ -109,6 +117,8 @@ pub use info::{HolderInfo, KeyInfo, KeyState, Mode, WaiterInfo};
 pub use lease::{Lease, StateWatch};
 pub use leased_proto::{Reason, v1};
 pub use list::List;
+#[doc(hidden)]
+pub use moment::run_on_timers_alone;
 pub use token::{FencingGuard, FencingToken, StaleToken};
 pub use watch::{ChangeKind, Watch, WatchEvent};
 
