@@ -203,12 +203,13 @@ impl Acquire {
         self.request.lease_id = id.to_string();
         let lease = LeaseRef { key: self.request.key.clone(), lease_id: self.request.lease_id.clone() };
         let mut unknown = Unknown { client: &self.client, lease: Some(lease), ttl: self.ttl };
-        let granted = self.granted(&mut unknown, until).await;
-        // What is refused leaves nothing behind, and what is granted is in good hands.
-        if !matches!(granted, Err(Error::Unavailable { .. } | Error::DifferentStores { .. })) {
-            unknown.lease = None;
-        }
-        let (response, deadline) = granted?;
+        let (response, deadline) = self.granted(&mut unknown, until).await.inspect_err(|error| {
+            // The daemon says that there is no lease.
+            if matches!(error, Error::Lost(_)) {
+                unknown.lease = None;
+            }
+        })?;
+        unknown.lease = None;
         let (ttl, margin) = self.times(&response);
         let token = FencingToken::new(response.fencing_token);
         Ok(Holding::new((self.request.key.clone(), id), token, (ttl, margin), deadline))
@@ -226,12 +227,20 @@ impl Acquire {
             request.get_mut().wait = until.saturating_duration_since(Instant::now()).try_into().ok();
             async move { LeaseServiceClient::new(channel).acquire(request).await }
         });
-        let Answer { body: response, sent_at } = call.await?;
+        let Answer { body: response, sent_at } = call.await.inspect_err(|error| {
+            // What is refused leaves nothing behind.
+            if error.is_refusal() {
+                unknown.lease = None;
+            }
+        })?;
         let (ttl, margin) = self.times(&response);
-        let mut believed_until = deadline(sent_at, ttl, margin);
         unknown.ttl = Some(ttl);
         self.check_margin(ttl)?;
-        if response.waited || believed_until.remaining().is_zero() {
+        // Daemons of an earlier version do not say how much is left.
+        let lasts = response.remaining.map_or(ttl, |remaining| span(Some(remaining)).min(ttl));
+        let mut believed_until = deadline(sent_at, lasts, margin);
+        // A grant that is half over would be due at once.
+        if response.waited || deadline(sent_at, lasts, Duration::ZERO).remaining() < ttl / 2 {
             let lease = response.lease.clone().unwrap_or_default();
             let Answer { body: touched, sent_at } = self.client.shared().touch(lease).await?;
             believed_until = deadline(sent_at, span(touched.remaining), margin);

@@ -105,6 +105,26 @@ pub enum Error {
     Status(#[source] Status),
 }
 
+impl Error {
+    /// Whether a daemon has answered that it did nothing.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Held(_)
+            | Self::Lost(_)
+            | Self::KeyUnknown
+            | Self::QueueFull
+            | Self::LimitExceeded(_)
+            | Self::Invalid(_) => true,
+            Self::Jeopardy { .. }
+            | Self::EndedLate { .. }
+            | Self::Unavailable { .. }
+            | Self::NotLeased { .. }
+            | Self::DifferentStores { .. }
+            | Self::Status(_) => false,
+        }
+    }
+}
+
 /// Who stands in the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]

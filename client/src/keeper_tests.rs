@@ -403,6 +403,47 @@ async fn a_lease_that_is_refused_everywhere_is_believed_in_until_its_deadline_an
     assert_eq!(holding.trouble(), None);
 }
 
+/// Whatever a daemon says lasts, or lasts no time at all.
+#[tokio::test(start_paused = true)]
+async fn no_answer_makes_the_arithmetic_overflow() {
+    const SECONDS: [i64; 7] = [i64::MIN, -1, 0, 1, 86_400, 1 << 40, i64::MAX];
+    const NANOS: [i32; 5] = [i32::MIN, -1, 0, 999_999_999, i32::MAX];
+    let spans =
+        SECONDS.into_iter().flat_map(|seconds| NANOS.map(|nanos| prost_types::Duration { seconds, nanos }));
+    for told in spans {
+        let remaining = span(Some(told));
+        for margin in [Duration::ZERO, crate::belief::margin(remaining), Duration::MAX] {
+            let until = deadline(Moment::now(), remaining, margin);
+            assert!(until >= Moment::now() && until + remaining >= until, "{told:?}");
+        }
+        // As the TTL of a grant.
+        let holdings = Arc::new(Holdings::default());
+        let until = deadline(Moment::now(), remaining, Duration::ZERO);
+        let lease = ("key".to_owned(), Uuid::new_v4());
+        let holding = Holding::new(lease, FencingToken::new(1), (remaining, Duration::ZERO), until);
+        holdings.insert(Arc::new(holding));
+        assert!(holdings.next_due().is_some());
+        let _ = (holdings.take_due(Moment::now() + remaining, false), holdings.take_due(Moment::now(), true));
+        let _ = holdings.look();
+
+        // And of a lease that is kept.
+        let mut rig = Rig::start();
+        let holding = rig.hold("key");
+        let mut stream = rig.stream().await;
+        let message = stream.heard().await;
+        let kept = v1::Kept { remaining: Some(told) };
+        let result = KeepAliveResult { lease: Some(holding.lease_ref()), outcome: Some(Outcome::Kept(kept)) };
+        stream.say(message.sequence, vec![result]).await;
+        stream.keep(stream_message(&holding, message.sequence)).await;
+        settle().await;
+        assert_eq!(holding.state(), State::Held, "{told:?}");
+    }
+}
+
+fn stream_message(holding: &Holding, sequence: u64) -> KeepAliveRequest {
+    KeepAliveRequest { leases: vec![holding.lease_ref()], sequence }
+}
+
 #[tokio::test(start_paused = true)]
 async fn on_silence_the_connection_is_another_one() {
     let mut rig = Rig::start();

@@ -123,22 +123,19 @@ struct Watching {
     interrupted: bool,
 }
 
-enum Begun {
-    Open(Slot, Streaming<WatchResponse>),
-    /// Nobody could be asked, or the one who was has failed.
-    Failed(Option<Slot>, Status),
-}
+/// A watch at a daemon, or how it failed there if one could be asked.
+type Begun = Result<(Slot, Streaming<WatchResponse>), (Option<Slot>, Status)>;
 
 impl Watching {
     async fn next(&mut self) -> Result<WatchEvent, Error> {
         loop {
             let (slot, status) = match self.open.take() {
                 None => match self.begin().await? {
-                    Begun::Open(slot, events) => {
+                    Ok((slot, events)) => {
                         self.open = Some((slot, events));
                         continue;
                     }
-                    Begun::Failed(slot, status) => (slot, status),
+                    Err((slot, status)) => (slot, status),
                 },
                 Some((slot, mut events)) => match events.message().await {
                     Ok(Some(response)) => {
@@ -168,17 +165,17 @@ impl Watching {
     async fn begin(&self) -> Result<Begun, Error> {
         let endpoints = &self.watch.client.shared().endpoints;
         let Ok(Ok(daemon)) = timeout(endpoints.timeout(), endpoints.pick()).await else {
-            return Ok(Begun::Failed(None, Status::unavailable("no address is known")));
+            return Ok(Err((None, Status::unavailable("no address is known"))));
         };
         let slot = daemon.slot(Purpose::Calls);
         let mut stub = LeaseServiceClient::new(slot.channel.clone());
         match timeout(endpoints.timeout(), stub.watch(self.watch.request.clone())).await {
             Ok(Ok(response)) => {
                 endpoints.meet(&daemon, response.metadata())?;
-                Ok(Begun::Open(slot, response.into_inner()))
+                Ok(Ok((slot, response.into_inner())))
             }
-            Ok(Err(status)) => Ok(Begun::Failed(Some(slot), status)),
-            Err(_) => Ok(Begun::Failed(Some(slot), Status::unavailable("it does not answer in time"))),
+            Ok(Err(status)) => Ok(Err((Some(slot), status))),
+            Err(_) => Ok(Err((Some(slot), Status::unavailable("it does not answer in time")))),
         }
     }
 
