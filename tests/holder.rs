@@ -78,7 +78,7 @@ async fn a_lease_keeps_itself_and_is_given_back_when_it_is_dropped(
     let long = client.acquire("another").ttl(secs(3600)).await.unwrap();
     let waiting = client.acquire("another").wait(secs(600)).into_future();
     drop(long);
-    soon(waiting).await.unwrap();
+    soon(waiting).await.unwrap().release().await.unwrap();
 }
 
 #[rstest]

@@ -71,8 +71,9 @@ impl Builder {
             let endpoint = Self::tuned(endpoint);
             return Ok(self.endpoint_with(url, move || endpoint.connect_lazy()));
         }
-        let (url, port) = (endpoint.uri().clone(), endpoint.uri().port_u16().unwrap_or(80));
-        self.sources.push(Source { name: url.to_string(), reach: Reach::Name { url, host, port } });
+        let (name, port) = (url.to_owned(), endpoint.uri().port_u16().unwrap_or(80));
+        let reach = Reach::Name { url: endpoint.uri().clone(), host, port };
+        self.sources.push(Source { name, reach });
         Ok(self)
     }
 

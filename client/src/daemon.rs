@@ -49,7 +49,7 @@ struct Inner {
     connections: [Vec<Connection>; 3],
     /// How many connections were ever made.
     made: u64,
-    /// Whether it has said which store it serves, or that it does not tell.
+    /// Whether it has answered since the last failure, and so said which store it serves unless it is of an earlier version.
     is_known: bool,
     store: Option<String>,
     barred: Option<(Instant, Error)>,
@@ -119,6 +119,11 @@ impl Daemon {
             inner.store = store.map(str::to_owned);
         }
         is_news
+    }
+
+    /// Whoever answers at this address next may be another, over another store.
+    pub(crate) fn forget(&self) {
+        self.inner().is_known = false;
     }
 
     pub(crate) fn is_known(&self) -> bool {

@@ -159,11 +159,14 @@ impl Endpoints {
         }
         let _ = look_ups.changed().await;
         let found = self.state().pick();
-        found.ok_or_else(|| self.unknown_name())
+        found.ok_or_else(|| self.silence())
     }
 
-    fn unknown_name(&self) -> String {
-        self.state().unknown_name.clone().unwrap_or_else(|| "its name is not found in time".to_owned())
+    /// Why nobody has said anything.
+    fn silence(&self) -> String {
+        let state = self.state();
+        let unknown = state.unknown_name.clone().filter(|_| state.daemons.is_empty());
+        unknown.unwrap_or_else(|| "it does not answer in time".to_owned())
     }
 
     /// Whether this is the daemon to ask.
@@ -199,14 +202,15 @@ impl Endpoints {
     pub(crate) fn turn_away(&self, slot: &Slot, failure: &Failure) {
         match failure {
             Failure::Final(_) => return,
-            Failure::Passing(_) => {}
+            Failure::Passing(_) => slot.daemon.unbar(),
             Failure::Useless(error) => {
                 tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint is of no use");
                 slot.daemon.bar(error.clone());
             }
         }
-        // It may be the connection; nobody knows.
+        // It may be the connection; nobody knows. And whoever answers next may be another.
         slot.retire();
+        slot.daemon.forget();
         self.avoid(&slot.daemon);
     }
 
@@ -243,52 +247,52 @@ impl Endpoints {
         let give_up = after(until, self.timeout);
         let mut pauses = Pauses::default();
         let mut attempts = 0;
+        // What the call failed with last, unless the last try was cut short.
+        let mut said: Option<(String, Option<Status>)> = None;
         loop {
             // A daemon that is silent leaves time for two others.
             let patience = self.timeout / u32::try_from(self.len().min(3)).unwrap_or(1);
             let late = after(Instant::now().max(until), patience).min(give_up);
-            let mut source = None;
-            let (cause, asked) = 'tried: {
+            let (cause, source, asked) = 'tried: {
                 let daemon = match timeout_at(late, self.prepared(purpose)).await {
                     Ok(Ok(daemon)) => daemon,
-                    Ok(Err(cause)) => break 'tried (cause, None),
-                    Err(_) => break 'tried (self.unknown_name(), None),
+                    Ok(Err(cause)) => break 'tried (Some(cause), None, None),
+                    Err(_) => break 'tried (None, None, None),
                 };
                 let slot = daemon.slot(purpose);
                 let sent_at = Moment::now();
                 let sent = send(slot.channel.clone(), attempt(request.clone(), attempts));
                 attempts += 1;
-                let failure = match timeout_at(late, sent).await {
+                match timeout_at(late, sent).await {
                     Ok(Ok(response)) => match self.meet(&daemon, response.metadata()) {
                         Ok(()) => return Ok(Answer { body: response.into_inner(), sent_at }),
                         Err(error) => {
-                            let failure = Failure::Useless(error);
-                            self.turn_away(&slot, &failure);
-                            failure
+                            let cause = error.to_string();
+                            self.turn_away(&slot, &Failure::Useless(error));
+                            (Some(cause), None, None)
                         }
                     },
-                    Ok(Err(status)) => {
-                        let failure = self.fail(&slot, &status);
-                        source = Some(status);
-                        failure
-                    }
+                    Ok(Err(status)) => match self.fail(&slot, &status) {
+                        Failure::Final(error) => return Err(error),
+                        Failure::Useless(error) => (Some(error.to_string()), Some(status), None),
+                        Failure::Passing(asked) => (Some(cause(&status)), Some(status), asked),
+                    },
                     Err(_) => {
                         self.turn_away(&slot, &Failure::Passing(None));
-                        break 'tried ("it does not answer in time".to_owned(), None);
+                        (None, None, None)
                     }
-                };
-                match failure {
-                    Failure::Final(error) => return Err(error),
-                    Failure::Useless(error) => (error.to_string(), None),
-                    Failure::Passing(asked) => (source.as_ref().map(cause).unwrap_or_default(), asked),
                 }
             };
             tracing::debug!(cause, "a call failed");
+            if let Some(cause) = cause {
+                said = Some((cause, source));
+            }
             if let Some(error) = self.useless() {
                 return Err(error);
             }
             let pause = pauses.next(self.len(), asked);
             if after(Instant::now(), pause) >= give_up {
+                let (cause, source) = said.unwrap_or_else(|| (self.silence(), None));
                 let cause = self.with_barred(cause);
                 return Err(Error::Unavailable { endpoints: self.names.join(", "), cause, source });
             }

@@ -240,6 +240,33 @@ async fn a_second_store_that_turns_up_later_is_never_asked() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_daemon_that_comes_back_over_another_store_is_found_out_before_it_is_asked() {
+    let peers = peers(2);
+    peers.iter().for_each(|peer| peer.serve_store(STORES[0]));
+    let (endpoints, _task) = of(&peers);
+    endpoints.compare().await.unwrap();
+    get(&endpoints).await.unwrap();
+    peers.iter().for_each(|peer| peer.be(Manner::Down));
+    get(&endpoints).await.unwrap_err();
+    let before = peers[1].attempts("get").len();
+    peers[1].serve_store(STORES[1]);
+    peers[1].be(Manner::Up);
+    get(&endpoints).await.unwrap_err();
+    assert_eq!(peers[1].attempts("get").len(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn somebody_else_who_is_gone_is_an_outage_like_any_other() {
+    let peers = peers(1);
+    peers[0].be(Manner::Stranger);
+    let (endpoints, _task) = of(&peers);
+    assert!(matches!(get(&endpoints).await, Err(Error::NotLeased { .. })));
+    peers[0].be(Manner::Down);
+    let failed = get(&endpoints).await;
+    assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_store_that_replaces_another_everywhere_is_taken_for_it() {
     let peers = peers(1);
     peers[0].serve_store(STORES[0]);
