@@ -152,6 +152,7 @@ impl Lease {
     ///         State::Held => println!("on again"),
     ///         State::Jeopardy => println!("no word from a daemon: pausing"),
     ///         State::Lost(loss) => break println!("gone: {loss}"),
+    ///         _ => {}
     ///     }
     /// }
     /// # }

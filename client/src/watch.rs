@@ -27,6 +27,7 @@ use crate::info::KeyInfo;
 ///         WatchEvent::SnapshotEnd => println!("that is all there is"),
 ///         WatchEvent::Change { kind, key } => println!("{} {kind:?}", key.key),
 ///         WatchEvent::Interrupted { cause } => println!("starting over: {cause}"),
+///         _ => {}
 ///     }
 /// }
 /// # Ok(())
