@@ -69,9 +69,9 @@ impl Rig {
         holding
     }
 
-    /// The next stream.
+    /// The next stream, which must come.
     async fn stream(&mut self) -> Opened {
-        self.opened.recv().await.unwrap()
+        timeout(Duration::from_secs(7200), self.opened.recv()).await.expect("a stream").unwrap()
     }
 }
 
