@@ -9,6 +9,8 @@ mod support;
 mod acquire;
 /// Touches that memory does for.
 mod coalescing;
+/// The connections of the client crate.
+mod connections;
 /// What things cost in commands to the database.
 mod cost;
 /// What the documents say, tried.

@@ -125,7 +125,7 @@ fn a_stop_and_a_continue_are_passed_on_and_the_lease_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let started = folder.path().join("started");
     let script = format!("echo $$ > {}; exec sleep 600", started.display());
-    let command = daemon.leasectl(&["run", "a/key", "--ttl=500ms", "--", "sh", "-c", &script]);
+    let command = daemon.leasectl(&["run", "a/key", "--ttl=6s", "--", "sh", "-c", &script]);
     // In a session of its own, where no shell would continue it.
     let mut setsid = std::process::Command::new("setsid");
     setsid.arg(command.get_program()).args(command.get_args()).env("LEASED_ENDPOINT", daemon.url());

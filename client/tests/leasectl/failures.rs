@@ -80,7 +80,7 @@ fn no_daemon_is_69() {
         &["run", "a/key", "--", "true"],
         &["run", "a/key", "--wait=0", "--", "true"],
     ] {
-        let mut arguments = vec!["--endpoint", &url, "--timeout=200ms"];
+        let mut arguments = vec!["--endpoint", &url, "--timeout=2s"];
         arguments.extend(command);
         assert_says(&end(&mut leasectl(&arguments)), 69, &[&url, "refused", "LEASED_ENDPOINT"]);
     }

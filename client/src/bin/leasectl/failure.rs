@@ -122,7 +122,7 @@ pub(crate) fn of_signal(number: i32) -> u8 {
 fn code_of(error: &Error) -> u8 {
     match error {
         Error::Held(_) | Error::QueueFull => HELD,
-        Error::Lost(_) | Error::Jeopardy => LOST,
+        Error::Lost(_) | Error::Jeopardy { .. } | Error::EndedLate { .. } => LOST,
         Error::Invalid(_) => USAGE,
         Error::Unavailable { .. } | Error::NotLeased { .. } => UNAVAILABLE,
         _ => FAILED,
@@ -154,12 +154,12 @@ fn sentence_of(error: &Error) -> String {
         Error::KeyUnknown => "this key was never leased, or has been free for so long that it is forgotten; \
                               `leasectl ls --all` shows the keys there are"
             .to_owned(),
-        Error::Unavailable { endpoints, cause } => {
+        Error::Unavailable { endpoints, cause, .. } => {
             format!(
                 "no daemon answers at {endpoints} ({cause}); start one, or name another with --endpoint or LEASED_ENDPOINT"
             )
         }
-        Error::NotLeased { endpoint, cause } => not_leased(endpoint, cause),
+        Error::NotLeased { endpoint, cause, .. } => not_leased(endpoint, cause),
         error => error.to_string(),
     }
 }

@@ -126,14 +126,16 @@ impl<'a> From<&'a WaiterInfo> for Waiter<'a> {
     }
 }
 
-impl<'a> From<&'a WatchEvent> for Event<'a> {
-    fn from(event: &'a WatchEvent) -> Self {
-        match event {
+impl<'a> Event<'a> {
+    /// The event as JSON shows it, unless it is one of a later version.
+    pub(crate) fn of(event: &'a WatchEvent) -> Option<Self> {
+        Some(match event {
             WatchEvent::Snapshot(key) => Self::Snapshot { key: key.into() },
             WatchEvent::SnapshotEnd => Self::SnapshotEnd,
             WatchEvent::Change { kind, key } => Self::Change { kind: change(*kind), key: key.into() },
             WatchEvent::Interrupted { cause } => Self::Interrupted { cause },
-        }
+            _ => return None,
+        })
     }
 }
 

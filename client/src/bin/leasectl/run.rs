@@ -212,7 +212,8 @@ impl Running {
                 "the lease of {key} was lost while the command ran ({loss}), and the command was killed; \
                  see `leasectl get` for who holds it"
             )),
-            State::Held | State::Jeopardy => {
+            // Held, in jeopardy, or something of a later version.
+            _ => {
                 // Nobody waits for the rest of the TTL if a daemon is there again.
                 drop(timeout(FAREWELL, self.lease.release()).await);
                 Failure::Lost(format!(

@@ -18,7 +18,7 @@ pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) 
     let mut events = client.watch(prefix).stream();
     while let Some(event) = events.try_next().await? {
         let line = match output.is_json() {
-            true => Some(json(&Event::from(&event))?),
+            true => Event::of(&event).map(|event| json(&event)).transpose()?,
             false => text(&event),
         };
         if let Some(line) = line {
@@ -39,7 +39,8 @@ fn text(event: &WatchEvent) -> Option<String> {
             ));
             None
         }
-        WatchEvent::SnapshotEnd => None,
+        // The end of a snapshot, or something of a later version.
+        _ => None,
     }
 }
 
