@@ -516,6 +516,7 @@ async fn a_daemon_over_another_store_is_never_asked_about_leases_of_the_first() 
             .send(Ok(KeepAliveResponse {
                 sequence: message.sequence,
                 results: vec![lost(&holding, LossReason::Gone)],
+                more: false,
             }))
             .await;
     }

@@ -134,12 +134,13 @@ fn reason_of(error: &Error) -> &'static str {
     match error {
         Error::Held(_) => "LEASE_HELD",
         Error::QueueFull => "QUEUE_FULL",
-        Error::Lost(_) | Error::Jeopardy => "LEASE_LOST",
+        Error::Lost(_) | Error::Jeopardy { .. } | Error::EndedLate { .. } => "LEASE_LOST",
         Error::KeyUnknown => "KEY_UNKNOWN",
         Error::LimitExceeded(_) => "LIMIT_EXCEEDED",
         Error::Invalid(_) => "INVALID_REQUEST",
         Error::Unavailable { .. } => "UNAVAILABLE",
         Error::NotLeased { .. } => "NOT_LEASED",
+        Error::DifferentStores { .. } => "DIFFERENT_STORES",
         _ => "FAILED",
     }
 }
