@@ -21,10 +21,11 @@ const VIOLATION_BYTES: usize = 2560;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
-    /// Someone else holds the key, also after the wait. Metadata: `owner`, `token`, `remaining_ms`, and `position`
-    /// (callers ahead) if the call stood in line.
+    /// The key could not be had, also after the wait. Metadata: `blocked_by` says what stands in the way (`holder`,
+    /// `waiter`, `min_hold`, `limit`); `owner`, `token` and `remaining_ms` are the holder's; `waiter` is the owner of the one
+    /// that comes first, where that is the reason; `position` (callers ahead) if the call stood in line.
     LeaseHeld,
-    /// The lease is not held, or not any more. Metadata: `loss` (`displaced`, `released`, `revoked`) where known.
+    /// The lease is not held, or not any more, or its id was released before it was granted. Metadata: `loss` (`displaced`, `released`, `revoked`) where known.
     LeaseLost,
     /// The key was never leased, or was forgotten since.
     KeyUnknown,
@@ -101,7 +102,11 @@ impl Reason {
 
     /// The status of this refusal: `message` for people, `metadata` for programs.
     #[must_use]
-    pub fn status<const N: usize>(self, message: impl Into<String>, metadata: [(&str, String); N]) -> Status {
+    pub fn status<'a>(
+        self,
+        message: impl Into<String>,
+        metadata: impl IntoIterator<Item = (&'a str, String)>,
+    ) -> Status {
         let metadata: HashMap<String, String> =
             metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let mut details = ErrorDetails::with_error_info(self.as_str(), DOMAIN, metadata);

@@ -337,6 +337,7 @@ mod tests {
             ttl: Ttl::new(TTL).expect("an hour"),
             min_hold: Duration::ZERO,
             wait: false,
+            repeated: false,
         }
     }
 

@@ -141,6 +141,7 @@ pub(crate) fn acquire(
         ttl,
         min_hold: Duration::from_millis(u64::try_from(min_hold.as_millis()).unwrap_or(u64::MAX)),
         wait: !wait.is_zero(),
+        repeated: is_repeated(headers),
     };
     Ok(Call { key, acquisition, origin, wait })
 }
@@ -196,6 +197,13 @@ fn mode(number: i32) -> Result<Mode, &'static str> {
 fn patience(headers: &MetadataMap) -> Option<Duration> {
     let timeout = grpc_timeout(headers.get("grpc-timeout")?.to_str().ok()?)?;
     Some(timeout - (timeout / 5).min(Duration::from_millis(100)))
+}
+
+/// Whether the caller has made this call before and does not know what came of it. gRPC sets the header when it repeats
+/// a call itself; others may.
+pub(crate) fn is_repeated(headers: &MetadataMap) -> bool {
+    let attempts = headers.get("grpc-previous-rpc-attempts").and_then(|value| value.to_str().ok());
+    attempts.is_some_and(|attempts| attempts.parse::<u32>().is_ok_and(|attempts| attempts > 0))
 }
 
 /// Reads the `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2, "Requests").

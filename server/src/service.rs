@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::Limits;
 use crate::keepalive::{self, Answers};
-use crate::lease::FencingToken;
+use crate::lease::{FencingToken, LASTING_DEPARTURES};
 use crate::lessor::{Lessor, Released, Touched};
 use crate::request;
 use crate::store::{ListQuery, Store};
@@ -53,12 +53,14 @@ impl<S: Store> LeaseService for Service<S> {
     }
 
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
-        let request = request.into_inner();
+        let (headers, _, request) = request.into_parts();
         request::small(&request)?;
         let (key, id) = request::one_lease(request.lease.as_ref())?;
-        match self.lessor.release(key, id).await.map_err(wire::failed)? {
+        let given_up = request::is_repeated(&headers);
+        match self.lessor.release(key, id, given_up).await.map_err(wire::failed)? {
             Released::Done => Ok(Response::new(ReleaseResponse {})),
             Released::Lost(reason) => Err(wire::lost(reason)),
+            Released::NoRoom => Err(wire::limit_exceeded("settled_ids", LASTING_DEPARTURES)),
         }
     }
 

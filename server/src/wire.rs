@@ -7,8 +7,10 @@ use leased_proto::{Reason as Refused, v1};
 use prost::encoding::message::encoded_len;
 use tonic::Status;
 
-use crate::lease::{Holder, Key, LeaseId, MAX_KEY_BYTES, Mode, Reason, Snapshot, State, Timestamp, Waiter};
-use crate::lessor::{Acquired, CallError, ChangeKind, Grant, Refusal, Touched, WatchEvent};
+use crate::lease::{
+    Holder, Key, LeaseId, MAX_KEY_BYTES, MAX_SHARED_HOLDERS, Mode, Reason, Snapshot, State, Timestamp, Waiter,
+};
+use crate::lessor::{Acquired, CallError, ChangeKind, Grant, Obstruction, Refusal, Touched, WatchEvent};
 use crate::store::StoreError;
 
 /// The largest message that is read at all. Of what a keepalive message names past its own, smaller limit the caller is
@@ -38,6 +40,10 @@ pub(crate) fn acquired(key: &Key, answer: Acquired) -> Result<v1::AcquireRespons
             Err(Refused::QueueFull.status("the line of this key is full; try again later", []))
         }
         Acquired::Lost(reason) => Err(lost(Some(reason))),
+        Acquired::IdReused => Err(Refused::IdReused.status(
+            "this lease id is in use on this key with another mode or shared_limit; take a new id",
+            [],
+        )),
     }
 }
 
@@ -49,30 +55,43 @@ fn granted(key: &Key, grant: &Grant) -> v1::AcquireResponse {
         acquire_time: Some(to_timestamp(grant.acquired_at)),
         expire_time: Some(to_timestamp(grant.expires_at)),
         waited: grant.waited,
-        mode: v1::Mode::Unspecified.into(),
-        remaining: None,
+        mode: to_mode(grant.mode).into(),
+        remaining: Some(to_duration(grant.remaining)),
     }
 }
 
 fn held(refusal: &Refusal) -> Status {
-    let Refusal { owner, token, remaining, position } = refusal;
-    let message = match owner.as_str() {
-        "" => "held by another".to_owned(),
-        owner => format!("held by {owner:?}"),
+    let Refusal { owner, token, remaining, position, by } = refusal;
+    let label = |owner: &str| if owner.is_empty() { "another".to_owned() } else { format!("{owner:?}") };
+    let (name, message) = match by {
+        Some(Obstruction::MinHold) => {
+            ("min_hold", format!("kept taken by a min_hold for another {} ms", remaining.as_millis()))
+        }
+        Some(Obstruction::Limit { holders, limit }) => {
+            ("limit", format!("shared by {holders} already, where no more than {limit} may hold together"))
+        }
+        Some(Obstruction::Waiter { owner }) => {
+            ("waiter", format!("{} stands in line before this call", label(owner)))
+        }
+        Some(Obstruction::Holder) | None => ("holder", format!("held by {}", label(owner))),
     };
-    let remaining = remaining.as_millis().to_string();
-    let (owner, token) = (("owner", owner.clone()), ("token", token.to_string()));
-    match position {
-        Some(position) => Refused::LeaseHeld
-            .status(message, [owner, token, ("remaining_ms", remaining), ("position", position.to_string())]),
-        None => Refused::LeaseHeld.status(message, [owner, token, ("remaining_ms", remaining)]),
+    let mut entries = vec![
+        ("owner", owner.clone()),
+        ("token", token.to_string()),
+        ("remaining_ms", remaining.as_millis().to_string()),
+        ("blocked_by", name.to_owned()),
+    ];
+    entries.extend(position.map(|position| ("position", position.to_string())));
+    if let Some(Obstruction::Waiter { owner }) = by {
+        entries.push(("waiter", owner.clone()));
     }
+    Refused::LeaseHeld.status(message, entries)
 }
 
 /// The status of a lease that is not held.
 pub(crate) fn lost(reason: Option<Reason>) -> Status {
     let loss = reason.map(|reason| match reason {
-        Reason::Released => "released",
+        Reason::Released | Reason::Withdrawn | Reason::Settled => "released",
         Reason::Displaced => "displaced",
         Reason::Revoked => "revoked",
     });
@@ -123,7 +142,7 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
             let reason = match reason {
                 None => v1::LossReason::Gone,
                 Some(Reason::Displaced) => v1::LossReason::Displaced,
-                Some(Reason::Released) => v1::LossReason::Released,
+                Some(Reason::Released | Reason::Withdrawn | Reason::Settled) => v1::LossReason::Released,
                 Some(Reason::Revoked) => v1::LossReason::Revoked,
             };
             Outcome::Lost(v1::Lost { reason: reason.into() })
@@ -222,7 +241,7 @@ fn to_holder(snapshot: &Snapshot, holder: &Holder) -> v1::Holder {
         acquire_time: Some(to_timestamp(holder.acquired_at)),
         expire_time: Some(to_timestamp(holder.expires_at)),
         metadata: BTreeMap::clone(&holder.metadata).into_iter().collect(),
-        shared_limit: 0,
+        shared_limit: shown_limit(holder.mode, holder.shared_limit),
     }
 }
 
@@ -231,8 +250,13 @@ fn to_waiter(waiter: &Waiter) -> v1::Waiter {
         owner: waiter.acquisition.owner.clone(),
         mode: to_mode(waiter.acquisition.mode).into(),
         since: Some(to_timestamp(waiter.since)),
-        shared_limit: 0,
+        shared_limit: shown_limit(waiter.acquisition.mode, waiter.acquisition.shared_limit),
     }
+}
+
+/// A limit as callers write it: 0 for any number.
+fn shown_limit(mode: Mode, limit: u32) -> u32 {
+    if mode == Mode::Shared && limit < MAX_SHARED_HOLDERS { limit } else { 0 }
 }
 
 fn to_mode(mode: Mode) -> v1::Mode {

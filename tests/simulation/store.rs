@@ -138,12 +138,12 @@ impl State {
         let now = self.clock;
         let before = match self.records.remove(key) {
             Some(before) => before,
-            None if edit.enqueued().is_empty() => {
+            None if edit.enqueued().is_empty() && edit.released().is_empty() => {
                 return (Snapshot { record: Record::vacant(key.clone()), now }, false);
             }
             None => Record::vacant(key.clone()),
         };
-        let revoked = before.holders.iter().filter(|holder| edit.revoked().contains(&holder.token));
+        let revoked = before.holders.iter().filter(|holder| edit.revoked().contains(&holder.id));
         self.revoked.extend(revoked.map(|holder| (holder.token, self::now())));
         let after = step(before.clone(), edit, now, rules);
         for holder in &after.holders {
@@ -184,7 +184,7 @@ fn away(outcome: Outcome) -> StoreError {
 impl Store for SimulatedStore {
     async fn commit(
         &self,
-        batch: Arc<Vec<(Key, Edit)>>,
+        mut batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
         let deadline = Instant::now() + deadline;
@@ -205,6 +205,8 @@ impl Store for SimulatedStore {
                 return Err(away(outcome));
             }
             sleep_until(again).await;
+            let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
+            batch = Arc::new(repeated.collect());
         }
     }
 

@@ -55,6 +55,10 @@ pub struct Holder {
     pub expires_at: Timestamp,
     /// The key stays taken at least this long after the grant, even if released.
     pub min_hold: Duration,
+    /// Shared only: no more than this many hold while this one does.
+    pub shared_limit: u32,
+    /// It was asked for more than once, so a late command may still ask for it.
+    pub repeated: bool,
 }
 
 /// An acquisition standing in line.
@@ -68,7 +72,7 @@ pub struct Waiter {
     pub expires_at: Timestamp,
 }
 
-/// A lease that is no more.
+/// A lease id that is over: it is never granted while this is remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Departure {
     /// Whose.
@@ -77,9 +81,11 @@ pub struct Departure {
     pub reason: Reason,
     /// When it went.
     pub at: Timestamp,
+    /// It is remembered for [`MEMORY`](super::MEMORY), because a command that asks for the id may still be under way.
+    pub lasting: bool,
 }
 
-/// How a lease went.
+/// How a lease id came to be over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// Given back by its holder.
@@ -88,6 +94,10 @@ pub enum Reason {
     Displaced,
     /// Taken away by an operator.
     Revoked,
+    /// Released while it stood in line.
+    Withdrawn,
+    /// Released while it neither held nor stood in line: before it was asked for, or long after it was over.
+    Settled,
 }
 
 impl Record {

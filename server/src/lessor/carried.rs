@@ -145,6 +145,7 @@ mod tests {
             ttl: Ttl::new(Duration::from_secs(10)).expect("ten seconds"),
             min_hold: Duration::ZERO,
             wait: false,
+            repeated: false,
         };
         let (edit, now) = (Edit::default().enqueue(Arc::new(acquisition)), Timestamp(1000));
         let record = step(Record::vacant(key()), &edit, now, &RULES);

@@ -192,8 +192,8 @@ impl World {
             Op::Touch(side, lease) => self.call(side, Part::Touch(id(lease))),
             Op::Release(side, lease) => self.call(side, Part::Release(id(lease))),
             Op::Revoke(side, place) => {
-                let token = self.record.holders.get(place).map(|holder| holder.token);
-                self.call(side, Part::Revoke(token.into_iter().collect()));
+                let id = self.record.holders.get(place).map(|holder| holder.id);
+                self.call(side, Part::Revoke(id.into_iter().collect(), None));
             }
             Op::Send if self.in_flight.is_none() => self.send(),
             Op::Reach => self.reach(),
@@ -386,5 +386,6 @@ fn acquisition(lease: u8, limit: Option<u32>, ttl: u64) -> Arc<Acquisition> {
         ttl: Ttl::new(Duration::from_millis(ttl)).expect("at least a millisecond"),
         min_hold: Duration::ZERO,
         wait: true,
+        repeated: false,
     })
 }

@@ -214,11 +214,12 @@ impl std::fmt::Display for Outcome {
 }
 
 /// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over, and counts that. Edits
-/// are idempotent.
+/// are idempotent. Each attempt but the first brings the edits as repeated ones: an earlier attempt may still be under way.
 async fn repeat<T, F>(
+    mut batch: Arc<Vec<(Key, Edit)>>,
     deadline: Duration,
     repetitions: &AtomicU64,
-    mut attempt: impl FnMut() -> F,
+    mut attempt: impl FnMut(Arc<Vec<(Key, Edit)>>) -> F,
 ) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,
@@ -227,7 +228,7 @@ where
     let mut outcome = Outcome::NotApplied;
     let mut pause = BACK_OFF;
     loop {
-        let cause = match attempt().await {
+        let cause = match attempt(Arc::clone(&batch)).await {
             Err(StoreError::Unavailable { outcome: latest, cause }) => {
                 if latest == Outcome::Unknown {
                     outcome = latest;
@@ -242,14 +243,17 @@ where
         }
         tracing::debug!(%cause, "repeating a batch");
         repetitions.fetch_add(1, Ordering::Relaxed);
+        let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
+        batch = Arc::new(repeated.collect());
         sleep_until(again).await;
         pause = (pause * 2).min(BACK_OFF * 8);
     }
 }
 
-/// Only an arrival makes a record: touching or releasing a key that nobody ever leased leaves no trace.
+/// An arrival makes a record, and so does a release, which must be remembered; touching a key that nobody ever leased
+/// leaves no trace.
 fn makes_record(edit: &Edit) -> bool {
-    !edit.enqueued().is_empty()
+    !edit.enqueued().is_empty() || !edit.released().is_empty()
 }
 
 /// The answer for a key without a record. It holds nothing that its instant could matter to.

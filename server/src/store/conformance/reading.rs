@@ -28,6 +28,7 @@ pub(in crate::store) fn asking(id: LeaseId) -> Acquisition {
         ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
         min_hold: Duration::ZERO,
         wait: false,
+        repeated: false,
     }
 }
 

@@ -34,7 +34,7 @@ use writer::{Home, Unstarted, Writer};
 
 use super::failure::Failure;
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
-use crate::lease::{Edit, Key, Rules, Snapshot};
+use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
 /// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
 const BATCHES: usize = 4;
@@ -118,7 +118,8 @@ impl Store for EmbeddedStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(deadline, &self.repetitions, async || Ok(self.writer.commit(&batch, deadline).await?)).await
+        let attempt = async |batch| Ok(self.writer.commit(&batch, deadline).await?);
+        repeat(batch, deadline, &self.repetitions, attempt).await
     }
 
     fn batches(&self) -> usize {
@@ -209,7 +210,8 @@ fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failu
             continue;
         }
         let snapshot = home.snapshot(&key, value.value())?;
-        if !query.include_free && snapshot.record.is_free(snapshot.now) {
+        let record = &snapshot.record;
+        if record.token == FencingToken::default() || (!query.include_free && record.is_free(snapshot.now)) {
             continue;
         }
         page.more = page.snapshots.len() == query.limit || bytes > PAGE_BYTES;

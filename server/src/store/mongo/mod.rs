@@ -147,7 +147,7 @@ impl Store for MongoStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(deadline, &self.repetitions, async || Ok(self.attempt(&batch).await?)).await
+        repeat(batch, deadline, &self.repetitions, async |batch| Ok(self.attempt(&batch).await?)).await
     }
 
     fn batches(&self) -> usize {

@@ -79,7 +79,10 @@ impl MongoStore {
             range.insert("$gt", after.as_str());
         }
         let mut filter = doc! { "_id": range };
-        if !query.include_free {
+        if query.include_free {
+            // A key that was never granted is one of which only a settled id is remembered.
+            filter.insert("token", doc! { "$gt": 0_i64 });
+        } else {
             let blocked = doc! { "$gt": ["$blocked_until", self.clock.clone()] };
             filter.insert(
                 "$or",
