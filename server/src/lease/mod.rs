@@ -18,6 +18,6 @@ pub use answer::{Snapshot, Standing, State};
 pub use edit::{Acquisition, Edit};
 pub use id::{FencingToken, LeaseId};
 pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
-pub use record::{Departure, Holder, Mode, Reason, Record, Waiter};
+pub use record::{Departure, Holder, Mode, NEVER_GRANTED, Reason, Record, Waiter};
 pub use step::{MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, REMEMBERED_DEPARTURES, Rules, step};
 pub use time::{Timestamp, Ttl};

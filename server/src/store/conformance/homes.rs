@@ -35,6 +35,7 @@ pub(super) enum Home {
 pub(super) struct Unanswered(pub(super) StoreError);
 
 /// Either store, at instants that the test chooses.
+#[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug, Clone)]
 pub(super) enum TestStore {
     Embedded(EmbeddedStore, #[expect(dead_code, reason = "removes the folder in the end")] Arc<TempDir>),
@@ -42,6 +43,7 @@ pub(super) enum TestStore {
 }
 
 /// Applies batches.
+#[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug)]
 pub(super) enum Applier {
     Step { records: HashMap<Key, Record>, rules: Rules, wrong: Option<Wrong> },

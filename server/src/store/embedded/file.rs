@@ -8,17 +8,21 @@ use std::sync::Arc;
 
 use redb::backends::FileBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase, StorageBackend, StorageError, TableDefinition, TableError,
-    TableHandle,
+    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend, StorageError, TableDefinition,
+    TableError, TableHandle,
 };
 
 use super::disk::{Disk, Unsynced};
-use crate::lease::Timestamp;
+use super::document::decode;
+use crate::lease::{Key, Timestamp};
 
 /// The file in the data folder.
 pub(super) const FILE: &str = "leases.redb";
 /// Records by key.
 pub(super) const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
+/// The keys that are held, waited for or blocked: a listing goes by these. A block ends by time alone, so a key may stay
+/// here for a while after that.
+pub(super) const IN_USE: TableDefinition<'_, &str, ()> = TableDefinition::new("in use");
 /// Facts about the whole.
 pub(super) const FACTS: TableDefinition<'_, &str, i64> = TableDefinition::new("leased");
 /// The fact that says how the rest is to be read.
@@ -185,13 +189,34 @@ fn recognise(database: &Database, path: &Path) -> Result<Timestamp, OpenError> {
         Some(format) if format > THIS_FORMAT => return Err(OpenError::Newer(path.to_owned())),
         _ => return Err(foreign("a redb database of another program")),
     }
+    if !tables.iter().any(|table| table == IN_USE.name()) {
+        mark_in_use(database).map_err(fail)?;
+    }
     Ok(Timestamp(fact(LATEST).map_err(|error| fail(error.into()))?.unwrap_or(0)))
+}
+
+/// Fills the table of the keys in use, which an earlier version did not keep.
+fn mark_in_use(database: &Database) -> Result<(), redb::Error> {
+    let writing = database.begin_write()?;
+    {
+        let mut in_use = writing.open_table(IN_USE)?;
+        for entry in writing.open_table(RECORDS)?.iter()? {
+            let (name, value) = entry?;
+            let record = Key::try_from(name.value()).ok().and_then(|key| decode(&key, value.value()).ok());
+            if record.is_some_and(|record| !record.is_free(Timestamp(i64::MIN))) {
+                in_use.insert(name.value(), ())?;
+            }
+        }
+    }
+    writing.commit()?;
+    Ok(())
 }
 
 /// Lays out an empty database.
 fn begin(database: &Database) -> Result<(), redb::Error> {
     let writing = database.begin_write()?;
     writing.open_table(RECORDS)?;
+    writing.open_table(IN_USE)?;
     writing.open_table(FACTS)?.insert(FORMAT, THIS_FORMAT)?;
     writing.commit()?;
     Ok(())

@@ -16,23 +16,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use redb::ReadableDatabase;
+use redb::{ReadOnlyTable, ReadableDatabase};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 pub use file::OpenError;
-use file::{DataFile, RECORDS};
+use file::{DataFile, IN_USE, RECORDS};
 use writer::{Home, Writer};
 
-use super::failure::Failure;
+use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
 const BATCHES: usize = 4;
-/// Reads at once; each is a thread while it lasts.
+/// Reads of single keys at once; each is a thread while it lasts.
 const READS: usize = 16;
+/// Listings at once, and steps of a purge: neither commits nor other reads wait for these.
+const LISTS: usize = 4;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
@@ -42,6 +44,7 @@ pub struct EmbeddedStore {
     home: Arc<Home>,
     writer: Writer,
     reads: Arc<Semaphore>,
+    lists: Arc<Semaphore>,
     repetitions: Arc<AtomicU64>,
 }
 
@@ -55,7 +58,13 @@ impl EmbeddedStore {
         let opened = spawn_blocking(move || Home::open(file, rules)).await;
         let home = Arc::new(opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?);
         let writer = Writer::start(Arc::clone(&home));
-        Ok(Self { home, writer, reads: Arc::new(Semaphore::new(READS)), repetitions: Arc::default() })
+        Ok(Self {
+            home,
+            writer,
+            reads: Arc::new(Semaphore::new(READS)),
+            lists: Arc::new(Semaphore::new(LISTS)),
+            repetitions: Arc::default(),
+        })
     }
 
     /// Stops the clock at `now`, also if that is earlier.
@@ -64,23 +73,30 @@ impl EmbeddedStore {
         self.home.set_clock(now);
     }
 
-    /// Reads what has been committed, on a thread that may wait for the disk.
+    /// Reads what has been committed, on a thread that may wait for the disk, when its turn among the `others` comes.
     async fn reading<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&Home, &Records) -> Result<T, Failure> + Send + 'static,
+        others: &Arc<Semaphore>,
+        read: impl FnOnce(&Home, &Tables) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let permit = Arc::clone(&self.reads).acquire_owned().await;
+        let permit = Arc::clone(others).acquire_owned().await;
         let home = Arc::clone(&self.home);
         let done = spawn_blocking(move || {
             let _permit = permit;
-            let records = home.database()?.begin_read()?.open_table(RECORDS)?;
-            read(&home, &records)
+            let reading = home.database()?.begin_read()?;
+            let tables =
+                Tables { records: reading.open_table(RECORDS)?, in_use: reading.open_table(IN_USE)? };
+            read(&home, &tables)
         });
         Ok(done.await.map_err(Failure::not_applied)??)
     }
 }
 
-type Records = redb::ReadOnlyTable<&'static str, &'static [u8]>;
+/// What is committed, as of one commit.
+struct Tables {
+    records: ReadOnlyTable<&'static str, &'static [u8]>,
+    in_use: ReadOnlyTable<&'static str, ()>,
+}
 
 impl Store for EmbeddedStore {
     async fn commit(
@@ -88,7 +104,9 @@ impl Store for EmbeddedStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(deadline, &self.repetitions, async || Ok(self.writer.commit(&batch, deadline).await?)).await
+        let effects = Effects::default();
+        let attempt = async || effects.note(self.writer.commit(&batch, deadline).await, |_| true);
+        repeat(deadline, &self.repetitions, &effects, attempt).await
     }
 
     fn batches(&self) -> usize {
@@ -96,28 +114,28 @@ impl Store for EmbeddedStore {
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
-        let read = move |home: &Home, records: &Records| {
+        let read = move |home: &Home, tables: &Tables| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
-                if let Some(bytes) = records.get(key.as_str())? {
+                if let Some(bytes) = tables.records.get(key.as_str())? {
                     found.push(home.snapshot(&key, bytes.value())?);
                 }
             }
             Ok(found)
         };
-        self.reading(read).await
+        self.reading(&self.reads, read).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.reading(move |home, records| page(home, records, &query)).await
+        self.reading(&self.lists, move |home, tables| page(home, tables, &query)).await
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
         let mut purged = 0;
         let mut from = None;
         loop {
-            let read = move |home: &Home, records: &Records| forgettable(home, records, from, free_for);
-            let (keys, next) = self.reading(read).await?;
+            let read = move |home: &Home, tables: &Tables| forgettable(home, tables, from, free_for);
+            let (keys, next) = self.reading(&self.lists, read).await?;
             // The writer looks again: a key may have been leased since.
             purged += self.writer.forget(keys, free_for).await?;
             let Some(next) = next else { return Ok(purged) };
@@ -161,52 +179,81 @@ impl From<OpenError> for StartError {
     }
 }
 
-fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
-    let mut page = Page::default();
-    let mut bytes = 0;
+fn page(home: &Home, tables: &Tables, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
-    for entry in records.range(start..)? {
-        let (name, value) = entry?;
-        if !name.value().starts_with(&query.prefix) {
-            break;
+    let mut page = Filling { query, home, page: Page::default(), bytes: 0 };
+    if query.include_free {
+        for entry in tables.records.range(start..)? {
+            let (name, value) = entry?;
+            if !page.take(name.value(), value.value())? {
+                break;
+            }
         }
-        let key = Key::try_from(name.value()).map_err(Failure::refused)?;
-        if query.after.as_ref() == Some(&key) {
-            continue;
+    } else {
+        for entry in tables.in_use.range(start..)? {
+            let (name, _) = entry?;
+            let Some(value) = tables.records.get(name.value())? else { continue };
+            if !page.take(name.value(), value.value())? {
+                break;
+            }
         }
-        let snapshot = home.snapshot(&key, value.value())?;
-        if !query.include_free && snapshot.record.is_free(snapshot.now) {
-            continue;
-        }
-        page.more = page.snapshots.len() == query.limit || bytes > PAGE_BYTES;
-        if page.more {
-            break;
-        }
-        bytes += value.value().len();
-        page.snapshots.push(snapshot);
     }
-    Ok(page)
+    Ok(page.page)
+}
+
+/// A page in the making.
+struct Filling<'a> {
+    query: &'a ListQuery,
+    home: &'a Home,
+    page: Page,
+    bytes: usize,
+}
+
+impl Filling<'_> {
+    /// Takes the next record if it belongs on the page, and says whether there can be more on it.
+    fn take(&mut self, name: &str, value: &[u8]) -> Result<bool, Failure> {
+        let Self { query, page, .. } = self;
+        if !name.starts_with(&query.prefix) {
+            return Ok(false);
+        }
+        let key = Key::try_from(name).map_err(Failure::refused)?;
+        if query.after.as_ref() == Some(&key) {
+            return Ok(true);
+        }
+        let snapshot = self.home.snapshot(&key, value)?;
+        if !query.include_free && snapshot.record.is_free(snapshot.now) {
+            return Ok(true);
+        }
+        page.more = page.snapshots.len() == query.limit || self.bytes > PAGE_BYTES;
+        if page.more {
+            return Ok(false);
+        }
+        self.bytes += value.len();
+        page.snapshots.push(snapshot);
+        Ok(true)
+    }
 }
 
 /// Keys looked at, and forgotten, in one go.
 const PURGE_PAGE: usize = 1000;
 
-/// Some keys that may be forgotten, and where to look for more.
+/// Some keys that may be forgotten or are not in use any more, and where to look for more.
 fn forgettable(
     home: &Home,
-    records: &Records,
+    tables: &Tables,
     from: Option<Key>,
     free_for: Duration,
 ) -> Result<(Vec<Key>, Option<Key>), Failure> {
     let mut keys = Vec::new();
-    for entry in records.range(from.as_ref().map_or("", Key::as_str)..)? {
+    for (seen, entry) in tables.records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
         let key = Key::try_from(name.value()).map_err(Failure::refused)?;
-        if keys.len() == PURGE_PAGE {
+        if seen == PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
-        let snapshot = home.snapshot(&key, value.value())?;
-        if snapshot.record.is_forgettable(snapshot.now, free_for) {
+        let Snapshot { record, now } = home.snapshot(&key, value.value())?;
+        let may_go = record.is_forgettable(now, free_for, home.rules().grace);
+        if may_go || record.is_free(now) && tables.in_use.get(key.as_str())?.is_some() {
             keys.push(key);
         }
     }
@@ -217,8 +264,10 @@ fn forgettable(
 mod tests {
     use std::sync::Arc;
 
+    use redb::ReadableTable;
+
     use super::*;
-    use crate::lease::{LeaseId, Timestamp};
+    use crate::lease::{Acquisition, LeaseId, Timestamp};
     use crate::store::conformance::reading::{ask, asking, key};
 
     const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
@@ -261,5 +310,113 @@ mod tests {
         println!("{keys} keys a round; the file after each, in bytes: {sizes:?}");
         let most = sizes.iter().max().expect("rounds");
         assert!(*most <= sizes[0] * 2, "{sizes:?}");
+    }
+
+    /// Twenty thousand keys, all free but for two of them.
+    #[tokio::test]
+    async fn a_listing_reads_no_more_than_the_keys_in_use() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let names: Vec<_> =
+            (0..KEYS).map(|name| (key(&format!("key/{name:05}")), LeaseId::random())).collect();
+        for names in names.chunks(1000) {
+            let batch = |edit: &dyn Fn(LeaseId) -> Edit| {
+                Arc::new(names.iter().map(|(key, id)| (key.clone(), edit(*id))).collect())
+            };
+            store.commit(batch(&|id| ask(asking(id))), DAY).await.expect("a commit");
+            store.commit(batch(&|id| Edit::default().release(id)), DAY).await.expect("a commit");
+        }
+        let held = vec![key("key/00003"), key("key/19999")];
+        let batch = held.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect();
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        let query = ListQuery { prefix: String::new(), after: None, limit: 100, include_free: false };
+        let page = store.list(query).await.expect("a listing");
+        let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
+        assert_eq!(shown, held);
+        assert_eq!(in_use(&store).await, held, "what a listing goes through");
+    }
+
+    async fn in_use(store: &EmbeddedStore) -> Vec<Key> {
+        let read = |_: &Home, tables: &Tables| {
+            let names = tables.in_use.iter()?.map(|entry| Ok(entry?.0.value().to_owned()));
+            names.collect::<Result<Vec<_>, Failure>>()
+        };
+        let names = store.reading(&store.lists, read).await.expect("a read");
+        names.iter().map(|name| key(name)).collect()
+    }
+
+    #[tokio::test]
+    async fn a_block_that_is_over_leaves_the_keys_in_use_with_the_next_purge() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let now = Timestamp(1_700_000_000_000);
+        store.set_clock(now);
+        for name in ["again", "blocked"] {
+            let id = LeaseId::random();
+            let hold = Acquisition { min_hold: Duration::from_secs(5), ..asking(id) };
+            store.commit(Arc::new(vec![(key(name), ask(hold))]), DAY).await.expect("a commit");
+            let release = Edit::default().release(id);
+            store.commit(Arc::new(vec![(key(name), release)]), DAY).await.expect("a commit");
+        }
+        assert_eq!(in_use(&store).await, [key("again"), key("blocked")]);
+        store.set_clock(now + Duration::from_secs(6));
+        assert_eq!(store.purge(DAY).await.expect("a purge"), 0);
+        assert_eq!(in_use(&store).await, []);
+        let batch = vec![(key("again"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        assert_eq!(in_use(&store).await, [key("again")]);
+    }
+
+    #[tokio::test]
+    async fn a_file_without_the_keys_in_use_gets_them() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let batch = vec![(key("held"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        drop(store);
+        let path = folder.path().join(file::FILE);
+        // The file is closed some time after the last clone has gone.
+        let database = loop {
+            match redb::Database::open(&path) {
+                Ok(database) => break database,
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        };
+        let writing = database.begin_write().expect("a transaction");
+        assert!(writing.delete_table(IN_USE).expect("a table"));
+        writing.commit().expect("a commit");
+        drop(database);
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        assert_eq!(in_use(&store).await, [key("held")]);
+    }
+
+    #[tokio::test]
+    async fn neither_commits_nor_other_reads_wait_for_those_who_list() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let held = Arc::new(std::sync::Mutex::new(held));
+        let listings: Vec<_> = (0..50)
+            .map(|_| {
+                let (store, held) = (store.clone(), Arc::clone(&held));
+                let wait = move |_: &Home, _: &Tables| {
+                    drop(held.lock().map(|held| held.recv()));
+                    Ok(())
+                };
+                tokio::spawn(async move { store.reading(&store.lists, wait).await })
+            })
+            .collect();
+        while store.lists.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let job = key("job");
+        let batch = vec![(job.clone(), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        assert!(store.inspect(job).await.expect("a read").is_some());
+        assert!(listings.iter().all(|listing| !listing.is_finished()));
+        drop(hold);
+        for listing in listings {
+            listing.await.expect("an end").expect("a listing");
+        }
     }
 }

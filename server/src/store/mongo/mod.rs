@@ -1,6 +1,7 @@
 //! The store on MongoDB: one document per key, any number of daemons. The only files that know MongoDB.
 
 mod check;
+mod clock;
 mod command;
 mod commit;
 #[cfg(test)]
@@ -11,8 +12,14 @@ mod expression;
 mod feed;
 #[cfg(test)]
 mod feed_tests;
+mod index;
+#[cfg(test)]
+mod index_tests;
 mod pipeline;
+mod purge;
 mod reading;
+#[cfg(test)]
+mod ready_tests;
 #[cfg(test)]
 mod wrong;
 
@@ -20,22 +27,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use mongodb::bson::{Bson, RawDocumentBuf, doc};
+use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::WriteConcern;
 use mongodb::{Client, Collection, Database};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use check::Unusable;
+use clock::{BootInstant, StoreClock};
 use command::Runner;
 use commit::Lines;
 use daemons::{Daemons, Pace};
 use feed::Feed;
+use index::Index;
+use reading::Inspection;
 
-use super::failure::Failure;
+use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
-use crate::lease::{Edit, Key, Rules, Snapshot};
+use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
+/// A primary whose latest write a majority has not got for this long has no majority.
+const MOST_BEHIND: Duration = Duration::from_secs(3);
 /// Batches in flight; each is a command that writes and one that reads.
 const BATCHES: usize = 2;
 
@@ -58,8 +70,11 @@ pub struct MongoStore {
     collection: Collection<RawDocumentBuf>,
     concern: WriteConcern,
     runner: Runner,
+    inspection: Inspection,
+    index: Arc<Index>,
     feed: Arc<Feed>,
     lines: Arc<Lines>,
+    store_clock: Arc<StoreClock>,
     repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
@@ -75,6 +90,7 @@ impl MongoStore {
     pub async fn connect(location: &Location, rules: Rules) -> Result<Self, ConnectError> {
         let options = check::client_options(&location.uri).await?;
         let asked = options.write_concern.clone();
+        let inspection = Inspection::new(options.clone(), location)?;
         let client = Client::with_options(options).map_err(|error| Unusable::Uri(command::brief(&error)))?;
         let database = client.database(&location.database);
         let mut store = Self {
@@ -83,20 +99,43 @@ impl MongoStore {
             database,
             concern: WriteConcern::majority(),
             runner: Runner::new(),
+            inspection,
+            index: Arc::default(),
             feed: Arc::new(Feed::new(Pace::default())),
             lines: Arc::default(),
+            store_clock: Arc::default(),
             repetitions: Arc::default(),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
             wrong: None,
         };
         store.concern = check::database(&store, asked).await?;
+        store.make_index().await;
         Ok(store)
+    }
+
+    /// Asks the primary what its clock shows.
+    async fn look_at_clock(&self) -> Result<(), Failure> {
+        self.hello(&self.runner).await.map(drop)
+    }
+
+    /// What the primary, or a router, says of itself. It is asked for its time along the way.
+    async fn hello(&self, runner: &Runner) -> Result<Document, Failure> {
+        let database = self.database.clone();
+        let sent = BootInstant::now();
+        let hello = runner.run(async move { database.run_command(doc! { "hello": 1 }).await }).await?;
+        let received = BootInstant::now();
+        if hello.get_bool("isWritablePrimary").is_ok_and(|is_primary| !is_primary) {
+            return Err(Failure::not_applied("the node that answers is not the primary"));
+        }
+        let time = hello.get_datetime("localTime").map_err(Failure::not_applied)?;
+        self.learn_time(Timestamp(time.timestamp_millis()), sent, received);
+        Ok(hello)
     }
 
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
-    pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
+    pub(super) fn set_clock(&mut self, now: Timestamp) {
         self.clock = mongodb::bson::DateTime::from_millis(now.0).into();
     }
 }
@@ -107,7 +146,8 @@ impl Store for MongoStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(deadline, &self.repetitions, async || Ok(self.attempt(&batch).await?)).await
+        let effects = Effects::default();
+        repeat(deadline, &self.repetitions, &effects, || self.attempt(&batch, &effects)).await
     }
 
     fn batches(&self) -> usize {
@@ -121,6 +161,10 @@ impl Store for MongoStore {
         Ok(snapshots)
     }
 
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        Ok(self.find_one(&key).await?)
+    }
+
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
         Ok(self.page(&query).await?)
     }
@@ -130,10 +174,10 @@ impl Store for MongoStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        let database = self.database.clone();
-        // Addressed to the primary: it answers when commits can go somewhere.
-        let hello = async move { database.run_command(doc! { "hello": 1 }).await };
-        self.runner.run(hello).await?;
+        let hello = self.hello(&self.feed.errands).await?;
+        if lag(&hello).is_some_and(|lag| lag > MOST_BEHIND) {
+            return Err(Failure::not_applied("a majority of the nodes does not follow the primary").into());
+        }
         Ok(())
     }
 
@@ -147,6 +191,10 @@ impl Store for MongoStore {
 
     fn repetitions(&self) -> u64 {
         self.repetitions.load(Ordering::Relaxed)
+    }
+
+    fn clock_steps(&self) -> u64 {
+        self.store_clock.steps()
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
@@ -175,6 +223,14 @@ impl Store for MongoStore {
     }
 }
 
+/// By how much a majority is behind the primary's latest write. The daemon's own signs of life are such writes, one a
+/// second. A router does not say.
+fn lag(hello: &Document) -> Option<Duration> {
+    let last_write = hello.get_document("lastWrite").ok()?;
+    let at = |field| last_write.get_datetime(field).ok().map(|date| Timestamp(date.timestamp_millis()));
+    Some(at("lastWriteDate")? - at("majorityWriteDate")?)
+}
+
 /// Why there is no store.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -199,7 +255,9 @@ impl From<ConnectError> for StartError {
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotApplied(cause) | Failure::Unknown(cause) => Self::Unreachable(cause),
+            Failure::NotApplied(cause) | Failure::Late(cause) | Failure::Unknown(cause) => {
+                Self::Unreachable(cause)
+            }
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
     }
