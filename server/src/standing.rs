@@ -53,6 +53,12 @@ impl<S: Store> Collector for Standing<S> {
             encoder.encode_descriptor("leased_batch_repetitions", help, None, MetricType::Counter)?;
         repetitions.encode(family.encode_family(&[name])?)?;
 
+        let steps = ConstCounter::new(store.clock_steps());
+        let help = "Times that the store's clock and this host's came apart by more than the grace.";
+        let mut family =
+            encoder.encode_descriptor("leased_store_clock_steps", help, None, MetricType::Counter)?;
+        steps.encode(family.encode_family(&[name])?)?;
+
         let feed = store.feed_state();
         let states = [
             ("off", feed == FeedState::Off),

@@ -20,7 +20,7 @@ pub use answer::{Obstacle, Snapshot, Standing, State};
 pub use edit::{Acquisition, Edit};
 pub use id::{FencingToken, InvalidLeaseId, LeaseId};
 pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
-pub use record::{Departure, Holder, Mode, Reason, Record, Waiter};
+pub use record::{Departure, Holder, Mode, NEVER_GRANTED, Reason, Record, Waiter};
 pub use step::{
     LASTING_DEPARTURES, MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,
     Rules, step,

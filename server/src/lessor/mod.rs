@@ -234,7 +234,8 @@ impl<S: Store> Lessor<S> {
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn revoke(&self, key: Key, token: Option<FencingToken>) -> Result<usize, CallError> {
-        let Some(before) = self.get(key.clone()).await? else { return Ok(0) };
+        let found = self.in_time(async { Ok(self.store().read(vec![key.clone()]).await?) }).await?;
+        let Some(before) = found.into_iter().next() else { return Ok(0) };
         let is_meant = |holder: &&Holder| token.is_none_or(|token| holder.token == token);
         let ids: Vec<LeaseId> =
             before.record.holders.iter().filter(is_meant).map(|holder| holder.id).collect();
@@ -256,9 +257,9 @@ impl<S: Store> Lessor<S> {
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn get(&self, key: Key) -> Result<Option<Snapshot>, CallError> {
-        let found = self.in_time(async { Ok(self.store().read(vec![key]).await?) }).await?;
+        let found = self.in_time(async { Ok(self.store().inspect(key).await?) }).await?;
         // A record without a token is one that a batch was about to make, or that remembers settled ids and nothing else.
-        Ok(found.into_iter().next().filter(|snapshot| snapshot.record.token != FencingToken::default()))
+        Ok(found.filter(|snapshot| snapshot.record.token != FencingToken::default()))
     }
 
     /// A page of records.

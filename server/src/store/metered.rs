@@ -58,7 +58,7 @@ impl<S: Store> Metered<S> {
         let durations =
             ("leased_batch_duration_seconds", "How long the store took for a batch, repetitions included");
         let [durations] = meter.by(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
-        let purged = ("leased_keys_purged", "Keys forgotten because they had long been free");
+        let purged = ("leased_keys_purged", "Keys forgotten because they had long been free or lapsed");
         let [purged] = meter.by(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));
@@ -101,6 +101,10 @@ impl<S: Store> Store for Metered<S> {
         self.note(Operation::Read, self.store.read(keys).await)
     }
 
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        self.note(Operation::Read, self.store.inspect(key).await)
+    }
+
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
         self.note(Operation::List, self.store.list(query).await)
     }
@@ -141,6 +145,10 @@ impl<S: Store> Store for Metered<S> {
 
     fn repetitions(&self) -> u64 {
         self.store.repetitions()
+    }
+
+    fn clock_steps(&self) -> u64 {
+        self.store.clock_steps()
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {

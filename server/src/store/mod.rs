@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use failure::{Effects, Failure};
 pub(crate) use metered::Metered;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
@@ -44,19 +45,30 @@ pub trait Store: Send + Sync + 'static {
     /// batches get smaller, and most of what a small one costs is its overhead.
     fn batches(&self) -> usize;
 
-    /// The records of those of the `keys` that have one, in any order.
+    /// The records of those of the `keys` that have one, in any order. For what the engine decides: these reads have
+    /// the same share of the store as commits.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
 
-    /// One page of records in the order of their keys; shorter than asked if the records are large.
+    /// The key's record, if it has one, for callers who look at it. However many look, commits do not wait for them.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store does not answer in time.
+    fn inspect(&self, key: Key) -> impl Future<Output = Result<Option<Snapshot>, StoreError>> + Send {
+        async { Ok(self.read(vec![key]).await?.into_iter().next()) }
+    }
+
+    /// One page of records in the order of their keys; shorter than asked if the records are large. Neither commits nor
+    /// [`Self::inspect`] wait for those who list.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn list(&self, query: ListQuery) -> impl Future<Output = Result<Page, StoreError>> + Send;
 
-    /// Forgets keys that have been free for `free_for` and returns how many.
+    /// Forgets keys that nobody has held, waited for or kept blocked for `free_for`, and returns how many. A lease counts
+    /// as held until it may be taken over, a place in line until it lapses.
     ///
     /// # Errors
     /// [`StoreError`]; what was forgotten by then stays so.
@@ -100,6 +112,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// How many attempts at a batch have failed and been repeated so far.
     fn repetitions(&self) -> u64;
+
+    /// How often the store's clock and this host's were found to have come apart.
+    fn clock_steps(&self) -> u64 {
+        0
+    }
 
     /// Tells of changes that others make, until `draining` is cancelled or nobody listens any more; at once if there
     /// are no others. Changes of this daemon's own may be among them.
@@ -214,34 +231,30 @@ impl std::fmt::Display for Outcome {
 }
 
 /// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over, and counts that. Edits
-/// are idempotent. Each attempt but the first brings the edits as repeated ones: an earlier attempt may still be under way.
+/// are idempotent. Each attempt but the first brings the edits as repeated ones: an earlier attempt may still be under way. It
+/// notes in `effects` what its commands may have changed.
 async fn repeat<T, F>(
     mut batch: Arc<Vec<(Key, Edit)>>,
     deadline: Duration,
     repetitions: &AtomicU64,
+    effects: &Effects,
     mut attempt: impl FnMut(Arc<Vec<(Key, Edit)>>) -> F,
 ) -> Result<T, StoreError>
 where
-    F: Future<Output = Result<T, StoreError>>,
+    F: Future<Output = Result<T, Failure>>,
 {
     let deadline = Instant::now() + deadline;
-    let mut outcome = Outcome::NotApplied;
     let mut pause = BACK_OFF;
     loop {
-        let cause = match attempt(Arc::clone(&batch)).await {
-            Err(StoreError::Unavailable { outcome: latest, cause }) => {
-                if latest == Outcome::Unknown {
-                    outcome = latest;
-                }
-                cause
-            }
-            end => return end,
+        let failure = match attempt(Arc::clone(&batch)).await {
+            Ok(done) => return Ok(done),
+            Err(failure) => failure,
         };
         let again = Instant::now() + pause;
-        if again >= deadline {
-            return Err(StoreError::Unavailable { outcome, cause });
+        if matches!(failure, Failure::Refused(_)) || again >= deadline {
+            return Err(effects.conclude(failure));
         }
-        tracing::debug!(%cause, "repeating a batch");
+        tracing::debug!(cause = failure.into_cause(), "repeating a batch");
         repetitions.fetch_add(1, Ordering::Relaxed);
         let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
         batch = Arc::new(repeated.collect());

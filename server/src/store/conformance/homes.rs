@@ -36,6 +36,7 @@ pub(super) enum Home {
 pub(super) struct Unanswered(pub(super) StoreError);
 
 /// Either store, at instants that the test chooses.
+#[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
 pub(super) enum TestStore {
@@ -44,6 +45,7 @@ pub(super) enum TestStore {
 }
 
 /// Applies batches.
+#[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug)]
 pub(super) enum Applier {
     Step { records: HashMap<Key, Record>, rules: Rules, wrong: Option<Wrong> },

@@ -20,19 +20,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use redb::ReadableDatabase;
+use redb::{ReadOnlyTable, ReadableDatabase};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use clock::{Host, Readings};
-use facts::RECORDS;
+use facts::{IN_USE, RECORDS};
 pub use file::OpenError;
 use file::{DataFile, Medium};
 use readers::Readers;
 use writer::{Home, Unstarted, Writer};
 
-use super::failure::Failure;
+use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
@@ -99,18 +99,24 @@ impl EmbeddedStore {
     async fn reading<T: Send + 'static>(
         &self,
         readers: &Readers,
-        read: impl FnOnce(&Home, &Records) -> Result<T, Failure> + Send + 'static,
+        read: impl FnOnce(&Home, &Tables) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
         let home = Arc::clone(self.home());
         let work = move || {
-            let records = home.database()?.begin_read()?.open_table(RECORDS)?;
-            read(&home, &records)
+            let reading = home.database()?.begin_read()?;
+            let tables =
+                Tables { records: reading.open_table(RECORDS)?, in_use: reading.open_table(IN_USE)? };
+            read(&home, &tables)
         };
         Ok(readers.run(work).await?)
     }
 }
 
-type Records = redb::ReadOnlyTable<&'static str, &'static [u8]>;
+/// What is committed, as of one commit.
+struct Tables {
+    records: ReadOnlyTable<&'static str, &'static [u8]>,
+    in_use: ReadOnlyTable<&'static str, ()>,
+}
 
 impl Store for EmbeddedStore {
     async fn commit(
@@ -118,8 +124,9 @@ impl Store for EmbeddedStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        let attempt = async |batch| Ok(self.writer.commit(&batch, deadline).await?);
-        repeat(batch, deadline, &self.repetitions, attempt).await
+        let effects = Effects::default();
+        let attempt = async |batch| effects.note(self.writer.commit(&batch, deadline).await, |_| true);
+        repeat(batch, deadline, &self.repetitions, &effects, attempt).await
     }
 
     fn batches(&self) -> usize {
@@ -127,10 +134,10 @@ impl Store for EmbeddedStore {
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
-        let read = move |home: &Home, records: &Records| {
+        let read = move |home: &Home, tables: &Tables| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
-                if let Some(bytes) = records.get(key.as_str())? {
+                if let Some(bytes) = tables.records.get(key.as_str())? {
                     found.push(home.snapshot(&key, bytes.value())?);
                 }
             }
@@ -140,14 +147,14 @@ impl Store for EmbeddedStore {
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.reading(&self.pages, move |home, records| page(home, records, &query)).await
+        self.reading(&self.pages, move |home, tables| page(home, tables, &query)).await
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
         let mut purged = 0;
         let mut from = None;
         loop {
-            let read = move |home: &Home, records: &Records| forgettable(home, records, from, free_for);
+            let read = move |home: &Home, tables: &Tables| forgettable(home, tables, from, free_for);
             let (keys, next) = self.reading(&self.pages, read).await?;
             // The writer looks again: a key may have been leased since.
             purged += self.writer.forget(keys, free_for).await?;
@@ -196,53 +203,82 @@ impl From<OpenError> for StartError {
     }
 }
 
-fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
-    let mut page = Page::default();
-    let mut bytes = 0;
+fn page(home: &Home, tables: &Tables, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
-    for entry in records.range(start..)? {
-        let (name, value) = entry?;
-        if !name.value().starts_with(&query.prefix) {
-            break;
+    let mut page = Filling { query, home, page: Page::default(), bytes: 0 };
+    if query.include_free {
+        for entry in tables.records.range(start..)? {
+            let (name, value) = entry?;
+            if !page.take(name.value(), value.value())? {
+                break;
+            }
         }
-        let key = Key::try_from(name.value()).map_err(Failure::refused)?;
+    } else {
+        for entry in tables.in_use.range(start..)? {
+            let (name, _) = entry?;
+            let Some(value) = tables.records.get(name.value())? else { continue };
+            if !page.take(name.value(), value.value())? {
+                break;
+            }
+        }
+    }
+    Ok(page.page)
+}
+
+/// A page in the making.
+struct Filling<'a> {
+    query: &'a ListQuery,
+    home: &'a Home,
+    page: Page,
+    bytes: usize,
+}
+
+impl Filling<'_> {
+    /// Takes the next record if it belongs on the page, and says whether there can be more on it.
+    fn take(&mut self, name: &str, value: &[u8]) -> Result<bool, Failure> {
+        let Self { query, page, .. } = self;
+        if !name.starts_with(&query.prefix) {
+            return Ok(false);
+        }
+        let key = Key::try_from(name).map_err(Failure::refused)?;
         if query.after.as_ref() == Some(&key) {
-            continue;
+            return Ok(true);
         }
-        let snapshot = home.snapshot(&key, value.value())?;
+        let snapshot = self.home.snapshot(&key, value)?;
         let record = &snapshot.record;
         if record.token == FencingToken::default() || (!query.include_free && record.is_free(snapshot.now)) {
-            continue;
+            return Ok(true);
         }
-        page.more = page.snapshots.len() == query.limit || bytes > PAGE_BYTES;
+        page.more = page.snapshots.len() == query.limit || self.bytes > PAGE_BYTES;
         if page.more {
-            break;
+            return Ok(false);
         }
-        bytes += value.value().len();
+        self.bytes += value.len();
         page.snapshots.push(snapshot);
+        Ok(true)
     }
-    Ok(page)
 }
 
 /// Keys looked at, and forgotten, in one go.
 const PURGE_PAGE: usize = 1000;
 
-/// Some keys that may be forgotten, and where to look for more.
+/// Some keys that may be forgotten or are not in use any more, and where to look for more.
 fn forgettable(
     home: &Home,
-    records: &Records,
+    tables: &Tables,
     from: Option<Key>,
     free_for: Duration,
 ) -> Result<(Vec<Key>, Option<Key>), Failure> {
     let mut keys = Vec::new();
-    for entry in records.range(from.as_ref().map_or("", Key::as_str)..)? {
+    for (seen, entry) in tables.records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
         let key = Key::try_from(name.value()).map_err(Failure::refused)?;
-        if keys.len() == PURGE_PAGE {
+        if seen == PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
-        let snapshot = home.snapshot(&key, value.value())?;
-        if snapshot.record.is_forgettable(snapshot.now, free_for) {
+        let Snapshot { record, now } = home.snapshot(&key, value.value())?;
+        let may_go = record.is_forgettable(now, free_for, home.rules().grace);
+        if may_go || record.is_free(now) && tables.in_use.get(key.as_str())?.is_some() {
             keys.push(key);
         }
     }
@@ -253,8 +289,10 @@ fn forgettable(
 mod tests {
     use std::sync::Arc;
 
+    use redb::ReadableTable;
+
     use super::*;
-    use crate::lease::{LeaseId, Timestamp};
+    use crate::lease::{Acquisition, LeaseId, Timestamp};
     use crate::store::conformance::reading::{ask, asking, key};
 
     const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
@@ -291,11 +329,15 @@ mod tests {
         let mut listings = Vec::new();
         for _ in 0..3 * PAGE_READERS {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
-            let work = move |_: &Home, _: &Records| Ok(gate.lock().expect("no panic").recv().is_err());
+            let work = move |_: &Home, _: &Tables| Ok(gate.lock().expect("no panic").recv().is_err());
             listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
         }
         tokio::task::yield_now().await;
         assert_eq!(store.read(vec![key("x")]).await.expect("a read"), []);
+        let batch = vec![(key("x"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        assert!(store.inspect(key("x")).await.expect("a read").is_some());
+        assert!(listings.iter().all(|listing| !listing.is_finished()));
         drop(go);
         for listing in listings {
             assert!(listing.await.expect("no panic").expect("a listing"));
@@ -317,5 +359,83 @@ mod tests {
         println!("{keys} keys a round; the file after each, in bytes: {sizes:?}");
         let most = sizes.iter().max().expect("rounds");
         assert!(*most <= sizes[0] * 2, "{sizes:?}");
+    }
+
+    /// Twenty thousand keys, all free but for two of them.
+    #[tokio::test]
+    async fn a_listing_reads_no_more_than_the_keys_in_use() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let names: Vec<_> =
+            (0..KEYS).map(|name| (key(&format!("key/{name:05}")), LeaseId::random())).collect();
+        for names in names.chunks(1000) {
+            let batch = |edit: &dyn Fn(LeaseId) -> Edit| {
+                Arc::new(names.iter().map(|(key, id)| (key.clone(), edit(*id))).collect())
+            };
+            store.commit(batch(&|id| ask(asking(id))), DAY).await.expect("a commit");
+            store.commit(batch(&|id| Edit::default().release(id)), DAY).await.expect("a commit");
+        }
+        let held = vec![key("key/00003"), key("key/19999")];
+        let batch = held.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect();
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        let query = ListQuery { prefix: String::new(), after: None, limit: 100, include_free: false };
+        let page = store.list(query).await.expect("a listing");
+        let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
+        assert_eq!(shown, held);
+        assert_eq!(in_use(&store).await, held, "what a listing goes through");
+    }
+
+    async fn in_use(store: &EmbeddedStore) -> Vec<Key> {
+        let read = |_: &Home, tables: &Tables| {
+            let names = tables.in_use.iter()?.map(|entry| Ok(entry?.0.value().to_owned()));
+            names.collect::<Result<Vec<_>, Failure>>()
+        };
+        let names = store.reading(&store.pages, read).await.expect("a read");
+        names.iter().map(|name| key(name)).collect()
+    }
+
+    #[tokio::test]
+    async fn a_block_that_is_over_leaves_the_keys_in_use_with_the_next_purge() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let now = Timestamp(1_700_000_000_000);
+        store.set_clock(now);
+        for name in ["again", "blocked"] {
+            let id = LeaseId::random();
+            let hold = Acquisition { min_hold: Duration::from_secs(5), ..asking(id) };
+            store.commit(Arc::new(vec![(key(name), ask(hold))]), DAY).await.expect("a commit");
+            let release = Edit::default().release(id);
+            store.commit(Arc::new(vec![(key(name), release)]), DAY).await.expect("a commit");
+        }
+        assert_eq!(in_use(&store).await, [key("again"), key("blocked")]);
+        store.set_clock(now + Duration::from_secs(6));
+        assert_eq!(store.purge(DAY).await.expect("a purge"), 0);
+        assert_eq!(in_use(&store).await, []);
+        let batch = vec![(key("again"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        assert_eq!(in_use(&store).await, [key("again")]);
+    }
+
+    #[tokio::test]
+    async fn a_file_without_the_keys_in_use_gets_them() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let batch = vec![(key("held"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        drop(store);
+        let path = folder.path().join(file::FILE);
+        // The file is closed some time after the last clone has gone.
+        let database = loop {
+            match redb::Database::open(&path) {
+                Ok(database) => break database,
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        };
+        let writing = database.begin_write().expect("a transaction");
+        assert!(writing.delete_table(IN_USE).expect("a table"));
+        writing.commit().expect("a commit");
+        drop(database);
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        assert_eq!(in_use(&store).await, [key("held")]);
     }
 }

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::clock::{Clock, Readings};
 use super::disk::Unsynced;
 use super::document;
-use super::facts::{RECORDS, note_latest};
+use super::facts::{IN_USE, RECORDS, note_latest};
 use super::file::{self, Known, Medium, OpenError};
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::failure::Failure;
@@ -247,6 +247,7 @@ impl Home {
     ) -> Result<Vec<Snapshot>, Failure> {
         self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
+            let mut in_use = transaction.open_table(IN_USE)?;
             let mut changed = Changed::Nothing;
             let now = self.now();
             let mut snapshots = Vec::new();
@@ -261,7 +262,13 @@ impl Home {
                     snapshots.push(vacant(key));
                     continue;
                 };
+                let (is_taken, is_blocked) = (record.is_taken(), record.blocked_until.is_some());
                 let record = step(record, edit, now, &self.rules);
+                match record.is_free(now) {
+                    true if is_taken || is_blocked => drop(in_use.remove(key.as_str())?),
+                    false if !is_taken => drop(in_use.insert(key.as_str(), ())?),
+                    _ => {}
+                }
                 bytes.clear();
                 document::encode(&record, &mut bytes);
                 // What has grown may belong on another page, and is looked for anew.
@@ -279,22 +286,29 @@ impl Home {
         })
     }
 
-    /// Forgets those of the keys that have been free for long.
+    /// Forgets those of the keys that nobody has used for long, and takes those that are free from the keys in use.
     fn forget(&self, keys: &[Key], free_for: Duration) -> Result<u64, Failure> {
         self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
+            let mut in_use = transaction.open_table(IN_USE)?;
             let now = self.now();
             let mut forgotten = 0;
+            let mut changed = Changed::Nothing;
             for key in keys {
                 let Some(bytes) = records.get(key.as_str())? else { continue };
-                let is_forgettable = document::decode(key, bytes.value())?.is_forgettable(now, free_for);
+                let record = document::decode(key, bytes.value())?;
                 drop(bytes);
+                let is_forgettable = record.is_forgettable(now, free_for, self.rules.grace);
                 if is_forgettable {
                     records.remove(key.as_str())?;
                     forgotten += 1;
                 }
+                if is_forgettable || record.is_free(now) {
+                    in_use.remove(key.as_str())?;
+                    changed = Changed::Something;
+                }
             }
-            Ok((forgotten, if forgotten > 0 { Changed::Something } else { Changed::Nothing }))
+            Ok((forgotten, changed))
         })
     }
 

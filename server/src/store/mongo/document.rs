@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! { _id: key, token: long, rev: long, epoch: long, edited_at: date, mark: long, blocked_until: date | null,
+//!   in_use: true,
 //!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, shared_limit, ttl: ms, min_hold: ms, size, repeated, token,
 //!     acquired_at, expires_at }],
 //!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, repeated, wait, since, expires_at }],
@@ -14,6 +15,8 @@
 //! `edited_at` is the instant of the latest edit. A commit reads it as the clock, which costs the database less than to
 //! compute its clock beside every record. `mark` names the command that made the edit: by it a commit that found fewer
 //! records than it has edits tells which of them are done.
+//!
+//! `in_use` is for listings alone ([`super::index`]): a record that is free does not have it.
 //!
 //! `epoch` is for the change feed alone, and no part of a record as the rules know it: the `rev` of the latest edit that
 //! others should hear of. Any edit but one of mere touches is such, and that one too if it moved the line.

@@ -1,6 +1,7 @@
 //! The store on MongoDB: one document per key, any number of daemons. The only files that know MongoDB.
 
 mod check;
+mod clock;
 mod command;
 mod commit;
 #[cfg(test)]
@@ -12,8 +13,14 @@ mod feed;
 #[cfg(test)]
 mod feed_tests;
 mod identity;
+mod index;
+#[cfg(test)]
+mod index_tests;
 mod pipeline;
+mod purge;
 mod reading;
+#[cfg(test)]
+mod ready_tests;
 mod uri;
 #[cfg(test)]
 mod wrong;
@@ -23,7 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use mongodb::bson::{Bson, RawDocumentBuf, doc};
+use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::WriteConcern;
 use mongodb::{Client, Collection, Database};
 use tokio::sync::{mpsc, watch};
@@ -31,15 +38,18 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 pub use check::Unusable;
+use clock::{BootInstant, StoreClock};
 use command::Runner;
 use commit::Lines;
 use daemons::{Daemons, Pace};
 use feed::Feed;
+use index::Index;
+use reading::Inspection;
 use uri::Printer;
 
-use super::failure::Failure;
+use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
-use crate::lease::{Edit, Key, Rules, Snapshot};
+use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
 /// Batches in flight; each is a command that writes and one that reads.
 const BATCHES: usize = 2;
@@ -81,8 +91,11 @@ pub struct MongoStore {
     collection: Collection<RawDocumentBuf>,
     concern: WriteConcern,
     runner: Runner,
+    inspection: Inspection,
+    index: Arc<Index>,
     feed: Arc<Feed>,
     lines: Arc<Lines>,
+    store_clock: Arc<StoreClock>,
     repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
@@ -104,6 +117,7 @@ impl MongoStore {
     async fn open(location: &Location, rules: Rules, printer: &mut Printer) -> Result<Self, ConnectError> {
         let options = uri::client_options(&location.uri).await?;
         printer.with_options(&options);
+        let inspection = Inspection::new(options.clone(), location)?;
         let client = Client::with_options(options.clone()).map_err(|error| uri::unusable(&error))?;
         let database = client.database(&location.database);
         let mut store = Self {
@@ -113,8 +127,11 @@ impl MongoStore {
             database,
             concern: uri::write_concern(),
             runner: Runner::new(),
+            inspection,
+            index: Arc::default(),
             feed: Arc::new(Feed::new(Pace::default())),
             lines: Arc::default(),
+            store_clock: Arc::default(),
             repetitions: Arc::default(),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
@@ -122,6 +139,7 @@ impl MongoStore {
         };
         let checked = async {
             check::database(&store, &options).await?;
+            store.make_index().await;
             Ok(identity::settle(&store).await?)
         };
         match checked.await {
@@ -134,9 +152,28 @@ impl MongoStore {
         Ok(store)
     }
 
+    /// Asks the primary what its clock shows.
+    async fn look_at_clock(&self) -> Result<(), Failure> {
+        self.hello(&self.runner).await.map(drop)
+    }
+
+    /// What the primary, or a router, says of itself. It is asked for its time along the way.
+    async fn hello(&self, runner: &Runner) -> Result<Document, Failure> {
+        let database = self.database.clone();
+        let sent = BootInstant::now();
+        let hello = runner.run(async move { database.run_command(doc! { "hello": 1 }).await }).await?;
+        let received = BootInstant::now();
+        if hello.get_bool("isWritablePrimary").is_ok_and(|is_primary| !is_primary) {
+            return Err(Failure::not_applied("the node that answers is not the primary"));
+        }
+        let time = hello.get_datetime("localTime").map_err(Failure::not_applied)?;
+        self.learn_time(Timestamp(time.timestamp_millis()), sent, received);
+        Ok(hello)
+    }
+
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
-    pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
+    pub(super) fn set_clock(&mut self, now: Timestamp) {
         self.clock = mongodb::bson::DateTime::from_millis(now.0).into();
     }
 }
@@ -147,7 +184,9 @@ impl Store for MongoStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<Snapshot>, StoreError> {
-        repeat(batch, deadline, &self.repetitions, async |batch| Ok(self.attempt(&batch).await?)).await
+        let effects = Effects::default();
+        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects).await;
+        repeat(batch, deadline, &self.repetitions, &effects, attempt).await
     }
 
     fn batches(&self) -> usize {
@@ -161,6 +200,10 @@ impl Store for MongoStore {
         Ok(snapshots)
     }
 
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        Ok(self.find_one(&key).await?)
+    }
+
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
         Ok(self.page(&query).await?)
     }
@@ -170,12 +213,7 @@ impl Store for MongoStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        let database = self.database.clone();
-        let hello = self.runner.run(async move { database.run_command(doc! { "hello": 1 }).await }).await?;
-        let is_router = hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid");
-        if !is_router && !hello.get_bool("isWritablePrimary").unwrap_or(false) {
-            return Err(Failure::not_applied("the node is not the primary").into());
-        }
+        self.hello(&self.feed.errands).await?;
         // A primary without a majority says nothing of that.
         match self.feed.member.silence() {
             Some(silence) if silence > SILENCE => {
@@ -221,6 +259,10 @@ impl Store for MongoStore {
 
     fn repetitions(&self) -> u64 {
         self.repetitions.load(Ordering::Relaxed)
+    }
+
+    fn clock_steps(&self) -> u64 {
+        self.store_clock.steps()
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
@@ -289,7 +331,9 @@ impl From<ConnectError> for StartError {
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotApplied(cause) | Failure::Unknown(cause) => Self::Unreachable(cause),
+            Failure::NotApplied(cause) | Failure::Late(cause) | Failure::Unknown(cause) => {
+                Self::Unreachable(cause)
+            }
             // Where a server's code is known, `check` says more.
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
