@@ -43,6 +43,8 @@ mod release;
 mod revoke;
 /// Health, reflection, drain.
 mod serving;
+/// Ids that are over before, while or after they are asked for.
+mod settling;
 /// Shared leases.
 mod shared;
 /// The client and the daemon over a simulated network.
