@@ -158,7 +158,9 @@ async fn releases_of_many_that_share_a_key_are_all_answered_when_the_first_reply
     let error = doc! { "code": 64, "errmsg": "waiting for replication timed out" };
     let lose = doc! { "failCommands": ["findAndModify"], "writeConcernError": error };
     admin.run_command(fail(1, lose)).await.unwrap();
-    leases.drain(..).for_each(|lease| drop(release(lease)));
+    for lease in leases {
+        release(lease);
+    }
     for released in releases.join_all().await {
         released.unwrap();
     }

@@ -190,8 +190,8 @@ async fn a_few_keys_that_are_due_are_forgotten_among_many_that_are_not() {
     let store = store_at(&location(mongod.uri())).await;
     put_many(mongod.uri(), &store).await;
     let long_ago = NOW - 2 * 24 * 3_600_000;
-    put(&store, (0..500).map(|number| free(&format!("key/{:05}/due", number * 40), long_ago)).collect())
-        .await;
+    let due = (0..500).map(|number| free(&format!("key/{:05}/due", number * 40), long_ago)).collect();
+    put_at(mongod.uri(), &store, due).await;
     hold(&store, &["key/00001"]).await;
     let strict = doc! { "setParameter": 1, "notablescan": true };
     client.database("admin").run_command(strict).await.expect("a parameter");
