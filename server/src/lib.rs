@@ -45,5 +45,7 @@ mod standing;
 
 /// What was typed and what it means.
 pub mod config;
+/// What a panic may end.
+pub mod panics;
 /// Log lines.
 pub mod telemetry;

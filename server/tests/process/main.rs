@@ -11,6 +11,15 @@ mod support;
 /// The ready line, the exit codes, the signals.
 mod lifecycle;
 
+/// Log lines and the ready line that nobody takes.
+mod logging;
+
+/// Signals, and limits that the system sets.
+mod limits;
+
+/// Panics.
+mod panics;
+
 /// The data of the embedded store: whose it is, and in which state.
 mod data;
 
