@@ -33,6 +33,8 @@ mod languages;
 mod losses;
 /// What a daemon counts.
 mod metrics;
+/// Peers that are silent, slow, hasty, or too many.
+mod peers;
 /// Keys that nobody needs any more.
 mod purge;
 /// Waiting in line, over one daemon and two.

@@ -28,6 +28,8 @@ mod meter;
 
 /// Accepting connections.
 mod accept;
+/// What every call is given.
+mod bounds;
 /// Calls, counted.
 mod calls;
 /// Calls of the lease service past the routes.
@@ -36,8 +38,12 @@ mod express;
 mod health;
 /// The HTTP side port.
 mod http;
+/// Serving connections.
+mod listener;
 /// What the system says of this process.
 mod process;
+/// What a request may take while it comes in.
+mod receiving;
 /// Running the daemon.
 pub mod server;
 /// How the daemon stands.
