@@ -1,6 +1,6 @@
 //! How leasectl ends other than well: a sentence that says what to do, and an exit code.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write, stderr};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ impl Failure {
             Self::Other(sentence) => (FAILED, sentence),
             Self::Client(error) => (code_of(&error), sentence_of(&error)),
         };
-        eprintln!("leasectl: {sentence}");
+        let _ = writeln!(stderr(), "leasectl: {sentence}");
         ExitCode::from(code)
     }
 }

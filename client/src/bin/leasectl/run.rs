@@ -11,6 +11,7 @@
 //! ```
 
 use std::ffi::OsString;
+use std::io::{Write, stderr};
 use std::time::Duration;
 
 use leased_client::{Client, Error, Lease, State};
@@ -232,7 +233,8 @@ async fn give_back(lease: Lease) -> Result<(), Failure> {
             "the lease of {key} was lost before it was given back ({loss}); what was done last may have met another holder"
         ))),
         Err(error) => {
-            eprintln!(
+            let _ = writeln!(
+                stderr(),
                 "leasectl: the lease of {key} could not be given back ({error}); it runs out within {ttl}"
             );
             Ok(())

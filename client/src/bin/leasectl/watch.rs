@@ -1,5 +1,6 @@
 //! A line per change.
 
+use std::io::{Write, stderr};
 use std::time::SystemTime;
 
 use leased_client::{Client, KeyInfo, WatchEvent};
@@ -34,7 +35,8 @@ fn text(event: &WatchEvent) -> Option<String> {
         WatchEvent::Snapshot(key) => Some(line(state(key.state), key)),
         WatchEvent::Change { kind, key } => Some(line(change(*kind), key)),
         WatchEvent::Interrupted { cause } => {
-            eprintln!(
+            let _ = writeln!(
+                stderr(),
                 "leasectl: the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
             );
             None
