@@ -211,10 +211,10 @@ async fn wrong_keys_and_ids_are_refused_by_every_call(#[values(Embedded, MongoDb
 async fn oversized_requests_are_past_a_limit_and_harm_nobody(#[values(Embedded, MongoDb)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
-    for (bytes, limit) in [(65 * 1024, "request_bytes"), (5 * 1024 * 1024, "message_bytes")] {
+    for bytes in [65 * 1024, 5 * 1024 * 1024] {
         let status = client.get_lease(ask(&"x".repeat(bytes))).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted, "{bytes}");
-        assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), limit.to_owned()));
+        assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "request_bytes".to_owned()));
     }
     let huge = KeepAliveRequest {
         sequence: 1,

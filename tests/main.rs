@@ -39,6 +39,8 @@ mod losses;
 mod messages;
 /// What a daemon counts.
 mod metrics;
+/// Peers that are silent, slow, hasty, or too many.
+mod peers;
 /// Proxies between callers and daemons.
 mod proxies;
 /// Keys that nobody needs any more.

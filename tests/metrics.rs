@@ -7,8 +7,8 @@ use leased_client::v1::{LossReason, RevokeRequest};
 use mongodb::bson::doc;
 use rstest::rstest;
 use throwaway_mongodb::Mongod;
-use tokio::net::TcpStream;
 use tonic::Code;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 
 use crate::keepalive::{KeepAlive, kept};
 use crate::support::exposition::Exposition;
@@ -365,9 +365,9 @@ async fn what_the_store_fails_at_is_counted_by_what_is_known_of_it() {
 async fn readiness_is_a_number_too(#[values(Embedded, MongoDb)] home: Home) {
     let daemon = Daemon::start_with(home, |config| config.drain_timeout = secs(LONG)).await;
     stands_at(&daemon, "leased_ready", &[], 1.0).await;
-    // A peer that never speaks keeps the daemon from ending before it has been asked again.
-    let _silent = TcpStream::connect(daemon.grpc).await.unwrap();
-    stands_at(&daemon, "leased_connections", &[], 1.0).await;
+    // A stream that its caller keeps open keeps the daemon from ending before it has been asked again.
+    let mut client = ServerReflectionClient::new(daemon.channel().await);
+    let _open = client.server_reflection_info(tokio_stream::pending()).await.unwrap();
     daemon.drain();
     eventually(async || http(daemon.http, "/readyz").await.filter(|answer| answer.0.contains("503"))).await;
     assert_eq!(scrape(&daemon).await.value("leased_ready", &[]), 0.0);

@@ -1,5 +1,6 @@
 //! The comparison: the same workloads by all contenders that there are, in turn, some times over.
 
+use std::io::{Write, stderr, stdout};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -83,7 +84,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         daemon: args.daemon,
         out: args.out,
     };
-    println!("{}", table::of(&plan.run().await?));
+    writeln!(stdout(), "{}", table::of(&plan.run().await?))?;
     Ok(())
 }
 
@@ -119,7 +120,7 @@ impl Plan {
             measured = self.measure(&mut results) => measured?,
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
-                eprintln!("interrupted; what there is:");
+                let _ = writeln!(stderr(), "interrupted; what there is:");
                 if let Some(folder) = &self.out {
                     write(folder, &results)?;
                 }
@@ -171,7 +172,9 @@ impl Plan {
             let outcome = self.trial(results, workload, contender, scale).await;
             let outcome = outcome.map_err(|error| format!("{error:#}"));
             let who = format!("{} {}, {}", count(scale), workload.facts().unit, contender.title());
-            eprintln!(
+            // A measurement does not end because nobody reads of it.
+            let _ = writeln!(
+                stderr(),
                 "round {round} of {}  {}, {who}: {}",
                 self.rounds,
                 workload.name(),

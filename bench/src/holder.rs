@@ -1,6 +1,7 @@
 //! What the client crate costs its user: pairs beside those of the bare stub, and memory and processor time for leases that are
 //! held.
 
+use std::io::{Write, stdout};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -42,15 +43,18 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
     let cpu = Cpu::now(&server.process().into_iter().collect());
     sleep(ttl * args.ttls).await;
     let held = leases.iter().filter(|lease| lease.is_held()).count();
-    println!("{held} of {} leases held after {} TTLs", args.leases, args.ttls);
+    let mut out = stdout();
+    writeln!(out, "{held} of {} leases held after {} TTLs", args.leases, args.ttls)?;
     let each = |now: u64| now.saturating_sub(before) / leases.len() as u64;
-    println!(
+    writeln!(
+        out,
         "{} bytes of memory a lease when acquired, {} after the last TTL",
         each(after),
         each(own_memory()?)
-    );
+    )?;
     for (name, spent) in cpu.spent() {
-        println!("{name}: {:.1} % of a core", 100.0 * spent.as_secs_f64() / (ttl * args.ttls).as_secs_f64());
+        let share = 100.0 * spent.as_secs_f64() / (ttl * args.ttls).as_secs_f64();
+        writeln!(out, "{name}: {share:.1} % of a core")?;
     }
     ensure!(held == leases.len(), "leases were lost");
     Ok(())

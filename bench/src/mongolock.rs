@@ -1,6 +1,7 @@
 //! mongolock, which is a library in Python: its load is a program in Python, of several processes.
 
 use std::fs;
+use std::io::{Write, stderr};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -74,7 +75,7 @@ fn packages() -> Result<PathBuf> {
     if packages.is_dir() {
         return Ok(packages);
     }
-    eprintln!("fetching mongolock, once");
+    let _ = writeln!(stderr(), "fetching mongolock, once");
     let work = new_folder()?;
     fs::write(work.join("requirements.txt"), REQUIREMENTS)?;
     let mut pip = Command::new("python3");

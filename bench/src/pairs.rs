@@ -1,5 +1,6 @@
 //! Acquire and release pairs: callers that each take and give back a key of their own.
 
+use std::io::{Write, stdout};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -50,7 +51,7 @@ pub(crate) async fn command(args: Args) -> Result<()> {
         daemon: args.daemon,
         out: None,
     };
-    println!("{}", table::of(&plan.run().await?));
+    writeln!(stdout(), "{}", table::of(&plan.run().await?))?;
     Ok(())
 }
 

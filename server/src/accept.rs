@@ -1,5 +1,5 @@
-//! Accepting connections: at most so many at once, and none lost when file descriptors run out; and writing to them
-//! once for all answers that are ready together.
+//! Accepting connections, none of them lost when file descriptors run out; and writing to them once for all answers that
+//! are ready together.
 
 use std::io;
 use std::pin::Pin;
@@ -7,34 +7,36 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use futures_util::stream::{self, Stream, StreamExt};
-use prometheus_client::metrics::gauge::Gauge;
+use futures_util::stream::{self, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::sleep;
-use tonic::transport::server::Connected;
 
-use crate::meter::Present;
+use crate::listener::Peer;
 
 /// The pause after an accept failed, most likely for want of file descriptors.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// A connection that counts as long as it lives.
+/// A connection that writes for many.
 ///
 /// Each write first lets those run who are ready: a batch makes many answers at once, and without this the runtime
 /// would turn to the connection after each of them, and each would cost a system call and a packet. When nobody else
 /// is ready the write takes place at once.
 #[derive(Debug)]
-pub(crate) struct Counted<T> {
+pub(crate) struct Batched<T> {
     stream: T,
     /// Others have been let run before the write that is due.
     has_yielded: bool,
-    _permit: OwnedSemaphorePermit,
-    _open: Present,
+    /// Bytes that came in.
+    heard: usize,
+    peer: Arc<Peer>,
 }
 
-impl<T> Counted<T> {
+impl<T> Batched<T> {
+    pub(crate) fn new(stream: T, peer: Arc<Peer>) -> Self {
+        Self { stream, has_yielded: false, heard: 0, peer }
+    }
+
     /// Ready when the write may take place.
     fn poll_turn(&mut self, context: &Context<'_>) -> Poll<()> {
         self.has_yielded = !self.has_yielded;
@@ -44,21 +46,6 @@ impl<T> Counted<T> {
         }
         Poll::Ready(())
     }
-}
-
-/// At most `most` of the connections at once, counted in `open`; others wait where they come from.
-pub(crate) fn counted<T>(
-    connections: impl Stream<Item = T>,
-    most: usize,
-    open: Gauge,
-) -> impl Stream<Item = io::Result<Counted<T>>> {
-    let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
-    stream::unfold((Box::pin(connections), room, open), async |(mut connections, room, open)| {
-        let permit = Arc::clone(&room).acquire_owned().await.ok()?;
-        let stream = connections.next().await?;
-        let counted = Counted { stream, has_yielded: false, _permit: permit, _open: Present::of(&open) };
-        Some((Ok(counted), (connections, room, open)))
-    })
 }
 
 /// Connections of `listener`; those that nobody asks for wait in the system's backlog.
@@ -84,24 +71,21 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     }
 }
 
-/// Nobody asks who calls.
-impl<T> Connected for Counted<T> {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) {}
-}
-
-impl<T: AsyncRead + Unpin> AsyncRead for Counted<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for Batched<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        self.heard = self.heard.saturating_add(buffer.filled().len() - before);
+        self.peer.heard(self.heard);
+        read
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Counted<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for Batched<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

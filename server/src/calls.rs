@@ -19,6 +19,7 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 use crate::meter::{Histogram, Meter, Present};
+use crate::receiving::Expected;
 
 /// The methods that are counted: those that answer once, then the streams.
 const METHODS: [(&str, &str); 8] = [
@@ -33,6 +34,14 @@ const METHODS: [(&str, &str); 8] = [
 ];
 const UNARY: usize = 6;
 const STREAMS: usize = METHODS.len() - UNARY;
+
+/// What a method is sent. Methods of the health service take one message, those of reflection many.
+pub(crate) fn expected(path: &str) -> Expected {
+    match path.rsplit_once('/') {
+        Some((_, "KeepAlive" | "ServerReflectionInfo")) => Expected::Many,
+        _ => Expected::One,
+    }
+}
 
 /// In the order of their numbers: <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>.
 const CODES: [&str; 17] = [
@@ -164,9 +173,9 @@ pub(crate) struct Counted<S> {
     counter: CountCalls,
 }
 
-impl<S> Service<Request<Body>> for Counted<S>
+impl<S, B> Service<Request<B>> for Counted<S>
 where
-    S: Service<Request<Body>, Response = Response<Body>>,
+    S: Service<Request<B>, Response = Response<Body>>,
 {
     type Response = Response<Body>;
     type Error = S::Error;
@@ -176,7 +185,7 @@ where
         self.service.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
         let call = self.counter.begin(request.uri().path());
         Answer { answer: self.service.call(request), call }
     }

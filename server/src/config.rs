@@ -102,7 +102,7 @@ pub struct Args {
 #[derive(Debug, Group)]
 #[command(next_help_heading = "Limits")]
 struct LimitArgs {
-    /// Connections at once; more wait to be accepted.
+    /// Connections at once; more are closed as they come.
     #[arg(long, env = "LEASED_MAX_CONNECTIONS", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_connections: usize,
 
@@ -126,8 +126,8 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_STREAM_LEASES", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_stream_leases: usize,
 
-    /// Messages a second that a keepalive stream may send on and on; after a burst of four seconds' worth it is
-    /// slowed down.
+    /// Messages a second that get a commit of their own, if they need one, on a keepalive stream; beyond that, after a
+    /// burst of four seconds' worth, messages wait a moment and share one.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     max_stream_rate: u32,
 }

@@ -1,4 +1,5 @@
-//! The short way to one service: past the routes, on which each call is matched, boxed and copied once more.
+//! The short way to the lease service: past the routes, on which each call is matched, boxed and copied once more. A method
+//! that is sent a stream has a service of its own, which takes larger messages.
 
 use std::convert::Infallible;
 use std::task::{Context, Poll, ready};
@@ -10,14 +11,22 @@ use tonic::server::NamedService;
 use tonic::service::Routes;
 use tower::{Layer, Service};
 
+use crate::calls::expected;
+use crate::receiving::Expected;
+
 /// Lays the short way to a service beside the routes.
 #[derive(Debug, Clone)]
-pub(crate) struct Express<S>(S);
+pub(crate) struct Express<S> {
+    /// For methods that are sent one message.
+    calls: S,
+    /// For methods that are sent a stream.
+    streams: S,
+}
 
 impl<S> Express<S> {
-    /// The short way to `service`.
-    pub(crate) fn to(service: S) -> Self {
-        Self(service)
+    /// The short way to a service, of which `streams` serves the methods that are sent a stream.
+    pub(crate) fn to(calls: S, streams: S) -> Self {
+        Self { calls, streams }
     }
 }
 
@@ -25,14 +34,14 @@ impl<S: Clone> Layer<Routes> for Express<S> {
     type Service = Fork<S>;
 
     fn layer(&self, routes: Routes) -> Fork<S> {
-        Fork { service: self.0.clone(), routes }
+        Fork { express: self.clone(), routes }
     }
 }
 
 /// Hands each call to the service it names, or to the routes.
 #[derive(Debug, Clone)]
 pub(crate) struct Fork<S> {
-    service: S,
+    express: Express<S>,
     routes: Routes,
 }
 
@@ -45,16 +54,20 @@ where
     type Future = Either<S::Future, <Routes as Service<Request<Body>>>::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        ready!(self.service.poll_ready(context))?;
+        ready!(self.express.calls.poll_ready(context))?;
+        ready!(self.express.streams.poll_ready(context))?;
         Service::<Request<Body>>::poll_ready(&mut self.routes, context)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if names(request.uri().path(), S::NAME) {
-            Either::Left(self.service.call(request))
-        } else {
-            Either::Right(self.routes.call(request))
+        let path = request.uri().path();
+        if !names(path, S::NAME) {
+            return Either::Right(self.routes.call(request));
         }
+        Either::Left(match expected(path) {
+            Expected::One => self.express.calls.call(request),
+            Expected::Many => self.express.streams.call(request),
+        })
     }
 }
 

@@ -1,23 +1,36 @@
 //! The HTTP side port: whether this daemon should be asked, and its metrics.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use prometheus_client::metrics::counter::Counter;
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::accept::connections;
 use crate::health::{Health, Readiness};
 use crate::lessor::Lessor;
+use crate::listener::{Slot, serve_all};
 use crate::meter::Meter;
 use crate::store::{FeedState, Store};
+
+/// Connections at once.
+const CONNECTIONS: usize = 128;
+/// How long a request may take to come in, and all of it to be answered.
+const TIME: Duration = Duration::from_secs(10);
 
 /// Serves `/livez`, `/readyz` and `/metrics` until `ended`.
 pub(crate) async fn serve<S: Store>(
     listener: TcpListener,
+    refused: Counter,
     health: Health,
     lessor: Lessor<S>,
     meter: Meter,
@@ -41,11 +54,21 @@ pub(crate) async fn serve<S: Store>(
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics));
-    let address = listener.local_addr().map_or_else(|_| String::new(), |at: SocketAddr| at.to_string());
-    let serve = axum::serve(listener, routes).with_graceful_shutdown(ended.cancelled_owned());
-    if let Err(error) = serve.await {
-        tracing::error!(%error, address, "the HTTP side port failed");
-    }
+    let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
+    // One request a connection: none is kept for those who may come back.
+    http.http1().timer(TokioTimer::new()).header_read_timeout(TIME).keep_alive(false);
+    let serve = |stream, slot| {
+        let (http, routes, ended) = (http.clone(), routes.clone(), ended.clone());
+        async move {
+            let _slot: Slot = slot;
+            let answer = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+            tokio::select! {
+                _ = timeout(TIME, answer) => {}
+                () = ended.cancelled() => {}
+            }
+        }
+    };
+    serve_all(connections(listener), CONNECTIONS, refused, ended.clone(), serve).await;
 }
 
 /// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.

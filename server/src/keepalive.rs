@@ -6,6 +6,7 @@
 //! A lease touched a moment ago is answered from memory, and one that is lost is told at once, unasked. A lease that the
 //! stream may not name is refused by itself: no message of a caller's, short of one too large to read, costs it the stream.
 
+use std::collections::HashMap;
 use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,15 +22,17 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
 use crate::boot_instant::BootInstant;
+use crate::bounds::panicked;
 use crate::config::Limits;
 use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Source, Touched};
+use crate::panics::contain;
 use crate::request;
 use crate::store::{Store, StoreError};
 use crate::wire;
 
-/// Messages of one stream that are being committed at once; the next is read when one is answered.
-const MESSAGES: usize = 16;
-/// Seconds' worth of messages that a stream may send at once before it is held to its rate.
+/// Commits of one stream that are under way at once; what comes meanwhile shares the next one.
+const COMMITS: usize = 16;
+/// Seconds' worth of messages that a stream may send at once before some of them share a commit.
 const BURST: u32 = 4;
 /// The pause before leases are touched again after the store has failed.
 const RETRY: Duration = Duration::from_millis(200);
@@ -43,16 +46,47 @@ const MESSAGE_LEASES: usize = 100_000;
 /// What a stream is answered.
 pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
 
-/// A message's answer: what became of each lease it named; `None` for those that were not touched.
-type Answer = (Message, Result<Vec<(Arc<Carriage>, Option<Touched>)>, Status>);
+/// What became of leases; `None` for those that were not touched.
+type Outcomes = Vec<(Arc<Carriage>, Option<Touched>)>;
 
-/// A message that waits for the store.
+/// Messages that shared a commit, and what became of the leases that they name.
+type Answer = (Messages, Result<Outcomes, Status>);
+
+/// A message that is not answered yet.
 #[derive(Debug)]
 struct Message {
     sequence: u64,
     came_at: Instant,
+    /// How many leases it has touched.
+    leases: usize,
     /// Results of the leases that are not touched.
     refused: Vec<KeepAliveResult>,
+}
+
+/// Messages that share a commit, in their order. Nearly always it is one.
+#[derive(Debug)]
+struct Messages {
+    first: Message,
+    others: Vec<Message>,
+}
+
+impl Messages {
+    fn into_iter(self) -> impl Iterator<Item = Message> {
+        std::iter::once(self.first).chain(self.others)
+    }
+}
+
+/// Messages that wait until the stream may commit again.
+///
+/// They are read all the same: left unread, many short ones are an attack to h2, which ends the connection
+/// (`too_many_data_frames`).
+#[derive(Debug)]
+struct Group {
+    messages: Messages,
+    /// Those that the messages name, one message after the other.
+    leases: Vec<Arc<Carriage>>,
+    /// How many leases of the messages are refused.
+    refused: usize,
 }
 
 /// Serves one stream until either side ends it.
@@ -66,7 +100,7 @@ pub(crate) fn serve<S: Store>(
     let stream = Stream::new(lessor, limits);
     tokio::spawn(async move {
         let end = tokio::select! {
-            end = stream.run(messages, &answers) => end,
+            end = contain(stream.run(messages, &answers)) => end.unwrap_or_else(|_| Err(panicked())),
             () = draining.cancelled() => Err(wire::shutting_down()),
             () = answers.closed() => return,
         };
@@ -84,6 +118,7 @@ struct Stream<S> {
     /// Whether memory will do for a lease touched a moment ago.
     coalesces: bool,
     pace: Pace,
+    waiting: Option<Group>,
     in_flight: FuturesUnordered<BoxFuture<'static, Answer>>,
 }
 
@@ -95,6 +130,7 @@ impl<S: Store> Stream<S> {
             most_leases: limits.stream_leases,
             coalesces: limits.coalesce_touches,
             pace: Pace::new(limits.stream_rate),
+            waiting: None,
             in_flight: FuturesUnordered::new(),
         }
     }
@@ -106,20 +142,26 @@ impl<S: Store> Stream<S> {
         answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
     ) -> Result<(), Status> {
         let mut open = true;
-        while open || !self.in_flight.is_empty() {
-            let may_read = open && self.in_flight.len() < MESSAGES;
+        while open || self.waiting.is_some() || !self.in_flight.is_empty() {
             let ready_at = self.pace.ready_at();
-            let in_pace = ready_at <= Instant::now();
+            let may_commit = self.in_flight.len() < COMMITS;
+            let now = Instant::now();
+            if may_commit
+                && ready_at <= now
+                && let Some(group) = self.waiting.take()
+            {
+                if let Some((messages, touched)) = self.begin(group)
+                    && !self.answer(answers, messages, touched, Source::Memory).await
+                {
+                    return Ok(());
+                }
+                continue;
+            }
             tokio::select! {
-                Some((message, outcome)) = self.in_flight.next() => {
-                    let settled = self.carrier.settle(outcome?);
-                    let mut results: Vec<_> =
-                        settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
-                    results.extend(message.refused);
-                    if !tell(answers, message.sequence, results).await {
+                Some((messages, touched)) = self.in_flight.next() => {
+                    if !self.answer(answers, messages, touched?, Source::Store).await {
                         return Ok(());
                     }
-                    self.lessor.counts().acked(Source::Store, message.came_at.elapsed());
                 }
                 lost = self.carrier.lost() => {
                     let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason)));
@@ -127,7 +169,7 @@ impl<S: Store> Stream<S> {
                         return Ok(());
                     }
                 },
-                message = messages.message(), if may_read && in_pace => match message {
+                message = messages.message(), if open && self.has_room() => match message {
                     Ok(Some(message)) => {
                         let (came_at, sequence) = (Instant::now(), message.sequence);
                         if let Some(results) = self.take(message, came_at)? {
@@ -141,20 +183,26 @@ impl<S: Store> Stream<S> {
                     Err(status) if status.code() == Code::OutOfRange => return Err(wire::oversized()),
                     Err(status) => return Err(status),
                 },
-                () = sleep_until(ready_at), if may_read && !in_pace => {}
+                () = sleep_until(ready_at), if may_commit && self.waiting.is_some() => {}
             }
         }
         Ok(())
     }
 
-    /// Checks a message and hands its touches over in one go. Returns the results if the store need not be asked for
-    /// any.
+    /// Whether another message may wait. Together those that wait name no more leases than a stream may carry, so that a
+    /// group costs no more than one message may.
+    fn has_room(&self) -> bool {
+        let Some(Group { messages, leases, refused }) = &self.waiting else { return true };
+        leases.len() + refused + messages.others.len() < self.most_leases
+    }
+
+    /// Checks a message and hands its touches over in one go, or lets it wait. Returns the results if the store need not be
+    /// asked for any.
     fn take(
         &mut self,
         mut message: KeepAliveRequest,
         came_at: Instant,
     ) -> Result<Option<Vec<KeepAliveResult>>, Status> {
-        self.pace.spend();
         if message.leases.len() > MESSAGE_LEASES {
             return Err(wire::limit_exceeded("message_leases", MESSAGE_LEASES));
         }
@@ -165,16 +213,28 @@ impl<S: Store> Stream<S> {
             true => (self.carrier.all(), Vec::new()),
             false => self.name(&mut message.leases),
         };
-        let now = BootInstant::now();
-        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(now);
-        let due: Vec<usize> = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
+        let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused };
+        if let Some(group) = &mut self.waiting {
+            group.refused += entry.refused.len();
+            group.messages.others.push(entry);
+            group.leases.extend(leases);
+            return Ok(None);
+        }
+        if self.pace.ready_at() > came_at || self.in_flight.len() >= COMMITS {
+            let refused = entry.refused.len();
+            let messages = Messages { first: entry, others: Vec::new() };
+            self.waiting = Some(Group { messages, leases, refused });
+            return Ok(None);
+        }
+        self.pace.spend();
+        let due = self.due(&leases);
         if due.is_empty() {
             let mut results = self.remember(message.leases, leases);
-            results.extend(refused);
+            results.extend(entry.refused);
             return Ok(Some(results));
         }
-        let message = Message { sequence: message.sequence, came_at, refused };
-        self.in_flight.push(Box::pin(touch(self.lessor.clone(), message, leases, due)));
+        let messages = Messages { first: entry, others: Vec::new() };
+        self.in_flight.push(Box::pin(touch(self.lessor.clone(), messages, leases, due)));
         Ok(None)
     }
 
@@ -213,6 +273,44 @@ impl<S: Store> Stream<S> {
             true => self.carrier.leases().map(|(key, id)| refuse(wire::lease_ref(key, *id))).collect(),
             false => named.into_iter().map(refuse).collect(),
         }
+    }
+
+    /// Hands over the touches of messages that have waited. Returns what to answer if memory has it all.
+    fn begin(&mut self, Group { messages, leases, .. }: Group) -> Option<(Messages, Outcomes)> {
+        self.pace.spend();
+        let due = self.due(&leases);
+        if due.is_empty() {
+            return Some((messages, leases.into_iter().map(|lease| (lease, None)).collect()));
+        }
+        self.in_flight.push(Box::pin(touch(self.lessor.clone(), messages, leases, due)));
+        None
+    }
+
+    /// The positions of the leases that were not touched a moment ago.
+    fn due(&self, leases: &[Arc<Carriage>]) -> Vec<usize> {
+        let now = BootInstant::now();
+        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(now);
+        (0..leases.len()).filter(|position| is_due(&leases[*position])).collect()
+    }
+
+    /// Answers messages, given what became of their leases. Returns whether the caller is still there.
+    async fn answer(
+        &mut self,
+        answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
+        messages: Messages,
+        touched: Outcomes,
+        source: Source,
+    ) -> bool {
+        let settled = self.carrier.settle(touched);
+        let mut results = settled.iter().map(|(lease, touched)| result(lease, *touched));
+        for Message { sequence, came_at, leases, refused } in messages.into_iter() {
+            let results = results.by_ref().take(leases).chain(refused).collect();
+            if !tell(answers, sequence, results).await {
+                return false;
+            }
+            self.lessor.counts().acked(source, came_at.elapsed());
+        }
+        true
     }
 
     /// The results of a message whose leases were all touched a moment ago. They take over what the message names.
@@ -261,27 +359,43 @@ fn reference(lease: &Carriage) -> LeaseRef {
 }
 
 /// Touches the leases at the positions `due` until the store answers: the leases live on meanwhile, and so does the
-/// stream.
+/// stream. A lease that several messages name is touched once.
 async fn touch<S: Store>(
     lessor: Lessor<S>,
-    message: Message,
+    messages: Messages,
     leases: Vec<Arc<Carriage>>,
     mut due: Vec<usize>,
 ) -> Answer {
     let mut touched = vec![None; leases.len()];
     while !due.is_empty() {
+        let repeated = if messages.others.is_empty() { Vec::new() } else { take_repeated(&leases, &mut due) };
         match lessor.touch_all(due.iter().map(|position| leases[*position].lease())).await {
             Ok(answers) => {
                 due.iter().zip(answers).for_each(|(position, answer)| touched[*position] = Some(answer));
+                repeated.iter().for_each(|(position, first)| touched[*position] = touched[*first]);
                 break;
             }
             Err(CallError::Store(StoreError::Unavailable { .. })) => sleep(RETRY).await,
-            Err(error) => return (message, Err(wire::failed(error))),
+            Err(error) => return (messages, Err(wire::failed(error))),
         }
         // By now what memory said of the others has aged.
         due = (0..leases.len()).collect();
     }
-    (message, Ok(leases.into_iter().zip(touched).collect()))
+    (messages, Ok(leases.into_iter().zip(touched).collect()))
+}
+
+/// Takes the positions of leases that stand at an earlier one, too, out of `due`. Returns each with the earlier one.
+fn take_repeated(leases: &[Arc<Carriage>], due: &mut Vec<usize>) -> Vec<(usize, usize)> {
+    let mut firsts = HashMap::with_capacity(due.len());
+    let mut repeated = Vec::new();
+    due.retain(|position| {
+        let first = *firsts.entry(Arc::as_ptr(&leases[*position])).or_insert(*position);
+        if first != *position {
+            repeated.push((*position, first));
+        }
+        first == *position
+    });
+    repeated
 }
 
 /// Holds a stream to a rate in the long run: the generic cell rate algorithm (ITU-T I.371), as a delay.

@@ -30,6 +30,8 @@ mod meter;
 
 /// Accepting connections.
 mod accept;
+/// What every call is given.
+mod bounds;
 /// Calls, counted.
 mod calls;
 /// Calls of the lease service past the routes.
@@ -38,8 +40,12 @@ mod express;
 mod health;
 /// The HTTP side port.
 mod http;
+/// Serving connections.
+mod listener;
 /// What the system says of this process.
 mod process;
+/// What a request may take while it comes in.
+mod receiving;
 /// Running the daemon.
 pub mod server;
 /// Which store answers.
@@ -49,5 +55,7 @@ mod standing;
 
 /// What was typed and what it means.
 pub mod config;
+/// What a panic may end.
+pub mod panics;
 /// Log lines.
 pub mod telemetry;

@@ -1,7 +1,9 @@
 //! The daemon's process: telemetry, configuration, store, ports, run, exit code.
 
 use std::fmt::Display;
+use std::io::{Write, stdout};
 use std::process::ExitCode;
+use std::sync::{Arc, RwLock, mpsc};
 use std::time::Duration;
 
 use clap::Parser;
@@ -10,7 +12,9 @@ use leased::server::{Listeners, run};
 use leased::store::embedded::EmbeddedStore;
 use leased::store::mongo::MongoStore;
 use leased::store::{StartError, Store};
-use leased::telemetry;
+use leased::{panics, telemetry};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use tokio::runtime::{self, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +26,15 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a try to reach the store may go on after the daemon was told to stop.
 const LAST_TRY: Duration = Duration::from_secs(5);
+
+/// Threads for work that blocks: looking up names, files.
+const BLOCKING_THREADS: usize = 16;
+/// How long a thread may take to start.
+const THREADS_START: Duration = Duration::from_secs(10);
+/// How long blocking work may go on at the end.
+const LAST_THREADS: Duration = Duration::from_secs(1);
+/// File descriptors beside those of gRPC connections: the store's, the side port's, the process's own.
+const OTHER_FILES: u64 = 256;
 
 /// How the process ends other than well.
 enum Failure {
@@ -41,30 +54,98 @@ impl Failure {
     }
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let (message, code) = match daemon().await {
-        Ok(()) => return ExitCode::SUCCESS,
-        Err(Failure::Usage(message)) => (message, 2),
-        Err(Failure::Running(message)) => (message, 1),
+fn main() -> ExitCode {
+    panics::end_the_process();
+    let code = match process() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(message)) => {
+            telemetry::say(&message);
+            ExitCode::from(2)
+        }
+        Err(Failure::Running(message)) => {
+            telemetry::say(&message);
+            ExitCode::from(1)
+        }
     };
-    eprintln!("leased: {message}");
-    ExitCode::from(code)
+    telemetry::flush();
+    code
 }
 
-async fn daemon() -> Result<(), Failure> {
+fn process() -> Result<(), Failure> {
     let config = Config::try_from(Args::parse()).map_err(Failure::usage)?;
     telemetry::init(config.log_format, &config.log_level).map_err(Failure::usage)?;
-    let shutdown = on_signal().map_err(Failure::running)?;
+    let runtime = runtime().map_err(Failure::running)?;
+    start_threads(&runtime)?;
+    let ended = runtime.block_on(daemon(&config));
+    // A look-up that hangs does not keep the process.
+    runtime.shutdown_timeout(LAST_THREADS);
+    ended
+}
+
+/// Its threads stay for as long as the process does.
+fn runtime() -> std::io::Result<Runtime> {
+    runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(Duration::MAX)
+        .build()
+}
+
+/// Starts all threads for blocking work, such as looking up names. In a moment without threads (a limit on processes), to
+/// need one more would be a panic.
+fn start_threads(runtime: &Runtime) -> Result<(), Failure> {
+    let (here, started) = mpsc::channel();
+    let gate = Arc::new(RwLock::new(()));
+    let _closed = gate.write();
+    for _ in 0..BLOCKING_THREADS {
+        let (here, gate) = (here.clone(), Arc::clone(&gate));
+        // Each waits for all, so that none does the work of two.
+        runtime.spawn_blocking(move || {
+            let _ = here.send(());
+            drop(gate.read());
+        });
+    }
+    for count in 0..BLOCKING_THREADS {
+        started.recv_timeout(THREADS_START).map_err(|_| {
+            Failure::Running(format!(
+                "only {count} of {BLOCKING_THREADS} threads could be started: raise the limit on processes (ulimit -u, \
+                 TasksMax, pids.max)"
+            ))
+        })?;
+    }
+    Ok(())
+}
+
+async fn daemon(config: &Config) -> Result<(), Failure> {
+    let shutdown = on_signals().map_err(Failure::running)?;
+    raise_file_limit(config.limits.connections);
     match &config.place {
         Place::Folder(folder) => {
             let open = async || Ok(EmbeddedStore::open(folder, config.rules).await?);
-            serve(&config, shutdown, open).await
+            serve(config, shutdown, open).await
         }
         Place::MongoDb(location) => {
             let connect = async || Ok(MongoStore::connect(location, config.rules).await?);
-            serve(&config, shutdown, connect).await
+            serve(config, shutdown, connect).await
         }
+    }
+}
+
+/// Lets the process have as many file descriptors as it may, and says if those are too few.
+fn raise_file_limit(connections: usize) {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "could not raise the limit on open files");
+    }
+    let needed = u64::try_from(connections).unwrap_or(u64::MAX).saturating_add(OTHER_FILES);
+    if let Some(open_files) = getrlimit(Resource::Nofile).current
+        && open_files < needed
+    {
+        tracing::warn!(
+            open_files,
+            needed,
+            "--max-connections {connections} cannot be reached: raise the limit on open files (ulimit -n, LimitNOFILE)"
+        );
     }
 }
 
@@ -134,27 +215,48 @@ async fn joined<S: Store>(started: Result<S, StartError>) -> Result<S, StartErro
     Ok(store)
 }
 
-/// The line that says that calls are accepted.
+/// Prints the line that says that calls are accepted.
 fn announce(listeners: &Listeners, store: &impl Store) -> std::io::Result<()> {
     let http = listeners.http()?.map_or_else(|| "off".to_owned(), |address| address.to_string());
     let (grpc, kind, id) = (listeners.grpc()?, store.name(), store.id());
-    println!("leased ready grpc={grpc} http={http} store={kind} id={id}");
+    let line = format!("leased ready grpc={grpc} http={http} store={kind} id={id}\n");
+    // Standard output may be a pipe that is full, or closed.
+    tokio::task::spawn_blocking(move || {
+        let _ = stdout().write_all(line.as_bytes()).and_then(|()| stdout().flush());
+    });
     Ok(())
 }
 
-/// Cancelled by the first SIGTERM or SIGINT; a second one ends the process at once.
-fn on_signal() -> std::io::Result<CancellationToken> {
-    let shutdown = CancellationToken::new();
+/// Handles every signal that would otherwise end the process, but for those that a defect raises. Returns what the first
+/// SIGTERM, SIGINT or SIGQUIT cancels; a second one ends the process at once.
+fn on_signals() -> std::io::Result<CancellationToken> {
+    // A handler, once there, stays. SIGXFSZ then makes the write fail that was too large, as on a full disk.
+    let meaningless = [Signal::ALARM, Signal::VTALARM, Signal::PROF, Signal::XCPU, Signal::XFSZ];
+    for kind in [SignalKind::user_defined1(), SignalKind::user_defined2(), SignalKind::io()]
+        .into_iter()
+        .chain(meaningless.map(|signal| SignalKind::from_raw(signal.as_raw())))
+    {
+        let _ = signal(kind)?;
+    }
+    let mut hangup = signal(SignalKind::hangup())?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut quit = signal(SignalKind::quit())?;
+    let shutdown = CancellationToken::new();
     let drain = shutdown.clone();
     tokio::spawn(async move {
         loop {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = quit.recv() => {}
+                _ = hangup.recv() => {
+                    tracing::info!("SIGHUP does nothing: the configuration is read at the start only");
+                    continue;
+                }
             }
             if drain.is_cancelled() {
-                eprintln!("leased: ended by a second signal");
+                telemetry::say("ended by a second signal");
+                telemetry::flush();
                 std::process::exit(1);
             }
             drain.cancel();

@@ -15,7 +15,7 @@ use crate::lessor::{Begin, Call, Origin};
 use crate::wire::limit_exceeded;
 
 /// The largest request but for keepalive messages, in bytes.
-const MAX_REQUEST_BYTES: usize = 64 * 1024;
+pub(crate) const MAX_REQUEST_BYTES: usize = 64 * 1024;
 const MAX_OWNER_BYTES: usize = 256;
 const MAX_METADATA_BYTES: usize = 4 * 1024;
 const MAX_METADATA_ENTRIES: usize = 32;
@@ -207,7 +207,7 @@ pub(crate) fn is_repeated(headers: &MetadataMap) -> bool {
 }
 
 /// Reads the `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2, "Requests").
-fn grpc_timeout(text: &str) -> Option<Duration> {
+pub(crate) fn grpc_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

@@ -7,6 +7,7 @@ use anyhow::Context;
 use futures_util::stream::Stream;
 use leased_proto::v1::admin_service_server::AdminServiceServer;
 use leased_proto::v1::lease_service_server::LeaseServiceServer;
+use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
@@ -14,28 +15,29 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::codegen::http::Response;
-use tonic::transport::Server;
-use tonic::transport::server::Router;
+use tonic::service::Routes;
 use tonic::{Code, Status};
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
-use tower::layer::util::{Identity, Stack};
-use tower::util::MapResponseLayer;
+use tower::{Layer, ServiceBuilder};
 
-use crate::accept::{connections, counted};
+use crate::accept::connections;
+use crate::bounds::BoundCalls;
 use crate::calls::CountCalls;
-use crate::config::{Config, Limits};
-use crate::express::Express;
+use crate::config::Config;
+use crate::express::{Express, Fork};
 use crate::health::Health;
 use crate::http;
 use crate::lessor::Lessor;
+use crate::listener::{Grpc, serve_all};
 use crate::meter::Meter;
 use crate::process::Process;
+use crate::request::MAX_REQUEST_BYTES;
 use crate::service::Service;
 use crate::stamp::Stamp;
 use crate::standing::Standing;
 use crate::store::{Metered, StartError, Store};
-use crate::wire::{MAX_MESSAGE_BYTES, oversized};
+use crate::wire::{MAX_MESSAGE_BYTES, limit_exceeded};
 
 /// The largest message that goes out.
 const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
@@ -108,7 +110,7 @@ pub async fn run<S: Store>(
 /// # Errors
 /// As [`run`].
 pub async fn serve<S: Store, T>(
-    grpc: impl Stream<Item = T>,
+    incoming: impl Stream<Item = T>,
     http: Option<TcpListener>,
     store: S,
     config: &Config,
@@ -132,17 +134,38 @@ where
     tasks.spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
     let calls = CountCalls::new(&mut meter);
     let open = meter.gauge("leased_connections", "Connections that are open");
+    let refused =
+        ("leased_connections_refused", "Connections that were closed because as many as may be were open");
+    let [grpc_refused, http_refused] = meter.by(refused, "port", ["grpc", "http"], Counter::default);
     meter.ask(Standing { lessor: lessor.clone(), health: health.clone(), limits: config.limits });
     meter.ask(Process);
     if let Some(listener) = http {
-        tasks.spawn(http::serve(listener, health.clone(), lessor.clone(), meter, ended.clone()));
+        tasks.spawn(http::serve(
+            listener,
+            http_refused,
+            health.clone(),
+            lessor.clone(),
+            meter,
+            ended.clone(),
+        ));
     }
 
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
-    let serve = router(service, reporter, calls, stamp, &config.limits)?.serve_with_incoming_shutdown(
-        counted(grpc, config.limits.connections, open),
-        shutdown.clone().cancelled_owned(),
-    );
+    let grpc = Grpc {
+        service: ServiceBuilder::new()
+            .layer(calls)
+            .layer(stamp)
+            .layer(BoundCalls::default())
+            .map_response(oversize as fn(_) -> _)
+            .service(route(service, reporter)?),
+        limits: config.limits,
+        open,
+        draining: shutdown.clone(),
+    };
+    let serve =
+        serve_all(incoming, config.limits.connections, grpc_refused, shutdown.clone(), |stream, slot| {
+            grpc.clone().serve(stream, slot)
+        });
     let drain = async {
         shutdown.cancelled().await;
         tracing::info!("draining");
@@ -151,13 +174,14 @@ where
         sleep(config.drain_timeout.saturating_sub(FAREWELL)).await;
     };
     let outcome = tokio::select! {
-        served = serve => served.context("the gRPC server failed"),
+        biased;
         () = drain => {
             tracing::warn!("calls were still open at the end of the drain and are cut");
             Ok(())
         }
         // At once: to go on for the length of a drain may give a key to two holders.
         why = lessor.store().objection() => Err(StartError::Unusable(why).into()),
+        () = serve => Ok(()),
     };
     shutdown.cancel();
     if timeout(config.drain_timeout, lessor.settle()).await.is_err() {
@@ -172,18 +196,18 @@ where
     outcome
 }
 
-fn router<S: Store>(
+/// All services, the lease service by the short way.
+fn route<S: Store>(
     service: Service<S>,
     reporter: HealthReporter,
-    calls: CountCalls,
-    stamp: Stamp,
-    limits: &Limits,
-) -> anyhow::Result<Router<Layers<S>>> {
-    let lease = LeaseServiceServer::new(service.clone())
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_ANSWER_BYTES);
-    let admin = AdminServiceServer::new(service)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+) -> anyhow::Result<Fork<LeaseServiceServer<Service<S>>>> {
+    let lease = |most| {
+        LeaseServiceServer::new(service.clone())
+            .max_decoding_message_size(most)
+            .max_encoding_message_size(MAX_ANSWER_BYTES)
+    };
+    let admin = AdminServiceServer::new(service.clone())
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -192,36 +216,20 @@ fn router<S: Store>(
             // What refusals carry; without it grpcurl shows their details as bytes.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
-    let router = Server::builder()
-        // Left unset, tonic switches off hyper's own bounds for the first and the third.
-        .max_concurrent_streams(limits.streams)
-        .http2_max_pending_accept_reset_streams(Some(20))
-        .http2_max_local_error_reset_streams(Some(128))
-        .http2_max_header_list_size(16 * 1024)
-        // Without pings a half-open connection looks alive for minutes.
-        .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
-        .layer(calls)
-        .layer(stamp)
-        .layer(MapResponseLayer::new(oversize as fn(_) -> _))
-        .layer(Express::to(lease))
-        .add_service(admin)
+    let routes = Routes::new(admin)
         .add_service(HealthServer::new(HealthService::from_health_reporter(reporter)))
         .add_service(reflection().build_v1().context("reflection v1")?)
-        .add_service(reflection().build_v1alpha().context("reflection v1alpha")?);
-    Ok(router)
+        .add_service(reflection().build_v1alpha().context("reflection v1alpha")?)
+        .prepare();
+    Ok(Express::to(lease(MAX_REQUEST_BYTES), lease(MAX_MESSAGE_BYTES)).layer(routes))
 }
 
-type Layers<S> = Stack<
-    Express<LeaseServiceServer<Service<S>>>,
-    Stack<Oversize, Stack<Stamp, Stack<CountCalls, Identity>>>,
->;
-type Oversize = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
-
-/// A message that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.
+/// A request that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.
 fn oversize(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
-        Some(status) if status.code() == Code::OutOfRange => oversized().into_http(),
+        Some(status) if status.code() == Code::OutOfRange => {
+            limit_exceeded("request_bytes", MAX_REQUEST_BYTES).into_http()
+        }
         _ => response,
     }
 }

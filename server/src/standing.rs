@@ -12,6 +12,7 @@ use crate::config::Limits;
 use crate::health::{Health, Readiness};
 use crate::lessor::Lessor;
 use crate::store::{FeedState, Store};
+use crate::{panics, telemetry};
 
 /// A daemon, to be asked how it stands.
 pub(crate) struct Standing<S> {
@@ -58,6 +59,14 @@ impl<S: Store> Collector for Standing<S> {
         let mut family =
             encoder.encode_descriptor("leased_store_clock_steps", help, None, MetricType::Counter)?;
         steps.encode(family.encode_family(&[name])?)?;
+
+        for (name, help, count) in [
+            ("leased_panics", "Panics that ended a call or a connection.", panics::caught()),
+            ("leased_log_lines_dropped", "Log lines that could not be written.", telemetry::lines_dropped()),
+        ] {
+            let counter = ConstCounter::new(count);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
 
         let feed = store.feed_state();
         let states = [

@@ -6,7 +6,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::bounds::panicked;
 use crate::lessor::Watch;
+use crate::panics::contain;
 use crate::store::Store;
 use crate::wire;
 
@@ -29,7 +31,9 @@ pub(crate) fn serve<S: Store>(mut watch: Watch<S>, draining: CancellationToken) 
             }
         };
         tokio::select! {
-            () = show => {}
+            shown = contain(show) => if shown.is_err() {
+                let _ = events.send(Err(panicked())).await;
+            },
             () = events.closed() => {}
             () = draining.cancelled() => drop(events.send(Err(wire::shutting_down())).await),
         }

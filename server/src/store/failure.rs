@@ -92,8 +92,8 @@ impl Effects {
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
-    use std::sync::{Arc, Mutex};
     use std::sync::atomic::AtomicU64;
+    use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
     use proptest::prelude::*;

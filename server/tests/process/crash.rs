@@ -1,6 +1,5 @@
 //! Killed at any moment under load, and short of room: everything acknowledged is there afterwards.
 
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -14,7 +13,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use crate::support::{Running, daemon};
+use crate::support::Running;
 
 type Leases = LeaseServiceClient<Channel>;
 
@@ -177,16 +176,7 @@ fn bulky(number: usize) -> AcquireRequest {
 #[tokio::test]
 async fn without_room_nothing_is_acknowledged_or_lost_and_with_room_it_goes_on() {
     let folder = tempfile::tempdir().unwrap();
-    // The signal that comes with a bound would end the process; a full disk sends none.
-    let mut patient = Command::new("sh");
-    let plain = daemon(&[]);
-    patient.args(["-c", r#"trap '' XFSZ; exec "$@""#, "sh"]).arg(plain.get_program()).args(plain.get_args());
-    patient
-        .env_remove("LEASED_MONGODB_URI")
-        .current_dir(folder.path())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    let running = Running::spawn(patient).ready();
+    let running = Running::start_in(folder.path(), &[]);
     let mut client = running.client().await;
     bound_file_size(running.child.id(), Some(1024 * 1024));
 

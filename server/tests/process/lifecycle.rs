@@ -1,10 +1,12 @@
 //! The ready line, the exit codes, the signals.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
 
 use rstest::rstest;
 use throwaway_mongodb::Mongod;
+use tonic::transport::Channel;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 
 use crate::support::{Running, daemon, end};
 
@@ -16,35 +18,34 @@ async fn uri() -> &'static str {
 #[tokio::test]
 async fn the_ready_line_names_the_ports_and_sigterm_drains(
     #[values("embedded", "mongodb")] store: &str,
-    #[values("TERM", "INT")] signal: &str,
+    #[values("TERM", "INT", "QUIT")] signal: &str,
 ) {
     let options = ["--mongodb-uri", uri().await, "--mongodb-database", "process"];
     let mut running = Running::start(if store == "mongodb" { &options } else { &[] });
     assert!(running.ready.starts_with("leased ready grpc=127.0.0.1:"), "{}", running.ready);
     assert!(running.ready.contains(&format!(" store={store} id=")), "{}", running.ready);
     assert_eq!(running.address("id=").len(), 36, "{}", running.ready);
-    let mut http = TcpStream::connect(running.address("http=")).unwrap();
-    http.write_all(b"GET /livez HTTP/1.1\r\nHost: l\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    http.read_to_string(&mut answer).unwrap();
+    let answer = running.http("/livez");
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     TcpStream::connect(running.address("grpc=")).unwrap();
     running.signal(signal);
     assert_eq!(running.code(), Some(0));
     let mut rest = String::new();
-    running.stdout.read_to_string(&mut rest).unwrap();
+    running.stdout.as_mut().unwrap().read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "", "one line on standard output and no more");
 }
 
-#[test]
-fn a_second_signal_ends_at_once() {
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = daemon(&["--drain-timeout=5m"]);
     command.current_dir(folder.path());
     let mut running = Running::spawn(command).ready();
-    // A peer that never speaks keeps the drain from ending by itself, once the daemon has taken it in: it greets first.
-    let mut silent = TcpStream::connect(running.address("grpc=")).unwrap();
-    silent.read_exact(&mut [0]).unwrap();
+    // A stream that its caller keeps open keeps the drain from ending by itself.
+    let url = format!("http://{}", running.address("grpc="));
+    let channel = Channel::from_shared(url).unwrap().connect().await.unwrap();
+    let mut client = ServerReflectionClient::new(channel);
+    let _open = client.server_reflection_info(tokio_stream::pending()).await.unwrap();
     running.signal("TERM");
     let mut stderr = BufReader::new(running.child.stderr.take().unwrap());
     let mut line = String::new();

@@ -14,6 +14,15 @@ mod lifecycle;
 /// What is refused before anyone is served.
 mod start;
 
+/// Log lines and the ready line that nobody takes.
+mod logging;
+
+/// Signals, and limits that the system sets.
+mod limits;
+
+/// Panics.
+mod panics;
+
 /// The data of the embedded store: whose it is, and in which state.
 mod data;
 

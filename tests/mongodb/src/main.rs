@@ -1,6 +1,7 @@
 //! `throwaway-mongodb [COMMAND ARGS..]`: a MongoDB for as long as a command runs, or until Ctrl-C.
 
 use std::ffi::OsString;
+use std::io::{Write, stderr, stdout};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode, ExitStatus};
 
@@ -24,12 +25,12 @@ fn main() -> ExitCode {
     let mut command: Vec<OsString> = std::env::args_os().skip(1).collect();
     match command.first().map(|first| first.to_string_lossy()).as_deref() {
         Some("-h" | "--help") => {
-            println!("{HELP}");
+            let _ = writeln!(stdout(), "{HELP}");
             return ExitCode::SUCCESS;
         }
         Some("--") => drop(command.remove(0)),
         Some(option) if option.starts_with('-') => {
-            eprintln!("throwaway-mongodb: there is no option {option}; see --help");
+            let _ = writeln!(stderr(), "throwaway-mongodb: there is no option {option}; see --help");
             return ExitCode::from(2);
         }
         _ => {}
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
     match served {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("throwaway-mongodb: {error:#}");
+            let _ = writeln!(stderr(), "throwaway-mongodb: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -61,8 +62,9 @@ async fn serve(command: &[OsString]) -> Result<u8> {
         command.args(arguments).env("LEASED_MONGODB_URI", mongod.uri());
         run(command, &mut terminate, &mut interrupt).await?
     } else {
-        println!("{}", mongod.uri());
-        eprintln!("a throwaway MongoDB; Ctrl-C ends it and its data");
+        // Whoever started it may have gone: it ends when it is told to, all the same.
+        let _ = writeln!(stdout(), "{}", mongod.uri());
+        let _ = writeln!(stderr(), "a throwaway MongoDB; Ctrl-C ends it and its data");
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}

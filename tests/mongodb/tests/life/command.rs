@@ -1,6 +1,6 @@
 //! The command: its server ends with it whatever ends it, and it is a good wrapper of another command.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Write, pipe};
 use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -111,4 +111,13 @@ fn without_a_mongod_it_says_how_to_get_one() {
     let named = throwaway(&["true"]).env("LEASED_MONGOD", "/nowhere/mongod").output().unwrap();
     assert_eq!(named.status.code(), Some(1));
     assert!(String::from_utf8(named.stderr).unwrap().contains("/nowhere/mongod"));
+}
+
+#[test]
+fn what_nobody_reads_harms_nothing() {
+    for (option, code) in [("--help", 0), ("--nonsense", 2)] {
+        let broken = || pipe().unwrap().1;
+        let status = throwaway(&[option]).stdout(broken()).stderr(broken()).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{option}");
+    }
 }

@@ -1,0 +1,232 @@
+//! Serves connections: no more than are allowed, and none that is silent for long.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures_util::future::pending;
+use futures_util::stream::{Stream, StreamExt};
+use hyper::body::Incoming;
+use hyper::rt::Executor;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::body::Body;
+use tonic::codegen::http::{Request, Response};
+use tower::Service;
+
+use crate::accept::Batched;
+use crate::config::Limits;
+use crate::meter::Present;
+use crate::panics::contain;
+
+/// How long a peer may take to say that it speaks HTTP/2.
+const GREETING: Duration = Duration::from_secs(5);
+/// How long a connection without calls may take to close in a drain.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// What an HTTP/2 client says first (RFC 9113, 3.4), in bytes.
+const PREFACE: usize = 24;
+/// Between two log lines about connections that were closed for being too many.
+const SPARSELY: Duration = Duration::from_secs(10);
+/// How often a peer may make h2 reset a stream, in the life of a connection. h2 counts for life, so this is far beyond what
+/// mistakes of an honest client come to; each reset takes some hundred bytes until the peer has read it.
+const LOCAL_RESETS: usize = 16 * 1024;
+
+/// A connection's share of those that are allowed at once.
+pub(crate) type Slot = OwnedSemaphorePermit;
+
+/// Serves what comes in, each connection in a task, at most `most` at once, until `ended` or nothing more comes; then waits for
+/// those that are open. Further ones are closed at once and counted in `refused`. Dropping this cuts all connections.
+pub(crate) async fn serve_all<T, F>(
+    incoming: impl Stream<Item = T>,
+    most: usize,
+    refused: Counter,
+    ended: CancellationToken,
+    serve: impl Fn(T, Slot) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+    let cut = CancellationToken::new();
+    let _cut_all = cut.clone().drop_guard();
+    let connections = TaskTracker::new();
+    {
+        let mut incoming = pin!(incoming.take_until(ended.cancelled()));
+        let mut complaint = Complaint::default();
+        while let Some(stream) = incoming.next().await {
+            let Ok(slot) = Arc::clone(&room).try_acquire_owned() else {
+                refused.inc();
+                complaint.refused(most);
+                continue;
+            };
+            let (connection, cut) = (serve(stream, slot), cut.clone());
+            connections.spawn(contain(async move {
+                tokio::select! {
+                    () = connection => {}
+                    () = cut.cancelled() => {}
+                }
+            }));
+        }
+        // The port is closed here: a peer that comes now should go elsewhere, and not wait.
+    }
+    connections.close();
+    connections.wait().await;
+}
+
+/// Says now and then how many connections were closed for being too many.
+#[derive(Debug, Default)]
+struct Complaint {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Complaint {
+    fn refused(&mut self, most: usize) {
+        self.unsaid += 1;
+        if self.last.is_none_or(|last| last.elapsed() >= SPARSELY) {
+            tracing::warn!(closed = self.unsaid, limit = most, "as many connections are open as are allowed");
+            *self = Self { last: Some(Instant::now()), unsaid: 0 };
+        }
+    }
+}
+
+/// What is known of the other side of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Peer {
+    /// It has said that it speaks HTTP/2.
+    has_greeted: AtomicBool,
+    /// Calls that are open.
+    calls: AtomicUsize,
+}
+
+impl Peer {
+    /// `bytes` have come from it in all.
+    pub(crate) fn heard(&self, bytes: usize) {
+        if bytes >= PREFACE {
+            self.has_greeted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn has_greeted(&self) -> bool {
+        self.has_greeted.load(Ordering::Relaxed)
+    }
+
+    /// Ready if it has not greeted in time.
+    async fn is_silent(&self) {
+        sleep(GREETING).await;
+        if self.has_greeted() {
+            pending().await
+        }
+    }
+
+    /// Ready once it has had time to close the connection and has no calls open.
+    async fn is_done(&self) {
+        sleep(FAREWELL).await;
+        while self.calls.load(Ordering::Relaxed) > 0 {
+            sleep(FAREWELL / 10).await;
+        }
+    }
+}
+
+/// Runs the calls of one connection, and knows how many there are.
+#[derive(Debug, Clone)]
+struct Calls(Arc<Peer>);
+
+/// A call that is open.
+struct Open(Arc<Peer>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl<F> Executor<F> for Calls
+where
+    F: Future + Send + 'static,
+    F::Output: Send,
+{
+    fn execute(&self, call: F) {
+        self.0.calls.fetch_add(1, Ordering::Relaxed);
+        let open = Open(Arc::clone(&self.0));
+        tokio::spawn(async move {
+            let _open = open;
+            let _ = contain(call).await;
+        });
+    }
+}
+
+/// Serves gRPC on connections.
+#[derive(Debug, Clone)]
+pub(crate) struct Grpc<S> {
+    pub(crate) service: S,
+    pub(crate) limits: Limits,
+    /// Connections that are open.
+    pub(crate) open: Gauge,
+    pub(crate) draining: CancellationToken,
+}
+
+impl<S, E> Grpc<S>
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = E> + Clone + Send + 'static,
+    S::Future: Send,
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+{
+    /// Serves one connection until either side ends it. In a drain it lives for as long as it has calls.
+    pub(crate) async fn serve<T>(self, stream: T, slot: Slot)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let _held = (slot, Present::of(&self.open));
+        let peer = Arc::new(Peer::default());
+        let stream = TokioIo::new(Batched::new(stream, Arc::clone(&peer)));
+        let http = http2(&self.limits, Calls(Arc::clone(&peer)));
+        let mut connection = pin!(http.serve_connection(stream, TowerToHyperService::new(self.service)));
+        tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(error, "a connection failed");
+                }
+                return;
+            }
+            () = peer.is_silent() => {
+                tracing::debug!("closed a connection that was silent");
+                return;
+            }
+            () = self.draining.cancelled() => {}
+        }
+        if !peer.has_greeted() {
+            return;
+        }
+        connection.as_mut().graceful_shutdown();
+        tokio::select! {
+            _ = connection => {}
+            () = peer.is_done() => {}
+        }
+    }
+}
+
+fn http2(limits: &Limits, calls: Calls) -> auto::Builder<Calls> {
+    let mut builder = auto::Builder::new(calls).http2_only();
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.streams)
+        // Calls that were cancelled before this side has seen them: after a hitch in the network all that a client has open
+        // may come together with their ends, and those that it opened in their place. More is an attack (CVE-2023-44487).
+        .max_pending_accept_reset_streams(Some(2 * limits.streams as usize))
+        .max_local_error_reset_streams(Some(LOCAL_RESETS))
+        .max_header_list_size(16 * 1024)
+        // Without pings a half-open connection looks alive for minutes.
+        .keep_alive_interval(Some(Duration::from_secs(10)))
+        .keep_alive_timeout(Duration::from_secs(5));
+    builder
+}

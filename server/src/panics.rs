@@ -1,0 +1,106 @@
+//! What a panic may end: one call, one connection, or the process, and never a part of the daemon that nobody watches.
+//!
+//! Work that belongs to one caller runs as [`Contained`]. Any other panic ends the process: leases survive a restart,
+//! while a daemon without its purge, its feed or the driver's monitors goes on looking healthy.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+
+use pin_project_lite::pin_project;
+
+use crate::telemetry;
+
+thread_local! {
+    /// Whether this thread runs work whose panics are caught.
+    static CONTAINED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Panics that were contained, in this process.
+static CAUGHT: AtomicU64 = AtomicU64::new(0);
+
+/// Logs every panic, and ends the process with exit code 1 after one that is not contained.
+pub fn end_the_process() {
+    set_hook(Box::new(|panic| {
+        let message = message(panic.payload());
+        let place = panic.location().map_or_else(|| "somewhere".to_owned(), ToString::to_string);
+        if CONTAINED.get() {
+            tracing::error!(message, place, "a panic ended a call or a connection");
+            return;
+        }
+        tracing::error!(message, place, "a panic ends the daemon");
+        telemetry::say(&format!("ended by a panic at {place}: {message}"));
+        telemetry::flush();
+        std::process::exit(1);
+    }));
+}
+
+fn message(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
+}
+
+/// How many panics were contained, in this process.
+pub(crate) fn caught() -> u64 {
+    CAUGHT.load(Ordering::Relaxed)
+}
+
+/// The work panicked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Panicked;
+
+pin_project! {
+    /// A future whose panic is its result.
+    #[derive(Debug)]
+    pub(crate) struct Contained<F> {
+        #[pin]
+        work: F,
+    }
+}
+
+/// Runs `work` so that its panic is its result.
+pub(crate) fn contain<F>(work: F) -> Contained<F> {
+    Contained { work }
+}
+
+impl<F: Future> Future for Contained<F> {
+    type Output = Result<F::Output, Panicked>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let work = self.project().work;
+        let before = CONTAINED.replace(true);
+        // The future is not polled again after a panic.
+        let polled = catch_unwind(AssertUnwindSafe(|| work.poll(context)));
+        CONTAINED.set(before);
+        match polled {
+            Ok(polled) => polled.map(Ok),
+            Err(_) => {
+                CAUGHT.fetch_add(1, Ordering::Relaxed);
+                Poll::Ready(Err(Panicked))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_contained_panic_is_a_result_and_counted() {
+        let before = caught();
+        assert_eq!(contain(async { 1 }).await, Ok(1));
+        let work = async {
+            tokio::task::yield_now().await;
+            assert!(CONTAINED.get());
+            panic!("in a test");
+        };
+        assert_eq!(contain(work).await, Err::<(), _>(Panicked));
+        assert!(!CONTAINED.get(), "what comes next on this thread is not contained");
+        assert!(caught() > before);
+    }
+}

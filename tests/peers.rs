@@ -1,0 +1,361 @@
+//! Peers that are silent, slow, hasty, or too many: others are served, and honest ones are not taken for them.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::client::SendRequest;
+use http::{HeaderMap, Request};
+use leased_client::v1::lease_service_client::LeaseServiceClient;
+use leased_client::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef};
+use prost::Message;
+use rstest::rstest;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use crate::keepalive::kept;
+use crate::support::exposition::Exposition;
+use crate::support::{
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, PATIENCE, ask, eventually, http, ms, secs,
+};
+
+/// What an HTTP/2 client says first.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Reads until the other side closes the connection.
+async fn closed(stream: &mut TcpStream) {
+    let mut rest = Vec::new();
+    // With an end or with a reset.
+    let _ = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("it stays open");
+}
+
+async fn refused(daemon: &Daemon, port: &str) -> f64 {
+    let (_, text) = http(daemon.http, "/metrics").await.unwrap();
+    Exposition::parse(&text).unwrap().value("leased_connections_refused_total", &[("port", port)])
+}
+
+#[tokio::test]
+async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
+    let daemon = Daemon::start_with(Embedded, |config| config.limits.connections = 8).await;
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        let mut stream = TcpStream::connect(daemon.grpc).await.unwrap();
+        // Half of them begin to speak. The daemon greets whom it takes in.
+        if silent.len() % 2 == 0 {
+            stream.write_all(&PREFACE[..16]).await.unwrap();
+        }
+        stream.read_exact(&mut [0]).await.unwrap();
+        silent.push(stream);
+    }
+    let mut one_too_many = TcpStream::connect(daemon.grpc).await.unwrap();
+    closed(&mut one_too_many).await;
+    assert!(refused(&daemon, "grpc").await >= 1.0);
+    for stream in &mut silent {
+        closed(stream).await;
+    }
+    eventually(async || {
+        let client = LeaseServiceClient::connect(format!("http://{}", daemon.grpc));
+        client.await.ok()?.get_lease(ask("job")).await.ok()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn connections_without_calls_do_not_hold_up_a_drain() {
+    let daemon = Daemon::start_with(Embedded, |config| config.drain_timeout = secs(300)).await;
+    let mut peers = Vec::new();
+    for said in [&[][..], &PREFACE[..16], PREFACE, &[PREFACE, &frame(4, 0, 0, &[])].concat()] {
+        let mut peer = TcpStream::connect(daemon.grpc).await.unwrap();
+        peer.write_all(said).await.unwrap();
+        peer.read_exact(&mut [0]).await.unwrap();
+        peers.push(peer);
+    }
+    // Far less than the drain may take.
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn the_side_port_closes_connections_that_ask_nothing_and_those_that_are_too_many() {
+    let daemon = Daemon::start(Embedded).await;
+    let mut silent = Vec::new();
+    for _ in 0..128 {
+        let mut stream = TcpStream::connect(daemon.http).await.unwrap();
+        stream.write_all(b"GET /livez HTTP/1.1\r\nHost:").await.unwrap();
+        silent.push(stream);
+    }
+    // Until all of them have been taken in there may be room.
+    eventually(async || http(daemon.http, "/livez").await.is_none().then_some(())).await;
+    for stream in &mut silent {
+        closed(stream).await;
+    }
+    eventually(async || http(daemon.http, "/livez").await).await;
+    assert!(refused(&daemon, "http").await >= 1.0);
+}
+
+/// A frame of HTTP/2 (RFC 9113, 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const END_HEADERS: u8 = 4;
+const CANCEL: u32 = 8;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+/// A call as it begins: literal header fields, none of them indexed (RFC 7541, 6.2.2).
+fn call(stream: u32) -> Vec<u8> {
+    let mut headers = Vec::new();
+    for (name, value) in [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/leased.v1.LeaseService/Get"),
+        (":authority", "leased"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ] {
+        headers.extend([0, u8::try_from(name.len()).unwrap()]);
+        headers.extend(name.bytes());
+        headers.push(u8::try_from(value.len()).unwrap());
+        headers.extend(value.bytes());
+    }
+    frame(HEADERS, END_HEADERS, stream, &headers)
+}
+
+fn cancelled_call(stream: u32) -> Vec<u8> {
+    [call(stream), frame(RST_STREAM, 0, stream, &CANCEL.to_be_bytes())].concat()
+}
+
+/// Reads frames until one is of this kind, and returns its payload.
+async fn read_until(stream: &mut TcpStream, kind: u8) -> Vec<u8> {
+    let read = async {
+        loop {
+            let mut head = [0; 9];
+            stream.read_exact(&mut head).await.unwrap();
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            stream.read_exact(&mut payload).await.unwrap();
+            assert!(head[3] != GOAWAY, "{:?}", payload.escape_ascii().to_string());
+            // An acknowledged ping, not one of the daemon's own.
+            if head[3] == kind && (kind != PING || head[4] == 1) {
+                return payload;
+            }
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap()
+}
+
+#[tokio::test]
+async fn calls_cancelled_together_leave_the_connection_and_a_flood_of_them_ends_it() {
+    let daemon = Daemon::start(Embedded).await;
+    let mut stream = TcpStream::connect(daemon.grpc).await.unwrap();
+    let mut said = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    // As after a hitch in the network: as many as may be open, and all of them given up.
+    let limit = daemon.config.limits.streams;
+    said.extend((0..limit).flat_map(|number| cancelled_call(2 * number + 1)));
+    said.extend(frame(PING, 0, 0, b"they are"));
+    stream.write_all(&said).await.unwrap();
+    assert_eq!(read_until(&mut stream, PING).await, b"they are");
+
+    // CVE-2023-44487
+    let mut number = limit;
+    let (mut reader, mut writer) = stream.split();
+    let flood = async {
+        loop {
+            let batch: Vec<u8> =
+                (number..number + 10_000).flat_map(|number| cancelled_call(2 * number + 1)).collect();
+            number += 10_000;
+            if writer.write_all(&batch).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let mut heard = Vec::new();
+    tokio::select! {
+        () = flood => {}
+        read = timeout(PATIENCE, reader.read_to_end(&mut heard)) => drop(read.expect("it stays open")),
+    }
+    let calm = ENHANCE_YOUR_CALM.to_be_bytes();
+    let goaway = |at: &[u8]| at[3] == GOAWAY && at[13..17] == calm;
+    assert!(heard.windows(17).any(goaway), "no GOAWAY among {} bytes", heard.len());
+    daemon.client().await.get_lease(ask("job")).await.unwrap();
+}
+
+/// A client may have sent more before it hears of the refusal; h2 resets the stream for that, and counts.
+#[tokio::test]
+async fn requests_that_are_too_large_do_not_end_their_connection() {
+    let daemon = Daemon::start(Embedded).await;
+    let mut stream = TcpStream::connect(daemon.grpc).await.unwrap();
+    stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).await.unwrap();
+    let streams = || (1..500).step_by(2);
+    let begin = |id| [call(id), frame(DATA, 0, id, &message(100 * 1024)[..100])].concat();
+    stream.write_all(&streams().flat_map(begin).collect::<Vec<u8>>()).await.unwrap();
+    for _ in streams() {
+        read_until(&mut stream, HEADERS).await;
+    }
+    // All of these are refused, and h2 remembers fifty streams that it has reset. In all less than a window.
+    let go_on = |id| frame(DATA, 0, id, &[0; 100]);
+    stream.write_all(&streams().flat_map(go_on).collect::<Vec<u8>>()).await.unwrap();
+    stream.write_all(&frame(PING, 0, 0, b"go on :)")).await.unwrap();
+    assert_eq!(read_until(&mut stream, PING).await, b"go on :)");
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_stream_of_a_thousand_messages_a_second_is_answered_whole_and_in_time(
+    #[values(Embedded, MongoDb)] home: Home,
+    #[values(true, false)] coalesces: bool,
+) {
+    const MESSAGES: u64 = 5000;
+    let daemon = Daemon::start_with(home, |config| config.limits.coalesce_touches = coalesces).await;
+    let mut client = daemon.client().await;
+    let mut leases = Vec::new();
+    for key in ["a", "b", "c"] {
+        leases.push(client.get_lease(ask(key).ttl(secs(5))).await.unwrap().lease.unwrap());
+    }
+    let mut calls = connection(&daemon).await.ready().await.unwrap();
+    let (answers, mut messages) = calls.send_request(request("KeepAlive").body(()).unwrap(), false).unwrap();
+    let named = leases.clone();
+    tokio::spawn(async move {
+        let mut ticks = interval(ms(20));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for sequence in 1..=MESSAGES {
+            if sequence % 20 == 0 {
+                ticks.tick().await;
+            }
+            // By turns some, and all. Each in a frame of its own, as clients send what they are given one by one.
+            let leases = named.iter().take((sequence % 4) as usize).cloned().collect();
+            let message = framed(&KeepAliveRequest { leases, sequence }.encode_to_vec());
+            messages.send_data(message.into(), false).unwrap();
+        }
+        messages
+    });
+    let mut answers = Answers { body: answers.await.unwrap().into_body(), unread: Vec::new() };
+    let mut due: BTreeSet<u64> = (1..=MESSAGES).collect();
+    while !due.is_empty() {
+        let answer = timeout(PATIENCE, answers.next()).await.unwrap();
+        assert!(due.remove(&answer.sequence), "{} again", answer.sequence);
+        let expected: Vec<LeaseRef> = leases.iter().take((answer.sequence % 4) as usize).cloned().collect();
+        let told = |result: &KeepAliveResult| result.lease.clone().unwrap();
+        if !expected.is_empty() {
+            assert_eq!(answer.results.iter().map(told).collect::<Vec<_>>(), expected);
+        }
+        for result in answer.results {
+            assert!(kept(&result.outcome.unwrap()) > Duration::ZERO);
+        }
+    }
+}
+
+/// The answers on a keepalive stream.
+struct Answers {
+    body: RecvStream,
+    unread: Vec<u8>,
+}
+
+impl Answers {
+    async fn next(&mut self) -> KeepAliveResponse {
+        loop {
+            if let Some((prefix, rest)) = self.unread.split_first_chunk::<5>() {
+                let [_, length @ ..] = *prefix;
+                if let Some(message) = rest.get(..u32::from_be_bytes(length) as usize) {
+                    let answer = KeepAliveResponse::decode(message).unwrap();
+                    self.unread.drain(..5 + message.len());
+                    return answer;
+                }
+            }
+            let data = self.body.data().await.expect("more answers").unwrap();
+            self.body.flow_control().release_capacity(data.len()).unwrap();
+            self.unread.extend(data);
+        }
+    }
+}
+
+/// A connection for calls made by hand.
+async fn connection(daemon: &Daemon) -> SendRequest<Bytes> {
+    let stream = TcpStream::connect(daemon.grpc).await.unwrap();
+    let (calls, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    calls
+}
+
+fn request(method: &str) -> http::request::Builder {
+    Request::post(format!("http://leased/leased.v1.LeaseService/{method}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+}
+
+/// Sends `message`, perhaps not all of it, and returns the status that the daemon answers with.
+async fn status(
+    calls: &SendRequest<Bytes>,
+    method: &str,
+    grpc_timeout: Option<&str>,
+    message: Vec<u8>,
+    ends: bool,
+) -> HeaderMap {
+    let mut request = request(method);
+    if let Some(grpc_timeout) = grpc_timeout {
+        request = request.header("grpc-timeout", grpc_timeout);
+    }
+    let mut calls = calls.clone().ready().await.unwrap();
+    let (answer, mut body) = calls.send_request(request.body(()).unwrap(), false).unwrap();
+    body.send_data(message.into(), ends).unwrap();
+    let (head, mut answer) = answer.await.unwrap().into_parts();
+    if head.headers.contains_key("grpc-status") {
+        return head.headers;
+    }
+    while let Some(data) = answer.data().await {
+        answer.flow_control().release_capacity(data.unwrap().len()).unwrap();
+    }
+    answer.trailers().await.unwrap().unwrap()
+}
+
+/// A message as gRPC frames it.
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    [&[0][..], &length, message].concat()
+}
+
+/// A message of so many bytes that says nothing.
+fn message(bytes: usize) -> Vec<u8> {
+    framed(&vec![0; bytes])
+}
+
+#[tokio::test]
+async fn messages_that_never_come_whole_are_past_a_limit() {
+    let daemon = Daemon::start(Embedded).await;
+    let calls = connection(&daemon).await;
+    for (method, said) in [("Get", &message(0)[..]), ("Get", &[]), ("KeepAlive", &message(1000)[..500])] {
+        let status = timeout(PATIENCE, status(&calls, method, None, said.to_vec(), false)).await.unwrap();
+        assert_eq!(status["grpc-status"], "8", "{method} {}: {status:?}", said.len());
+        assert!(status["grpc-message"].to_str().unwrap().contains("receiving_seconds"), "{status:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_passed_deadline_is_never_called_anything_else() {
+    let daemon = Daemon::start(Embedded).await;
+    let calls = connection(&daemon).await;
+    let mut late = 0;
+    for number in 0..200 {
+        let timeout = format!("{}u", 1 + 50 * number);
+        // Every other one is not whole, so that nothing but its deadline can end it in time.
+        let is_whole = number % 2 == 0;
+        let status = status(&calls, "Get", Some(&timeout), message(0), is_whole).await;
+        match status["grpc-status"].to_str().unwrap() {
+            "4" => late += 1,
+            // The field is wrong.
+            "3" if is_whole => {}
+            other => panic!("{timeout}: {other}, {status:?}"),
+        }
+    }
+    assert!(late >= 100, "{late}");
+}
