@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::belief::{deadline, largest_margin, margin};
-use crate::client::{Client, MAX_LEASES};
+use crate::client::{Acquired, Client, MAX_LEASES};
 use crate::daemon::Purpose;
 use crate::endpoints::Answer;
 use crate::error::Error;
@@ -279,7 +279,8 @@ pub(crate) struct Unknown<'a> {
 impl Drop for Unknown<'_> {
     fn drop(&mut self) {
         if let Some(lease) = self.lease.take() {
-            self.client.release_in_background(lease, self.ttl.unwrap_or(crate::DEFAULT_TTL));
+            let ttl = self.ttl.unwrap_or(crate::DEFAULT_TTL);
+            self.client.release_in_background(lease, ttl, Acquired::Unanswered);
         }
     }
 }

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::acquire::Acquire;
 use crate::builder::Builder;
 use crate::daemon::Purpose;
-use crate::endpoints::{Answer, Endpoints};
+use crate::endpoints::{Answer, Endpoints, PREVIOUS_ATTEMPTS};
 use crate::error::Error;
 use crate::holdings::{Holdings, watch_deadlines};
 use crate::id::LeaseId;
@@ -165,7 +165,7 @@ impl Client {
     /// # }
     /// ```
     pub async fn release(&self, key: &str, id: LeaseId) -> Result<(), Error> {
-        self.shared.release(LeaseRef { key: key.to_owned(), lease_id: id.reveal() }).await
+        self.shared.release(LeaseRef { key: key.to_owned(), lease_id: id.reveal() }, Acquired::Known).await
     }
 
     /// Shows who holds `key` and who waits for it.
@@ -270,12 +270,12 @@ impl Client {
     }
 
     /// Gives a lease back without anybody waiting, for as long as it may last.
-    pub(crate) fn release_in_background(&self, lease: LeaseRef, ttl: Duration) {
+    pub(crate) fn release_in_background(&self, lease: LeaseRef, ttl: Duration, acquired: Acquired) {
         let shared = Arc::clone(&self.shared);
         let patience = ttl.min(LONGEST_RELEASE);
         let release = async move {
             let Ok(_turn) = shared.releases.acquire().await else { return };
-            while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone()).await {
+            while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone(), acquired).await {
                 tracing::debug!(key = lease.key, cause, "a lease could not be given back yet");
             }
         };
@@ -297,6 +297,15 @@ async fn keep(holdings: Arc<Holdings>, endpoints: Arc<Endpoints>, ended: Cancell
     }
 }
 
+/// What is known of the acquire of a lease that is given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Acquired {
+    /// It was granted.
+    Known,
+    /// It had no answer, and may still be on its way. The daemon is told, and remembers for a minute that the lease is over.
+    Unanswered,
+}
+
 impl Shared {
     pub(crate) async fn touch(&self, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
         let request = TouchRequest { lease: Some(lease) };
@@ -306,9 +315,13 @@ impl Shared {
         call.await
     }
 
-    pub(crate) async fn release(&self, lease: LeaseRef) -> Result<(), Error> {
+    pub(crate) async fn release(&self, lease: LeaseRef, acquired: Acquired) -> Result<(), Error> {
         let request = ReleaseRequest { lease: Some(lease) };
-        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
+        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, mut request| async move {
+            let says_so = request.metadata().contains_key(PREVIOUS_ATTEMPTS);
+            if acquired == Acquired::Unanswered && !says_so {
+                request.metadata_mut().insert(PREVIOUS_ATTEMPTS, 1.into());
+            }
             LeaseServiceClient::new(channel).release(request).await
         });
         call.await.map(drop)

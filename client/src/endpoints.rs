@@ -36,7 +36,7 @@ const LOOKING: Duration = Duration::from_secs(5);
 /// Where an answer says which store it comes from.
 const STORE: &str = "leased-store";
 /// Where a call says how often it has been sent before, as gRPC has it for its own retries.
-const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
+pub(crate) const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
 /// What a user names.
 #[derive(Clone)]

@@ -332,3 +332,19 @@ async fn a_name_that_nobody_knows_is_named_in_the_error_and_looked_up_again() {
         "{error}"
     );
 }
+
+/// The acquire may arrive after its release, also when that release found the lease granted.
+#[tokio::test(start_paused = true)]
+async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {
+    let peer = Peer::numbered(0);
+    let Reach::Dial(dial) = peer.source().reach else { panic!("a peer in memory") };
+    let client = crate::Client::builder().endpoint_with("daemon-0", move || dial()).connect_lazily().unwrap();
+    let acquire = client.acquire("key").wait(Duration::from_secs(600)).into_future();
+    timeout(Duration::from_secs(60), acquire).await.expect_err("it waits");
+    client.settle().await;
+    assert_eq!(peer.attempts("release"), [Some("1".to_owned())]);
+
+    drop(client.acquire("key").ttl(Duration::from_secs(10)).await.unwrap());
+    client.settle().await;
+    assert_eq!(peer.attempts("release")[1], None, "one that was granted");
+}

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::acquire::Unknown;
 use crate::belief::{Loss, State};
-use crate::client::Client;
+use crate::client::{Acquired, Client};
 use crate::error::Error;
 use crate::holding::Holding;
 use crate::id::LeaseId;
@@ -300,7 +300,7 @@ impl Lease {
         let lease = self.holding.lease_ref();
         let mut unknown =
             Unknown { client: &self.client, lease: Some(lease.clone()), ttl: Some(self.holding.ttl) };
-        let released = self.client.shared().release(lease).await;
+        let released = self.client.shared().release(lease, Acquired::Known).await;
         if !matches!(released, Err(Error::Unavailable { .. })) {
             unknown.lease = None;
         }
@@ -337,7 +337,7 @@ impl Drop for Lease {
         let was_lost = matches!(self.holding.state(), State::Lost(_));
         self.leave();
         if !self.is_over.load(Ordering::Relaxed) && !was_lost {
-            self.client.release_in_background(self.holding.lease_ref(), self.holding.ttl);
+            self.client.release_in_background(self.holding.lease_ref(), self.holding.ttl, Acquired::Known);
         }
     }
 }
