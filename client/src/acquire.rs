@@ -7,9 +7,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::{AcquireRequest, AcquireResponse, LeaseRef, Mode};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::belief::{deadline, largest_margin, margin};
@@ -22,6 +23,11 @@ use crate::info::span;
 use crate::lease::Lease;
 use crate::moment::{Moment, after};
 use crate::token::FencingToken;
+
+/// How long a daemon lets a call wait, unless it is told otherwise.
+const LONGEST_CALL: Duration = Duration::from_secs(3600);
+/// How long before its end the next call begins.
+const OVERLAP: Duration = Duration::from_secs(30);
 
 /// A wish for a lease; await it to have it.
 ///
@@ -48,7 +54,8 @@ pub struct Acquire {
     client: Client,
     request: AcquireRequest,
     ttl: Option<Duration>,
-    wait: Duration,
+    /// `None`: for as long as it takes.
+    wait: Option<Duration>,
     min_hold: Duration,
     margin: Option<Duration>,
 }
@@ -58,7 +65,14 @@ impl Acquire {
         let owner = client.shared().owner.clone();
         let request =
             AcquireRequest { key, owner, mode: Mode::Exclusive.into(), ..AcquireRequest::default() };
-        Self { client, request, ttl: None, wait: Duration::ZERO, min_hold: Duration::ZERO, margin: None }
+        Self {
+            client,
+            request,
+            ttl: None,
+            wait: Some(Duration::ZERO),
+            min_hold: Duration::ZERO,
+            margin: None,
+        }
     }
 
     /// How long the lease lasts without a touch, 100 ms to 24 h unless the daemon says otherwise; 30 s if not given. It is
@@ -85,7 +99,23 @@ impl Acquire {
     /// # }
     /// ```
     pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Stands in line for as long as it takes, through daemons that restart or are away.
+    ///
+    /// A daemon ends a call after an hour. The next one, with the same lease id, begins half a minute before that and keeps the
+    /// place. A daemon whose `--max-wait` is less than an hour refuses these calls with [`Error::Invalid`].
+    ///
+    /// ```no_run
+    /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
+    /// let lease = client.acquire("leaders/billing").wait_forever().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn wait_forever(mut self) -> Self {
+        self.wait = None;
         self
     }
 
@@ -170,21 +200,24 @@ impl Acquire {
                 Ok(holding) => return Ok(Lease::new(self.client, Arc::new(holding), slot)),
                 // Granted, and over before this process heard of it. That acquisition is spent.
                 Err(Error::Lost(_))
-                    if Instant::now() < after(until, self.client.shared().endpoints.timeout()) => {}
+                    if until.is_none_or(|until| {
+                        Instant::now() < after(until, self.client.shared().endpoints.timeout())
+                    }) => {}
                 Err(error) => return Err(error),
             }
         }
     }
 
     /// Fills in the durations, which a request cannot carry if they are too long for it, and returns until when to wait.
-    fn check(&mut self) -> Result<Instant, Error> {
+    fn check(&mut self) -> Result<Option<Instant>, Error> {
         let too_long = |name: &str| Error::Invalid(format!("{name} is too long"));
         let convert = |name: &str, duration: Duration| duration.try_into().map_err(|_| too_long(name));
         self.request.ttl = self.ttl.map(|ttl| convert("ttl", ttl)).transpose()?;
         self.request.min_hold = Some(convert("min_hold", self.min_hold)).transpose()?;
-        self.request.wait = Some(convert("wait", self.wait)).transpose()?;
         self.check_margin(self.ttl.unwrap_or(Duration::MAX))?;
-        Instant::now().checked_add(self.wait).ok_or_else(|| too_long("wait"))
+        let Some(wait) = self.wait else { return Ok(None) };
+        self.request.wait = Some(convert("wait", wait)?);
+        Instant::now().checked_add(wait).ok_or_else(|| too_long("wait")).map(Some)
     }
 
     fn check_margin(&self, ttl: Duration) -> Result<(), Error> {
@@ -198,7 +231,7 @@ impl Acquire {
     }
 
     /// One acquisition, repeated with one id until its outcome is known.
-    async fn attempt(&mut self, until: Instant) -> Result<Holding, Error> {
+    async fn attempt(&mut self, until: Option<Instant>) -> Result<Holding, Error> {
         let id = Uuid::new_v4();
         self.request.lease_id = id.to_string();
         let lease = LeaseRef { key: self.request.key.clone(), lease_id: self.request.lease_id.clone() };
@@ -219,15 +252,13 @@ impl Acquire {
     async fn granted(
         &self,
         unknown: &mut Unknown<'_>,
-        until: Instant,
+        until: Option<Instant>,
     ) -> Result<(AcquireResponse, Moment), Error> {
-        let endpoints = &self.client.shared().endpoints;
-        let purpose = if self.wait.is_zero() { Purpose::Calls } else { Purpose::Waits };
-        let call = endpoints.call_waiting(purpose, until, self.request.clone(), |channel, mut request| {
-            request.get_mut().wait = until.saturating_duration_since(Instant::now()).try_into().ok();
-            async move { LeaseServiceClient::new(channel).acquire(request).await }
-        });
-        let Answer { body: response, sent_at } = call.await.inspect_err(|error| {
+        let answer = match until {
+            Some(until) => self.ask(until).await,
+            None => self.ask_for_ever().await,
+        };
+        let Answer { body: response, sent_at } = answer.inspect_err(|error| {
             // What is refused leaves nothing behind.
             if error.is_refusal() {
                 unknown.lease = None;
@@ -246,6 +277,39 @@ impl Acquire {
             believed_until = deadline(sent_at, span(touched.remaining), margin);
         }
         Ok((response, believed_until))
+    }
+
+    /// One call, and its repetitions, until it is answered.
+    async fn ask(&self, until: Instant) -> Result<Answer<AcquireResponse>, Error> {
+        let endpoints = &self.client.shared().endpoints;
+        let purpose = if self.wait == Some(Duration::ZERO) { Purpose::Calls } else { Purpose::Waits };
+        let call = endpoints.call_waiting(purpose, until, self.request.clone(), |channel, mut request| {
+            request.get_mut().wait = until.saturating_duration_since(Instant::now()).try_into().ok();
+            async move { LeaseServiceClient::new(channel).acquire(request).await }
+        });
+        call.await
+    }
+
+    /// One call after the other with the same id, each of which begins before the one before it ends: so there always is one
+    /// that keeps the place in line.
+    async fn ask_for_ever(&self) -> Result<Answer<AcquireResponse>, Error> {
+        let mut calls = FuturesUnordered::new();
+        loop {
+            calls.push(self.ask(Instant::now() + LONGEST_CALL));
+            let next = sleep(LONGEST_CALL - OVERLAP);
+            tokio::pin!(next);
+            loop {
+                tokio::select! {
+                    Some(answer) = calls.next() => match answer {
+                        // A later call waits on, or the next one will.
+                        Err(Error::Held(_) | Error::Unavailable { .. }) if !calls.is_empty() => {}
+                        Err(Error::Held(_) | Error::Unavailable { .. }) => break,
+                        answer => return answer,
+                    },
+                    () = &mut next => break,
+                }
+            }
+        }
     }
 
     /// The TTL as granted, and what is kept of it in hand.

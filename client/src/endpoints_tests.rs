@@ -348,3 +348,19 @@ async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {
     client.settle().await;
     assert_eq!(peer.attempts("release")[1], None, "one that was granted");
 }
+
+/// The first call ends with its hour, and the one after it has begun by then.
+#[tokio::test(start_paused = true)]
+async fn a_wait_without_end_is_one_call_after_the_other() {
+    let peer = Peer::numbered(0);
+    let Reach::Dial(dial) = peer.source().reach else { panic!("a peer in memory") };
+    let client = crate::Client::builder().endpoint_with("daemon-0", move || dial()).connect_lazily().unwrap();
+    let waits = client.acquire("key").wait_forever().into_future();
+    tokio::pin!(waits);
+    timeout(Duration::from_secs(10), &mut waits).await.expect_err("it waits");
+    for calls in 2..5_u32 {
+        timeout(Duration::from_secs(3570), &mut waits).await.expect_err("it waits");
+        assert_eq!(peer.shared.waiting.load(Ordering::Relaxed), 2, "call {calls} overlaps the one before it");
+    }
+    assert!(peer.attempts("release").is_empty());
+}

@@ -162,6 +162,18 @@ fn a_wait_is_shown_with_the_holder_the_place_and_the_time() {
     assert_eq!(ended.code, Some(130), "{ended:?}");
 }
 
+#[test]
+fn a_wait_without_end_has_no_time_at_which_it_gives_up() {
+    let daemon = Daemon::start();
+    let held = daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
+    let release = format!("leasectl release a/key {} > /dev/null", held["lease_id"].as_str().unwrap());
+    let script = format!("(sleep 2; {release}) & leasectl run a/key --wait forever -- echo ru''ns");
+    let ended = at_terminal(&daemon, &[], &["sh", "-c", &script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("held by the-holder, place 1 of 1 in line"), "{ended:?}");
+    assert!(!ended.stdout.contains("giving up") && ended.stdout.contains("runs"), "{ended:?}");
+}
+
 /// The line about the wait is erased when the wait is over, also when what it says is longer than the terminal is wide.
 #[test]
 fn a_wait_leaves_nothing_on_the_screen() {

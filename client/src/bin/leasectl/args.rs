@@ -176,9 +176,10 @@ pub(crate) struct Wish {
     #[arg(long, env = "LEASED_TTL", value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     pub(crate) ttl: Duration,
 
-    /// How long to stand in line at most, up to 1h unless the daemon says otherwise; 0 to try once.
-    #[arg(long, env = "LEASED_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_duration)]
-    pub(crate) wait: Duration,
+    /// How long to stand in line at most, up to 1h unless the daemon says otherwise; 0 to try once, `forever` for as long
+    /// as it takes.
+    #[arg(long, env = "LEASED_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_wait)]
+    pub(crate) wait: Wait,
 
     /// A label for people, up to 256 bytes [default: USER@HOST:PID].
     #[arg(long, env = "LEASED_OWNER", value_name = "TEXT")]
@@ -229,6 +230,20 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         Ok(duration) if duration <= YEAR => Ok(duration),
         Ok(_) => Err("that is longer than a year".to_owned()),
         Err(error) => Err(format!("{error}; a duration looks like 30s, 1m30s or 250ms")),
+    }
+}
+
+/// How long to stand in line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    UpTo(Duration),
+    Forever,
+}
+
+fn parse_wait(text: &str) -> Result<Wait, String> {
+    match text {
+        "forever" => Ok(Wait::Forever),
+        text => parse_duration(text).map(Wait::UpTo),
     }
 }
 

@@ -8,13 +8,15 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use leased_client::{Client, Error, KeyInfo, Lease};
 use tokio::time::{Instant, sleep};
 
-use crate::args::Wish;
+use crate::args::{Wait, Wish};
 use crate::failure::Failure;
 use crate::owner;
 use crate::signals::Signals;
 use crate::table;
 use crate::times::Times;
 
+/// Without a wait.
+const TRY_ONCE: Wait = Wait::UpTo(Duration::ZERO);
 /// A wait shorter than this needs no words.
 const QUIET: Duration = Duration::from_millis(400);
 /// Between looks at the line.
@@ -24,21 +26,27 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) -> Result<Lease, Failure> {
     refuse_deadlock(&wish)?;
     let owner = wish.owner.unwrap_or_else(owner::label);
-    let until = Instant::now() + wish.wait;
+    let until = match wish.wait {
+        Wait::UpTo(wait) => Some(Instant::now() + wait),
+        Wait::Forever => None,
+    };
     let mut acquire = client
         .acquire(&wish.key)
         .ttl(wish.ttl)
-        .wait(wish.wait)
         .owner(&owner)
         .min_hold(wish.min_hold)
         .margin(Times::of(wish.ttl).margin);
     acquire.extend(wish.metadata);
+    acquire = match wish.wait {
+        Wait::UpTo(wait) => acquire.wait(wait),
+        Wait::Forever => acquire.wait_forever(),
+    };
     if let Some(limit) = wish.shared {
         acquire = acquire.shared(limit);
     }
     let granted = async {
         // Whoever waits in line waits for daemons as well, for they come back. That there is none to begin with is told now.
-        if !wish.wait.is_zero()
+        if wish.wait != TRY_ONCE
             && let Err(error @ (Error::Unavailable { .. } | Error::NotLeased { .. })) =
                 client.get(&wish.key).await
         {
@@ -61,7 +69,7 @@ pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) ->
 fn refuse_deadlock(wish: &Wish) -> Result<(), Failure> {
     let is_exclusive = wish.shared.is_none();
     if is_exclusive
-        && !wish.wait.is_zero()
+        && wish.wait != TRY_ONCE
         && std::env::var_os("LEASED_KEY").is_some_and(|key| *key == *wish.key)
     {
         let key = table::plain(&wish.key);
@@ -74,7 +82,7 @@ fn refuse_deadlock(wish: &Wish) -> Result<(), Failure> {
 }
 
 /// Shows how the wait goes, if anybody looks.
-async fn show(client: &Client, key: &str, owner: &str, until: Instant) -> Infallible {
+async fn show(client: &Client, key: &str, owner: &str, until: Option<Instant>) -> Infallible {
     if !stderr().is_terminal() {
         return std::future::pending().await;
     }
@@ -85,9 +93,9 @@ async fn show(client: &Client, key: &str, owner: &str, until: Instant) -> Infall
     let line = ProgressBar::new_spinner().with_style(style).with_finish(ProgressFinish::AndClear);
     loop {
         let info = client.get(key).await.ok();
-        let left = until.saturating_duration_since(Instant::now()).as_secs();
-        let left = table::duration(Duration::from_secs(left));
-        line.set_message(format!("{}; giving up in {left}", standing(key, owner, info.as_ref())));
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()).as_secs());
+        let left = left.map(|left| format!("; giving up in {}", table::duration(Duration::from_secs(left))));
+        line.set_message(format!("{}{}", standing(key, owner, info.as_ref()), left.unwrap_or_default()));
         line.tick();
         sleep(LOOK).await;
     }
