@@ -21,6 +21,15 @@ impl BootInstant {
     }
 }
 
+#[cfg(test)]
+impl std::ops::Add<Duration> for BootInstant {
+    type Output = Self;
+
+    fn add(self, duration: Duration) -> Self {
+        Self(self.0 + duration)
+    }
+}
+
 impl Sub for BootInstant {
     type Output = Duration;
 

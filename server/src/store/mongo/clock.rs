@@ -14,9 +14,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mongodb::bson::{DateTime, Document, doc};
-use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 
+use crate::boot_instant::BootInstant;
 use crate::lease::Timestamp;
 
 /// A command does nothing when it reaches the database later than this after it was sent.
@@ -25,20 +25,6 @@ const LATE_AFTER: Duration = Duration::from_secs(10);
 const DRIFT: u32 = 2000;
 /// Between two log lines about steps.
 const QUIET: Duration = Duration::from_secs(60);
-
-/// An instant of this host's boot clock, which counts the time for which the machine was suspended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct BootInstant(Duration);
-
-impl BootInstant {
-    pub(super) fn now() -> Self {
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        const CLOCK: ClockId = ClockId::Boottime;
-        #[cfg(not(any(target_os = "linux", target_os = "android")))]
-        const CLOCK: ClockId = ClockId::Monotonic;
-        Self(Duration::try_from(clock_gettime(CLOCK)).unwrap_or_default())
-    }
-}
 
 /// What the database's clock shows at an instant of the boot clock, between two bounds in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,14 +37,14 @@ struct Estimate {
 impl Estimate {
     /// `time` was shown after `sent` and before `received`.
     fn of(time: Timestamp, sent: BootInstant, received: BootInstant) -> Self {
-        let travelled = received.0.saturating_sub(sent.0);
+        let travelled = received - sent;
         // What is shown is cut to whole milliseconds.
         Self { at: received, earliest: time.0, latest: time.0.saturating_add(millis(travelled) + 1) }
     }
 
     /// What it comes to at `at`, if that is later.
     fn advanced(self, at: BootInstant) -> Self {
-        let passed = at.0.saturating_sub(self.at.0);
+        let passed = at - self.at;
         let drift = if passed.is_zero() { 0 } else { millis(passed / DRIFT) + 1 };
         Self {
             at: self.at.max(at),
@@ -171,15 +157,12 @@ mod tests {
     const GRACE: Duration = Duration::from_secs(1);
     const START: i64 = 1_700_000_000_000;
 
-    const fn boot(millis: u64) -> BootInstant {
-        BootInstant(Duration::from_millis(millis))
-    }
-
     /// Readings of a clock: what it showed, when it was asked and when it had answered.
     fn steps(readings: &[(i64, u64, u64)]) -> u64 {
-        let clock = StoreClock::default();
+        let (clock, start) = (StoreClock::default(), BootInstant::now());
         for (time, sent, received) in readings {
-            clock.observe(Timestamp(START + time), boot(*sent), boot(*received), GRACE);
+            let [sent, received] = [sent, received].map(|millis| start + Duration::from_millis(*millis));
+            clock.observe(Timestamp(START + time), sent, received, GRACE);
         }
         clock.steps()
     }

@@ -6,10 +6,11 @@ use std::sync::{Mutex, PoisonError};
 use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ReturnDocument;
 
-use super::clock::{BootInstant, Limit};
+use super::clock::Limit;
 use super::command::ATTEMPT;
 use super::document::Edited;
 use super::{MongoStore, document, index, pipeline};
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot, Timestamp};
 use crate::store::failure::{Effects, Failure};
 use crate::store::{makes_record, vacant};

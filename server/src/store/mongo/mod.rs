@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 pub use check::Unusable;
-use clock::{BootInstant, StoreClock};
+use clock::StoreClock;
 use command::Runner;
 use commit::Lines;
 use daemons::{Daemons, Pace};
@@ -49,6 +49,7 @@ use uri::Printer;
 
 use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
 /// Batches in flight; each is a command that writes and one that reads.
