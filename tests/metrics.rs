@@ -304,9 +304,10 @@ async fn a_stream_that_is_refused_half_way_counts_with_its_code(#[values(Embedde
     let daemon = Daemon::start(home).await;
     let before = scrape(&daemon).await;
     let mut stream = KeepAlive::open(&mut daemon.client().await).await;
-    stream.send(&[leased_client::v1::LeaseRef::default()]).await;
-    assert_eq!(stream.next().await.unwrap_err().code(), Code::InvalidArgument);
-    let refused: Move<'_> = ("leased_calls_total", &[("code", "INVALID_ARGUMENT")], 1.0);
+    // More than a stream bears.
+    stream.send(&vec![leased_client::v1::LeaseRef::default(); 100_001]).await;
+    assert_eq!(stream.next().await.unwrap_err().code(), Code::ResourceExhausted);
+    let refused: Move<'_> = ("leased_calls_total", &[("code", "RESOURCE_EXHAUSTED")], 1.0);
     moved(&daemon, &before, &[refused, ("leased_calls_total", &[], 1.0)]).await;
 }
 

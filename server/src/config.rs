@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{ArgAction, Args as Group, Parser, ValueEnum};
+use clap::builder::{BoolishValueParser, Resettable};
+use clap::{ArgAction, Args as Group, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use humantime::{format_duration, parse_duration};
 
 use crate::lease::{Rules, Ttl};
@@ -33,7 +34,7 @@ pub struct Args {
     http_listen: HttpListen,
 
     /// Serve beyond this host without encryption.
-    #[arg(long, env = "LEASED_INSECURE")]
+    #[arg(long, env = "LEASED_INSECURE", value_parser = BoolishValueParser::new())]
     insecure: bool,
 
     /// Where the leases are kept on this host; made if it is missing, for one daemon at a time.
@@ -80,7 +81,7 @@ pub struct Args {
 
     /// Answer a keepalive stream from memory, with the true remaining time, for leases touched less than a tenth of
     /// their TTL ago; `false` writes every touch.
-    #[arg(long, env = "LEASED_COALESCE_TOUCHES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    #[arg(long, env = "LEASED_COALESCE_TOUCHES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set, value_parser = BoolishValueParser::new())]
     coalesce_touches: bool,
 
     /// How long open calls may take to end after SIGTERM before they are cut.
@@ -238,6 +239,26 @@ pub struct Limits {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Contradiction(String);
+
+impl Args {
+    /// Reads the command line, and the environment for what it leaves open. Ends the process if it cannot be read, or
+    /// after the help that was asked for.
+    #[must_use]
+    pub fn read() -> Self {
+        let mut command = without_empty_variables(Self::command());
+        let matches = command.get_matches_mut();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+    }
+}
+
+/// A variable that is set and empty counts as unset: that is how compose files and unit files leave one open.
+fn without_empty_variables(command: Command) -> Command {
+    let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    command.mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
+        true => arg.env(Resettable::Reset),
+        false => arg,
+    })
+}
 
 impl TryFrom<Args> for Config {
     type Error = Contradiction;

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::sync::{Arc, RwLock, mpsc};
 use std::time::Duration;
 
-use clap::Parser;
 use leased::config::{Args, Config, Place};
 use leased::server::{Listeners, run};
 use leased::store::embedded::EmbeddedStore;
@@ -72,7 +71,7 @@ fn main() -> ExitCode {
 }
 
 fn process() -> Result<(), Failure> {
-    let config = Config::try_from(Args::parse()).map_err(Failure::usage)?;
+    let config = Config::try_from(Args::read()).map_err(Failure::usage)?;
     telemetry::init(config.log_format, &config.log_level).map_err(Failure::usage)?;
     let runtime = runtime().map_err(Failure::running)?;
     start_threads(&runtime)?;

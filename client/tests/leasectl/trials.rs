@@ -94,11 +94,17 @@ impl Trial {
         let ttl = random(Duration::from_millis(400), Duration::from_millis(800));
         let (daemon, folder) = (Daemon::start(), tempfile::tempdir().unwrap());
         let first = Self::begin(&daemon, ttl, &folder.path().join("first"));
-        let second = Self::run(&daemon, ttl, folder.path().join("second"));
-        // On a machine that is too busy the first one may have been lost by now.
+        let run_second = || Self::run(&daemon, ttl, folder.path().join("second"));
+        let mut second = run_second();
+        // On a machine that is too busy the first one may have been lost by now, or the second one have given up: it tells at
+        // once that its daemon does not answer in time.
         until(|| {
             let waits = |key: &Value| !key["waiters"].as_array().unwrap().is_empty();
-            daemon.is_key("a/key", waits) || folder.path().join("second").exists()
+            let is_there = folder.path().join("second").exists();
+            if !is_there && !second.is_running() {
+                second = run_second();
+            }
+            is_there || daemon.is_key("a/key", waits)
         });
         sleep(random(Duration::ZERO, ttl));
         Self { daemon, folder, ttl, first, second }

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
+use std::process::Stdio;
 
 use rstest::rstest;
 use throwaway_mongodb::Mongod;
@@ -127,4 +128,15 @@ fn help_shows_defaults_and_environment_variables_and_no_secret() {
         assert!(help.contains(shown), "{shown}: {help}");
     }
     assert!(!help.contains("secret"));
+}
+
+/// As compose files and unit files leave a variable open.
+#[test]
+fn a_variable_that_is_empty_counts_as_unset() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = daemon(&[]);
+    command.env("LEASED_MONGODB_URI", "").env("LEASED_GRACE", "").env("LEASED_INSECURE", "0");
+    command.current_dir(folder.path()).stderr(Stdio::null());
+    let running = Running::spawn(command).ready();
+    assert!(running.ready.contains(" store=embedded "), "{}", running.ready);
 }
