@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::distinct::Distinct;
 use super::record::footprint;
 use super::{FencingToken, LeaseId, Mode, Ttl};
 
@@ -61,25 +62,25 @@ impl Acquisition {
 /// An edit that contains nothing is a *nudge*: it admits whoever's turn has come.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edit {
-    touch: Vec<LeaseId>,
-    release: Vec<LeaseId>,
-    revoke: Vec<FencingToken>,
-    cancel: Vec<LeaseId>,
-    enqueue: Vec<Arc<Acquisition>>,
+    touch: Distinct<LeaseId>,
+    release: Distinct<LeaseId>,
+    revoke: Distinct<FencingToken>,
+    cancel: Distinct<LeaseId>,
+    enqueue: Distinct<Arc<Acquisition>>,
 }
 
 impl Edit {
     /// Renews the lease.
     #[must_use]
     pub fn touch(mut self, id: LeaseId) -> Self {
-        add(&mut self.touch, id);
+        self.touch.add(id);
         self
     }
 
     /// Gives the lease back.
     #[must_use]
     pub fn release(mut self, id: LeaseId) -> Self {
-        add(&mut self.release, id);
+        self.release.add(id);
         self
     }
 
@@ -89,25 +90,25 @@ impl Edit {
     /// the first commit admitted.
     #[must_use]
     pub fn revoke(mut self, token: FencingToken) -> Self {
-        add(&mut self.revoke, token);
+        self.revoke.add(token);
         self
     }
 
     /// Leaves the line.
     #[must_use]
     pub fn cancel(mut self, id: LeaseId) -> Self {
-        add(&mut self.cancel, id);
+        self.cancel.add(id);
         self
     }
 
     /// Joins the line, or refreshes its place there.
     #[must_use]
     pub fn enqueue(mut self, acquisition: Arc<Acquisition>) -> Self {
-        match self.enqueue.iter_mut().find(|known| known.id == acquisition.id) {
-            // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
-            Some(known) if acquisition.wait => *known = acquisition,
-            Some(_) => {}
-            None => self.enqueue.push(acquisition),
+        // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
+        if let Some(known) = self.enqueue.add(Arc::clone(&acquisition))
+            && acquisition.wait
+        {
+            *known = acquisition;
         }
         self
     }
@@ -127,6 +128,36 @@ impl Edit {
     #[must_use]
     pub fn touched(&self) -> &[LeaseId] {
         &self.touch
+    }
+
+    /// Whether it renews this lease.
+    #[must_use]
+    pub fn touches(&self, id: LeaseId) -> bool {
+        self.touch.has(id)
+    }
+
+    /// Whether it gives this lease back.
+    #[must_use]
+    pub fn releases(&self, id: LeaseId) -> bool {
+        self.release.has(id)
+    }
+
+    /// Whether it takes away the lease with this token.
+    #[must_use]
+    pub fn revokes(&self, token: FencingToken) -> bool {
+        self.revoke.has(token)
+    }
+
+    /// Whether it takes this waiter out of the line.
+    #[must_use]
+    pub fn cancels(&self, id: LeaseId) -> bool {
+        self.cancel.has(id)
+    }
+
+    /// Whether it puts this acquisition into the line, or refreshes its place there.
+    #[must_use]
+    pub fn enqueues(&self, id: LeaseId) -> bool {
+        self.enqueue.has(id)
     }
 
     /// Leases to give back.
@@ -151,11 +182,5 @@ impl Edit {
     #[must_use]
     pub fn enqueued(&self) -> &[Arc<Acquisition>] {
         &self.enqueue
-    }
-}
-
-fn add<T: PartialEq>(list: &mut Vec<T>, item: T) {
-    if !list.contains(&item) {
-        list.push(item);
     }
 }

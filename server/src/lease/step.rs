@@ -32,7 +32,7 @@ pub struct Rules {
 pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> Record {
     touch(&mut record, edit, now);
     let mut gone = depart(&mut record, edit, now);
-    record.waiters.retain(|waiter| !edit.cancelled().contains(&waiter.acquisition.id));
+    record.waiters.retain(|waiter| !edit.cancels(waiter.acquisition.id));
     enqueue(&mut record, edit, &gone, now, rules.place);
 
     gone.splice(0..0, admit(&mut record, now, rules.grace));
@@ -48,7 +48,7 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
 /// Extends what is held. Never shortens: the clock may have stepped back.
 fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
     for holder in &mut record.holders {
-        if edit.touched().contains(&holder.id) {
+        if edit.touches(holder.id) {
             holder.expires_at = holder.expires_at.max(now + holder.ttl.get());
         }
     }
@@ -56,8 +56,8 @@ fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
 
 /// Removes the released and the revoked and returns them, newest first. Releasing early does not end `min_hold`.
 fn depart(record: &mut Record, edit: &Edit, now: Timestamp) -> Vec<Departure> {
-    let released = take(&mut record.holders, |holder| edit.released().contains(&holder.id));
-    let revoked = take(&mut record.holders, |holder| edit.revoked().contains(&holder.token));
+    let released = take(&mut record.holders, |holder| edit.releases(holder.id));
+    let revoked = take(&mut record.holders, |holder| edit.revokes(holder.token));
     // Without a `min_hold` there is nothing to wait for, and a clock that stepped back must not make it so.
     let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
     let held_for = held_for.map(|holder| Some(holder.acquired_at + holder.min_hold));
@@ -73,7 +73,7 @@ fn depart(record: &mut Record, edit: &Edit, now: Timestamp) -> Vec<Departure> {
 /// Whoever departed does not come back: a late duplicate of an old call must not become a ghost.
 fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp, place: Duration) {
     for waiter in &mut record.waiters {
-        if edit.enqueued().iter().any(|acquisition| acquisition.id == waiter.acquisition.id) {
+        if edit.enqueues(waiter.acquisition.id) {
             waiter.expires_at = waiter.expires_at.max(now + place);
         }
     }
