@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::sleep;
 use tonic::transport::server::Connected;
 
+use crate::lessor::Caller;
 use crate::meter::Present;
 
 /// The pause after an accept failed, most likely for want of file descriptors.
@@ -30,6 +31,7 @@ pub(crate) struct Counted<T> {
     stream: T,
     /// Others have been let run before the write that is due.
     has_yielded: bool,
+    caller: Caller,
     _permit: OwnedSemaphorePermit,
     _open: Present,
 }
@@ -56,7 +58,9 @@ pub(crate) fn counted<T>(
     stream::unfold((Box::pin(connections), room, open), async |(mut connections, room, open)| {
         let permit = Arc::clone(&room).acquire_owned().await.ok()?;
         let stream = connections.next().await?;
-        let counted = Counted { stream, has_yielded: false, _permit: permit, _open: Present::of(&open) };
+        let caller = Caller::new();
+        let counted =
+            Counted { stream, has_yielded: false, caller, _permit: permit, _open: Present::of(&open) };
         Some((Ok(counted), (connections, room, open)))
     })
 }
@@ -84,11 +88,13 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     }
 }
 
-/// Nobody asks who calls.
+/// Calls of one connection take turns with those of others.
 impl<T> Connected for Counted<T> {
-    type ConnectInfo = ();
+    type ConnectInfo = Caller;
 
-    fn connect_info(&self) {}
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
+    }
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Counted<T> {

@@ -44,10 +44,6 @@ impl Inbox {
         &self.counts
     }
 
-    pub(super) fn is_closed(&self) -> bool {
-        self.lost().is_none()
-    }
-
     fn lost(&self) -> MutexGuard<'_, Option<Vec<Arc<Carriage>>>> {
         // Nothing in here panics half-way through a change.
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
@@ -84,7 +80,11 @@ impl Carrier {
             self.leases.insert(lease, Arc::clone(&carriage));
             named.push(carriage);
         }
-        self.carried.enter(&new);
+        // Past the limit of the daemon they are touched with this message, and then forgotten.
+        let carried = self.carried.enter(&new);
+        for lease in &new[carried..] {
+            self.leases.remove(lease.lease());
+        }
         named
     }
 
@@ -114,7 +114,7 @@ impl Carrier {
         let lost: Vec<&Arc<Carriage>> =
             lost.map(|(carriage, _)| carriage).filter(|carriage| carriage.is_over()).collect();
         lost.iter().for_each(|carriage| self.forget(carriage));
-        self.carried.sweep(lost.iter().map(|carriage| &carriage.lease().0));
+        self.carried.leave(lost);
         answer
     }
 
@@ -152,6 +152,6 @@ impl Carrier {
 impl Drop for Carrier {
     fn drop(&mut self) {
         *self.inbox.lost() = None;
-        self.carried.sweep(self.leases.keys().map(|(key, _)| key));
+        self.carried.leave(self.leases.values());
     }
 }

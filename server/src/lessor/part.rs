@@ -41,11 +41,9 @@ impl Gathered {
         let edit = &self.0;
         let fits = match part {
             Part::Acquire(acquisition) | Part::Rejoin(acquisition, _) => {
-                !edit.released().contains(&acquisition.id) && !edit.cancelled().contains(&acquisition.id)
+                !edit.releases(acquisition.id) && !edit.cancels(acquisition.id)
             }
-            Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => {
-                !edit.enqueued().iter().any(|acquisition| acquisition.id == *id)
-            }
+            Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => !edit.enqueues(*id),
             Part::Claim(..) | Part::Touch(_) | Part::Revoke(_) | Part::Nudge => true,
         };
         if fits {

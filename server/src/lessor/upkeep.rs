@@ -53,9 +53,11 @@ async fn look<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>) {
 /// Prolongs places. A call whose place is gone and finds no room for another is told.
 async fn refresh<S: Store>(line: &Line, committer: &Arc<Committer<S>>, places: Vec<(LeaseId, (Key, Part))>) {
     let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
-    let Ok(snapshots) = committer.submit_each(parts).await else { return };
-    for (id, snapshot) in ids.into_iter().zip(&snapshots) {
-        if let Some(snapshot) = snapshot.as_ref().filter(|one| one.standing(id) == Standing::Unknown) {
+    let answers = committer.submit_own(parts).await;
+    for (id, answer) in ids.into_iter().zip(&answers) {
+        if let Some(Ok(snapshot)) = answer
+            && snapshot.standing(id) == Standing::Unknown
+        {
             line.give_up(id, snapshot);
         }
     }

@@ -11,6 +11,9 @@ pub(super) enum Failure {
     Unknown(String),
     /// It will not be done, however often it is asked.
     Refused(String),
+    /// One of the records cannot be written, and the store does not say which. What was asked for the others may have
+    /// been done.
+    Record(String),
 }
 
 impl Failure {
@@ -28,7 +31,9 @@ impl Failure {
 
     pub(super) fn into_cause(self) -> String {
         match self {
-            Self::NotApplied(cause) | Self::Unknown(cause) | Self::Refused(cause) => cause,
+            Self::NotApplied(cause) | Self::Unknown(cause) | Self::Refused(cause) | Self::Record(cause) => {
+                cause
+            }
         }
     }
 }
@@ -37,7 +42,9 @@ impl From<Failure> for StoreError {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::NotApplied(cause) => Self::Unavailable { outcome: Outcome::NotApplied, cause },
-            Failure::Unknown(cause) => Self::Unavailable { outcome: Outcome::Unknown, cause },
+            Failure::Unknown(cause) | Failure::Record(cause) => {
+                Self::Unavailable { outcome: Outcome::Unknown, cause }
+            }
             Failure::Refused(cause) => Self::Refused { cause },
         }
     }

@@ -6,6 +6,7 @@ pub mod embedded;
 mod failure;
 mod metered;
 pub mod mongo;
+mod unreadable;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use metered::Metered;
+pub(crate) use unreadable::report;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
 
@@ -31,31 +33,37 @@ pub trait Store: Send + Sync + 'static {
     /// Repeats the batch after failures until `deadline` has passed; edits are idempotent. Must not be dropped
     /// part-way by a caller that goes on using the keys.
     ///
+    /// A record that cannot be read, or an edit that cannot be applied to its record, fails the answer for its key
+    /// with [`StoreError::Unreadable`]. The other edits of the batch are applied.
+    ///
     /// # Errors
     /// [`StoreError`]; what it says of the outcome holds for every edit of the batch.
     fn commit(
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
 
     /// How many batches are worth having in flight at once. One leaves the store idle between two of them; with each more,
     /// batches get smaller, and most of what a small one costs is its overhead.
     fn batches(&self) -> usize;
 
-    /// The records of those of the `keys` that have one, in any order.
+    /// The records of those of the `keys` that have one, in any order. A record that cannot be read is returned as
+    /// [`StoreError::Unreadable`], which names its key.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
-    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
+    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
 
-    /// One page of records in the order of their keys; shorter than asked if the records are large.
+    /// One page of records in the order of their keys; shorter than asked if the records are large. Records that cannot
+    /// be read are left out and logged.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn list(&self, query: ListQuery) -> impl Future<Output = Result<Page, StoreError>> + Send;
 
-    /// Forgets keys that have been free for `free_for` and returns how many.
+    /// Forgets keys that have been free for `free_for` and returns how many. Keeps a record of which it cannot tell
+    /// whether somebody holds its key.
     ///
     /// # Errors
     /// [`StoreError`]; what was forgotten by then stays so.
@@ -90,6 +98,9 @@ pub trait Store: Send + Sync + 'static {
     /// Whether others commit here too, so that records change without this daemon's doing.
     fn is_shared(&self) -> bool;
 }
+
+/// The record of one key among many, or why there is none: one record's trouble is not that of the others.
+pub type ForKey = Result<Snapshot, StoreError>;
 
 /// What a store tells of changes. A hint: it may come late or twice, and says when it may have missed some.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,7 +146,7 @@ pub struct ListQuery {
 pub struct Page {
     /// The records.
     pub snapshots: Vec<Snapshot>,
-    /// Whether others follow.
+    /// Whether others follow. Then the page holds one record at least, so that the next page has a key to begin after.
     pub more: bool,
 }
 
@@ -166,6 +177,16 @@ pub enum StoreError {
     #[error("the store refused: {cause}")]
     Refused {
         /// The refusal, for logs.
+        cause: String,
+    },
+    /// The record of this key cannot be read, or the edit cannot be applied to it. Other keys are not affected, and
+    /// asking again will not help before someone has mended or deleted the record. Whether the edit took effect is not
+    /// known: what cannot be read may have been written before.
+    #[error("the record of {key:?} cannot be read or written: {cause}")]
+    Unreadable {
+        /// Whose record it is.
+        key: Key,
+        /// What is wrong with it, for logs.
         cause: String,
     },
 }

@@ -26,7 +26,7 @@ use file::{DataFile, RECORDS};
 use writer::{Home, Writer};
 
 use super::failure::Failure;
-use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
+use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 
 /// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
@@ -64,6 +64,12 @@ impl EmbeddedStore {
         self.home.set_clock(now);
     }
 
+    /// Leaves bytes that are no record where the record of `key` is.
+    #[cfg(test)]
+    pub(crate) fn damage(&self, key: &Key) {
+        self.home.damage(key);
+    }
+
     /// Reads what has been committed, on a thread that may wait for the disk.
     async fn reading<T: Send + 'static>(
         &self,
@@ -87,7 +93,7 @@ impl Store for EmbeddedStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         repeat(deadline, &self.repetitions, async || Ok(self.writer.commit(&batch, deadline).await?)).await
     }
 
@@ -95,12 +101,12 @@ impl Store for EmbeddedStore {
         BATCHES
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let read = move |home: &Home, records: &Records| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
                 if let Some(bytes) = records.get(key.as_str())? {
-                    found.push(home.snapshot(&key, bytes.value())?);
+                    found.push(home.snapshot(&key, bytes.value()).map_err(StoreError::from));
                 }
             }
             Ok(found)
@@ -170,11 +176,10 @@ fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failu
         if !name.value().starts_with(&query.prefix) {
             break;
         }
-        let key = Key::try_from(name.value()).map_err(Failure::refused)?;
-        if query.after.as_ref() == Some(&key) {
+        if query.after.as_ref().is_some_and(|after| after.as_str() == name.value()) {
             continue;
         }
-        let snapshot = home.snapshot(&key, value.value())?;
+        let Some(snapshot) = readable(home, name.value(), value.value()) else { continue };
         if !query.include_free && snapshot.record.is_free(snapshot.now) {
             continue;
         }
@@ -186,6 +191,13 @@ fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failu
         page.snapshots.push(snapshot);
     }
     Ok(page)
+}
+
+/// The record stored under `name`. One that cannot be read is reported and left out.
+fn readable(home: &Home, name: &str, bytes: &[u8]) -> Option<Snapshot> {
+    // No call can name what is no key, so there is nobody to tell.
+    let key = Key::try_from(name).ok()?;
+    home.snapshot(&key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
 }
 
 /// Keys looked at, and forgotten, in one go.
@@ -201,11 +213,11 @@ fn forgettable(
     let mut keys = Vec::new();
     for entry in records.range(from.as_ref().map_or("", Key::as_str)..)? {
         let (name, value) = entry?;
-        let key = Key::try_from(name.value()).map_err(Failure::refused)?;
+        let Some(snapshot) = readable(home, name.value(), value.value()) else { continue };
+        let key = snapshot.record.key.clone();
         if keys.len() == PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
-        let snapshot = home.snapshot(&key, value.value())?;
         if snapshot.record.is_forgettable(snapshot.now, free_for) {
             keys.push(key);
         }

@@ -49,9 +49,15 @@ impl Failure {
             10107 | 13435 | 13436 | 10058 => Self::NotApplied(cause),
             // DuplicateKey: someone else inserted the record first.
             11000 => Self::NotApplied(cause),
-            // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, document too large,
-            // CannotCreateCollection, a document that validation rejects.
-            13 | 18 | 73 | 59 | 10334 | 17419 | 17420 | 662 | 121 => Self::Refused(cause),
+            // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, CannotCreateCollection, a document
+            // that validation rejects.
+            13 | 18 | 73 | 59 | 662 | 121 => Self::Refused(cause),
+            // StaleConfig on a sharded cluster, whose number is as high as those below.
+            46841 => Self::Unknown(cause),
+            // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, ConversionFailure, BSONObjectTooLarge, and the
+            // numbered locations in the server's code at which an expression fails: a field of a document has a type
+            // that the pipeline cannot work with, or a document would become too large.
+            2 | 9 | 14 | 15 | 22 | 241 | 10334 | 15000.. => Self::Record(cause),
             // Anything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
             // have struck half-way through a batch.
             _ => Self::Unknown(cause),

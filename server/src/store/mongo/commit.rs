@@ -1,6 +1,6 @@
 //! Batches: the commands that apply many edits, or a single one, and read the records after.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use mongodb::bson::{Bson, Document, doc};
@@ -10,7 +10,7 @@ use super::command::ATTEMPT;
 use super::{MongoStore, document, pipeline};
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::failure::Failure;
-use crate::store::{makes_record, vacant};
+use crate::store::{ForKey, StoreError, makes_record, vacant};
 
 /// Keys of which more are not remembered to have a line.
 const LINES: usize = 10_000;
@@ -22,9 +22,9 @@ type Edits = Vec<(Key, Edit)>;
 pub(super) struct Lines(Mutex<HashSet<Key>>);
 
 impl Lines {
-    pub(super) fn note(&self, snapshots: &[Snapshot]) {
+    pub(super) fn note(&self, answers: &[ForKey]) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for Snapshot { record, .. } in snapshots {
+        for Snapshot { record, .. } in answers.iter().flatten() {
             if record.waiters.is_empty() {
                 known.remove(&record.key);
             } else if known.len() < LINES {
@@ -47,19 +47,53 @@ impl Lines {
 
 impl MongoStore {
     /// One try at a batch.
-    pub(super) async fn attempt(&self, batch: &[(Key, Edit)]) -> Result<Vec<Snapshot>, Failure> {
-        let snapshots = match batch {
+    pub(super) async fn attempt(&self, batch: &[(Key, Edit)]) -> Result<Vec<ForKey>, Failure> {
+        let answers = match self.whole(batch).await {
+            Err(Failure::Record(cause)) => self.apart(batch, cause).await?,
+            answers => answers?,
+        };
+        self.lines.note(&answers);
+        Ok(answers)
+    }
+
+    async fn whole(&self, batch: &[(Key, Edit)]) -> Result<Vec<ForKey>, Failure> {
+        Ok(match batch {
             [] => Vec::new(),
             [(key, edit)] => vec![self.alone(key, edit).await?],
             _ => self.together(batch).await?,
+        })
+    }
+
+    /// Applies a batch in which one edit at least cannot be applied: finds out which, and applies the others.
+    ///
+    /// Such a record can most often not be read either, which one command tells of all. Otherwise the batch is halved
+    /// until the edit stands alone.
+    async fn apart(&self, batch: &[(Key, Edit)], cause: String) -> Result<Vec<ForKey>, Failure> {
+        if let [(key, _)] = batch {
+            return Ok(vec![Err(StoreError::Unreadable { key: key.clone(), cause })]);
+        }
+        let found = self.find_edited(&names(batch)).await?;
+        let mut unreadable: HashMap<Key, StoreError> =
+            found.into_iter().filter_map(|(key, edited)| Some((key, edited.err()?))).collect();
+        if unreadable.is_empty() {
+            let (first, second) = batch.split_at(batch.len() / 2);
+            let mut answers = Box::pin(self.attempt(first)).await?;
+            answers.extend(Box::pin(self.attempt(second)).await?);
+            return Ok(answers);
+        }
+        let rest: Vec<_> = batch.iter().filter(|(key, _)| !unreadable.contains_key(key)).cloned().collect();
+        let mut answers = Box::pin(self.attempt(&rest)).await?.into_iter();
+        let missing = || Failure::unknown("an answer is missing");
+        let answer = |(key, _): &(Key, Edit)| match unreadable.remove(key) {
+            Some(error) => Ok(Err(error)),
+            None => answers.next().ok_or_else(missing),
         };
-        self.lines.note(&snapshots);
-        Ok(snapshots)
+        batch.iter().map(answer).collect()
     }
 
     /// A single edit: one round trip, or two for a touch where someone waits of whom nothing is known here. Other edits are not
     /// to take two: a release is what those wait for.
-    async fn alone(&self, key: &Key, edit: &Edit) -> Result<Snapshot, Failure> {
+    async fn alone(&self, key: &Key, edit: &Edit) -> Result<ForKey, Failure> {
         let (batch, mark) = ([(key.clone(), edit.clone())], fastrand::i64(..));
         if edit.only_touches() && self.lines.has_none_at(key) {
             let stages = self.quick_stages(&batch, mark);
@@ -69,7 +103,7 @@ impl MongoStore {
         }
         let filter = doc! { "_id": key.as_str() };
         let found = self.find_and_modify(filter, self.stages(&batch, mark), makes_record(edit)).await?;
-        Ok(found.unwrap_or_else(|| vacant(key)))
+        Ok(found.unwrap_or_else(|| Ok(vacant(key))))
     }
 
     async fn find_and_modify(
@@ -77,7 +111,7 @@ impl MongoStore {
         filter: Document,
         stages: Vec<Document>,
         upsert: bool,
-    ) -> Result<Option<Snapshot>, Failure> {
+    ) -> Result<Option<ForKey>, Failure> {
         let collection = self.collection.clone();
         let mut concern = self.concern.clone();
         concern.w_timeout = Some(ATTEMPT);
@@ -93,12 +127,14 @@ impl MongoStore {
                     .await
             })
             .await?;
-        let edited = found.map(|found| document::edited(&found)).transpose().map_err(Failure::refused)?;
-        Ok(edited.map(|edited| edited.snapshot))
+        Ok(found.and_then(|found| match document::edited(&found) {
+            Ok(edited) => Some(Ok(edited.snapshot)),
+            Err(foreign) => foreign.into_unreadable().map(Err),
+        }))
     }
 
     /// Many edits: one command that writes and one that reads, and the same again for what that leaves to be done.
-    async fn together(&self, batch: &[(Key, Edit)]) -> Result<Vec<Snapshot>, Failure> {
+    async fn together(&self, batch: &[(Key, Edit)]) -> Result<Vec<ForKey>, Failure> {
         let mark = fastrand::i64(..);
         let (quick, others) = self.lines.split(batch);
         let matched = self.update(&quick, &others, mark).await?;
@@ -106,7 +142,8 @@ impl MongoStore {
         if matched < batch.len() {
             // Someone waits of whom nothing is known here, or there is no record.
             let is_left = |(key, edit): &&(Key, Edit)| match found.get(key) {
-                Some(edited) => edited.mark != Some(mark),
+                Some(Ok(edited)) => edited.mark != Some(mark),
+                Some(Err(_)) => false,
                 None => makes_record(edit),
             };
             let rest: Vec<(Key, Edit)> = batch.iter().filter(is_left).cloned().collect();
@@ -126,8 +163,11 @@ impl MongoStore {
                 found.extend(self.find_edited(&names(&rest)).await?);
             }
         }
-        let snapshot = |key| found.remove(key).map_or_else(|| vacant(key), |edited| edited.snapshot);
-        Ok(batch.iter().map(|(key, _)| key).map(snapshot).collect())
+        let answer = |key| match found.remove(key) {
+            Some(edited) => edited.map(|edited| edited.snapshot),
+            None => Ok(vacant(key)),
+        };
+        Ok(batch.iter().map(|(key, _)| key).map(answer).collect())
     }
 
     /// Applies edits with which nobody comes, at keys where nobody waits, and others of any kind; returns how many records

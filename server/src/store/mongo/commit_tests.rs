@@ -8,7 +8,7 @@ use rstest::rstest;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
 use crate::store::Store;
-use crate::store::conformance::reading::{ask, asking, key};
+use crate::store::conformance::reading::{all_of, ask, asking, key};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
 const NOW: Timestamp = Timestamp(1_700_000_000_000);
@@ -25,7 +25,7 @@ async fn two() -> [MongoStore; 2] {
 }
 
 async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    store.commit(Arc::new(batch), PATIENCE).await.expect("a commit")
+    all_of(store.commit(Arc::new(batch), PATIENCE).await)
 }
 
 #[rstest]

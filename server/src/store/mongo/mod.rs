@@ -33,8 +33,8 @@ use daemons::{Daemons, Pace};
 use feed::Feed;
 
 use super::failure::Failure;
-use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
-use crate::lease::{Edit, Key, Rules, Snapshot};
+use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat};
+use crate::lease::{Edit, Key, Rules};
 
 /// Batches in flight; each is a command that writes and one that reads.
 const BATCHES: usize = 2;
@@ -94,6 +94,22 @@ impl MongoStore {
         Ok(store)
     }
 
+    /// Gives the document of `key` these fields, as somebody else may who writes to the collection.
+    #[cfg(test)]
+    pub(super) async fn damage(&self, key: &Key, fields: mongodb::bson::Document) {
+        let update = doc! { "$set": fields };
+        let damaged = self.collection.update_one(doc! { "_id": key.as_str() }, update).upsert(true).await;
+        damaged.expect("an update");
+    }
+
+    /// Makes the document of `key` one that cannot grow any more, as MongoDB has no larger ones.
+    #[cfg(test)]
+    pub(super) async fn fill(&self, key: &Key) {
+        let found = self.collection.find_one(doc! { "_id": key.as_str() }).await.expect("a read");
+        let size = found.expect("a document").as_bytes().len();
+        self.damage(key, doc! { "filler": "x".repeat(16 * 1024 * 1024 - size - 64) }).await;
+    }
+
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
@@ -106,7 +122,7 @@ impl Store for MongoStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         repeat(deadline, &self.repetitions, async || Ok(self.attempt(&batch).await?)).await
     }
 
@@ -114,11 +130,11 @@ impl Store for MongoStore {
         BATCHES
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let names: Vec<&str> = keys.iter().map(Key::as_str).collect();
-        let snapshots = self.find(&names).await?;
-        self.lines.note(&snapshots);
-        Ok(snapshots)
+        let answers = self.find(&names).await?;
+        self.lines.note(&answers);
+        Ok(answers)
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
@@ -199,7 +215,9 @@ impl From<ConnectError> for StartError {
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotApplied(cause) | Failure::Unknown(cause) => Self::Unreachable(cause),
+            Failure::NotApplied(cause) | Failure::Unknown(cause) | Failure::Record(cause) => {
+                Self::Unreachable(cause)
+            }
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
     }

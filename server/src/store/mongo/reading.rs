@@ -11,9 +11,9 @@ use mongodb::options::ReadConcern;
 use super::command::ATTEMPT;
 use super::document::Edited;
 use super::{MongoStore, document};
-use crate::lease::{Key, Snapshot};
+use crate::lease::Key;
 use crate::store::failure::Failure;
-use crate::store::{ListQuery, Page};
+use crate::store::{ForKey, ListQuery, Page, StoreError, report};
 
 /// Keys forgotten with one command.
 const PURGE_PAGE: usize = 1000;
@@ -22,19 +22,25 @@ const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
 impl MongoStore {
     /// The records of those of the keys that have one, in any order.
-    pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<Snapshot>, Failure> {
+    pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<ForKey>, Failure> {
         let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(names.len()) };
-        read_all(&self.found(by_name(names), read).await?.documents)
+        Ok(read_each(&self.found(by_name(names), read).await?.documents))
     }
 
     /// The same of records that have just been edited: as they were right after, or after a later edit.
-    pub(super) async fn find_edited(&self, names: &[&str]) -> Result<HashMap<Key, Edited>, Failure> {
+    pub(super) async fn find_edited(
+        &self,
+        names: &[&str],
+    ) -> Result<HashMap<Key, Result<Edited, StoreError>>, Failure> {
         let found = self.found(by_name(names), Read::of(names.len())).await?;
-        let edited = |document: &RawDocumentBuf| {
-            let edited = document::edited(document).map_err(Failure::refused)?;
-            Ok((edited.snapshot.record.key.clone(), edited))
+        let edited = |document: &RawDocumentBuf| match document::edited(document) {
+            Ok(edited) => Some((edited.snapshot.record.key.clone(), Ok(edited))),
+            Err(foreign) => {
+                let unreadable = foreign.into_unreadable()?;
+                Some((Key::try_from(document.get_str("_id").ok()?).ok()?, Err(unreadable)))
+            }
         };
-        found.documents.iter().map(edited).collect()
+        Ok(found.documents.iter().filter_map(edited).collect())
     }
 
     /// Documents as a majority has them: what is shown here is never rolled back.
@@ -93,9 +99,16 @@ impl MongoStore {
         let projection = Some(document::projection(&self.clock));
         let read = Read { projection, page: Some(PAGE_BYTES), ..Read::of(query.limit + 1) };
         let found = self.found(filter, read).await?;
-        let mut snapshots = read_all(&found.documents)?;
-        let more = found.cut || snapshots.len() > query.limit;
-        snapshots.truncate(query.limit);
+        let more = found.cut || found.documents.len() > query.limit;
+        let shown = &found.documents[..found.documents.len().min(query.limit)];
+        let answers = read_each(shown).into_iter();
+        let snapshots: Vec<_> = answers.filter_map(|answer| answer.inspect_err(report).ok()).collect();
+        if more && snapshots.is_empty() {
+            // Nothing in this page can be read, so there is no key that the next one could begin after.
+            let last = shown.last().and_then(|last| last.get_str("_id").ok()?.try_into().ok());
+            let after = last.ok_or_else(|| Failure::refused("a page of documents that are no records"))?;
+            return Box::pin(self.page(&ListQuery { after: Some(after), ..query.clone() })).await;
+        }
         Ok(Page { snapshots, more })
     }
 
@@ -145,8 +158,12 @@ struct Found {
     cut: bool,
 }
 
-fn read_all(documents: &[RawDocumentBuf]) -> Result<Vec<Snapshot>, Failure> {
-    documents.iter().map(|document| document::snapshot(document).map_err(Failure::refused)).collect()
+fn read_each(documents: &[RawDocumentBuf]) -> Vec<ForKey> {
+    let read = |document: &RawDocumentBuf| match document::snapshot(document) {
+        Ok(snapshot) => Some(Ok(snapshot)),
+        Err(foreign) => foreign.into_unreadable().map(Err),
+    };
+    documents.iter().filter_map(read).collect()
 }
 
 fn by_name(names: &[&str]) -> Document {
@@ -167,16 +184,17 @@ fn after_prefix(prefix: &str) -> Option<String> {
 }
 
 /// Records that nobody has held, waited for or kept blocked for `free_for`, by the database's clock. The last token
-/// is the time of a grant or later than it, so a record goes only when the clock alone gives a higher one.
+/// is the time of a grant or later than it, so a record goes only when the clock alone gives a higher one. A token that is
+/// no number keeps its record, and does not fail the search for the others.
 fn free_since(free_for: Duration, clock: &Bson) -> Document {
     let before = doc! { "$subtract": [clock.clone(), document::long(free_for)] };
     let older = |instant: Document| doc! { "$lt": [instant, before.clone()] };
     doc! {
-        "holders.0": { "$exists": false },
-        "waiters.0": { "$exists": false },
+        "holders": { "$in": [[], Bson::Null] },
+        "waiters": { "$in": [[], Bson::Null] },
         "$expr": { "$and": [
             older(doc! { "$max": ["$blocked_until", { "$max": "$departures.at" }] }),
-            older(doc! { "$toDate": { "$ifNull": ["$token", 0_i64] } }),
+            older(doc! { "$convert": { "input": { "$ifNull": ["$token", 0_i64] }, "to": "date", "onError": clock.clone() } }),
         ] },
     }
 }
