@@ -44,6 +44,7 @@ impl Attack {
                 }
             });
         }
+        drop(answered);
         for _ in 0..self.streams {
             answers.recv().await.unwrap();
         }
