@@ -9,14 +9,23 @@ use tonic_types::{ErrorDetails, StatusExt};
 /// The `domain` of every `ErrorInfo` of this API.
 const DOMAIN: &str = "leased";
 
+/// The most that a status message may take up in the `grpc-message` header, which spells it with percent signs. A status
+/// travels in one block of headers, of which grpc-java reads 8 KiB in all.
+const MESSAGE_BYTES: usize = 1024;
+/// The fields that an `INVALID_ARGUMENT` names.
+const VIOLATIONS: usize = 20;
+/// The text of these fields. With the message, which stands in the details once more, it stays below 4 KiB.
+const VIOLATION_BYTES: usize = 2560;
+
 /// Why a call was refused, for programs. The `ErrorInfo.reason` of a status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
-    /// Someone else holds the key, also after the wait. Metadata: `owner`, `token`, `remaining_ms`, and `position`
-    /// (callers ahead) if the call stood in line.
+    /// The key could not be had, also after the wait. Metadata: `blocked_by` says what stands in the way (`holder`,
+    /// `waiter`, `min_hold`, `limit`); `owner`, `token` and `remaining_ms` are the holder's; `waiter` is the owner of the one
+    /// that comes first, where that is the reason; `position` (callers ahead) if the call stood in line.
     LeaseHeld,
-    /// The lease is not held, or not any more. Metadata: `loss` (`displaced`, `released`, `revoked`) where known.
+    /// The lease is not held, or not any more, or its id was released before it was granted. Metadata: `loss` (`displaced`, `released`, `revoked`) where known.
     LeaseLost,
     /// The key was never leased, or was forgotten since.
     KeyUnknown,
@@ -100,14 +109,40 @@ impl Reason {
 
     /// The status of this refusal: `message` for people, `metadata` for programs.
     #[must_use]
-    pub fn status<const N: usize>(self, message: impl Into<String>, metadata: [(&str, String); N]) -> Status {
+    pub fn status<'a>(
+        self,
+        message: impl Into<String>,
+        metadata: impl IntoIterator<Item = (&'a str, String)>,
+    ) -> Status {
         let metadata: HashMap<String, String> =
             metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let mut details = ErrorDetails::with_error_info(self.as_str(), DOMAIN, metadata);
         if let Some(pause) = self.retry_after() {
             details.set_retry_info(Some(pause));
         }
-        Status::with_error_details(self.code(), message, details)
+        Status::with_error_details(self.code(), clip(message.into()), details)
+    }
+
+    /// The status of a malformed request: a sentence for people, and each wrong field with what is wrong about it. Of
+    /// many fields it names the first few and says how many more there are.
+    #[must_use]
+    pub fn invalid_request(message: impl Into<String>, violations: Vec<(String, String)>) -> Status {
+        let mut details =
+            ErrorDetails::with_error_info(Self::InvalidRequest.as_str(), DOMAIN, HashMap::new());
+        let (all, mut named, mut bytes) = (violations.len(), 0, 0);
+        for (field, what) in violations.into_iter().take(VIOLATIONS) {
+            bytes += field.len() + what.len();
+            if bytes > VIOLATION_BYTES {
+                break;
+            }
+            details.add_bad_request_violation(field, what);
+            named += 1;
+        }
+        let mut message = message.into();
+        if named < all {
+            message = format!("{all} fields are wrong, of which the details name {named}: {message}");
+        }
+        Status::with_error_details(Self::InvalidRequest.code(), clip(message), details)
     }
 
     /// The reason that a status carries, if it is one of this API.
@@ -116,4 +151,24 @@ impl Reason {
         let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN)?;
         Self::ALL.into_iter().find(|reason| reason.as_str() == info.reason)
     }
+}
+
+/// Cuts a message to what its header may have.
+fn clip(mut message: String) -> String {
+    const CUT: &str = "...";
+    let mut bytes = 0;
+    let mut end = 0;
+    for (at, char) in message.char_indices() {
+        let is_plain = char.is_ascii_graphic() && !"\"#%<>`?{}".contains(char);
+        bytes += if is_plain { 1 } else { 3 * char.len_utf8() };
+        if bytes > MESSAGE_BYTES {
+            message.truncate(end);
+            message.push_str(CUT);
+            break;
+        }
+        if bytes <= MESSAGE_BYTES - CUT.len() {
+            end = at + char.len_utf8();
+        }
+    }
+    message
 }

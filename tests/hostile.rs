@@ -211,14 +211,14 @@ async fn wrong_keys_and_ids_are_refused_by_every_call(#[values(Embedded, MongoDb
 async fn oversized_requests_are_past_a_limit_and_harm_nobody(#[values(Embedded, MongoDb)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
-    for (bytes, limit) in [(65 * 1024, "request_bytes"), (2 * 1024 * 1024, "message_bytes")] {
+    for (bytes, limit) in [(65 * 1024, "request_bytes"), (5 * 1024 * 1024, "message_bytes")] {
         let status = client.get_lease(ask(&"x".repeat(bytes))).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted, "{bytes}");
         assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), limit.to_owned()));
     }
     let huge = KeepAliveRequest {
         sequence: 1,
-        leases: vec![LeaseRef { key: "x".repeat(2 << 20), lease_id: String::new() }],
+        leases: vec![LeaseRef { key: "x".repeat(5 << 20), lease_id: String::new() }],
     };
     let mut answers = client.keep_alive(tokio_stream::iter([huge])).await.unwrap().into_inner();
     let status = answers.message().await.unwrap_err();

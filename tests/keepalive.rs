@@ -2,19 +2,19 @@
 
 use std::time::Duration;
 
-use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
-use leased_client::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef, LossReason};
+use leased_client::v1::{
+    KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef, LossReason, RefusalReason,
+};
 use rstest::rstest;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 use uuid::Uuid;
 
 use crate::support::{
     Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, ms, named, refusal, secs,
-    wrong_fields,
 };
 
 /// A keepalive stream as a stub user holds it.
@@ -33,9 +33,12 @@ impl KeepAlive {
 
     pub(crate) async fn send(&mut self, leases: &[LeaseRef]) -> u64 {
         self.sequence += 1;
-        let request = KeepAliveRequest { leases: leases.to_vec(), sequence: self.sequence };
-        self.requests.send(request).await.unwrap();
+        self.say(KeepAliveRequest { leases: leases.to_vec(), sequence: self.sequence }).await;
         self.sequence
+    }
+
+    pub(crate) async fn say(&mut self, message: KeepAliveRequest) {
+        self.requests.send(message).await.unwrap();
     }
 
     pub(crate) async fn next(&mut self) -> Result<KeepAliveResponse, Status> {
@@ -52,10 +55,22 @@ impl KeepAlive {
 
     /// One message and its answer: the lease ids and what became of them.
     pub(crate) async fn touch(&mut self, leases: &[LeaseRef]) -> Vec<(LeaseRef, Outcome)> {
+        let parts = self.touch_in_parts(leases).await;
+        parts.into_iter().flatten().map(|result| (result.lease.unwrap(), result.outcome.unwrap())).collect()
+    }
+
+    /// The same, with the results as they came.
+    pub(crate) async fn touch_in_parts(&mut self, leases: &[LeaseRef]) -> Vec<Vec<KeepAliveResult>> {
         let sequence = self.send(leases).await;
-        let answer = self.next().await.unwrap();
-        assert_eq!(answer.sequence, sequence);
-        answer.results.into_iter().map(|result| (result.lease.unwrap(), result.outcome.unwrap())).collect()
+        let mut parts = Vec::new();
+        loop {
+            let answer = self.next().await.unwrap();
+            assert_eq!(answer.sequence, sequence);
+            parts.push(answer.results);
+            if !answer.more {
+                return parts;
+            }
+        }
     }
 }
 
@@ -70,6 +85,13 @@ pub(crate) fn lost(outcome: &Outcome) -> LossReason {
     match outcome {
         Outcome::Lost(lost) => lost.reason(),
         other => panic!("not lost: {other:?}"),
+    }
+}
+
+pub(crate) fn refused(outcome: &Outcome) -> RefusalReason {
+    match outcome {
+        Outcome::Refused(refused) => refused.reason(),
+        other => panic!("not refused: {other:?}"),
     }
 }
 
@@ -150,48 +172,6 @@ async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one(
     let next = waiter.await.unwrap().unwrap();
     assert!(next.fencing_token > granted.fencing_token);
     assert_eq!(refusal(&client.renew(&lease).await.unwrap_err(), "loss").1, "displaced");
-}
-
-#[rstest]
-#[tokio::test]
-async fn a_malformed_message_ends_its_stream_and_names_every_wrong_field(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
-) {
-    let daemon = Daemon::start(home).await;
-    let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
-    let mut bystander = KeepAlive::open(&mut client).await;
-    kept(&bystander.touch(std::slice::from_ref(&lease)).await[0].1);
-
-    let mut stream = KeepAlive::open(&mut client).await;
-    let not_a_uuid = LeaseRef { key: "job".to_owned(), lease_id: "42".to_owned() };
-    let no_key = LeaseRef { key: String::new(), lease_id: Uuid::new_v4().to_string() };
-    stream.send(&[lease.clone(), not_a_uuid, no_key]).await;
-    let status = stream.next().await.unwrap_err();
-    assert_eq!(wrong_fields(&status), ["leases[1].lease_id", "leases[2].key"]);
-
-    let mut stream = KeepAlive::open(&mut client).await;
-    stream.requests.send(KeepAliveRequest { leases: vec![lease.clone()], sequence: 0 }).await.unwrap();
-    assert_eq!(wrong_fields(&stream.next().await.unwrap_err()), ["sequence"]);
-
-    kept(&bystander.touch(&[]).await[0].1);
-}
-
-#[rstest]
-#[tokio::test]
-async fn a_stream_carries_only_so_many_leases(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start_with(home, |config| config.limits.stream_leases = 3).await;
-    let mut client = daemon.client().await;
-    let mut stream = KeepAlive::open(&mut client).await;
-    let some: Vec<LeaseRef> = (0..4).map(|_| named("job", Uuid::new_v4())).collect();
-    assert_eq!(stream.touch(&some[..3]).await.len(), 3);
-    // Those were lost at once, so there is room again.
-    assert_eq!(stream.touch(&some[1..]).await.len(), 3);
-    stream.send(&some).await;
-    let status = stream.next().await.unwrap_err();
-    assert_eq!(status.code(), Code::ResourceExhausted);
-    assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "stream_leases".to_owned()));
-    assert_eq!(refusal(&status, "value").1, "3");
 }
 
 /// Messages are answered as the store answers, not one after the other.

@@ -9,6 +9,8 @@ mod support;
 mod acquire;
 /// Touches that memory does for.
 mod coalescing;
+/// The connections of the client crate.
+mod connections;
 /// What things cost in commands to the database.
 mod cost;
 /// What the documents say, tried.
@@ -25,6 +27,8 @@ mod fleet;
 mod holder;
 /// Requests that are wrong, and requests that only look so.
 mod hostile;
+/// Which store answers.
+mod identity;
 /// Looking at keys.
 mod inspect;
 /// Renewing leases on a stream.
@@ -33,8 +37,12 @@ mod keepalive;
 mod languages;
 /// What a stream is told unasked.
 mod losses;
+/// What messages may be: ids, sizes, refusals, and what is refused alone.
+mod messages;
 /// What a daemon counts.
 mod metrics;
+/// Proxies between callers and daemons.
+mod proxies;
 /// Keys that nobody needs any more.
 mod purge;
 /// Waiting in line, over one daemon and two.
@@ -45,6 +53,8 @@ mod release;
 mod revoke;
 /// Health, reflection, drain.
 mod serving;
+/// Ids that are over before, while or after they are asked for.
+mod settling;
 /// Shared leases.
 mod shared;
 /// The client and the daemon over a simulated network.

@@ -29,7 +29,9 @@ async fn main() -> anyhow::Result<()> {
             println!("released");
             Ok(())
         }
-        Err(error @ (Error::Lost(_) | Error::Jeopardy)) => Err(error).context("stopped part-way"),
+        Err(error @ (Error::Lost(_) | Error::Jeopardy { .. } | Error::EndedLate { .. })) => {
+            Err(error).context("stopped part-way")
+        }
         Err(error) => Err(error.into()),
     }
 }

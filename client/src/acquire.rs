@@ -12,13 +12,15 @@ use leased_proto::v1::{AcquireRequest, AcquireResponse, LeaseRef, Mode};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::belief::{deadline, margin};
+use crate::belief::{deadline, largest_margin, margin};
 use crate::client::{Client, MAX_LEASES};
+use crate::daemon::Purpose;
 use crate::endpoints::Answer;
 use crate::error::Error;
 use crate::holding::Holding;
+use crate::info::span;
 use crate::lease::Lease;
-use crate::moment::Moment;
+use crate::moment::{Moment, after};
 use crate::token::FencingToken;
 
 /// A wish for a lease; await it to have it.
@@ -142,7 +144,8 @@ impl Acquire {
     }
 
     /// How much of the TTL is kept in hand; a hundredth, and at least 5 ms, unless given. Belief ends this long before the
-    /// lease can be taken by another: long enough for whatever stopping takes.
+    /// lease can be taken by another: long enough for whatever stopping takes. Half of the TTL is the most, since a lease is
+    /// touched every third of it.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -157,6 +160,7 @@ impl Acquire {
 
     async fn run(mut self) -> Result<Lease, Error> {
         let until = self.check()?;
+        self.client.shared().endpoints.compare().await?;
         let slots = Arc::clone(&self.client.shared().slots);
         let slot = slots.try_acquire_owned().map_err(|_| {
             Error::LimitExceeded(format!("a client holds at most {MAX_LEASES} leases; make another client"))
@@ -165,7 +169,8 @@ impl Acquire {
             match self.attempt(until).await {
                 Ok(holding) => return Ok(Lease::new(self.client, Arc::new(holding), slot)),
                 // Granted, and over before this process heard of it. That acquisition is spent.
-                Err(Error::Lost(_)) if Instant::now() < until + self.client.shared().endpoints.timeout() => {}
+                Err(Error::Lost(_))
+                    if Instant::now() < after(until, self.client.shared().endpoints.timeout()) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -178,7 +183,18 @@ impl Acquire {
         self.request.ttl = self.ttl.map(|ttl| convert("ttl", ttl)).transpose()?;
         self.request.min_hold = Some(convert("min_hold", self.min_hold)).transpose()?;
         self.request.wait = Some(convert("wait", self.wait)).transpose()?;
+        self.check_margin(self.ttl.unwrap_or(Duration::MAX))?;
         Instant::now().checked_add(self.wait).ok_or_else(|| too_long("wait"))
+    }
+
+    fn check_margin(&self, ttl: Duration) -> Result<(), Error> {
+        let largest = largest_margin(ttl);
+        match self.margin.filter(|margin| *margin > largest) {
+            None => Ok(()),
+            Some(margin) => Err(Error::Invalid(format!(
+                "a margin of {margin:?} is too much for a TTL of {ttl:?}; {largest:?} is the most"
+            ))),
+        }
     }
 
     /// One acquisition, repeated with one id until its outcome is known.
@@ -187,12 +203,13 @@ impl Acquire {
         self.request.lease_id = id.to_string();
         let lease = LeaseRef { key: self.request.key.clone(), lease_id: self.request.lease_id.clone() };
         let mut unknown = Unknown { client: &self.client, lease: Some(lease), ttl: self.ttl };
-        let granted = self.granted(&mut unknown, until).await;
-        // What is refused leaves nothing behind, and what is granted is in good hands.
-        if !matches!(granted, Err(Error::Unavailable { .. })) {
-            unknown.lease = None;
-        }
-        let (response, deadline) = granted?;
+        let (response, deadline) = self.granted(&mut unknown, until).await.inspect_err(|error| {
+            // The daemon says that there is no lease.
+            if matches!(error, Error::Lost(_)) {
+                unknown.lease = None;
+            }
+        })?;
+        unknown.lease = None;
         let (ttl, margin) = self.times(&response);
         let token = FencingToken::new(response.fencing_token);
         Ok(Holding::new((self.request.key.clone(), id), token, (ttl, margin), deadline))
@@ -205,26 +222,35 @@ impl Acquire {
         until: Instant,
     ) -> Result<(AcquireResponse, Moment), Error> {
         let endpoints = &self.client.shared().endpoints;
-        let call = endpoints.call_waiting(until, self.request.clone(), |channel, mut request| {
-            request.wait = until.saturating_duration_since(Instant::now()).try_into().ok();
+        let purpose = if self.wait.is_zero() { Purpose::Calls } else { Purpose::Waits };
+        let call = endpoints.call_waiting(purpose, until, self.request.clone(), |channel, mut request| {
+            request.get_mut().wait = until.saturating_duration_since(Instant::now()).try_into().ok();
             async move { LeaseServiceClient::new(channel).acquire(request).await }
         });
-        let Answer { body: response, sent_at } = call.await?;
+        let Answer { body: response, sent_at } = call.await.inspect_err(|error| {
+            // What is refused leaves nothing behind.
+            if error.is_refusal() {
+                unknown.lease = None;
+            }
+        })?;
         let (ttl, margin) = self.times(&response);
-        let mut believed_until = deadline(sent_at, ttl, margin);
         unknown.ttl = Some(ttl);
-        if response.waited || believed_until.remaining().is_zero() {
+        self.check_margin(ttl)?;
+        // Daemons of an earlier version do not say how much is left.
+        let lasts = response.remaining.map_or(ttl, |remaining| span(Some(remaining)).min(ttl));
+        let mut believed_until = deadline(sent_at, lasts, margin);
+        // A grant that is half over would be due at once.
+        if response.waited || deadline(sent_at, lasts, Duration::ZERO).remaining() < ttl / 2 {
             let lease = response.lease.clone().unwrap_or_default();
             let Answer { body: touched, sent_at } = self.client.shared().touch(lease).await?;
-            let remaining = touched.remaining.and_then(|remaining| remaining.try_into().ok());
-            believed_until = deadline(sent_at, remaining.unwrap_or_default(), margin);
+            believed_until = deadline(sent_at, span(touched.remaining), margin);
         }
         Ok((response, believed_until))
     }
 
     /// The TTL as granted, and what is kept of it in hand.
     fn times(&self, response: &AcquireResponse) -> (Duration, Duration) {
-        let ttl = response.ttl.and_then(|ttl| ttl.try_into().ok()).unwrap_or_default();
+        let ttl = span(response.ttl);
         (ttl, self.margin.unwrap_or_else(|| margin(ttl)))
     }
 }
@@ -235,17 +261,19 @@ impl IntoFuture for Acquire {
 
     /// # Errors
     /// [`Error::Held`] if someone else holds the key, also after the wait; [`Error::QueueFull`], [`Error::LimitExceeded`],
-    /// [`Error::Invalid`]; [`Error::Unavailable`] if no daemon answers within the client's timeout beyond the wait.
+    /// [`Error::Invalid`]; [`Error::Unavailable`] if no daemon answers within the client's timeout beyond the wait;
+    /// [`Error::DifferentStores`] if the endpoints do not belong together.
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.run())
     }
 }
 
-/// An acquisition whose outcome is not known: given back in the background unless it is settled.
-struct Unknown<'a> {
-    client: &'a Client,
-    lease: Option<LeaseRef>,
-    ttl: Option<Duration>,
+/// A lease that may be held and is not wanted: given back in the background unless it is settled before. A release settles its id
+/// for good, even if the acquire with it arrives later.
+pub(crate) struct Unknown<'a> {
+    pub(crate) client: &'a Client,
+    pub(crate) lease: Option<LeaseRef>,
+    pub(crate) ttl: Option<Duration>,
 }
 
 impl Drop for Unknown<'_> {

@@ -24,6 +24,7 @@ const LEAST_MARGIN: Duration = Duration::from_millis(5);
 /// # }
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum State {
     /// Held: the deadline is ahead. Act on the key.
     Held,
@@ -132,6 +133,12 @@ pub(crate) fn deadline(sent_at: Moment, remaining: Duration, margin: Duration) -
 /// What to keep in hand of a lease of this TTL, unless its holder says more.
 pub(crate) fn margin(ttl: Duration) -> Duration {
     (ttl / MARGIN_SHARE).max(LEAST_MARGIN)
+}
+
+/// The largest margin that a lease of this TTL can have: half of it. A lease is touched every third of its TTL, so with a larger
+/// margin one touch that is late ends belief although nothing is wrong.
+pub(crate) fn largest_margin(ttl: Duration) -> Duration {
+    ttl / 2
 }
 
 #[cfg(test)]

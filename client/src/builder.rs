@@ -1,11 +1,13 @@
 //! Making a client: its daemons and its settings.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::transport::{Channel, Endpoint};
 
 use crate::client::Client;
-use crate::endpoints::Endpoints;
+use crate::endpoints::{Endpoints, Reach, Source};
 use crate::error::Error;
 
 /// How long a connection may take to be made.
@@ -34,17 +36,19 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct Builder {
-    channels: Vec<(String, Channel)>,
+    sources: Vec<Source>,
     owner: Option<String>,
     timeout: Duration,
 }
 
 impl Builder {
     pub(crate) fn new() -> Self {
-        Self { channels: Vec::new(), owner: None, timeout: TIMEOUT }
+        Self { sources: Vec::new(), owner: None, timeout: TIMEOUT }
     }
 
-    /// Adds the daemon at this URL, as in `http://127.0.0.1:5327`. Must be called within a tokio runtime.
+    /// Adds the daemon at this URL, as in `http://127.0.0.1:5327`. A host name with several addresses counts as several
+    /// daemons; it is looked up when the client is made, and again when a daemon fails. All endpoints of a client must be
+    /// daemons over the same store.
     ///
     /// # Errors
     /// [`Error::Invalid`] if it is none.
@@ -55,32 +59,47 @@ impl Builder {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn endpoint(self, url: &str) -> Result<Self, Error> {
+    pub fn endpoint(mut self, url: &str) -> Result<Self, Error> {
         let wrong =
             || Error::Invalid(format!("{url:?} is no endpoint; one looks like {}", crate::DEFAULT_ENDPOINT));
         let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| wrong())?;
         if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
             return Err(wrong());
         }
-        let channel = Self::tuned(endpoint).connect_lazy();
-        Ok(self.channel(url, channel))
+        let host = endpoint.uri().host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        if host.parse::<IpAddr>().is_ok() {
+            let endpoint = Self::tuned(endpoint);
+            return Ok(self.endpoint_with(url, move || endpoint.connect_lazy()));
+        }
+        let (name, port) = (url.to_owned(), endpoint.uri().port_u16().unwrap_or(80));
+        let reach = Reach::Name { url: endpoint.uri().clone(), host, port };
+        self.sources.push(Source { name, reach });
+        Ok(self)
     }
 
-    /// Adds a daemon that is reached by a channel of the caller's making: over TLS, a Unix socket, with credentials, through
-    /// a proxy. `name` is for messages. [`tuned`](Self::tuned) has the settings that other channels are made with.
+    /// Adds a daemon that is reached by channels of the caller's making: over TLS, a Unix socket, with credentials, through a
+    /// proxy. `name` is for messages.
+    ///
+    /// A client has several connections to a daemon and replaces those that fail, so it calls `connect` more than once; each call
+    /// must make a channel of its own, which connects lazily. [`tuned`](Self::tuned) has the settings that other channels are made
+    /// with.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// use leased_client::Builder;
+    /// use leased_client::{Builder, Client};
     /// use tonic::transport::Endpoint;
     ///
-    /// let channel = Builder::tuned(Endpoint::from_static("http://127.0.0.1:5327")).connect_lazy();
-    /// let client = leased_client::Client::builder().channel("mine", channel).connect().await?;
+    /// let endpoint = Builder::tuned(Endpoint::from_static("http://127.0.0.1:5327"));
+    /// let client = Client::builder().endpoint_with("mine", move || endpoint.connect_lazy()).connect().await?;
     /// # Ok(())
     /// # }
     /// ```
-    pub fn channel(mut self, name: impl Into<String>, channel: Channel) -> Self {
-        self.channels.push((name.into(), channel));
+    pub fn endpoint_with(
+        mut self,
+        name: impl Into<String>,
+        connect: impl Fn() -> Channel + Send + Sync + 'static,
+    ) -> Self {
+        self.sources.push(Source { name: name.into(), reach: Reach::Dial(Arc::new(connect)) });
         self
     }
 
@@ -130,8 +149,8 @@ impl Builder {
     /// The client, once a daemon has answered.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without an endpoint, [`Error::NotLeased`] if something else answers there, and
-    /// [`Error::Unavailable`] if nobody does in time.
+    /// [`Error::Invalid`] without an endpoint, [`Error::NotLeased`] if something else answers at all of them,
+    /// [`Error::DifferentStores`] if they do not belong together, and [`Error::Unavailable`] if nobody answers in time.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -158,11 +177,11 @@ impl Builder {
     /// # }
     /// ```
     pub fn connect_lazily(self) -> Result<Client, Error> {
-        if self.channels.is_empty() {
+        if self.sources.is_empty() {
             return Err(Error::Invalid("a client needs an endpoint".to_owned()));
         }
         let owner = self.owner.unwrap_or_else(default_owner);
-        Ok(Client::start(Endpoints::new(self.channels, self.timeout), owner))
+        Ok(Client::start(Endpoints::new(self.sources, self.timeout), owner))
     }
 }
 

@@ -8,18 +8,19 @@ use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::{GetRequest, LeaseRef, ReleaseRequest, RevokeRequest, TouchRequest, TouchResponse};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::acquire::Acquire;
 use crate::builder::Builder;
+use crate::daemon::Purpose;
 use crate::endpoints::{Answer, Endpoints};
 use crate::error::Error;
 use crate::holdings::{Holdings, watch_deadlines};
 use crate::id::LeaseId;
-use crate::info::KeyInfo;
-use crate::keeper::Keeper;
+use crate::info::{KeyInfo, span};
+use crate::keeper::{Keeper, touch_refused};
 use crate::list::List;
 use crate::token::FencingToken;
 use crate::watch::Watch;
@@ -30,6 +31,8 @@ pub(crate) const MAX_LEASES: usize = 10_000;
 const RELEASES: usize = 64;
 /// For how long a lease is given back in the background at most; one that lasts longer runs out by itself.
 const LONGEST_RELEASE: Duration = Duration::from_secs(60);
+/// How long after a panic the background task is started again.
+const RESTART: Duration = Duration::from_secs(1);
 
 /// A connection to one or more leased daemons over the same store. Cheap to clone; all clones share one keepalive stream.
 ///
@@ -94,14 +97,16 @@ impl Client {
         let endpoints = Arc::new(endpoints);
         let holdings = Arc::new(Holdings::default());
         let ended = CancellationToken::new();
-        let keeper = Keeper::new(Arc::clone(&holdings), Arc::clone(&endpoints));
         tokio::spawn({
-            let (holdings, ended) = (Arc::clone(&holdings), ended.clone());
+            let (holdings, endpoints, ended) = (Arc::clone(&holdings), Arc::clone(&endpoints), ended.clone());
             async move {
-                tokio::select! {
-                    () = keeper.run() => {}
-                    () = watch_deadlines(&holdings) => {}
-                    () = ended.cancelled() => {}
+                // A panic, of a connector for example, must not leave the leases without a keeper.
+                while tokio::spawn(keep(Arc::clone(&holdings), Arc::clone(&endpoints), ended.clone()))
+                    .await
+                    .is_err()
+                {
+                    tracing::error!("the client's task panicked; starting it again");
+                    sleep(RESTART).await;
                 }
             }
         });
@@ -146,8 +151,7 @@ impl Client {
     /// ```
     pub async fn touch(&self, key: &str, id: LeaseId) -> Result<Duration, Error> {
         let lease = LeaseRef { key: key.to_owned(), lease_id: id.reveal() };
-        let remaining = self.shared.touch(lease).await?.body.remaining;
-        Ok(remaining.and_then(|remaining| remaining.try_into().ok()).unwrap_or_default())
+        Ok(span(self.shared.touch(lease).await?.body.remaining))
     }
 
     /// Gives back a lease that no guard keeps alive.
@@ -179,7 +183,7 @@ impl Client {
     /// ```
     pub async fn get(&self, key: &str) -> Result<KeyInfo, Error> {
         let request = GetRequest { key: key.to_owned() };
-        let call = self.shared.endpoints.call(request, |channel, request| async move {
+        let call = self.shared.endpoints.call(Purpose::Calls, request, |channel, request| async move {
             LeaseServiceClient::new(channel).get(request).await
         });
         Ok(KeyInfo::from(call.await?.body.lease.unwrap_or_default()))
@@ -241,7 +245,7 @@ impl Client {
         for token in tokens {
             let (key, fencing_token, reason) = (key.to_owned(), token.get(), reason.to_owned());
             let request = RevokeRequest { key, fencing_token, reason };
-            let call = self.shared.endpoints.call(request, |channel, request| async move {
+            let call = self.shared.endpoints.call(Purpose::Calls, request, |channel, request| async move {
                 AdminServiceClient::new(channel).revoke(request).await
             });
             revoked += u32::try_from(call.await?.body.revoked).unwrap_or_default();
@@ -281,10 +285,22 @@ impl Client {
     }
 }
 
+/// What goes on in the background for as long as the client lives.
+async fn keep(holdings: Arc<Holdings>, endpoints: Arc<Endpoints>, ended: CancellationToken) {
+    let keeper = Keeper::new(Arc::clone(&holdings), Arc::clone(&endpoints));
+    tokio::select! {
+        () = keeper.run() => {}
+        () = touch_refused(&holdings, &endpoints) => {}
+        () = watch_deadlines(&holdings) => {}
+        () = endpoints.tend() => {}
+        () = ended.cancelled() => {}
+    }
+}
+
 impl Shared {
     pub(crate) async fn touch(&self, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
         let request = TouchRequest { lease: Some(lease) };
-        let call = self.endpoints.call(request, |channel, request| async move {
+        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
             LeaseServiceClient::new(channel).touch(request).await
         });
         call.await
@@ -292,7 +308,7 @@ impl Shared {
 
     pub(crate) async fn release(&self, lease: LeaseRef) -> Result<(), Error> {
         let request = ReleaseRequest { lease: Some(lease) };
-        let call = self.endpoints.call(request, |channel, request| async move {
+        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
             LeaseServiceClient::new(channel).release(request).await
         });
         call.await.map(drop)

@@ -1,24 +1,57 @@
-//! The daemons that a client may ask: which one is asked, and when to ask another. Knows nothing of leases.
+//! The daemons that a client may ask: which one is asked, when another, and when the first one again. Knows nothing of leases.
+//!
+//! An endpoint is what the user names. A host name with several addresses is as many daemons. Each client has an order of its own
+//! among all daemons, by chance: it asks the first, turns to the next when that fails, and comes back to the first after some
+//! minutes, so that the clients of a fleet are spread over all daemons again after any of them has been away.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
-use tonic::transport::Channel;
-use tonic::{Code, Response, Status};
+use futures_util::future::join_all;
+use tokio::sync::{Notify, OnceCell, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tonic::metadata::MetadataMap;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Request, Response, Status};
 
+use crate::builder::Builder;
+use crate::daemon::{Daemon, Dial, IDLE, Purpose, Slot};
 use crate::error::{Error, Failure, cause};
-use crate::moment::Moment;
+use crate::moment::{Moment, after};
+use crate::names::look_up;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Looking up a name again because a daemon failed is done no sooner than this, and without a failure after `NAMES_LAST`.
+const BETWEEN_LOOK_UPS: Duration = Duration::from_secs(1);
+const NAMES_LAST: Duration = Duration::from_secs(300);
+/// The least time between looks at daemons that are preferred to the one that is asked; the most is three times as long.
+const RETURN: Duration = Duration::from_secs(60);
+/// How long daemons have to say which store they serve before the first lease is asked for.
+const COMPARING: Duration = Duration::from_secs(1);
+/// How long a look at a daemon may take that nobody waits for.
+const LOOKING: Duration = Duration::from_secs(5);
+/// Where an answer says which store it comes from.
+const STORE: &str = "leased-store";
+/// Where a call says how often it has been sent before, as gRPC has it for its own retries.
+const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
-/// A daemon, and how it is reached.
-#[derive(Debug, Clone)]
-pub(crate) struct Endpoint {
+/// What a user names.
+#[derive(Clone)]
+pub(crate) struct Source {
     pub(crate) name: String,
-    pub(crate) channel: Channel,
-    position: usize,
+    pub(crate) reach: Reach,
+}
+
+/// How it is reached.
+#[derive(Clone)]
+pub(crate) enum Reach {
+    /// By a host name, which may have several addresses, and others later.
+    Name { url: Uri, host: String, port: u16 },
+    /// By connections of this kind.
+    Dial(Dial),
 }
 
 /// An answer, and what it is counted from.
@@ -30,42 +63,155 @@ pub(crate) struct Answer<T> {
 }
 
 /// All daemons that a client may ask, of which one is preferred until it fails.
-#[derive(Debug)]
 pub(crate) struct Endpoints {
-    all: Vec<Endpoint>,
-    preferred: AtomicUsize,
+    names: Vec<String>,
+    resolving: Vec<Resolving>,
+    state: Mutex<State>,
     /// How long a call may take beyond what it waits at the daemon.
     timeout: Duration,
+    /// Another daemon is preferred than the one that the keepalive stream was opened at.
+    pub(crate) returned: Notify,
+    /// Counts failures, each of which may mean that a name has other addresses now.
+    failures: watch::Sender<()>,
+    /// Counts look-ups that have ended.
+    look_ups: watch::Sender<()>,
+    /// All daemons have been asked once which store they serve.
+    compared: OnceCell<()>,
+    /// Two of them serve different ones.
+    is_mixed: AtomicBool,
+}
+
+/// A name that is looked up again and again.
+struct Resolving {
+    name: String,
+    url: Uri,
+    host: String,
+    port: u16,
+    found: Mutex<Vec<(SocketAddr, Arc<Daemon>)>>,
+    /// Its first look-up has ended.
+    is_looked_up: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// In the order in which they are asked.
+    daemons: Vec<Arc<Daemon>>,
+    preferred: usize,
+    /// The store that leases are from, and a daemon that has said so.
+    store: Option<(String, String)>,
+    /// Why the last look-up of a name found nothing.
+    unknown_name: Option<String>,
 }
 
 impl Endpoints {
-    /// `channels` must not be empty.
-    pub(crate) fn new(channels: Vec<(String, Channel)>, timeout: Duration) -> Self {
-        let endpoint = |(position, (name, channel))| Endpoint { name, channel, position };
-        let all: Vec<Endpoint> = channels.into_iter().enumerate().map(endpoint).collect();
-        // Clients that start together should not all ask the same daemon.
-        let preferred = AtomicUsize::new(fastrand::usize(..all.len()));
-        Self { all, preferred, timeout }
+    /// `sources` must not be empty. [`tend`](Self::tend) must run beside it.
+    pub(crate) fn new(sources: Vec<Source>, timeout: Duration) -> Self {
+        let names = sources.iter().map(|source| source.name.clone()).collect();
+        let (mut state, mut resolving) = (State::default(), Vec::new());
+        for Source { name, reach } in sources {
+            match reach {
+                Reach::Dial(dial) => state.daemons.push(Arc::new(Daemon::new(name, 0, dial))),
+                Reach::Name { url, host, port } => {
+                    let (found, is_looked_up) = (Mutex::default(), AtomicBool::new(false));
+                    resolving.push(Resolving { name, url, host, port, found, is_looked_up });
+                }
+            }
+        }
+        state.daemons.sort_by_key(|daemon| daemon.order);
+        Self {
+            names,
+            resolving,
+            state: Mutex::new(state),
+            timeout,
+            returned: Notify::new(),
+            failures: watch::Sender::new(()),
+            look_ups: watch::Sender::new(()),
+            compared: OnceCell::new(),
+            is_mixed: AtomicBool::new(false),
+        }
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.all.len()
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn timeout(&self) -> Duration {
         self.timeout
     }
 
-    /// The daemon to ask.
-    pub(crate) fn preferred(&self) -> Endpoint {
-        self.all[self.preferred.load(Ordering::Relaxed) % self.all.len()].clone()
+    /// How many daemons there are to ask.
+    pub(crate) fn len(&self) -> usize {
+        self.state().daemons.len().max(1)
+    }
+
+    /// The daemon to ask, once the name of one has been looked up.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(crate) async fn pick(&self) -> Result<Arc<Daemon>, String> {
+        let mut look_ups = self.look_ups.subscribe();
+        if let Some(daemon) = self.state().pick() {
+            return Ok(daemon);
+        }
+        if self.state().unknown_name.is_some() {
+            // Look again; the last time may have been long ago.
+            self.failures.send_replace(());
+        }
+        let _ = look_ups.changed().await;
+        let found = self.state().pick();
+        found.ok_or_else(|| self.silence())
+    }
+
+    /// Why nobody has said anything.
+    fn silence(&self) -> String {
+        let state = self.state();
+        let unknown = state.unknown_name.clone().filter(|_| state.daemons.is_empty());
+        unknown.unwrap_or_else(|| "it does not answer in time".to_owned())
+    }
+
+    /// Whether this is the daemon to ask.
+    pub(crate) fn is_preferred(&self, daemon: &Arc<Daemon>) -> bool {
+        self.state().pick().is_none_or(|preferred| Arc::ptr_eq(&preferred, daemon))
     }
 
     /// Asks another from now on, unless somebody has already turned away from this one.
-    pub(crate) fn avoid(&self, endpoint: &Endpoint) {
-        let next = (endpoint.position + 1) % self.all.len();
-        let (order, position) = (Ordering::Relaxed, endpoint.position);
-        let _ = self.preferred.compare_exchange(position, next, order, order);
+    pub(crate) fn avoid(&self, daemon: &Arc<Daemon>) {
+        let mut state = self.state();
+        if let Some(position) = state.position(daemon)
+            && state.pick().is_some_and(|preferred| Arc::ptr_eq(&preferred, daemon))
+        {
+            state.preferred = (position + 1) % state.daemons.len();
+        }
+        drop(state);
+        self.failures.send_replace(());
+    }
+
+    /// Takes in what a failed try at `slot` means, and turns to another daemon unless it is an answer.
+    pub(crate) fn fail(&self, slot: &Slot, status: &Status) -> Failure {
+        let told = match status.metadata().contains_key(STORE) {
+            true => self.meet(&slot.daemon, status.metadata()),
+            // Nobody answered, or a daemon of an earlier version.
+            false => Ok(()),
+        };
+        let failure = told.map_or_else(Failure::Useless, |()| Failure::of(status, &slot.daemon.name));
+        self.turn_away(slot, &failure);
+        failure
+    }
+
+    /// Turns to another daemon and another connection, unless this is an answer.
+    pub(crate) fn turn_away(&self, slot: &Slot, failure: &Failure) {
+        match failure {
+            Failure::Final(_) => return,
+            Failure::Passing(_) => slot.daemon.unbar(),
+            Failure::Useless(error) => {
+                tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint is of no use");
+                slot.daemon.bar(error.clone());
+            }
+        }
+        // It may be the connection; nobody knows. And whoever answers next may be another.
+        slot.retire();
+        slot.daemon.forget();
+        self.avoid(&slot.daemon);
     }
 
     /// Sends `request` until someone answers or [`timeout`](Self::timeout) is over.
@@ -74,109 +220,413 @@ impl Endpoints {
     /// The answer, if it is an error, or [`Error::Unavailable`].
     pub(crate) async fn call<R: Clone, T, F>(
         &self,
+        purpose: Purpose,
         request: R,
-        send: impl FnMut(Channel, R) -> F,
+        send: impl FnMut(Channel, Request<R>) -> F,
     ) -> Result<Answer<T>, Error>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_waiting(Instant::now(), request, send).await
+        self.call_waiting(purpose, Instant::now(), request, send).await
     }
 
-    /// The same with a call that the daemon may answer as late as `until`.
+    /// Sends a call that the daemon may answer as late as `until`.
     ///
     /// # Errors
-    /// As above.
+    /// The answer, if it is an error, or [`Error::Unavailable`].
     pub(crate) async fn call_waiting<R: Clone, T, F>(
         &self,
+        purpose: Purpose,
         until: Instant,
         request: R,
-        mut send: impl FnMut(Channel, R) -> F,
+        mut send: impl FnMut(Channel, Request<R>) -> F,
     ) -> Result<Answer<T>, Error>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        let give_up = until + self.timeout;
-        // A daemon that is silent leaves time for another one.
-        let patience = if self.len() > 1 { self.timeout / 2 } else { self.timeout };
-        let mut pauses = Pauses::new(self.len());
+        let give_up = after(until, self.timeout);
+        let mut pauses = Pauses::default();
+        let mut attempts = 0;
+        // What the call failed with last, unless the last try was cut short.
+        let mut said: Option<(String, Option<Status>)> = None;
         loop {
-            let endpoint = self.preferred();
-            let late = (Instant::now().max(until) + patience).min(give_up);
-            let sent_at = Moment::now();
-            let (cause, asked) = match timeout_at(late, send(endpoint.channel.clone(), request.clone())).await
-            {
-                Ok(Ok(response)) => return Ok(Answer { body: response.into_inner(), sent_at }),
-                Ok(Err(status)) => {
-                    let cause = cause(&status);
-                    match Failure::of(status, &endpoint.name) {
+            // A daemon that is silent leaves time for two others.
+            let patience = self.timeout / u32::try_from(self.len().min(3)).unwrap_or(1);
+            let late = after(Instant::now().max(until), patience).min(give_up);
+            let (cause, source, asked) = 'tried: {
+                let daemon = match timeout_at(late, self.prepared(purpose)).await {
+                    Ok(Ok(daemon)) => daemon,
+                    Ok(Err(cause)) => break 'tried (Some(cause), None, None),
+                    Err(_) => break 'tried (None, None, None),
+                };
+                let slot = daemon.slot(purpose);
+                let sent_at = Moment::now();
+                let sent = send(slot.channel.clone(), attempt(request.clone(), attempts));
+                attempts += 1;
+                match timeout_at(late, sent).await {
+                    Ok(Ok(response)) => match self.meet(&daemon, response.metadata()) {
+                        Ok(()) => return Ok(Answer { body: response.into_inner(), sent_at }),
+                        Err(error) => {
+                            let cause = error.to_string();
+                            self.turn_away(&slot, &Failure::Useless(error));
+                            (Some(cause), None, None)
+                        }
+                    },
+                    Ok(Err(status)) => match self.fail(&slot, &status) {
                         Failure::Final(error) => return Err(error),
-                        Failure::Passing(pause) => (cause, pause),
+                        Failure::Useless(error) => (Some(error.to_string()), Some(status), None),
+                        Failure::Passing(asked) => (Some(cause(&status)), Some(status), asked),
+                    },
+                    Err(_) => {
+                        self.turn_away(&slot, &Failure::Passing(None));
+                        (None, None, None)
                     }
                 }
-                Err(_) => ("it does not answer in time".to_owned(), None),
             };
-            tracing::debug!(endpoint = endpoint.name, cause, "a call failed");
-            self.avoid(&endpoint);
-            let pause = pauses.next(asked);
-            if Instant::now() + pause >= give_up {
-                return Err(Error::Unavailable { endpoints: self.names(), cause });
+            tracing::debug!(cause, "a call failed");
+            if let Some(cause) = cause {
+                said = Some((cause, source));
+            }
+            if let Some(error) = self.useless() {
+                return Err(error);
+            }
+            let pause = pauses.next(self.len(), asked);
+            if after(Instant::now(), pause) >= give_up {
+                let (cause, source) = said.unwrap_or_else(|| (self.silence(), None));
+                let cause = self.with_barred(cause);
+                return Err(Error::Unavailable { endpoints: self.names.join(", "), cause, source });
             }
             sleep(pause).await;
         }
     }
 
-    /// Whether the daemon that is asked first is one of ours.
+    /// The daemon to ask, if it is known not to serve another store than the others.
     ///
     /// # Errors
-    /// [`Error::NotLeased`] or [`Error::Unavailable`].
-    pub(crate) async fn check(&self) -> Result<(), Error> {
-        use tonic_health::pb::HealthCheckRequest;
-        use tonic_health::pb::health_check_response::ServingStatus;
-        use tonic_health::pb::health_client::HealthClient;
-
-        let service = leased_proto::v1::lease_service_server::SERVICE_NAME;
-        let request = HealthCheckRequest { service: service.to_owned() };
-        let call = self.call(request, |channel, request| async move {
-            match HealthClient::new(channel).check(request).await {
-                Ok(answer) if answer.get_ref().status() == ServingStatus::Serving => Ok(answer),
-                Ok(_) => Err(Status::unavailable("the daemon is there and does not serve, or not yet")),
-                // It serves other things.
-                Err(status) if status.code() == Code::NotFound => Err(Status::unimplemented("")),
-                Err(status) => Err(status),
-            }
-        });
-        call.await.map(drop)
+    /// Why it is not asked.
+    async fn prepared(&self, purpose: Purpose) -> Result<Arc<Daemon>, String> {
+        let daemon = self.pick().await?;
+        // Upkeep is about leases that another store does not have, and its answers tell whose they are.
+        if purpose != Purpose::Upkeep && self.len() > 1 && !daemon.is_known() {
+            self.look(&daemon).await?;
+        }
+        Ok(daemon)
     }
 
-    fn names(&self) -> String {
-        let names: Vec<&str> = self.all.iter().map(|endpoint| endpoint.name.as_str()).collect();
-        names.join(", ")
+    /// Notes which store the daemon serves. Leases of one store are never asked for at another.
+    ///
+    /// # Errors
+    /// [`Error::DifferentStores`] if another daemon of this client serves another one.
+    pub(crate) fn meet(&self, daemon: &Arc<Daemon>, answer: &MetadataMap) -> Result<(), Error> {
+        let told = answer.get(STORE).and_then(|store| store.to_str().ok());
+        let is_news = daemon.tells(told);
+        let Some(told) = told.filter(|_| is_news || self.is_mixed.load(Ordering::Relaxed)) else {
+            return Ok(());
+        };
+        let mut state = self.state();
+        let Some((store, other)) = state.store.clone().filter(|(store, _)| store != told) else {
+            if state.store.is_none() {
+                state.store = Some((told.to_owned(), daemon.name.clone()));
+            }
+            return Ok(());
+        };
+        let serves_it =
+            |other: &&Arc<Daemon>| !Arc::ptr_eq(other, daemon) && other.store().as_ref() == Some(&store);
+        match state.daemons.iter().find(serves_it) {
+            Some(elsewhere) => {
+                self.is_mixed.store(true, Ordering::Relaxed);
+                Err(Error::DifferentStores {
+                    endpoint: daemon.name.clone(),
+                    store: told.to_owned(),
+                    other: elsewhere.name.clone(),
+                    other_store: store,
+                })
+            }
+            // Nobody serves the other store any more: it has been replaced.
+            None => {
+                tracing::warn!(
+                    daemon = daemon.name,
+                    store = told,
+                    before = store,
+                    from = other,
+                    "another store"
+                );
+                state.store = Some((told.to_owned(), daemon.name.clone()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Asks all daemons once which store they serve, as far as they answer soon.
+    ///
+    /// # Errors
+    /// [`Error::DifferentStores`] if two of them serve different ones.
+    pub(crate) async fn compare(&self) -> Result<(), Error> {
+        let compare = async || {
+            let mut look_ups = self.look_ups.subscribe();
+            let _ = look_ups
+                .wait_for(|()| self.resolving.iter().all(|name| name.is_looked_up.load(Ordering::Relaxed)))
+                .await;
+            if self.len() > 1 {
+                join_all(self.all_but(Daemon::is_known).iter().map(|daemon| self.look(daemon))).await;
+            }
+        };
+        let once = || async {
+            let _ = timeout(COMPARING, compare()).await;
+        };
+        self.compared.get_or_init(once).await;
+        if !self.is_mixed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        // The endpoint that was wrong may have been mended.
+        let daemons = self.all_but(|_| false);
+        let _ = timeout(COMPARING, join_all(daemons.iter().map(|daemon| self.look(daemon)))).await;
+        let mixed = self.mixed();
+        self.is_mixed.store(mixed.is_some(), Ordering::Relaxed);
+        mixed.map_or(Ok(()), Err)
+    }
+
+    /// Whether a daemon that can be asked is one of ours.
+    ///
+    /// # Errors
+    /// [`Error::NotLeased`], [`Error::DifferentStores`] or [`Error::Unavailable`].
+    pub(crate) async fn check(&self) -> Result<(), Error> {
+        self.call(Purpose::Upkeep, (), |channel, _| health(channel)).await?;
+        self.compare().await
+    }
+
+    /// Asks a daemon whether it serves, and notes what it says of itself.
+    ///
+    /// # Errors
+    /// Why it is not to be asked.
+    async fn look(&self, daemon: &Arc<Daemon>) -> Result<(), String> {
+        let slot = daemon.slot(Purpose::Upkeep);
+        let failure = match timeout(LOOKING, health(slot.channel.clone())).await {
+            Ok(Ok(response)) => match self.meet(daemon, response.metadata()) {
+                Ok(()) => {
+                    daemon.unbar();
+                    return Ok(());
+                }
+                Err(error) => Failure::Useless(error),
+            },
+            Ok(Err(status)) => match self.fail(&slot, &status) {
+                Failure::Useless(error) | Failure::Final(error) => return Err(error.to_string()),
+                Failure::Passing(_) => return Err(cause(&status)),
+            },
+            Err(_) => Failure::Passing(None),
+        };
+        self.turn_away(&slot, &failure);
+        match failure {
+            Failure::Useless(error) | Failure::Final(error) => Err(error.to_string()),
+            Failure::Passing(_) => Err("it does not answer in time".to_owned()),
+        }
+    }
+
+    /// All daemons but these.
+    fn all_but(&self, these: impl Fn(&Daemon) -> bool) -> Vec<Arc<Daemon>> {
+        self.state().daemons.iter().filter(|daemon| !these(daemon)).cloned().collect()
+    }
+
+    /// What is wrong with the daemon to ask, if no daemon is of any use.
+    pub(crate) fn useless(&self) -> Option<Error> {
+        let daemon = self.state().pick()?;
+        daemon.barred()
+    }
+
+    /// The cause of a failure, and why other daemons were not even asked.
+    fn with_barred(&self, cause: String) -> String {
+        let state = self.state();
+        let barred = state.daemons.iter().filter_map(|daemon| daemon.barred()).map(|error| error.to_string());
+        std::iter::once(cause).chain(barred).collect::<Vec<_>>().join("; ")
+    }
+
+    /// The first daemon that serves another store than the rest.
+    fn mixed(&self) -> Option<Error> {
+        let state = self.state();
+        let (store, other) = state.store.clone()?;
+        let different = |daemon: &Arc<Daemon>| daemon.store().filter(|told| *told != store);
+        let (daemon, told) = state.daemons.iter().find_map(|daemon| Some((daemon, different(daemon)?)))?;
+        Some(Error::DifferentStores { endpoint: daemon.name.clone(), store: told, other, other_store: store })
+    }
+
+    /// Looks up names, closes connections that nobody uses, and comes back to the daemon that is preferred, for as long as it is
+    /// polled.
+    pub(crate) async fn tend(&self) {
+        let names = join_all(self.resolving.iter().map(|name| self.resolve(name)));
+        tokio::join!(names, self.close_idle(), self.come_back());
+    }
+
+    async fn resolve(&self, name: &Resolving) {
+        let mut failures = self.failures.subscribe();
+        loop {
+            failures.mark_unchanged();
+            match look_up(name.host.clone(), name.port).await {
+                Ok(addresses) => self.found(name, addresses),
+                // The addresses from before are the best there is.
+                Err(error) => {
+                    tracing::debug!(name = name.host, %error, "the name was not found");
+                    self.state().unknown_name = Some(format!("{}: {error}", name.host));
+                }
+            }
+            name.is_looked_up.store(true, Ordering::Relaxed);
+            self.look_ups.send_replace(());
+            let _ = timeout(NAMES_LAST, failures.changed()).await;
+            sleep(BETWEEN_LOOK_UPS).await;
+        }
+    }
+
+    /// Daemons at addresses that are new are added, those at addresses that are gone are not asked any more.
+    fn found(&self, name: &Resolving, mut addresses: Vec<SocketAddr>) {
+        let mut at = name.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = std::collections::HashSet::new();
+        addresses.retain(|address| seen.insert(*address));
+        let first = addresses.first().copied();
+        let one = addresses.len() == 1;
+        let before = std::mem::take(&mut *at);
+        for address in addresses {
+            let known = before.iter().find(|(other, _)| *other == address);
+            let daemon = known.map_or_else(
+                || {
+                    // The system puts the kind of address first that is more likely to work.
+                    let rank = usize::from(first.is_some_and(|first| first.is_ipv4() != address.is_ipv4()));
+                    let place =
+                        if one { name.name.clone() } else { format!("{} ({})", name.name, address.ip()) };
+                    Arc::new(Daemon::new(place, rank, dial_to(&name.url, address)))
+                },
+                |(_, daemon)| Arc::clone(daemon),
+            );
+            at.push((address, daemon));
+        }
+        let is_in = |these: &[(SocketAddr, Arc<Daemon>)], daemon: &Arc<Daemon>| {
+            these.iter().any(|(_, one)| Arc::ptr_eq(one, daemon))
+        };
+        let mut state = self.state();
+        let preferred = state.daemons.get(state.preferred).cloned();
+        state.daemons.retain(|daemon| !is_in(&before, daemon) || is_in(&at, daemon));
+        state.daemons.extend(
+            at.iter().filter(|(_, daemon)| !is_in(&before, daemon)).map(|(_, daemon)| Arc::clone(daemon)),
+        );
+        state.daemons.sort_by_key(|daemon| daemon.order);
+        state.preferred = preferred.and_then(|daemon| state.position(&daemon)).unwrap_or_default();
+    }
+
+    async fn close_idle(&self) {
+        loop {
+            sleep(IDLE / 2).await;
+            let now = Instant::now();
+            let preferred = self.state().pick();
+            for daemon in self.all_but(|_| false) {
+                let is_first = preferred.as_ref().is_some_and(|preferred| Arc::ptr_eq(preferred, &daemon));
+                daemon.close_idle(now, is_first);
+            }
+        }
+    }
+
+    /// Looks now and then whether a daemon serves that comes before the one that is asked, and turns back to it.
+    async fn come_back(&self) {
+        loop {
+            sleep(RETURN.mul_f64(1.0 + 2.0 * fastrand::f64())).await;
+            let before = {
+                let state = self.state();
+                state.daemons[..state.preferred.min(state.daemons.len())].to_vec()
+            };
+            for daemon in before {
+                if self.look(&daemon).await.is_ok() {
+                    let mut state = self.state();
+                    if let Some(position) = state.position(&daemon) {
+                        state.preferred = position;
+                        tracing::debug!(daemon = daemon.name, "back at this daemon");
+                        self.returned.notify_one();
+                    }
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    /// The daemon to ask: the preferred one, or the next one that is not barred, if any is not.
+    fn pick(&self) -> Option<Arc<Daemon>> {
+        let count = self.daemons.len();
+        let in_turn = || (0..count).map(|step| &self.daemons[(self.preferred + step) % count]);
+        in_turn().find(|daemon| daemon.barred().is_none()).or_else(|| in_turn().next()).cloned()
+    }
+
+    fn position(&self, daemon: &Arc<Daemon>) -> Option<usize> {
+        self.daemons.iter().position(|other| Arc::ptr_eq(other, daemon))
+    }
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("Source").field(&self.name).finish()
+    }
+}
+
+impl std::fmt::Debug for Endpoints {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Endpoints").field("names", &self.names).finish_non_exhaustive()
+    }
+}
+
+/// A request that says how often it has been sent before.
+fn attempt<R>(body: R, before: u32) -> Request<R> {
+    let mut request = Request::new(body);
+    if before > 0 {
+        request.metadata_mut().insert(PREVIOUS_ATTEMPTS, before.into());
+    }
+    request
+}
+
+/// Makes connections to this address. The daemon is still called by the name in `url`.
+fn dial_to(url: &Uri, address: SocketAddr) -> Dial {
+    let direct = Endpoint::from_shared(format!("http://{address}")).expect("an address makes a URL");
+    let endpoint = Builder::tuned(direct).origin(url.clone());
+    Arc::new(move || endpoint.connect_lazy())
+}
+
+/// Asks a daemon whether it serves leases.
+async fn health(channel: Channel) -> Result<Response<()>, Status> {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_health::pb::health_client::HealthClient;
+
+    let service = leased_proto::v1::lease_service_server::SERVICE_NAME.to_owned();
+    match HealthClient::new(channel).check(HealthCheckRequest { service }).await {
+        Ok(answer) if answer.get_ref().status() == ServingStatus::Serving => Ok(answer.map(drop)),
+        Ok(_) => Err(Status::unavailable("the daemon is there and does not serve, or not yet")),
+        // It serves other things.
+        Err(status) if status.code() == Code::NotFound => {
+            Err(Status::unimplemented("it has no such service"))
+        }
+        Err(status) => Err(status),
     }
 }
 
 /// How long to pause before the next try: not at all until every daemon has been asked, then longer after each round.
 #[derive(Debug)]
 pub(crate) struct Pauses {
-    endpoints: usize,
     tries: usize,
     pause: Duration,
 }
 
-impl Pauses {
-    pub(crate) fn new(endpoints: usize) -> Self {
-        Self { endpoints, tries: 0, pause: FIRST_PAUSE }
+impl Default for Pauses {
+    fn default() -> Self {
+        Self { tries: 0, pause: FIRST_PAUSE }
     }
+}
 
+impl Pauses {
     /// Whether nothing has failed yet.
     pub(crate) fn is_first(&self) -> bool {
         self.tries == 0
     }
 
-    /// The pause after another failure, at least as long as the daemon asked for once all have been tried.
-    pub(crate) fn next(&mut self, asked: Option<Duration>) -> Duration {
+    /// The pause after another failure of `daemons`, at least as long as one asked for once all have been tried.
+    pub(crate) fn next(&mut self, daemons: usize, asked: Option<Duration>) -> Duration {
         self.tries += 1;
-        if !self.tries.is_multiple_of(self.endpoints) {
+        if !self.tries.is_multiple_of(daemons) {
             return Duration::ZERO;
         }
         let pause = self.pause.mul_f64(0.75 + fastrand::f64() / 2.0);
@@ -186,23 +636,6 @@ impl Pauses {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_daemon_is_asked_before_there_is_a_pause() {
-        let mut pauses = Pauses::new(3);
-        let pauses: Vec<Duration> = (0..6).map(|_| pauses.next(None)).collect();
-        assert!(pauses[0].is_zero() && pauses[1].is_zero() && !pauses[2].is_zero());
-        assert!(pauses[3].is_zero() && pauses[4].is_zero() && pauses[5] > FIRST_PAUSE);
-    }
-
-    #[test]
-    fn pauses_stay_bounded_and_heed_what_the_daemon_asks() {
-        let mut pauses = Pauses::new(1);
-        assert!(pauses.next(Some(Duration::from_millis(500))) >= Duration::from_millis(500));
-        for _ in 0..40 {
-            assert!(pauses.next(Some(Duration::from_secs(3600))) <= LONGEST_PAUSE.mul_f64(1.25));
-        }
-    }
-}
+#[path = "endpoints_tests.rs"]
+#[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+mod tests;

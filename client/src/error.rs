@@ -9,6 +9,9 @@ use tonic_types::StatusExt;
 use crate::belief::Loss;
 use crate::token::FencingToken;
 
+/// The `domain` of every `ErrorInfo` of this API.
+const DOMAIN: &str = "leased";
+
 /// Why a call gave no answer, or not the one that was hoped for.
 ///
 /// ```no_run
@@ -33,8 +36,20 @@ pub enum Error {
     #[error("the lease is lost: {0}")]
     Lost(Loss),
     /// No daemon confirmed the lease in time. It may be gone.
-    #[error("the lease could not be confirmed in time; stop acting on its key")]
-    Jeopardy,
+    #[error("the lease could not be confirmed in time ({cause}); stop acting on its key")]
+    #[non_exhaustive]
+    Jeopardy {
+        /// Why not, as far as is known.
+        cause: String,
+    },
+    /// The work ended after the time until which its lease could be relied on, and so could not be stopped in time. What it did
+    /// last may have met another holder.
+    #[error("the work ended too late: its lease could not be relied on any more ({cause})")]
+    #[non_exhaustive]
+    EndedLate {
+        /// Why not, as far as is known.
+        cause: String,
+    },
     /// The key was never leased, or was forgotten since.
     #[error("this key was never leased, or was forgotten since")]
     KeyUnknown,
@@ -49,23 +64,65 @@ pub enum Error {
     Invalid(String),
     /// No daemon gave an answer in time. What was asked for may have happened; repeating it is safe.
     #[error("no daemon answers at {endpoints}: {cause}")]
+    #[non_exhaustive]
     Unavailable {
         /// Whom this client can ask.
         endpoints: String,
         /// What the last try ended with.
         cause: String,
+        /// The last answer, if there was one.
+        source: Option<Status>,
     },
     /// What answers there is no leased daemon.
     #[error("{endpoint} is not a leased daemon: {cause}")]
+    #[non_exhaustive]
     NotLeased {
         /// Who was asked.
         endpoint: String,
         /// What it said.
         cause: String,
+        /// Its answer.
+        source: Status,
+    },
+    /// Two endpoints of this client serve different stores, so a lease from one means nothing at the other.
+    #[error(
+        "{endpoint} and {other} serve different stores ({store} and {other_store}); all endpoints of a client must be daemons \
+         over the same store"
+    )]
+    #[non_exhaustive]
+    DifferentStores {
+        /// One endpoint.
+        endpoint: String,
+        /// The id of the store behind it.
+        store: String,
+        /// Another endpoint.
+        other: String,
+        /// The id of the store behind that one.
+        other_store: String,
     },
     /// Another answer of the daemon: not allowed, or a defect.
     #[error("the daemon answered {}: {}", .0.code(), .0.message())]
-    Status(Box<Status>),
+    Status(#[source] Status),
+}
+
+impl Error {
+    /// Whether a daemon has answered that it did nothing.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Held(_)
+            | Self::Lost(_)
+            | Self::KeyUnknown
+            | Self::QueueFull
+            | Self::LimitExceeded(_)
+            | Self::Invalid(_) => true,
+            Self::Jeopardy { .. }
+            | Self::EndedLate { .. }
+            | Self::Unavailable { .. }
+            | Self::NotLeased { .. }
+            | Self::DifferentStores { .. }
+            | Self::Status(_) => false,
+        }
+    }
 }
 
 /// Who stands in the way.
@@ -93,8 +150,11 @@ impl std::fmt::Display for HeldBy {
 
 /// What a failed try means for the call it belongs to.
 pub(crate) enum Failure {
-    /// Nobody answered, or the one who did cannot; another try may help, at once or after the pause that was asked for.
+    /// Nobody answered, or the one who did cannot; another try may help, at once or after the pause that was asked for. What was
+    /// asked for may have happened.
     Passing(Option<Duration>),
+    /// This endpoint will not answer otherwise the next time; others may.
+    Useless(Error),
     /// An answer.
     Final(Error),
 }
@@ -102,16 +162,23 @@ pub(crate) enum Failure {
 impl Failure {
     /// Reads the status of a try at `endpoint`.
     ///
-    /// Every call of this API may be repeated, so whatever says nothing of leases counts as passing: broken
-    /// connections come as UNKNOWN, INTERNAL or CANCELLED.
-    pub(crate) fn of(status: Status, endpoint: &str) -> Self {
+    /// Only what a daemon says of leases is an answer: a status with details of this API. Whatever else comes, from a broken
+    /// connection or from a proxy, says nothing about what has happened to the call, whatever its code. Every call of this API
+    /// may be repeated.
+    pub(crate) fn of(status: &Status, endpoint: &str) -> Self {
         let details = status.get_error_details();
         let entry = |name: &str| {
             let value = details.error_info().and_then(|info| info.metadata.get(name));
             value.cloned().unwrap_or_default()
         };
         let number = |name: &str| entry(name).parse::<u64>().ok();
-        let error = match Reason::of(&status) {
+        let pause = details.retry_info().and_then(|info| info.retry_delay);
+        let is_ours = details.error_info().is_some_and(|info| info.domain == DOMAIN);
+        let not_leased = |cause: &str| {
+            let (endpoint, cause) = (endpoint.to_owned(), cause.to_owned());
+            Self::Useless(Error::NotLeased { endpoint, cause, source: status.clone() })
+        };
+        Self::Final(match Reason::of(status) {
             Some(Reason::LeaseHeld) => Error::Held(HeldBy {
                 owner: entry("owner"),
                 token: FencingToken::new(entry("token").parse().unwrap_or_default()),
@@ -122,28 +189,19 @@ impl Failure {
             Some(Reason::KeyUnknown) => Error::KeyUnknown,
             Some(Reason::QueueFull) => Error::QueueFull,
             Some(Reason::LimitExceeded) => Error::LimitExceeded(status.message().to_owned()),
+            Some(Reason::StoreUnavailable | Reason::ShuttingDown) => return Self::Passing(pause),
+            Some(Reason::InvalidRequest) => Error::Invalid(status.message().to_owned()),
+            _ if details.bad_request().is_some() => Error::Invalid(status.message().to_owned()),
+            _ if is_ours => Error::Status(status.clone()),
+            _ if speaks_otherwise(status) => return not_leased("it does not speak gRPC"),
             _ => match status.code() {
-                Code::InvalidArgument => Error::Invalid(status.message().to_owned()),
-                Code::Unimplemented => Error::NotLeased {
-                    endpoint: endpoint.to_owned(),
-                    cause: "it serves gRPC, but no leases".to_owned(),
-                },
-                _ if speaks_otherwise(&status) => Error::NotLeased {
-                    endpoint: endpoint.to_owned(),
-                    cause: "it does not speak gRPC".to_owned(),
-                },
-                Code::Unavailable
-                | Code::DeadlineExceeded
-                | Code::Cancelled
-                | Code::Unknown
-                | Code::Internal
-                | Code::Aborted => {
-                    return Self::Passing(details.retry_info().and_then(|info| info.retry_delay));
+                Code::Unimplemented => return not_leased("it serves gRPC, but no leases"),
+                Code::Unauthenticated | Code::PermissionDenied => {
+                    return Self::Useless(Error::Status(status.clone()));
                 }
-                _ => Error::Status(Box::new(status)),
+                _ => return Self::Passing(pause),
             },
-        };
-        Self::Final(error)
+        })
     }
 }
 
@@ -162,4 +220,42 @@ fn speaks_otherwise(status: &Status) -> bool {
 /// What a status comes from, outermost first.
 fn sources(status: &Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
     std::iter::successors(std::error::Error::source(status), |error| error.source())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn only_what_a_daemon_says_of_leases_is_an_answer() {
+        for code in (1..=16).map(Code::from_i32) {
+            let is_passing =
+                matches!(Failure::of(&Status::new(code, "a proxy's"), "there"), Failure::Passing(_));
+            let is_useless =
+                [Code::Unimplemented, Code::Unauthenticated, Code::PermissionDenied].contains(&code);
+            assert_eq!(is_passing, !is_useless, "{code:?}");
+        }
+        let of = |details| Failure::of(&Status::with_error_details(Code::Internal, "no", details), "there");
+        let foreign = ErrorDetails::with_error_info("LEASE_LOST", "example.com", []);
+        assert!(matches!(of(foreign), Failure::Passing(_)));
+        let later = ErrorDetails::with_error_info("OF_A_LATER_VERSION", DOMAIN, []);
+        assert!(matches!(of(later), Failure::Final(Error::Status(_))));
+        let lost = Reason::LeaseLost.status("gone", [("loss", "revoked".to_owned())]);
+        assert!(matches!(Failure::of(&lost, "there"), Failure::Final(Error::Lost(Loss::Revoked))));
+        let wrong = ErrorDetails::with_bad_request_violation("key", "is empty");
+        assert!(matches!(of(wrong), Failure::Final(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn an_error_has_the_status_it_comes_from_as_its_source() {
+        let Failure::Useless(error) = Failure::of(&Status::unimplemented("what?"), "there") else {
+            panic!("it is of no use")
+        };
+        let source = error.source().and_then(|source| source.downcast_ref::<Status>());
+        assert_eq!(source.map(Status::message), Some("what?"));
+    }
 }

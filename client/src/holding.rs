@@ -33,6 +33,8 @@ pub(crate) struct Holding {
 struct Told {
     belief: Belief,
     state: State,
+    /// Why the last touch confirmed nothing, if it was refused.
+    trouble: Option<Box<str>>,
 }
 
 impl Holding {
@@ -43,7 +45,7 @@ impl Holding {
         (ttl, margin): (Duration, Duration),
         deadline: Moment,
     ) -> Self {
-        let told = Told { belief: Belief::new(deadline), state: State::Held };
+        let told = Told { belief: Belief::new(deadline), state: State::Held, trouble: None };
         let (told, changed, stop) = (Mutex::new(told), Notify::new(), OnceLock::new());
         Self { key: key.into_boxed_str(), id, token, ttl, margin, told, changed, stop }
     }
@@ -61,14 +63,27 @@ impl Holding {
         self.told().belief.deadline
     }
 
-    /// A daemon has confirmed it.
+    /// A daemon has confirmed the lease.
     pub(crate) fn confirm(&self, deadline: Moment) {
-        self.update(|belief| belief.confirm(deadline));
+        self.update(|told| {
+            told.belief.confirm(deadline);
+            told.trouble = None;
+        });
+    }
+
+    /// A daemon has refused to touch the lease, for this reason. Belief goes on until its deadline.
+    pub(crate) fn refuse(&self, why: &str) {
+        self.told().trouble = Some(why.into());
+    }
+
+    /// Why the last touch confirmed nothing, if it was refused.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.told().trouble.as_deref().map(str::to_owned)
     }
 
     /// It is gone.
     pub(crate) fn lose(&self, loss: Loss) {
-        self.update(|belief| belief.lose(loss));
+        self.update(|told| told.belief.lose(loss));
     }
 
     /// Tells if time alone has changed how things stand.
@@ -76,9 +91,9 @@ impl Holding {
         self.update(|_| {});
     }
 
-    fn update(&self, change: impl FnOnce(&mut Belief)) {
+    fn update(&self, change: impl FnOnce(&mut Told)) {
         let mut told = self.told();
-        change(&mut told.belief);
+        change(&mut told);
         let state = told.belief.at(Moment::now());
         let before = replace(&mut told.state, state);
         drop(told);

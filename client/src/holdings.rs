@@ -14,11 +14,17 @@ use crate::moment::Moment;
 
 /// A lease is touched when a third of its TTL has passed: two more touches may fail before it is over.
 const BEATS: u32 = 3;
-/// Whoever is due within a ninth of its TTL goes along, so that a client sends at most three messages in a third. A new lease
-/// is named after a ninth, for a daemon tells of losses only to a stream that has named the lease.
+/// Leases that are due within a ninth of their TTL go along, so a client sends at most three messages in a third for leases that
+/// it has held for a while.
 const ALONG: u32 = 9;
-/// The bytes of the leases named in one message, below what a daemon takes (1 MiB).
-const MESSAGE_BYTES: usize = 900 * 1024;
+/// How long a new lease waits for others to be named with. A daemon tells of losses only to a stream that has named the lease,
+/// so this is short; leases that are given back within it are never named.
+const NAMING: Duration = Duration::from_millis(5);
+/// How long after a message the next one names new leases. Somebody who acquires all the time sends ten messages a second, of
+/// the fifty that a daemon takes without slowing the stream down.
+const BETWEEN: Duration = Duration::from_millis(100);
+/// The bytes of the leases named in one message, below the 512 KiB that every daemon takes.
+const MESSAGE_BYTES: usize = 500 * 1024;
 /// What a lease takes up in a message beyond its key: the id, two tags and lengths, the tag and length of the whole.
 const LEASE_BYTES: usize = 48;
 
@@ -29,6 +35,8 @@ pub(crate) struct Holdings {
     pub(crate) sooner_due: Notify,
     /// A lease runs out before the watchman meant to look.
     pub(crate) sooner_over: Notify,
+    /// A lease is to be touched by a call of its own.
+    pub(crate) refused: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -38,12 +46,18 @@ struct Inner {
     keeper: Option<Moment>,
     /// When the watchman looks next.
     watchman: Option<Moment>,
+    /// When leases were last named.
+    named: Option<Moment>,
+    /// Why there is no keepalive stream, if there is none.
+    trouble: Option<String>,
 }
 
 #[derive(Debug)]
 struct Entry {
     holding: Arc<Holding>,
     due: Moment,
+    /// A daemon refused to touch the lease on the stream, so it is touched by calls of its own until the next stream opens.
+    is_refused: bool,
 }
 
 /// Leases to be touched together.
@@ -62,14 +76,16 @@ impl Holdings {
 
     pub(crate) fn insert(&self, holding: Arc<Holding>) {
         let mut inner = self.inner();
-        let due = Moment::now() + holding.ttl / ALONG;
+        let now = Moment::now();
+        let soon = inner.named.map_or(now + NAMING, |named| (named + BETWEEN).max(now + NAMING));
+        let due = soon.min(now + holding.ttl / ALONG);
         if inner.keeper.is_none_or(|at| due < at) {
             self.sooner_due.notify_one();
         }
         if inner.watchman.is_none_or(|at| holding.deadline() < at) {
             self.sooner_over.notify_one();
         }
-        inner.entries.insert(holding.id, Entry { holding, due });
+        inner.entries.insert(holding.id, Entry { holding, due, is_refused: false });
     }
 
     /// Touches it no more.
@@ -88,18 +104,21 @@ impl Holdings {
     /// When the next lease is to be touched, which is when the keeper looks again.
     pub(crate) fn next_due(&self) -> Option<Moment> {
         let mut inner = self.inner();
-        inner.keeper = inner.entries.values().map(|entry| entry.due).min();
+        let on_stream = inner.entries.values().filter(|entry| !entry.is_refused);
+        inner.keeper = on_stream.map(|entry| entry.due).min();
         inner.keeper
     }
 
-    /// Those that are to be touched at `now`, or all of them. The next touch of each is due a third of its TTL later, or a
-    /// little sooner, so that many clients do not fall into step.
+    /// Those that are to be touched on the stream at `now`; or all leases, for a stream that has just been opened. The next touch
+    /// of each is due a third of its TTL later, or a little sooner, so that many clients do not fall into step.
     pub(crate) fn take_due(&self, now: Moment, all: bool) -> Beat {
-        let jitter = 1.0 - fastrand::f64() / 8.0;
+        let jitter = jitter();
         let mut beat = Beat::default();
         let mut room = 0;
-        for Entry { holding, due } in self.inner().entries.values_mut() {
-            if !all && *due > now + holding.ttl / ALONG {
+        let mut inner = self.inner();
+        for Entry { holding, due, is_refused } in inner.entries.values_mut() {
+            *is_refused &= !all;
+            if *is_refused || (!all && *due > now + holding.ttl / ALONG) {
                 continue;
             }
             *due = now + (holding.ttl / BEATS).mul_f64(jitter);
@@ -115,7 +134,48 @@ impl Holdings {
             room -= size;
             beat.messages.last_mut().expect("there is one").push(holding.lease_ref());
         }
+        if !beat.messages.is_empty() {
+            inner.named = Some(now);
+        }
         beat
+    }
+
+    /// A daemon refused to touch this lease on the stream: from now on it is touched by calls of its own.
+    pub(crate) fn refuse(&self, id: Uuid) {
+        if let Some(entry) = self.inner().entries.get_mut(&id) {
+            entry.is_refused = true;
+            entry.due = Moment::now();
+            self.refused.notify_one();
+        }
+    }
+
+    /// When the next lease is to be touched by a call of its own.
+    pub(crate) fn next_refused(&self) -> Option<Moment> {
+        let inner = self.inner();
+        inner.entries.values().filter(|entry| entry.is_refused).map(|entry| entry.due).min()
+    }
+
+    /// Up to `most` leases that are to be touched by calls of their own at `now`.
+    pub(crate) fn take_refused(&self, now: Moment, most: usize) -> Vec<Arc<Holding>> {
+        let jitter = jitter();
+        let mut inner = self.inner();
+        let due = inner.entries.values_mut().filter(|entry| entry.is_refused && entry.due <= now);
+        due.take(most)
+            .map(|entry| {
+                entry.due = now + (entry.holding.ttl / BEATS).mul_f64(jitter);
+                Arc::clone(&entry.holding)
+            })
+            .collect()
+    }
+
+    /// Notes why there is no keepalive stream, or that there is one.
+    pub(crate) fn note(&self, trouble: Option<String>) {
+        self.inner().trouble = trouble;
+    }
+
+    /// Why there is no keepalive stream, if there is none.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.inner().trouble.clone()
     }
 
     /// Tells those whose time is over, and returns when the next one's will be, which is when the watchman looks again.
@@ -130,6 +190,11 @@ impl Holdings {
         inner.watchman = next.filter(|next| *next > now);
         next
     }
+}
+
+/// Something between seven eighths and one.
+fn jitter() -> f64 {
+    1.0 - fastrand::f64() / 8.0
 }
 
 /// Looks at all leases whenever one may have run out, for as long as it is polled.
@@ -160,6 +225,62 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(9);
 
+    /// Lets time pass, and counts the messages sent meanwhile.
+    async fn messages_in(holdings: &Holdings, time: Duration) -> usize {
+        let end = Moment::now() + time;
+        let mut messages = 0;
+        while let Some(due) = holdings.next_due().filter(|due| *due <= end) {
+            due.reached().await;
+            messages += holdings.take_due(Moment::now(), false).messages.len();
+        }
+        end.reached().await;
+        messages
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_lease_is_named_at_once_and_many_that_come_together_in_one_message() {
+        let holdings = Holdings::default();
+        for ttl in [Duration::from_millis(100), TTL, Duration::from_secs(24 * 3600)] {
+            tokio::time::advance(BETWEEN).await;
+            holdings.insert(lease(ttl, "key"));
+            assert!(holdings.next_due().unwrap() - Moment::now() <= NAMING);
+            assert_eq!(messages_in(&holdings, NAMING).await, 1);
+        }
+        tokio::time::advance(BETWEEN).await;
+        (0..100).for_each(|number| holdings.insert(lease(TTL, &format!("key/{number}"))));
+        let messages = messages_in(&holdings, NAMING).await;
+        assert!(messages <= 1, "{messages} messages");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_acquires_all_the_time_sends_ten_messages_a_second() {
+        let holdings = Holdings::default();
+        let mut messages = 0;
+        for number in 0..1000 {
+            holdings.insert(lease(TTL, &format!("key/{number}")));
+            messages += messages_in(&holdings, Duration::from_millis(3)).await;
+        }
+        assert!((25..=31).contains(&messages), "{messages} messages in three seconds");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_refused_is_off_the_stream_until_the_next_one_opens() {
+        let holdings = Holdings::default();
+        let (stays, refused) = (lease(TTL, "stays"), lease(TTL, "refused"));
+        holdings.insert(Arc::clone(&stays));
+        holdings.insert(Arc::clone(&refused));
+        assert_eq!(holdings.take_due(Moment::now(), true).messages[0].len(), 2);
+        holdings.refuse(refused.id);
+        let named = |all| holdings.take_due(Moment::now() + TTL, all).messages.concat().len();
+        assert_eq!(named(false), 1);
+        let alone = holdings.take_refused(Moment::now(), 9);
+        assert_eq!((alone.len(), alone[0].id), (1, refused.id));
+        let next = holdings.next_refused().unwrap() - Moment::now();
+        assert!(next > TTL / 4 && next <= TTL / 3, "{next:?}");
+        assert_eq!(named(true), 2);
+        assert!(holdings.next_refused().is_none());
+    }
+
     #[tokio::test(start_paused = true)]
     async fn leases_that_came_one_by_one_are_touched_together() {
         let holdings = Holdings::default();
@@ -167,6 +288,8 @@ mod tests {
             holdings.insert(lease(TTL, &format!("key/{number}")));
             tokio::time::advance(Duration::from_millis(90)).await;
         }
+        // All are named once.
+        let _ = messages_in(&holdings, TTL / 3).await;
         let start = Moment::now();
         let mut messages = 0;
         while Moment::now() < start + 10 * TTL {
@@ -203,7 +326,7 @@ mod tests {
         assert_eq!(beat.messages.iter().map(Vec::len).sum::<usize>(), 10_000);
         for leases in beat.messages {
             let message = leased_proto::v1::KeepAliveRequest { leases, sequence: u64::MAX };
-            assert!(prost::Message::encoded_len(&message) <= 1024 * 1024);
+            assert!(prost::Message::encoded_len(&message) <= 512 * 1024);
         }
     }
 

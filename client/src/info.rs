@@ -111,8 +111,8 @@ impl From<v1::Holder> for HolderInfo {
         Self {
             token: FencingToken::new(holder.fencing_token),
             mode: Mode::from(holder.mode()),
-            ttl: duration(holder.ttl),
-            remaining: duration(holder.remaining),
+            ttl: span(holder.ttl),
+            remaining: span(holder.remaining),
             acquired_at: time(holder.acquire_time),
             expires_at: time(holder.expire_time),
             metadata: holder.metadata.into_iter().collect(),
@@ -136,10 +136,33 @@ impl From<v1::Mode> for Mode {
     }
 }
 
-fn duration(duration: Option<prost_types::Duration>) -> Duration {
-    duration.and_then(|duration| duration.try_into().ok()).unwrap_or_default()
+/// A duration of the API; nothing if there is none, or one below nothing.
+pub(crate) fn span(duration: Option<prost_types::Duration>) -> Duration {
+    // prost's own conversion negates, which overflows for the least number there is.
+    let parts = duration.map(|duration| (u64::try_from(duration.seconds), u32::try_from(duration.nanos)));
+    match parts {
+        Some((Ok(seconds), Ok(nanos))) => Duration::new(seconds, nanos.min(999_999_999)),
+        _ => Duration::ZERO,
+    }
 }
 
 fn time(time: Option<prost_types::Timestamp>) -> SystemTime {
     time.and_then(|time| time.try_into().ok()).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_time_that_is_told_overflows() {
+        for seconds in [i64::MIN, -1, 0, 1, i64::MAX] {
+            for nanos in [i32::MIN, -1, 0, 1, i32::MAX] {
+                let told = time(Some(prost_types::Timestamp { seconds, nanos }));
+                assert!(told >= SystemTime::UNIX_EPOCH || seconds < 0 || nanos < 0);
+                let span = span(Some(prost_types::Duration { seconds, nanos }));
+                assert!(span.is_zero() || (seconds >= 0 && nanos >= 0));
+            }
+        }
+    }
 }

@@ -1,23 +1,28 @@
 //! The guard of a lease: what a program holds while it may act on a key.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::acquire::Unknown;
 use crate::belief::{Loss, State};
 use crate::client::Client;
 use crate::error::Error;
 use crate::holding::Holding;
 use crate::id::LeaseId;
+use crate::moment::after;
 use crate::token::FencingToken;
 
 /// A lease that this process holds, kept alive in the background until it is released or dropped.
 ///
-/// Dropping it gives the lease back in the background; [`release`](Self::release) does so and tells how it went.
+/// Dropping it gives the lease back in the background; [`release`](Self::release) does so and tells how it went. A process that
+/// is about to end waits with [`Client::settle`] for leases that were dropped. A lease may be shared in an
+/// `Arc`, since nothing but [`detach`](Self::detach) needs it whole.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -31,16 +36,16 @@ use crate::token::FencingToken;
 pub struct Lease {
     client: Client,
     holding: Arc<Holding>,
-    /// Nothing is left to give back.
-    is_over: bool,
-    /// One of the leases that a client may hold.
-    _slot: OwnedSemaphorePermit,
+    /// Nothing is left to give back, or somebody is giving it back.
+    is_over: AtomicBool,
+    /// One of the leases that a client may hold, until it is given back.
+    slot: Mutex<Option<OwnedSemaphorePermit>>,
 }
 
 impl Lease {
     pub(crate) fn new(client: Client, holding: Arc<Holding>, slot: OwnedSemaphorePermit) -> Self {
         client.shared().holdings.insert(Arc::clone(&holding));
-        Self { client, holding, is_over: false, _slot: slot }
+        Self { client, holding, is_over: AtomicBool::new(false), slot: Mutex::new(Some(slot)) }
     }
 
     /// What is leased.
@@ -132,7 +137,7 @@ impl Lease {
     /// ```
     #[must_use]
     pub fn deadline(&self) -> Instant {
-        Instant::now() + self.remaining()
+        after(Instant::now(), self.remaining())
     }
 
     /// How this process stands to the lease, now and as it changes.
@@ -147,6 +152,7 @@ impl Lease {
     ///         State::Held => println!("on again"),
     ///         State::Jeopardy => println!("no word from a daemon: pausing"),
     ///         State::Lost(loss) => break println!("gone: {loss}"),
+    ///         _ => {}
     ///     }
     /// }
     /// # }
@@ -218,10 +224,30 @@ impl Lease {
         self.holding.stop()
     }
 
+    /// Why no daemon has confirmed the lease lately, for people; nothing if all is well.
+    ///
+    /// ```no_run
+    /// # fn example(lease: leased_client::Lease) {
+    /// if let Some(trouble) = lease.trouble() {
+    ///     println!("{} is in danger: {trouble}", lease.key());
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.holding.trouble().or_else(|| self.client.shared().holdings.trouble())
+    }
+
     /// Runs `work` for as long as the key may be acted on, and drops it when that is over.
     ///
+    /// A future can be dropped only where it awaits. So what blocks its thread goes on, and so does what it has given to others:
+    /// spawned tasks, `spawn_blocking`, threads, processes. Give such work [`stop_token`](Self::stop_token) or a look at
+    /// [`is_held`](Self::is_held) between its steps, wait for its end within `work`, and send [`token`](Self::token) with each of
+    /// its writes, so that what comes too late is refused.
+    ///
     /// # Errors
-    /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or not begun.
+    /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or not begun. [`Error::EndedLate`] if it ended by itself but
+    /// only when the lease could not be relied on any more; what it returned is dropped.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) -> Result<(), leased_client::Error> {
@@ -230,17 +256,24 @@ impl Lease {
     /// # }
     /// ```
     pub async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T, Error> {
+        let jeopardy = || self.trouble().unwrap_or_else(|| "no daemon has confirmed it".to_owned());
         tokio::select! {
             biased;
             state = self.lost() => Err(match state {
                 State::Lost(loss) => Error::Lost(loss),
-                State::Held | State::Jeopardy => Error::Jeopardy,
+                State::Held | State::Jeopardy => Error::Jeopardy { cause: jeopardy() },
             }),
-            done = work => Ok(done),
+            // The work may have kept this task from looking at the clock.
+            done = work => match self.holding.state() {
+                State::Held => Ok(done),
+                State::Jeopardy => Err(Error::EndedLate { cause: jeopardy() }),
+                State::Lost(loss) => Err(Error::EndedLate { cause: loss.to_string() }),
+            },
         }
     }
 
-    /// Gives the lease back. When this returns, the next in line holds the key.
+    /// Gives the lease back. When this returns, the next in line holds the key. The lease counts as lost from the call on, for all
+    /// who share it; giving it back again does nothing, and does not wait for the first.
     ///
     /// # Errors
     /// [`Error::Lost`] if it was lost before: what was done under it may have met another holder.
@@ -249,17 +282,28 @@ impl Lease {
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) -> Result<(), leased_client::Error> {
-    /// lease.release().await
+    /// let lease = std::sync::Arc::new(lease);
+    /// let shared = std::sync::Arc::clone(&lease);
+    /// lease.release().await?;
+    /// assert!(!shared.is_held());
+    /// # Ok(())
     /// # }
     /// ```
-    pub async fn release(mut self) -> Result<(), Error> {
+    pub async fn release(&self) -> Result<(), Error> {
+        if self.is_over.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
         if let State::Lost(loss) = self.holding.state() {
             return Err(Error::Lost(loss));
         }
         self.leave();
-        let released = self.client.shared().release(self.holding.lease_ref()).await;
-        // No answer: the background goes on asking.
-        self.is_over = !matches!(released, Err(Error::Unavailable { .. }));
+        let lease = self.holding.lease_ref();
+        let mut unknown =
+            Unknown { client: &self.client, lease: Some(lease.clone()), ttl: Some(self.holding.ttl) };
+        let released = self.client.shared().release(lease).await;
+        if !matches!(released, Err(Error::Unavailable { .. })) {
+            unknown.lease = None;
+        }
         released
     }
 
@@ -274,9 +318,9 @@ impl Lease {
     /// # }
     /// ```
     #[must_use = "without the id nobody can touch or release the lease"]
-    pub fn detach(mut self) -> LeaseId {
+    pub fn detach(self) -> LeaseId {
         self.leave();
-        self.is_over = true;
+        self.is_over.store(true, Ordering::Relaxed);
         self.id()
     }
 
@@ -284,14 +328,15 @@ impl Lease {
     fn leave(&self) {
         self.client.shared().holdings.remove(self.holding.id);
         self.holding.lose(Loss::Released);
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let was_lost = matches!(self.holding.state(), State::Lost(loss) if loss != Loss::Released);
+        let was_lost = matches!(self.holding.state(), State::Lost(_));
         self.leave();
-        if !self.is_over && !was_lost {
+        if !self.is_over.load(Ordering::Relaxed) && !was_lost {
             self.client.release_in_background(self.holding.lease_ref(), self.holding.ttl);
         }
     }

@@ -53,9 +53,19 @@
 //!
 //! # What a client does in the background
 //!
-//! One task and one stream for all leases of a [`Client`]. Each lease is touched every third of its TTL, those that are due at
-//! about the same time in one message. When the stream breaks or falls silent, the next one is opened at whichever daemon
-//! answers, and the leases live on meanwhile. There is no channel to drain and no callback to return from.
+//! One task and one stream for all leases of a [`Client`]. A new lease is named on the stream at once, so that its loss is told
+//! at once, and touched every third of its TTL; those that are due at about the same time share a message. When the stream breaks
+//! or falls silent, the next one is opened over a new connection at whichever daemon answers, and the leases live on meanwhile.
+//! There is no channel to drain and no callback to return from.
+//!
+//! A client has a connection for its leases, one for other calls, and one for every 200 acquires that wait. Of several daemons it
+//! asks one; when that fails it turns to another, and it comes back to the first within some minutes.
+//!
+//! # What is not stopped
+//!
+//! [`Lease::run`] drops its future when the lease cannot be relied on any more. That stops what the future awaits, and nothing
+//! else: code that blocks the thread, spawned tasks, `spawn_blocking`, threads and processes go on. Such work looks at
+//! [`Lease::stop_token`] or [`Lease::is_held`] between its steps, and sends the token with what it writes.
 
 #![warn(missing_debug_implementations)]
 
@@ -86,6 +96,8 @@ mod watch;
 
 /// The time contract, as arithmetic.
 mod belief;
+/// One daemon, and the connections to it.
+mod daemon;
 /// The daemons to ask.
 mod endpoints;
 /// One lease.
@@ -96,6 +108,12 @@ mod holdings;
 mod keeper;
 /// The holder's clock.
 mod moment;
+/// Looking up names.
+mod names;
+/// For tests: the other end.
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+mod peer;
 
 use std::time::Duration;
 
@@ -109,6 +127,8 @@ pub use info::{HolderInfo, KeyInfo, KeyState, Mode, WaiterInfo};
 pub use lease::{Lease, StateWatch};
 pub use leased_proto::{Reason, v1};
 pub use list::List;
+#[doc(hidden)]
+pub use moment::run_on_timers_alone;
 pub use token::{FencingGuard, FencingToken, StaleToken};
 pub use watch::{ChangeKind, Watch, WatchEvent};
 

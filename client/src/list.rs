@@ -7,6 +7,7 @@ use leased_proto::v1::ListRequest;
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 
 use crate::client::Client;
+use crate::daemon::Purpose;
 use crate::error::Error;
 use crate::info::KeyInfo;
 
@@ -75,7 +76,8 @@ impl List {
             let client = client.clone();
             async move {
                 let Some(request) = request else { return Ok(None) };
-                let call = client.shared().endpoints.call(request.clone(), |channel, request| async move {
+                let endpoints = &client.shared().endpoints;
+                let call = endpoints.call(Purpose::Calls, request.clone(), |channel, request| async move {
                     LeaseServiceClient::new(channel).list(request).await
                 });
                 let page = call.await?.body;

@@ -4,11 +4,12 @@ use futures_util::stream::{BoxStream, StreamExt, try_unfold};
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::watch_response::Event;
 use leased_proto::v1::{self, WatchRequest, WatchResponse};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tonic::{Status, Streaming};
 
 use crate::client::Client;
-use crate::endpoints::{Endpoint, Pauses};
+use crate::daemon::{Purpose, Slot};
+use crate::endpoints::Pauses;
 use crate::error::{Error, Failure, cause};
 use crate::info::KeyInfo;
 
@@ -26,6 +27,7 @@ use crate::info::KeyInfo;
 ///         WatchEvent::SnapshotEnd => println!("that is all there is"),
 ///         WatchEvent::Change { kind, key } => println!("{} {kind:?}", key.key),
 ///         WatchEvent::Interrupted { cause } => println!("starting over: {cause}"),
+///         _ => {}
 ///     }
 /// }
 /// # Ok(())
@@ -40,6 +42,7 @@ pub struct Watch {
 
 /// What a watch tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum WatchEvent {
     /// A key as it is. A snapshot comes first, after each [`Interrupted`](Self::Interrupted), and whenever the reader was too
     /// slow for the changes.
@@ -104,8 +107,7 @@ impl Watch {
     /// [`Error::NotLeased`], [`Error::LimitExceeded`].
     #[must_use]
     pub fn stream(self) -> BoxStream<'static, Result<WatchEvent, Error>> {
-        let pauses = Pauses::new(self.client.shared().endpoints.len());
-        let watching = Watching { watch: self, open: None, pauses, interrupted: false };
+        let watching = Watching { watch: self, open: None, pauses: Pauses::default(), interrupted: false };
         try_unfold(watching, |mut watching| async {
             let event = watching.next().await?;
             Ok(Some((event, watching)))
@@ -116,27 +118,30 @@ impl Watch {
 
 struct Watching {
     watch: Watch,
-    open: Option<(Endpoint, Streaming<WatchResponse>)>,
+    open: Option<(Slot, Streaming<WatchResponse>)>,
     pauses: Pauses,
     /// This outage has been told.
     interrupted: bool,
 }
 
+/// A watch at a daemon, or how it failed there if one could be asked.
+type Begun = Result<(Slot, Streaming<WatchResponse>), (Option<Slot>, Status)>;
+
 impl Watching {
     async fn next(&mut self) -> Result<WatchEvent, Error> {
         loop {
-            let (endpoint, status) = match self.open.take() {
-                None => match self.begin().await {
-                    Ok(open) => {
-                        self.open = Some(open);
+            let (slot, status) = match self.open.take() {
+                None => match self.begin().await? {
+                    Ok((slot, events)) => {
+                        self.open = Some((slot, events));
                         continue;
                     }
-                    Err(failed) => failed,
+                    Err((slot, status)) => (slot, status),
                 },
-                Some((endpoint, mut events)) => match events.message().await {
+                Some((slot, mut events)) => match events.message().await {
                     Ok(Some(response)) => {
-                        self.open = Some((endpoint, events));
-                        self.pauses = Pauses::new(self.watch.client.shared().endpoints.len());
+                        self.open = Some((slot, events));
+                        self.pauses = Pauses::default();
                         self.interrupted = false;
                         match response.event.map(WatchEvent::from) {
                             Some(event) => return Ok(event),
@@ -144,38 +149,55 @@ impl Watching {
                             None => continue,
                         }
                     }
-                    Ok(None) => (endpoint, Status::unavailable("the daemon ended the watch")),
-                    Err(status) => (endpoint, status),
+                    Ok(None) => (Some(slot), Status::unavailable("the daemon ended the watch")),
+                    Err(status) => (Some(slot), status),
                 },
             };
-            if let Some(interrupted) = self.fail(&endpoint, status).await? {
+            if let Some(interrupted) = self.fail(slot.as_ref(), &status).await? {
                 return Ok(interrupted);
             }
         }
     }
 
-    async fn begin(&self) -> Result<(Endpoint, Streaming<WatchResponse>), (Endpoint, Status)> {
-        let endpoint = self.watch.client.shared().endpoints.preferred();
-        let mut stub = LeaseServiceClient::new(endpoint.channel.clone());
-        match stub.watch(self.watch.request.clone()).await {
-            Ok(response) => Ok((endpoint, response.into_inner())),
-            Err(status) => Err((endpoint, status)),
+    /// Opens a watch at the daemon to ask.
+    ///
+    /// # Errors
+    /// [`Error::DifferentStores`].
+    async fn begin(&self) -> Result<Begun, Error> {
+        let endpoints = &self.watch.client.shared().endpoints;
+        let Ok(Ok(daemon)) = timeout(endpoints.timeout(), endpoints.pick()).await else {
+            return Ok(Err((None, Status::unavailable("no address is known"))));
+        };
+        let slot = daemon.slot(Purpose::Calls);
+        let mut stub = LeaseServiceClient::new(slot.channel.clone());
+        match timeout(endpoints.timeout(), stub.watch(self.watch.request.clone())).await {
+            Ok(Ok(response)) => {
+                endpoints.meet(&daemon, response.metadata())?;
+                Ok(Ok((slot, response.into_inner())))
+            }
+            Ok(Err(status)) => Ok(Err((Some(slot), status))),
+            Err(_) => Ok(Err((Some(slot), Status::unavailable("it does not answer in time")))),
         }
     }
 
     /// Turns to another daemon. Tells of an outage once.
-    async fn fail(&mut self, endpoint: &Endpoint, status: Status) -> Result<Option<WatchEvent>, Error> {
-        let cause = cause(&status);
-        let asked = match Failure::of(status, &endpoint.name) {
-            Failure::Final(error) => return Err(error),
-            Failure::Passing(asked) => asked,
+    async fn fail(&mut self, slot: Option<&Slot>, status: &Status) -> Result<Option<WatchEvent>, Error> {
+        let endpoints = &self.watch.client.shared().endpoints;
+        let asked = match slot.map(|slot| endpoints.fail(slot, status)) {
+            Some(Failure::Final(error)) => return Err(error),
+            Some(Failure::Passing(asked)) => asked,
+            Some(Failure::Useless(error)) => match endpoints.useless() {
+                Some(_) => return Err(error),
+                None => None,
+            },
+            None => None,
         };
-        self.watch.client.shared().endpoints.avoid(endpoint);
         if !self.interrupted {
             self.interrupted = true;
-            return Ok(Some(WatchEvent::Interrupted { cause }));
+            return Ok(Some(WatchEvent::Interrupted { cause: cause(status) }));
         }
-        sleep(self.pauses.next(asked)).await;
+        let daemons = endpoints.len();
+        sleep(self.pauses.next(daemons, asked)).await;
         Ok(None)
     }
 }

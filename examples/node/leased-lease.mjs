@@ -192,7 +192,7 @@ export class Lease {
   #hear(result, sentAt) {
     if (result.outcome === 'lost') {
       this.#fall(result.lost.reason.replace('LOSS_REASON_', '').toLowerCase());
-    } else if (sentAt !== undefined) {
+    } else if (result.outcome === 'kept' && sentAt !== undefined) {
       this.#believe(sentAt + milliseconds(result.kept.remaining));
     }
   }

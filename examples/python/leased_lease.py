@@ -199,7 +199,7 @@ class Lease:
     def _hear(self, result, sent_at):
         if result.HasField("lost"):
             self._fall(pb.LossReason.Name(result.lost.reason).removeprefix("LOSS_REASON_").lower())
-        elif sent_at is not None:
+        elif result.HasField("kept") and sent_at is not None:
             self._believe(sent_at + result.kept.remaining.ToNanoseconds() / 1e9)
 
     def _watch(self):

@@ -1,4 +1,4 @@
-"""The calls of mongolock 1.3.4 on a leased daemon: `MongoLock`, with other promises behind the same signatures.
+"""The calls of mongolock on a leased daemon: `MongoLock`, with other promises behind the same signatures.
 
 Who holds a lock is decided by a lease id that the object keeps to itself, never by the owner's name, and when a lock is
 over is decided by the daemon's store, never by a clock of this machine. One object may be shared by threads; after a
@@ -25,6 +25,20 @@ SHORTEST_TTL, LONGEST_TTL = 0.1, 24 * 3600.0
 LONGEST_WAIT = 3600.0
 # How long a call may take beyond its wait.
 PATIENCE = 10.0
+
+# Where a daemon listens unless it is told otherwise.
+PORT = 5327
+# mongolock's own defaults, for the part of `db` and `collection` that is left out.
+DB, COLLECTION = "mongolock", "lock"
+
+# A connection that dies in silence is noticed within 8 s, and replaced before a call gives up. gRPC's core takes the
+# timeout of a ping from the second of these options, or from the third, depending on its version.
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 # Repeats are safe: a call with the same lease id is the same acquisition.
 _SERVICE_CONFIG = {
@@ -64,22 +78,37 @@ class MongoLockLocked(Exception):
 class _Lock:
     """A lease of this object."""
 
-    def __init__(self, ttl, expires):
-        self.id, self.ttl, self.expires = str(uuid.uuid4()), ttl, expires
+    def __init__(self, expire):
+        self.id, self.expire = str(uuid.uuid4()), expire
+        self.ttl = min(max(expire, SHORTEST_TTL), LONGEST_TTL) if expire else UNLIMITED_TTL
         # Until when this object touches it unasked; -inf: never.
-        self.touch_until = -math.inf if expires else math.inf
+        self.touch_until = -math.inf if expire else math.inf
         self.touched = -math.inf
 
 
 class MongoLock:
-    """Locks at the daemon at `endpoint`, or at the one that `channel` leads to."""
+    """Locks at the daemon at `host`, an address like `localhost:5327`, or at the one that `channel` leads to.
 
-    def __init__(self, endpoint="localhost:5327", channel=None):
+    `db` and `collection`, if either is given, keep the keys apart from others: keys begin with `db/collection/`.
+    `acquire_retry_step` is ignored, since nobody polls. A `client` of pymongo leads to no daemon and is refused.
+    """
+
+    def __init__(self, host="localhost", db=None, collection=None, client=None, acquire_retry_step=None, *, channel=None):
+        del acquire_retry_step
+        if client is not None or not isinstance(collection, (str, type(None))):
+            raise TypeError(
+                "leased_mongolock keeps its locks in a leased daemon, and not in MongoDB: leave out `client`, give the "
+                "daemon's address as `host`, and give `db` and `collection` as strings"
+            )
+        if "://" in host:
+            raise ValueError(f"`host` is the address of a leased daemon, like localhost:{PORT}, and no URI")
+        self._prefix = "" if db is None and collection is None else f"{db or DB}/{collection or COLLECTION}/"
         options = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.max_reconnect_backoff_ms", 1_000),
+            *_KEEPALIVE,
         ]
-        self._channel = channel or grpc.insecure_channel(endpoint, options=options)
+        self._channel = channel or grpc.insecure_channel(_with_port(host), options=options)
         self._leased = lease_pb2_grpc.LeaseServiceStub(self._channel)
         self._held = {}
         self._changed = threading.Condition()
@@ -100,7 +129,7 @@ class MongoLock:
         """Takes the lock and returns True, or False if another still holds it after `timeout` seconds. It is free again
         `expire` seconds after the grant or the last touch; without `expire`, when this process releases it or ends.
         """
-        lock = _Lock(min(max(expire, SHORTEST_TTL), LONGEST_TTL) if expire else UNLIMITED_TTL, bool(expire))
+        lock = _Lock(expire)
         give_up = _now() + (timeout or 0)
         while True:
             wait = min(max(0.0, give_up - _now()), LONGEST_WAIT)
@@ -119,31 +148,29 @@ class MongoLock:
             lock = self._held.pop((key, owner), None)
         if lock is not None:
             with _losses():
-                self._leased.Release(pb.ReleaseRequest(lease=_ref(key, lock)), timeout=PATIENCE)
+                self._leased.Release(pb.ReleaseRequest(lease=self._ref(key, lock)), timeout=PATIENCE)
 
     def touch(self, key, owner, expire=None):
-        """Has the lock last at least `expire` seconds from now on. Raises `MongoLockException` if it is not held, or if
-        it has an expiry and none is given; a lock without expiry needs no touch."""
+        """Has the lock last at least `expire` seconds from now on; without `expire`, as long as it was locked for. Raises
+        `MongoLockException` if it is not held. A lock without expiry needs no touch."""
         with self._changed:
             lock = self._held.get((key, owner))
         if lock is None:
             raise MongoLockException(f"{owner} does not hold {key}")
-        if lock.expires and not expire:
-            raise MongoLockException(f"{key} was locked with an expiry: touch it with one")
         sent_at = _now()
         if not self._touch(key, owner, lock):
             raise MongoLockException(f"{owner} does not hold {key} any more")
-        if lock.expires:
+        if lock.expire:
             with self._changed:
                 # A touch lasts for the TTL of the grant, so a longer one takes several.
-                lock.touch_until = sent_at + expire - lock.ttl
+                lock.touch_until = sent_at + (expire or lock.expire) - lock.ttl
                 self._wake()
 
     def get_lock_info(self, key):
         """The lock as a dictionary, or None if there never was one. Times are naive UTC, as the store tells them; a
         lock without `expire` shows when it would be over if its process ended now."""
         try:
-            seen = self._leased.Get(pb.GetRequest(key=key), timeout=PATIENCE).lease
+            seen = self._leased.Get(pb.GetRequest(key=self._prefix + key), timeout=PATIENCE).lease
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.NOT_FOUND:
                 return None
@@ -159,7 +186,7 @@ class MongoLock:
     def is_locked(self, key):
         """Whether somebody holds the lock in time."""
         try:
-            seen = self._leased.Get(pb.GetRequest(key=key), timeout=PATIENCE).lease
+            seen = self._leased.Get(pb.GetRequest(key=self._prefix + key), timeout=PATIENCE).lease
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.NOT_FOUND:
                 return False
@@ -174,7 +201,7 @@ class MongoLock:
 
     def _acquire(self, key, owner, lock, wait):
         request = pb.AcquireRequest(
-            key=key, lease_id=lock.id, owner=owner, ttl=_duration(lock.ttl), wait=_duration(wait)
+            key=self._prefix + key, lease_id=lock.id, owner=owner, ttl=_duration(lock.ttl), wait=_duration(wait)
         )
         lock.touched = _now()
         try:
@@ -188,7 +215,7 @@ class MongoLock:
                 return False
             # It may have been granted all the same. If that cannot be mended now, its time runs out.
             with contextlib.suppress(grpc.RpcError):
-                self._leased.Release(pb.ReleaseRequest(lease=_ref(key, lock)), timeout=PATIENCE)
+                self._leased.Release(pb.ReleaseRequest(lease=self._ref(key, lock)), timeout=PATIENCE)
             raise
         lock.token = granted.fencing_token
         # A grant from the line may be old by now.
@@ -201,13 +228,16 @@ class MongoLock:
         """False if the lock is lost, which is then forgotten."""
         sent_at = _now()
         with _losses() as lost:
-            self._leased.Touch(pb.TouchRequest(lease=_ref(key, lock)), timeout=timeout)
+            self._leased.Touch(pb.TouchRequest(lease=self._ref(key, lock)), timeout=timeout)
             lock.touched = sent_at
         if lost:
             with self._changed:
                 if self._held.get((key, owner)) is lock:
                     del self._held[key, owner]
         return not lost
+
+    def _ref(self, key, lock):
+        return pb.LeaseRef(key=self._prefix + key, lease_id=lock.id)
 
     def _wake(self):
         """Has the thread that touches look at what is held; there is none before one is needed."""
@@ -247,8 +277,12 @@ def _losses():
         lost.append(error)
 
 
-def _ref(key, lock):
-    return pb.LeaseRef(key=key, lease_id=lock.id)
+def _with_port(host):
+    """The address with the daemon's usual port, unless it names one; gRPC would take 443."""
+    name, _, port = host.rpartition(":")
+    if port.isdigit() and (":" not in name or name.endswith("]")):
+        return host
+    return f"[{host}]:{PORT}" if ":" in host and not host.endswith("]") else f"{host}:{PORT}"
 
 
 def _duration(seconds):

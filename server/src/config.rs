@@ -1,7 +1,10 @@
 //! What was typed ([`Args`]) and what it means ([`Config`]). Relations between settings are checked here.
 
+use std::convert::Infallible;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{ArgAction, Args as Group, Parser, ValueEnum};
@@ -37,9 +40,10 @@ pub struct Args {
     #[arg(long, env = "LEASED_DATA_DIR", value_name = "DIR", default_value = "./leased-data")]
     data_dir: PathBuf,
 
-    /// Keep the leases in this MongoDB replica set instead, for any number of daemons; every option of the URI holds.
+    /// Keep the leases in this MongoDB replica set instead, for any number of daemons. Options of the URI hold but those
+    /// that would make leases unsafe, which are refused.
     #[arg(long, env = "LEASED_MONGODB_URI", value_name = "URI", hide_env_values = true)]
-    mongodb_uri: Option<String>,
+    mongodb_uri: Option<Secret>,
 
     /// The database in it.
     #[arg(long, env = "LEASED_MONGODB_DATABASE", value_name = "NAME", default_value = "leased")]
@@ -70,7 +74,7 @@ pub struct Args {
     #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", value_parser = parse_duration)]
     grace: Option<Duration>,
 
-    /// Forget keys that have been free for this long; at least 1h.
+    /// Forget keys that have been free, or whose leases have lapsed, for this long; at least 1h.
     #[arg(long, env = "LEASED_PURGE_AFTER", value_name = "DURATION", default_value = "7d", value_parser = parse_duration)]
     purge_after: Duration,
 
@@ -130,6 +134,24 @@ struct LimitArgs {
     /// slowed down.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     max_stream_rate: u32,
+}
+
+/// What must not be printed.
+#[derive(Clone)]
+struct Secret(String);
+
+impl FromStr for Secret {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
 }
 
 /// How log lines look.
@@ -237,7 +259,7 @@ impl TryFrom<Args> for Config {
         let place = match &args.mongodb_uri {
             None => Place::Folder(args.data_dir.clone()),
             Some(uri) => Place::MongoDb(Location {
-                uri: uri.clone(),
+                uri: uri.0.clone(),
                 database: args.mongodb_database.clone(),
                 collection: args.mongodb_collection.clone(),
             }),
@@ -357,6 +379,15 @@ mod tests {
         assert_eq!(shared.rules.grace, Duration::from_secs(1));
         let chosen = config(&[uri[0], uri[1], "--grace", "3s"]).expect("a grace");
         assert_eq!(chosen.rules.grace, Duration::from_secs(3));
+    }
+
+    #[test]
+    fn no_password_is_in_what_is_shown_for_debugging() {
+        let options = ["leased", "--mongodb-uri", "mongodb://app:S3cret@127.0.0.1"];
+        let args = Args::try_parse_from(options).expect("options that parse");
+        let shown = format!("{args:?}");
+        let config = Config::try_from(args).expect("the defaults");
+        assert!(!shown.contains("S3cret") && !format!("{config:?}").contains("S3cret"), "{shown}");
     }
 
     #[test]

@@ -25,12 +25,13 @@ pub(crate) async fn serve<S: Store>(
 ) {
     let meter = Arc::new(meter);
     let ready = move || async move {
-        let away = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
-        match health.readiness() {
-            Readiness::Ready => (StatusCode::OK, format!("ready{}\n", feed(lessor.store()))),
-            Readiness::StoreAway => away("the store does not answer"),
-            Readiness::Draining => away("draining"),
-        }
+        let store = lessor.store();
+        let (code, state) = match health.readiness() {
+            Readiness::Ready => (StatusCode::OK, format!("ready{}", feed(store))),
+            Readiness::StoreAway => (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer".to_owned()),
+            Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining".to_owned()),
+        };
+        (code, format!("{state}\nstore={} id={}\n", store.name(), store.id()))
     };
     let metrics = move || async move {
         let text = meter.text().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;

@@ -3,23 +3,27 @@
 //! A stream is one task. It owns the set of leases that the stream carries, and nothing else outlives it: when the
 //! caller goes away the task ends, the leases run out in their time, and nobody has anything to clean up.
 //!
-//! A lease touched a moment ago is answered from memory, and one that is lost is told at once, unasked.
+//! A lease touched a moment ago is answered from memory, and one that is lost is told at once, unasked. A lease that the
+//! stream may not name is refused by itself: no message of a caller's, short of one too large to read, costs it the stream.
 
+use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef};
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef, RefusalReason};
+use prost::encoding::message::encoded_len;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
+use crate::boot_instant::BootInstant;
 use crate::config::Limits;
 use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Source, Touched};
-use crate::request::{self, Violations};
+use crate::request;
 use crate::store::{Store, StoreError};
 use crate::wire;
 
@@ -29,9 +33,12 @@ const MESSAGES: usize = 16;
 const BURST: u32 = 4;
 /// The pause before leases are touched again after the store has failed.
 const RETRY: Duration = Duration::from_millis(200);
-
-/// Losses told in one response, so that it stays below what a message may have.
-const LOSSES: usize = 1000;
+/// The leases of one message, in bytes as they are encoded; those past it are refused. An answer to so many fits into one
+/// response.
+const MESSAGE_BYTES: usize = 512 * 1024;
+/// Leases of one message. No message that may be read has as many well-formed ones, so this bounds what malformed ones
+/// cost.
+const MESSAGE_LEASES: usize = 100_000;
 
 /// What a stream is answered.
 pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
@@ -40,10 +47,12 @@ pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
 type Answer = (Message, Result<Vec<(Arc<Carriage>, Option<Touched>)>, Status>);
 
 /// A message that waits for the store.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Message {
     sequence: u64,
     came_at: Instant,
+    /// Results of the leases that are not touched.
+    refused: Vec<KeepAliveResult>,
 }
 
 /// Serves one stream until either side ends it.
@@ -54,14 +63,7 @@ pub(crate) fn serve<S: Store>(
     draining: CancellationToken,
 ) -> Answers {
     let (answers, receiver) = mpsc::channel(1);
-    let stream = Stream {
-        carrier: lessor.carry(),
-        lessor,
-        most_leases: limits.stream_leases,
-        coalesces: limits.coalesce_touches,
-        pace: Pace::new(limits.stream_rate),
-        in_flight: FuturesUnordered::new(),
-    };
+    let stream = Stream::new(lessor, limits);
     tokio::spawn(async move {
         let end = tokio::select! {
             end = stream.run(messages, &answers) => end,
@@ -86,6 +88,17 @@ struct Stream<S> {
 }
 
 impl<S: Store> Stream<S> {
+    fn new(lessor: Lessor<S>, limits: &Limits) -> Self {
+        Self {
+            carrier: lessor.carry(),
+            lessor,
+            most_leases: limits.stream_leases,
+            coalesces: limits.coalesce_touches,
+            pace: Pace::new(limits.stream_rate),
+            in_flight: FuturesUnordered::new(),
+        }
+    }
+
     /// Reads and answers until the caller has said all and everything is answered.
     async fn run(
         mut self,
@@ -100,23 +113,25 @@ impl<S: Store> Stream<S> {
             tokio::select! {
                 Some((message, outcome)) = self.in_flight.next() => {
                     let settled = self.carrier.settle(outcome?);
-                    let results = settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
-                    let response = KeepAliveResponse { sequence: message.sequence, results };
-                    if answers.send(Ok(response)).await.is_err() {
+                    let mut results: Vec<_> =
+                        settled.iter().map(|(lease, touched)| result(lease, *touched)).collect();
+                    results.extend(message.refused);
+                    if !tell(answers, message.sequence, results).await {
                         return Ok(());
                     }
                     self.lessor.counts().acked(Source::Store, message.came_at.elapsed());
                 }
-                lost = self.carrier.lost() => for some in lost.chunks(LOSSES) {
-                    if answers.send(Ok(told(some))).await.is_err() {
+                lost = self.carrier.lost() => {
+                    let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason)));
+                    if !tell(answers, 0, results.collect()).await {
                         return Ok(());
                     }
                 },
                 message = messages.message(), if may_read && in_pace => match message {
                     Ok(Some(message)) => {
-                        let came_at = Instant::now();
-                        if let Some(response) = self.take(message, came_at)? {
-                            if answers.send(Ok(response)).await.is_err() {
+                        let (came_at, sequence) = (Instant::now(), message.sequence);
+                        if let Some(results) = self.take(message, came_at)? {
+                            if !tell(answers, sequence, results).await {
                                 return Ok(());
                             }
                             self.lessor.counts().acked(Source::Memory, came_at.elapsed());
@@ -132,52 +147,108 @@ impl<S: Store> Stream<S> {
         Ok(())
     }
 
-    /// Checks a message and hands its touches over in one go. Returns the answer if memory has it all.
+    /// Checks a message and hands its touches over in one go. Returns the results if the store need not be asked for
+    /// any.
     fn take(
         &mut self,
-        message: KeepAliveRequest,
+        mut message: KeepAliveRequest,
         came_at: Instant,
-    ) -> Result<Option<KeepAliveResponse>, Status> {
+    ) -> Result<Option<Vec<KeepAliveResult>>, Status> {
         self.pace.spend();
-        let mut wrong = Violations::default();
+        if message.leases.len() > MESSAGE_LEASES {
+            return Err(wire::limit_exceeded("message_leases", MESSAGE_LEASES));
+        }
         if message.sequence == 0 {
-            wrong.add("sequence", "must be 1 or more; 0 marks what the daemon tells on its own accord");
+            return Ok(Some(self.refuse_all(message.leases)));
         }
-        let mut named = Vec::with_capacity(message.leases.len());
-        for (position, lease) in message.leases.iter().enumerate() {
-            named.extend(request::lease(&mut wrong, format_args!("leases[{position}]"), Some(lease)));
-        }
-        wrong.into_result()?;
-
-        let leases = if named.is_empty() { self.carrier.all() } else { self.carrier.name(named) };
-        if self.carrier.len() > self.most_leases {
-            return Err(wire::limit_exceeded("stream_leases", self.most_leases));
-        }
-        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(came_at);
+        let (leases, refused) = match message.leases.is_empty() {
+            true => (self.carrier.all(), Vec::new()),
+            false => self.name(&mut message.leases),
+        };
+        let now = BootInstant::now();
+        let is_due = |lease: &Carriage| !self.coalesces || !lease.is_fresh(now);
         let due: Vec<usize> = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
         if due.is_empty() {
-            return Ok(Some(self.remember(message, leases)));
+            let mut results = self.remember(message.leases, leases);
+            results.extend(refused);
+            return Ok(Some(results));
         }
-        let message = Message { sequence: message.sequence, came_at };
+        let message = Message { sequence: message.sequence, came_at, refused };
         self.in_flight.push(Box::pin(touch(self.lessor.clone(), message, leases, due)));
         Ok(None)
     }
 
-    /// The answer to a message whose leases were all touched a moment ago. Names them as the message does.
-    fn remember(&mut self, message: KeepAliveRequest, leases: Vec<Arc<Carriage>>) -> KeepAliveResponse {
+    /// Has the stream carry the leases that a message names, as far as it may. Those that are refused are taken out of
+    /// `named`.
+    fn name(&mut self, named: &mut Vec<LeaseRef>) -> (Vec<Arc<Carriage>>, Vec<KeepAliveResult>) {
+        let (mut leases, mut refused) = (Vec::with_capacity(named.len()), Vec::new());
+        let most = self.most_leases;
+        let mut naming = self.carrier.naming(most);
+        let mut bytes = 0;
+        named.retain_mut(|lease| {
+            bytes += encoded_len(1, lease);
+            let (reason, message) = match request::one_of_many(lease) {
+                Err(message) => (RefusalReason::Invalid, message),
+                Ok(_) if bytes > MESSAGE_BYTES => (RefusalReason::LimitExceeded, past_message_bytes()),
+                Ok(name) => match naming.name(name) {
+                    Some(carriage) => {
+                        leases.push(carriage);
+                        return true;
+                    }
+                    None => (RefusalReason::LimitExceeded, past_stream_leases(most)),
+                },
+            };
+            refused.push(wire::refused(take(lease), reason, message));
+            false
+        });
+        (leases, refused)
+    }
+
+    /// The results of a message without a sequence, which cannot be answered: a result without one says nothing about
+    /// when its message was sent, and so nothing about how long the lease is held.
+    fn refuse_all(&self, named: Vec<LeaseRef>) -> Vec<KeepAliveResult> {
+        const WHY: &str = "sequence must be 1 or more; 0 marks what the daemon tells of its own accord";
+        let refuse = |lease| wire::refused(lease, RefusalReason::Invalid, WHY);
+        match named.is_empty() {
+            true => self.carrier.leases().map(|(key, id)| refuse(wire::lease_ref(key, *id))).collect(),
+            false => named.into_iter().map(refuse).collect(),
+        }
+    }
+
+    /// The results of a message whose leases were all touched a moment ago. They take over what the message names.
+    fn remember(&mut self, named: Vec<LeaseRef>, leases: Vec<Arc<Carriage>>) -> Vec<KeepAliveResult> {
         let settled = self.carrier.settle(leases.into_iter().map(|lease| (lease, None)).collect());
-        let mut named = message.leases.into_iter();
+        let mut named = named.into_iter();
         let results = settled.iter().map(|(lease, touched)| {
             wire::keepalive_result(named.next().unwrap_or_else(|| reference(lease)), *touched)
         });
-        KeepAliveResponse { sequence: message.sequence, results: results.collect() }
+        results.collect()
     }
 }
 
-/// Losses told on the daemon's own accord.
-fn told(lost: &[(Arc<Carriage>, Loss)]) -> KeepAliveResponse {
-    let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason))).collect();
-    KeepAliveResponse { sequence: 0, results }
+/// Tells a stream these results, in as many responses as that takes. Returns whether the caller is still there.
+async fn tell(
+    answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
+    sequence: u64,
+    results: Vec<KeepAliveResult>,
+) -> bool {
+    for response in wire::keepalive_responses(sequence, results) {
+        if answers.send(Ok(response)).await.is_err() {
+            return false;
+        }
+    }
+    true
+}
+
+fn past_message_bytes() -> String {
+    format!(
+        "past the first {} KiB of its message; send a large set in several messages",
+        MESSAGE_BYTES / 1024
+    )
+}
+
+fn past_stream_leases(most: usize) -> String {
+    format!("the stream carries {most} leases, as many as it may; touch this one on another stream")
 }
 
 fn result(lease: &Carriage, touched: Touched) -> KeepAliveResult {
@@ -239,7 +310,65 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::Parser;
+    use leased_proto::v1::keep_alive_result::Outcome;
+
+    use tokio_util::task::TaskTracker;
+
     use super::*;
+    use crate::boot_instant::suspend;
+    use crate::config::{Args, Config};
+    use crate::lease::{Acquisition, Key, LeaseId, Mode, Rules, Ttl};
+    use crate::lessor::{Acquired, Bounds, Call, Origin};
+    use crate::meter::Meter;
+    use crate::store::embedded::EmbeddedStore;
+
+    const TTL: Duration = Duration::from_secs(3600);
+
+    fn acquisition(id: LeaseId) -> Acquisition {
+        Acquisition {
+            id,
+            owner: String::new(),
+            metadata: BTreeMap::new(),
+            mode: Mode::Exclusive,
+            shared_limit: 1,
+            ttl: Ttl::new(TTL).expect("an hour"),
+            min_hold: Duration::ZERO,
+            wait: false,
+            repeated: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_answered_from_memory_counts_the_time_that_the_machine_was_suspended() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+        let store = EmbeddedStore::open(folder.path(), rules).await.expect("a usable folder");
+        let (mut meter, tasks) = (Meter::default(), TaskTracker::new());
+        let lessor = Lessor::start(store, Bounds::default(), CancellationToken::new(), &mut meter, &tasks);
+        let (key, id) = (Key::try_from("job").expect("a key"), LeaseId::random());
+        let lease = wire::lease_ref(&key, id);
+        let call = Call { key, acquisition: acquisition(id), origin: Origin::Caller, wait: Duration::ZERO };
+        assert!(matches!(lessor.acquire(call).await, Ok(Acquired::Granted(_))));
+
+        let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
+        let mut stream = Stream::new(lessor, &limits);
+        let message = || KeepAliveRequest { leases: vec![lease.clone()], sequence: 1 };
+        assert!(stream.take(message(), Instant::now()).expect("a message").is_none(), "the store is asked");
+        let (_, touched) = stream.in_flight.next().await.expect("an answer");
+        stream.carrier.settle(touched.expect("the store answers"));
+
+        suspend(TTL / 20);
+        let results = stream.take(message(), Instant::now()).expect("a message").expect("memory does");
+        let Some(Outcome::Kept(kept)) = &results[0].outcome else { panic!("{results:?}") };
+        let remaining = Duration::try_from(kept.remaining.expect("a duration")).expect("not negative");
+        assert!(remaining <= TTL - TTL / 20, "{remaining:?}");
+
+        suspend(TTL / 20);
+        assert!(stream.take(message(), Instant::now()).expect("a message").is_none(), "the store is asked");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_may_burst_and_is_then_held_to_its_rate() {

@@ -12,6 +12,8 @@ pub mod lessor;
 /// Where records live.
 pub mod store;
 
+/// The clock that counts suspension.
+mod boot_instant;
 /// The stream that keeps leases alive.
 mod keepalive;
 /// Requests, read and checked.
@@ -40,6 +42,8 @@ mod http;
 mod process;
 /// Running the daemon.
 pub mod server;
+/// Which store answers.
+mod stamp;
 /// How the daemon stands.
 mod standing;
 

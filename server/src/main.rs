@@ -20,6 +20,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Between tries to reach the store at start.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long a try to reach the store may go on after the daemon was told to stop.
+const LAST_TRY: Duration = Duration::from_secs(5);
 
 /// How the process ends other than well.
 enum Failure {
@@ -72,24 +74,36 @@ async fn serve<S: Store>(
     shutdown: CancellationToken,
     start: impl AsyncFn() -> Result<S, StartError>,
 ) -> Result<(), Failure> {
-    let store = tokio::select! {
-        store = reach(config, start) => store?,
-        () = shutdown.cancelled() => return Ok(()),
+    let Some(store) = reach(config, &shutdown, start).await? else { return Ok(()) };
+    let listeners = match Listeners::bind(config).await {
+        Ok(listeners) => listeners,
+        Err(error) => {
+            store.leave().await;
+            return Err(Failure::usage(error));
+        }
     };
-    let listeners = Listeners::bind(config).await.map_err(Failure::usage)?;
-    announce(&listeners, store.name()).map_err(Failure::running)?;
-    run(listeners, store, config, shutdown).await.map_err(Failure::running)
+    announce(&listeners, &store).map_err(Failure::running)?;
+    run(listeners, store, config, shutdown).await.map_err(|error| match error.downcast_ref() {
+        Some(StartError::Unusable(why)) => Failure::usage(why),
+        _ => Failure::running(error),
+    })
 }
 
-/// Starts the store, trying again while it cannot be reached.
+/// Starts the store and joins its other daemons, trying again while it cannot be reached; `None` if told to stop.
 async fn reach<S: Store>(
     config: &Config,
+    shutdown: &CancellationToken,
     start: impl AsyncFn() -> Result<S, StartError>,
-) -> Result<S, Failure> {
+) -> Result<Option<S>, Failure> {
     let give_up = config.store_timeout.map(|timeout| Instant::now() + timeout);
     loop {
-        let cause = match start().await {
-            Ok(store) => return Ok(store),
+        let started = tokio::select! {
+            started = start() => started,
+            () = too_late(shutdown) => return Ok(None),
+        };
+        let cause = match joined(started).await {
+            Ok(store) => return Ok(Some(store)),
+            Err(_) if shutdown.is_cancelled() => return Ok(None),
             Err(error @ StartError::Unusable(_)) => return Err(Failure::usage(error)),
             Err(error) => error,
         };
@@ -97,14 +111,34 @@ async fn reach<S: Store>(
             return Err(Failure::running(format!("the store cannot be reached: {cause}")));
         }
         tracing::warn!(%cause, "the store cannot be reached yet; trying again");
-        sleep(RETRY).await;
+        if shutdown.run_until_cancelled(sleep(RETRY)).await.is_none() {
+            return Ok(None);
+        }
     }
 }
 
+/// Returns a while after the daemon was told to stop: a try that is under way mostly ends by itself until then, and
+/// what it began with it.
+async fn too_late(shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    sleep(LAST_TRY).await;
+}
+
+/// Not to be dropped part-way: whoever has joined has to leave.
+async fn joined<S: Store>(started: Result<S, StartError>) -> Result<S, StartError> {
+    let store = started?;
+    if let Err(error) = store.join().await {
+        store.leave().await;
+        return Err(error);
+    }
+    Ok(store)
+}
+
 /// The line that says that calls are accepted.
-fn announce(listeners: &Listeners, store: &str) -> std::io::Result<()> {
+fn announce(listeners: &Listeners, store: &impl Store) -> std::io::Result<()> {
     let http = listeners.http()?.map_or_else(|| "off".to_owned(), |address| address.to_string());
-    println!("leased ready grpc={} http={http} store={store}", listeners.grpc()?);
+    let (grpc, kind, id) = (listeners.grpc()?, store.name(), store.id());
+    println!("leased ready grpc={grpc} http={http} store={kind} id={id}");
     Ok(())
 }
 

@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::fmt::Display;
 use std::time::Duration;
 
-use leased_proto::v1;
+use leased_proto::{Reason, v1};
 use prost::Message;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
-use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::config::{DAY, Limits};
 use crate::lease::{Acquisition, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Ttl};
@@ -43,13 +42,13 @@ impl Violations {
         if self.0.is_empty() {
             return Ok(());
         }
-        let mut details = ErrorDetails::new();
-        let mut fields = Vec::with_capacity(self.0.len());
-        for (field, what) in self.0 {
-            fields.push(format!("{field} {what}"));
-            details.add_bad_request_violation(field, what);
-        }
-        Err(Status::with_error_details(tonic::Code::InvalidArgument, fields.join("; "), details))
+        Err(Reason::invalid_request(self.sentence(), self.0))
+    }
+
+    /// What is wrong, for people.
+    fn sentence(&self) -> String {
+        let fields: Vec<String> = self.0.iter().map(|(field, what)| format!("{field} {what}")).collect();
+        fields.join("; ")
     }
 
     /// The parts, all of which are there if nothing is wrong.
@@ -75,7 +74,7 @@ pub(crate) fn key(field: &str, text: &str) -> Result<Key, Status> {
 }
 
 /// Reads the lease named in the field `field`, which is spelled only if something is wrong: messages name many.
-pub(crate) fn lease(
+fn lease(
     wrong: &mut Violations,
     field: impl Display,
     lease: Option<&v1::LeaseRef>,
@@ -85,7 +84,7 @@ pub(crate) fn lease(
         return None;
     };
     let key = wrong.take(format_args!("{field}.key"), Key::try_from(lease.key.as_str()));
-    let id = wrong.take(format_args!("{field}.lease_id"), lease_id(&lease.lease_id));
+    let id = wrong.take(format_args!("{field}.lease_id"), LeaseId::try_from(lease.lease_id.as_str()));
     key.zip(id)
 }
 
@@ -96,8 +95,10 @@ pub(crate) fn one_lease(named: Option<&v1::LeaseRef>) -> Result<(Key, LeaseId), 
     wrong.finish(lease)
 }
 
-fn lease_id(text: &str) -> Result<LeaseId, &'static str> {
-    LeaseId::try_from(text).map_err(|_| "must be a UUID")
+/// Reads one of the leases that a keepalive message names, or says in a sentence what is wrong with it.
+pub(crate) fn one_of_many(named: &v1::LeaseRef) -> Result<(Key, LeaseId), String> {
+    let mut wrong = Violations::default();
+    lease(&mut wrong, "lease", Some(named)).ok_or_else(|| wrong.sentence())
 }
 
 /// Reads an acquire. `headers` may bound the wait: the answer is to come before the caller stops listening.
@@ -112,7 +113,7 @@ pub(crate) fn acquire(
     let (id, origin) = if request.lease_id.is_empty() {
         (Some(LeaseId::random()), Origin::Daemon)
     } else {
-        (wrong.take("lease_id", lease_id(&request.lease_id)), Origin::Caller)
+        (wrong.take("lease_id", LeaseId::try_from(request.lease_id.as_str())), Origin::Caller)
     };
     if request.owner.len() > MAX_OWNER_BYTES {
         wrong.add("owner", format_args!("must be at most {MAX_OWNER_BYTES} bytes long"));
@@ -140,6 +141,7 @@ pub(crate) fn acquire(
         ttl,
         min_hold: Duration::from_millis(u64::try_from(min_hold.as_millis()).unwrap_or(u64::MAX)),
         wait: !wait.is_zero(),
+        repeated: is_repeated(headers),
     };
     Ok(Call { key, acquisition, origin, wait })
 }
@@ -195,6 +197,13 @@ fn mode(number: i32) -> Result<Mode, &'static str> {
 fn patience(headers: &MetadataMap) -> Option<Duration> {
     let timeout = grpc_timeout(headers.get("grpc-timeout")?.to_str().ok()?)?;
     Some(timeout - (timeout / 5).min(Duration::from_millis(100)))
+}
+
+/// Whether the caller has made this call before and does not know what came of it. gRPC sets the header when it repeats
+/// a call itself; others may.
+pub(crate) fn is_repeated(headers: &MetadataMap) -> bool {
+    let attempts = headers.get("grpc-previous-rpc-attempts").and_then(|value| value.to_str().ok());
+    attempts.is_some_and(|attempts| attempts.parse::<u32>().is_ok_and(|attempts| attempts > 0))
 }
 
 /// Reads the `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2, "Requests").
@@ -266,7 +275,41 @@ pub(crate) fn watch(request: &v1::WatchRequest) -> Result<Begin, Status> {
 
 #[cfg(test)]
 mod tests {
+    use tonic_types::StatusExt;
+
     use super::*;
+
+    #[test]
+    fn of_many_wrong_fields_a_few_are_named_and_the_rest_is_counted() {
+        for what in
+            ["must not be empty", &"is wrong in a way that takes many words ".repeat(20), &"é ".repeat(150)]
+        {
+            let mut wrong = Violations::default();
+            (0..200).for_each(|number| wrong.add(format_args!("leases[{number}].lease_id"), what));
+            let status = wrong.into_result().expect_err("200 wrong fields");
+            assert_eq!(Reason::of(&status), Some(Reason::InvalidRequest));
+            let named = status.get_details_bad_request().expect("fields").field_violations;
+            assert!((1..=20).contains(&named.len()), "{}", named.len());
+            let counted = format!("200 fields are wrong, of which the details name {}", named.len());
+            assert!(status.message().starts_with(&counted), "{}", status.message());
+            assert!(status.details().len() <= 4096, "{} bytes", status.details().len());
+            let mut headers = tonic::codegen::http::HeaderMap::new();
+            status.add_header(&mut headers).expect("a header");
+            let bytes: usize =
+                headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            assert!(bytes < 7 * 1024, "{bytes} bytes of headers");
+        }
+    }
+
+    #[test]
+    fn a_few_wrong_fields_are_all_named() {
+        let mut wrong = Violations::default();
+        wrong.add("key", "must not be empty");
+        wrong.add("wait", "must be between 0s and 1h");
+        let status = wrong.into_result().expect_err("wrong fields");
+        assert_eq!(status.message(), "key must not be empty; wait must be between 0s and 1h");
+        assert_eq!(status.get_details_bad_request().expect("fields").field_violations.len(), 2);
+    }
 
     #[test]
     fn grpc_timeouts_are_read_as_the_protocol_spells_them() {

@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::codegen::http::Response;
 use tonic::transport::Server;
@@ -31,8 +32,9 @@ use crate::lessor::Lessor;
 use crate::meter::Meter;
 use crate::process::Process;
 use crate::service::Service;
+use crate::stamp::Stamp;
 use crate::standing::Standing;
-use crate::store::{Metered, Store};
+use crate::store::{Metered, StartError, Store};
 use crate::wire::{MAX_MESSAGE_BYTES, oversized};
 
 /// The largest message that goes out.
@@ -41,6 +43,8 @@ const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
 const PURGE_PERIOD: Duration = Duration::from_secs(3600);
 /// How long watchers of the health service may take to hear of the drain.
 const FAREWELL: Duration = Duration::from_millis(200);
+/// How long the daemon's own tasks may take to end.
+const FINISH: Duration = Duration::from_secs(5);
 
 /// Where calls come in.
 #[derive(Debug)]
@@ -88,7 +92,7 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// elsewhere, open calls and commits complete. Returns when that is done or `drain_timeout` is over.
 ///
 /// # Errors
-/// If the gRPC server fails.
+/// If the gRPC server fails; [`StartError`] if the store says that this daemon must not go on.
 pub async fn run<S: Store>(
     listeners: Listeners,
     store: S,
@@ -102,7 +106,7 @@ pub async fn run<S: Store>(
 /// The same with connections that come from anywhere.
 ///
 /// # Errors
-/// If the gRPC server fails.
+/// As [`run`].
 pub async fn serve<S: Store, T>(
     grpc: impl Stream<Item = T>,
     http: Option<TcpListener>,
@@ -113,27 +117,29 @@ pub async fn serve<S: Store, T>(
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let ended = CancellationToken::new();
-    let _end_all = ended.clone().drop_guard();
+    let (shutdown, ended) = (shutdown.child_token(), CancellationToken::new());
+    let _end_all = (shutdown.clone().drop_guard(), ended.clone().drop_guard());
+    let tasks = TaskTracker::new();
     let mut meter = Meter::default();
     let store = Metered::new(store, &mut meter);
-    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone(), &mut meter);
+    let stamp = Stamp::of(store.id());
+    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone(), &mut meter, &tasks);
     let reporter = HealthReporter::new();
     let health = Health::new(reporter.clone()).await;
 
     let watched = (health.clone(), lessor.clone(), shutdown.clone());
-    tokio::spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
-    tokio::spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
+    tasks.spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
+    tasks.spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
     let calls = CountCalls::new(&mut meter);
     let open = meter.gauge("leased_connections", "Connections that are open");
     meter.ask(Standing { lessor: lessor.clone(), health: health.clone(), limits: config.limits });
     meter.ask(Process);
     if let Some(listener) = http {
-        tokio::spawn(http::serve(listener, health.clone(), lessor.clone(), meter, ended.clone()));
+        tasks.spawn(http::serve(listener, health.clone(), lessor.clone(), meter, ended.clone()));
     }
 
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
-    let serve = router(service, reporter, calls, &config.limits)?.serve_with_incoming_shutdown(
+    let serve = router(service, reporter, calls, stamp, &config.limits)?.serve_with_incoming_shutdown(
         counted(grpc, config.limits.connections, open),
         shutdown.clone().cancelled_owned(),
     );
@@ -144,20 +150,33 @@ where
         health.end().await;
         sleep(config.drain_timeout.saturating_sub(FAREWELL)).await;
     };
-    tokio::select! {
-        served = serve => served.context("the gRPC server failed")?,
-        () = drain => tracing::warn!("calls were still open at the end of the drain and are cut"),
-    }
+    let outcome = tokio::select! {
+        served = serve => served.context("the gRPC server failed"),
+        () = drain => {
+            tracing::warn!("calls were still open at the end of the drain and are cut");
+            Ok(())
+        }
+        // At once: to go on for the length of a drain may give a key to two holders.
+        why = lessor.store().objection() => Err(StartError::Unusable(why).into()),
+    };
+    shutdown.cancel();
     if timeout(config.drain_timeout, lessor.settle()).await.is_err() {
         tracing::warn!("the store did not take the last commits");
     }
-    Ok(())
+    ended.cancel();
+    tasks.close();
+    if timeout(FINISH, tasks.wait()).await.is_err() {
+        tracing::warn!("some of the daemon's tasks were still running at its end");
+    }
+    lessor.store().leave().await;
+    outcome
 }
 
 fn router<S: Store>(
     service: Service<S>,
     reporter: HealthReporter,
     calls: CountCalls,
+    stamp: Stamp,
     limits: &Limits,
 ) -> anyhow::Result<Router<Layers<S>>> {
     let lease = LeaseServiceServer::new(service.clone())
@@ -170,6 +189,8 @@ fn router<S: Store>(
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(leased_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // What refusals carry; without it grpcurl shows their details as bytes.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let router = Server::builder()
         // Left unset, tonic switches off hyper's own bounds for the first and the third.
@@ -181,6 +202,7 @@ fn router<S: Store>(
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .layer(calls)
+        .layer(stamp)
         .layer(MapResponseLayer::new(oversize as fn(_) -> _))
         .layer(Express::to(lease))
         .add_service(admin)
@@ -190,7 +212,10 @@ fn router<S: Store>(
     Ok(router)
 }
 
-type Layers<S> = Stack<Express<LeaseServiceServer<Service<S>>>, Stack<Oversize, Stack<CountCalls, Identity>>>;
+type Layers<S> = Stack<
+    Express<LeaseServiceServer<Service<S>>>,
+    Stack<Oversize, Stack<Stamp, Stack<CountCalls, Identity>>>,
+>;
 type Oversize = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
 /// A message that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.
@@ -209,7 +234,11 @@ async fn purge<S: Store>(lessor: Lessor<S>, free_for: Duration, draining: Cancel
             () = sleep(pause) => {}
             () = draining.cancelled() => return,
         }
-        match lessor.store().purge(free_for).await {
+        let purged = tokio::select! {
+            purged = lessor.store().purge(free_for) => purged,
+            () = draining.cancelled() => return,
+        };
+        match purged {
             Ok(0) => {}
             Ok(purged) => tracing::info!(purged, "forgot keys that have long been free"),
             Err(error) => tracing::warn!(%error, "could not purge; trying again later"),

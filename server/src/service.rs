@@ -13,15 +13,12 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::Limits;
 use crate::keepalive::{self, Answers};
-use crate::lease::FencingToken;
+use crate::lease::{FencingToken, LASTING_DEPARTURES};
 use crate::lessor::{Caller, Lessor, Released, Touched};
 use crate::request;
 use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
 use crate::wire;
-
-/// A page of a listing stays below this, in bytes, so that it fits into a message.
-const PAGE_BYTES: usize = 3 * 1024 * 1024;
 
 /// Both services, over one engine.
 #[derive(Debug)]
@@ -66,12 +63,14 @@ impl<S: Store> LeaseService for Service<S> {
 
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         let lessor = self.lessor_for(&request);
-        let request = request.into_inner();
+        let (headers, _, request) = request.into_parts();
         request::small(&request)?;
         let (key, id) = request::one_lease(request.lease.as_ref())?;
-        match lessor.release(key, id).await.map_err(wire::failed)? {
+        let given_up = request::is_repeated(&headers);
+        match lessor.release(key, id, given_up).await.map_err(wire::failed)? {
             Released::Done => Ok(Response::new(ReleaseResponse {})),
             Released::Lost(reason) => Err(wire::lost(reason)),
+            Released::NoRoom => Err(wire::limit_exceeded("settled_ids", LASTING_DEPARTURES)),
         }
     }
 
@@ -125,7 +124,7 @@ impl<S: Store> LeaseService for Service<S> {
         for snapshot in &page.snapshots {
             let lease = wire::to_lease(snapshot);
             bytes += lease.encoded_len();
-            if bytes > PAGE_BYTES && !response.leases.is_empty() {
+            if bytes > wire::PART_BYTES && !response.leases.is_empty() {
                 more = true;
                 break;
             }
@@ -156,7 +155,8 @@ impl<S: Store> AdminService for Service<S> {
         let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
         let revoked = lessor.revoke(key, token).await.map_err(wire::failed)?;
         let RevokeRequest { key, fencing_token, reason } = request;
-        tracing::info!(%key, fencing_token, %reason, revoked, "revoked");
+        // As strings, which both formats escape: a line break of the caller's must not begin a line of the log.
+        tracing::info!(key = &*key, fencing_token, reason = &*reason, revoked, "revoked");
         Ok(Response::new(RevokeResponse { revoked: i32::try_from(revoked).unwrap_or(i32::MAX) }))
     }
 }

@@ -11,7 +11,6 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use crate::config::Limits;
 use crate::health::{Health, Readiness};
 use crate::lessor::Lessor;
-use crate::meter::Label;
 use crate::store::{FeedState, Store};
 
 /// A daemon, to be asked how it stands.
@@ -32,7 +31,9 @@ impl<S: Store> Collector for Standing<S> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let store = self.lessor.store();
         let (version, name) = (("version", env!("CARGO_PKG_VERSION")), ("store", store.name()));
-        gauge(&mut encoder, ("leased_build_info", "What runs."), [([version, name], 1_u64)])?;
+        let id = store.id().to_string();
+        let info = [version, name, ("store_id", id.as_str())];
+        gauge(&mut encoder, ("leased_build_info", "What runs, on which store."), [(info, 1_u64)])?;
 
         let Limits { connections, bounds, .. } = self.limits;
         let limits = [
@@ -51,6 +52,12 @@ impl<S: Store> Collector for Standing<S> {
         let mut family =
             encoder.encode_descriptor("leased_batch_repetitions", help, None, MetricType::Counter)?;
         repetitions.encode(family.encode_family(&[name])?)?;
+
+        let steps = ConstCounter::new(store.clock_steps());
+        let help = "Times that the store's clock and this host's came apart by more than the grace.";
+        let mut family =
+            encoder.encode_descriptor("leased_store_clock_steps", help, None, MetricType::Counter)?;
+        steps.encode(family.encode_family(&[name])?)?;
 
         let feed = store.feed_state();
         let states = [
@@ -73,7 +80,7 @@ impl<S: Store> Collector for Standing<S> {
 fn gauge<const N: usize, const L: usize>(
     encoder: &mut DescriptorEncoder<'_>,
     (name, help): (&str, &str),
-    series: [([Label; L], impl EncodeGaugeValue + Copy + fmt::Debug); N],
+    series: [([(&str, &str); L], impl EncodeGaugeValue + Copy + fmt::Debug); N],
 ) -> fmt::Result {
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
     for (labels, value) in series {

@@ -4,14 +4,24 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use leased_proto::{Reason as Refused, v1};
+use prost::encoding::message::encoded_len;
 use tonic::Status;
 
-use crate::lease::{Holder, Key, LeaseId, Mode, Reason, Snapshot, State, Timestamp, Waiter};
-use crate::lessor::{Acquired, CallError, ChangeKind, Grant, Refusal, Touched, WatchEvent};
+use crate::lease::{
+    Holder, Key, LeaseId, MAX_KEY_BYTES, MAX_SHARED_HOLDERS, Mode, Reason, Snapshot, State, Timestamp, Waiter,
+};
+use crate::lessor::{Acquired, CallError, ChangeKind, Grant, Obstruction, Refusal, Touched, WatchEvent};
 use crate::store::StoreError;
 
-/// The largest message that comes in: a keepalive message that names all the leases of a stream.
-pub(crate) const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
+/// The largest message that is read at all. Of what a keepalive message names past its own, smaller limit the caller is
+/// told lease by lease; past this one its stream ends.
+pub(crate) const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
+/// What a message that goes out may have, in bytes: below the 4 MiB that gRPC clients take unless they are told
+/// otherwise.
+pub(crate) const PART_BYTES: usize = 3 * 1024 * 1024;
+/// What is shown of a lease id that is none.
+const MAX_ECHOED_ID_BYTES: usize = 64;
+
 /// The status of a message past the limit on messages.
 pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
@@ -33,6 +43,10 @@ pub(crate) fn acquired(key: &Key, answer: Acquired) -> Result<v1::AcquireRespons
             Err(Refused::QueueFull.status("the line of this key is full; try again later", []))
         }
         Acquired::Lost(reason) => Err(lost(Some(reason))),
+        Acquired::IdReused => Err(Refused::IdReused.status(
+            "this lease id is in use on this key with another mode or shared_limit; take a new id",
+            [],
+        )),
     }
 }
 
@@ -44,30 +58,43 @@ fn granted(key: &Key, grant: &Grant) -> v1::AcquireResponse {
         acquire_time: Some(to_timestamp(grant.acquired_at)),
         expire_time: Some(to_timestamp(grant.expires_at)),
         waited: grant.waited,
-        mode: v1::Mode::Unspecified.into(),
-        remaining: None,
+        mode: to_mode(grant.mode).into(),
+        remaining: Some(to_duration(grant.remaining)),
     }
 }
 
 fn held(refusal: &Refusal) -> Status {
-    let Refusal { owner, token, remaining, position } = refusal;
-    let message = match owner.as_str() {
-        "" => "held by another".to_owned(),
-        owner => format!("held by {owner:?}"),
+    let Refusal { owner, token, remaining, position, by } = refusal;
+    let label = |owner: &str| if owner.is_empty() { "another".to_owned() } else { format!("{owner:?}") };
+    let (name, message) = match by {
+        Some(Obstruction::MinHold) => {
+            ("min_hold", format!("kept taken by a min_hold for another {} ms", remaining.as_millis()))
+        }
+        Some(Obstruction::Limit { holders, limit }) => {
+            ("limit", format!("shared by {holders} already, where no more than {limit} may hold together"))
+        }
+        Some(Obstruction::Waiter { owner }) => {
+            ("waiter", format!("{} stands in line before this call", label(owner)))
+        }
+        Some(Obstruction::Holder) | None => ("holder", format!("held by {}", label(owner))),
     };
-    let remaining = remaining.as_millis().to_string();
-    let (owner, token) = (("owner", owner.clone()), ("token", token.to_string()));
-    match position {
-        Some(position) => Refused::LeaseHeld
-            .status(message, [owner, token, ("remaining_ms", remaining), ("position", position.to_string())]),
-        None => Refused::LeaseHeld.status(message, [owner, token, ("remaining_ms", remaining)]),
+    let mut entries = vec![
+        ("owner", owner.clone()),
+        ("token", token.to_string()),
+        ("remaining_ms", remaining.as_millis().to_string()),
+        ("blocked_by", name.to_owned()),
+    ];
+    entries.extend(position.map(|position| ("position", position.to_string())));
+    if let Some(Obstruction::Waiter { owner }) = by {
+        entries.push(("waiter", owner.clone()));
     }
+    Refused::LeaseHeld.status(message, entries)
 }
 
 /// The status of a lease that is not held.
 pub(crate) fn lost(reason: Option<Reason>) -> Status {
     let loss = reason.map(|reason| match reason {
-        Reason::Released => "released",
+        Reason::Released | Reason::Withdrawn | Reason::Settled => "released",
         Reason::Displaced => "displaced",
         Reason::Revoked => "revoked",
     });
@@ -124,7 +151,7 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
             let reason = match reason {
                 None => v1::LossReason::Gone,
                 Some(Reason::Displaced) => v1::LossReason::Displaced,
-                Some(Reason::Released) => v1::LossReason::Released,
+                Some(Reason::Released | Reason::Withdrawn | Reason::Settled) => v1::LossReason::Released,
                 Some(Reason::Revoked) => v1::LossReason::Revoked,
             };
             Outcome::Lost(v1::Lost { reason: reason.into() })
@@ -135,6 +162,47 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
         }),
     };
     v1::KeepAliveResult { lease: Some(lease), outcome: Some(outcome) }
+}
+
+/// What a keepalive stream is told of a lease that is not touched. Shows what the caller sent, cut to what a key and an id
+/// may have at most.
+pub(crate) fn refused(
+    mut lease: v1::LeaseRef,
+    reason: v1::RefusalReason,
+    message: impl Into<String>,
+) -> v1::KeepAliveResult {
+    cut(&mut lease.key, MAX_KEY_BYTES);
+    cut(&mut lease.lease_id, MAX_ECHOED_ID_BYTES);
+    let refused = v1::Refused { reason: reason.into(), message: message.into() };
+    v1::KeepAliveResult {
+        lease: Some(lease),
+        outcome: Some(v1::keep_alive_result::Outcome::Refused(refused)),
+    }
+}
+
+fn cut(text: &mut String, most: usize) {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+    text.shrink_to_fit();
+}
+
+/// What a keepalive stream is told in one go, as responses that each fit into a message. All but the last part of an
+/// answer say that more follow; losses told unasked (`sequence` 0) stand each for itself.
+pub(crate) fn keepalive_responses(
+    sequence: u64,
+    results: Vec<v1::KeepAliveResult>,
+) -> impl Iterator<Item = v1::KeepAliveResponse> {
+    let mut rest = Some(results);
+    std::iter::from_fn(move || {
+        let mut results = rest.take()?;
+        let mut bytes = 0;
+        let past = results.iter().position(|result| {
+            bytes += encoded_len(2, result);
+            bytes > PART_BYTES
+        });
+        rest = past.map(|past| results.split_off(past.max(1)));
+        Some(v1::KeepAliveResponse { sequence, results, more: sequence > 0 && rest.is_some() })
+    })
 }
 
 /// What a watch stream is told.
@@ -186,7 +254,7 @@ fn to_holder(snapshot: &Snapshot, holder: &Holder) -> v1::Holder {
         acquire_time: Some(to_timestamp(holder.acquired_at)),
         expire_time: Some(to_timestamp(holder.expires_at)),
         metadata: BTreeMap::clone(&holder.metadata).into_iter().collect(),
-        shared_limit: 0,
+        shared_limit: shown_limit(holder.mode, holder.shared_limit),
     }
 }
 
@@ -195,8 +263,13 @@ fn to_waiter(waiter: &Waiter) -> v1::Waiter {
         owner: waiter.acquisition.owner.clone(),
         mode: to_mode(waiter.acquisition.mode).into(),
         since: Some(to_timestamp(waiter.since)),
-        shared_limit: 0,
+        shared_limit: shown_limit(waiter.acquisition.mode, waiter.acquisition.shared_limit),
     }
+}
+
+/// A limit as callers write it: 0 for any number.
+fn shown_limit(mode: Mode, limit: u32) -> u32 {
+    if mode == Mode::Shared && limit < MAX_SHARED_HOLDERS { limit } else { 0 }
 }
 
 fn to_mode(mode: Mode) -> v1::Mode {
@@ -217,5 +290,46 @@ fn to_timestamp(Timestamp(millis): Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: millis.div_euclid(1000),
         nanos: i32::try_from(millis.rem_euclid(1000) * 1_000_000).unwrap_or(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+
+    /// Kept leases on the longest keys.
+    fn results(count: usize) -> Vec<v1::KeepAliveResult> {
+        let key = Key::try_from("k".repeat(MAX_KEY_BYTES).as_str()).expect("a key");
+        let kept = Touched::Kept(Duration::from_millis(86_399_999));
+        (0..count).map(|_| keepalive_result(lease_ref(&key, LeaseId::random()), kept)).collect()
+    }
+
+    #[test]
+    fn what_a_stream_is_told_fits_into_messages_and_the_last_part_says_so() {
+        for (count, sequence) in [(0, 7), (1, 7), (5000, 7), (10_000, 7), (10_000, 0)] {
+            let all = results(count);
+            let parts: Vec<_> = keepalive_responses(sequence, all.clone()).collect();
+            assert!(
+                parts.iter().all(|part| part.sequence == sequence && part.encoded_len() <= PART_BYTES + 64)
+            );
+            let more: Vec<bool> = parts.iter().map(|part| part.more).collect();
+            assert!(!more[more.len() - 1] && more[1..].len() == count / 5_200, "{count}: {more:?}");
+            assert!(more[..more.len() - 1].iter().all(|more| *more == (sequence > 0)), "{count}: {more:?}");
+            assert!(
+                parts.into_iter().flat_map(|part| part.results).eq(all),
+                "{count}: all of them, in their order"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_shown_as_it_was_sent_but_cut() {
+        for (key, shown) in [("a\nb".to_owned(), "a\nb".to_owned()), ("é".repeat(400), "é".repeat(256))] {
+            let lease = v1::LeaseRef { key, lease_id: "ééé".repeat(20) };
+            let refused = refused(lease, v1::RefusalReason::Invalid, "no").lease.expect("a lease");
+            assert_eq!((refused.key, refused.lease_id), (shown, "é".repeat(32)));
+        }
     }
 }

@@ -3,7 +3,9 @@
 python mongolock_comparison.py MONGODB_URI ENDPOINT
 """
 
+import contextlib
 import datetime
+import socket
 import sys
 import threading
 import time
@@ -56,7 +58,6 @@ def same(make):
     see(one.release, "plain", "a")
     see(two.is_locked, "plain")
     see(two.lock, "plain", "b", expire=60)
-    see(two.touch, "plain", "b")
     see(two.touch, "plain", "b", expire=60)
 
     info = two.get_lock_info("plain")
@@ -162,6 +163,13 @@ def longer_touch(make):
     return two.lock("longer", "b", timeout=1.5)
 
 
+def touch_without_expiry(make):
+    """What a touch without expiry says of a lock that has one. (1.1.0, and the example in mongolock's README: renewed.)"""
+    one = make()
+    assert one.lock("renewed", "a", expire=60)
+    return outcome(one.touch, "renewed", "a")
+
+
 def other_object(make):
     """What a touch by an object says that did not take the lock."""
     one, two = make(), make()
@@ -174,6 +182,67 @@ def without_expiry(make):
     one = make()
     one.lock("open", "a")
     return one.get_lock_info("open")["expire"] is None
+
+
+def renews_by_the_original_duration(endpoint):
+    """A touch without `expire` lasts as long as the lock was taken for."""
+    one, two = leased_mongolock.MongoLock(endpoint), leased_mongolock.MongoLock(endpoint)
+    assert one.lock("original", "a", expire=2)
+    before = one.get_lock_info("original")["expire"]
+    until(lambda: one.touch("original", "a") is None and one.get_lock_info("original")["expire"] > before)
+    assert two.lock("original", "b", timeout=PATIENCE, expire=2), "and no longer"
+
+
+def takes_what_the_constructor_of_mongolock_takes(endpoint):
+    """Two programs that name the same database and collection meet, and others do not."""
+    make = lambda **options: leased_mongolock.MongoLock(host=endpoint, acquire_retry_step=0.5, **options)
+    jobs, same, plain = make(db="jobs"), make(db="jobs", collection="lock"), make()
+    assert jobs.lock("kept", "a", expire=60) and not same.lock("kept", "b", expire=60)
+    assert plain.lock("kept", "c", expire=60) and plain.is_locked("jobs/lock/kept")
+    assert jobs.get_lock_info("kept")["_id"] == "kept" and jobs.get_lock_info("kept")["owner"] == "a"
+    jobs.touch("kept", "a")
+    jobs.release("kept", "a")
+    assert not same.is_locked("kept") and plain.is_locked("kept")
+    for wrong in (dict(client=object()), dict(collection=object())):
+        assert outcome(make, **wrong) == "TypeError", wrong
+    assert outcome(leased_mongolock.MongoLock, "mongodb://localhost") == "ValueError"
+    for host, address in [("localhost", "localhost:5327"), ("[::1]", "[::1]:5327"), ("::1", "[::1]:5327"), ("a:1", "a:1")]:
+        assert leased_mongolock._with_port(host) == address, host
+
+
+class Relay:
+    """Forwards connections to `endpoint`. Those that are open can be silenced; later ones are forwarded."""
+
+    def __init__(self, endpoint):
+        host, port = endpoint.rsplit(":", 1)
+        self.target, self.silenced = (host, int(port)), threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            caller, called = self.listener.accept()[0], socket.create_connection(self.target)
+            for source, sink in [(caller, called), (called, caller)]:
+                threading.Thread(target=self.forward, args=(source, sink, self.silenced), daemon=True).start()
+
+    def forward(self, source, sink, silenced):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not silenced.is_set():
+                    sink.sendall(data)
+
+    def silence(self):
+        self.silenced.set()
+        self.silenced = threading.Event()
+
+
+def notices_a_silent_connection(endpoint):
+    relay = Relay(endpoint)
+    one = leased_mongolock.MongoLock(relay.address)
+    assert one.lock("silent", "a", expire=60)
+    relay.silence()
+    one.touch("silent", "a")
 
 
 def main():
@@ -197,9 +266,13 @@ def main():
     differ(expiry_of_a_waiter, False, True)
     differ(shorter_touch, True, False)
     differ(longer_touch, False, False)
+    differ(touch_without_expiry, "MongoLockException", None)
     differ(other_object, None, "MongoLockException")
     differ(without_expiry, True, False)
-    print(f"{len(wanted)} lines alike, 7 scenarios told apart")
+    print(f"{len(wanted)} lines alike, 8 scenarios told apart")
+    renews_by_the_original_duration(endpoint)
+    takes_what_the_constructor_of_mongolock_takes(endpoint)
+    notices_a_silent_connection(endpoint)
 
 
 main()

@@ -64,7 +64,7 @@ impl Holder {
             match worked {
                 Ok(()) => break,
                 // It may come back.
-                Err(Error::Jeopardy) if self.comes_back(&lease, until).await => {}
+                Err(Error::Jeopardy { .. }) if self.comes_back(&lease, until).await => {}
                 Err(error) if self.is_calm => {
                     self.history.fail(now(), format_args!("{} lost {key}: {error}", self.name));
                 }
@@ -85,7 +85,7 @@ impl Holder {
                 match state.current() {
                     State::Held => return true,
                     State::Lost(_) => return false,
-                    State::Jeopardy => drop(state.changed().await),
+                    _ => drop(state.changed().await),
                 }
             }
         };

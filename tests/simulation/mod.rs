@@ -177,8 +177,9 @@ fn a_revocation_is_told() {
         let mut world = World::new(seed);
         let history = world.history.clone();
         // Without a feed the touch brings it out.
-        let within = if world.store.has_feed() { ms(300) } else { secs(11) };
-        let at = secs(4 + seed % 4);
+        let within = if world.store.has_feed() { ms(600) } else { secs(11) };
+        // A lease that is a moment old hears of it like any other.
+        let at = ms(5 + 700 * seed);
         world.host("holder", move || {
             let (holder, operator) = (client("holder"), client("operator"));
             steady::be_revoked(holder, operator, history.clone(), at, within)

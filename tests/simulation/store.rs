@@ -10,6 +10,7 @@ use leased::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Stor
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::history::{History, now};
 use crate::support::ms;
@@ -137,12 +138,12 @@ impl State {
         let now = self.clock;
         let before = match self.records.remove(key) {
             Some(before) => before,
-            None if edit.enqueued().is_empty() => {
+            None if edit.enqueued().is_empty() && edit.released().is_empty() => {
                 return (Snapshot { record: Record::vacant(key.clone()), now }, false);
             }
             None => Record::vacant(key.clone()),
         };
-        let revoked = before.holders.iter().filter(|holder| edit.revoked().contains(&holder.token));
+        let revoked = before.holders.iter().filter(|holder| edit.revoked().contains(&holder.id));
         self.revoked.extend(revoked.map(|holder| (holder.token, self::now())));
         let after = step(before.clone(), edit, now, rules);
         for holder in &after.holders {
@@ -183,7 +184,7 @@ fn away(outcome: Outcome) -> StoreError {
 impl Store for SimulatedStore {
     async fn commit(
         &self,
-        batch: Arc<Vec<(Key, Edit)>>,
+        mut batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<ForKey>, StoreError> {
         let deadline = Instant::now() + deadline;
@@ -204,6 +205,8 @@ impl Store for SimulatedStore {
                 return Err(away(outcome));
             }
             sleep_until(again).await;
+            let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
+            batch = Arc::new(repeated.collect());
         }
     }
 
@@ -237,6 +240,10 @@ impl Store for SimulatedStore {
     async fn check(&self) -> Result<(), StoreError> {
         self.travel().await;
         if self.is_away() { Err(away(Outcome::NotApplied)) } else { Ok(()) }
+    }
+
+    fn id(&self) -> Uuid {
+        Uuid::nil()
     }
 
     fn rules(&self) -> Rules {

@@ -8,7 +8,7 @@ use hyper_util::rt::TokioIo;
 use leased::config::{Args, Config};
 use leased::lease::Rules;
 use leased::server;
-use leased_client::{Builder, Client};
+use leased_client::{Builder, Client, run_on_timers_alone};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use turmoil::Sim;
@@ -42,6 +42,7 @@ impl World {
     /// Two daemons. What is random on this thread follows from `seed`, but for the ids of leases, the order of hash maps and
     /// that of what is ready together.
     pub(crate) fn new(seed: u64) -> Self {
+        run_on_timers_alone();
         fastrand::seed(seed);
         let mut sim = turmoil::Builder::new()
             .rng_seed(seed)
@@ -165,8 +166,9 @@ async fn daemon_over(store: SimulatedStore) -> turmoil::Result {
 /// A client of both daemons; to be called on the host that it is for.
 pub(crate) fn client(name: &str) -> Client {
     let builder = Client::builder().owner(name);
-    let builder =
-        DAEMONS.into_iter().fold(builder, |builder, daemon| builder.channel(daemon, channel(daemon)));
+    let builder = DAEMONS
+        .into_iter()
+        .fold(builder, |builder, daemon| builder.endpoint_with(daemon, move || channel(daemon)));
     builder.connect_lazily().unwrap()
 }
 

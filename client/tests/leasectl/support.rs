@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -139,10 +140,14 @@ impl Daemon {
     }
 }
 
-/// leasectl with these arguments and an environment without settings.
+/// The program.
+pub(crate) const LEASECTL: &str = env!("CARGO_BIN_EXE_leasectl");
+
+/// leasectl with these arguments, an environment without settings, and no signal ignored: a test run that was started in
+/// the background, or by nohup, ignores some.
 pub(crate) fn leasectl(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_leasectl"));
-    command.args(arguments).stdin(Stdio::null());
+    let mut command = Command::new("env");
+    command.arg("--default-signal").arg(LEASECTL).args(arguments).stdin(Stdio::null());
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("LEASED_") {
             command.env_remove(name);
@@ -154,7 +159,10 @@ pub(crate) fn leasectl(arguments: &[&str]) -> Command {
 /// How a process ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
+    /// The exit code, if it ended by itself.
     pub(crate) code: Option<i32>,
+    /// The signal that ended it.
+    pub(crate) signal: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
@@ -162,7 +170,8 @@ pub(crate) struct Ended {
 pub(crate) fn end(command: &mut Command) -> Ended {
     let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    Ended { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    let (code, signal) = (output.status.code(), output.status.signal());
+    Ended { code, signal, stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
 /// A process that ends with the test.
@@ -204,8 +213,9 @@ impl Process {
     /// The exit code, once it has ended; and what it said on piped outputs.
     pub(crate) fn end(mut self) -> Ended {
         until(|| !self.is_running());
-        let mut ended = Ended { code: None, stdout: String::new(), stderr: String::new() };
-        ended.code = self.0.wait().unwrap().code();
+        let status = self.0.wait().unwrap();
+        let (code, signal) = (status.code(), status.signal());
+        let mut ended = Ended { code, signal, stdout: String::new(), stderr: String::new() };
         if let Some(mut stdout) = self.0.stdout.take() {
             stdout.read_to_string(&mut ended.stdout).unwrap();
         }

@@ -8,12 +8,16 @@ use crate::support::{Daemon, Ended, Process, leasectl};
 /// Plays a person at a terminal: takes pairs of what to wait for on the screen and what to type then, and runs the rest
 /// of its arguments there. Its exit code is theirs; `^C` and `^Z` stand for those keys.
 const PERSON: &str = r#"
-import os, pty, re, select, sys, time
+import fcntl, os, pty, re, select, signal, struct, sys, termios, time
 count = int(sys.argv[1])
 script = [(sys.argv[2 + 2 * i], sys.argv[3 + 2 * i]) for i in range(count)]
 child, screen = pty.fork()
 if child == 0:
+    # What the test run was started to ignore is not for them.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
     os.execvp(sys.argv[2 + 2 * count], sys.argv[2 + 2 * count:])
+fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
 seen, everything, end = b'', b'', time.monotonic() + 40
 while True:
     while script and re.search(script[0][0].encode(), seen):
@@ -33,8 +37,9 @@ while True:
     seen += read
     everything += read
 print(everything.decode(errors='replace'))
-status = os.waitpid(child, 0)[1]
-sys.exit(os.waitstatus_to_exitcode(status) if not script else 98)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+# As shells show a death by a signal.
+sys.exit(98 if script else code if code >= 0 else 128 - code)
 "#;
 
 /// What a person at a terminal sees, who runs `command` and types each second text when each first one (a regular
@@ -89,6 +94,29 @@ fn the_key_that_interrupts_reaches_the_command() {
     assert_eq!(ended.stdout.matches("caught").count(), 1, "{ended:?}");
 }
 
+/// The key ends the command, and so the script around leasectl, though the terminal did not send it to that.
+#[test]
+fn the_key_that_ends_the_command_ends_the_script_around_it() {
+    let daemon = Daemon::start();
+    let script = "leasectl run a/key -- sh -c 'echo ready; exec sleep 600'; echo ne''xt";
+    for shell in ["sh", "bash"] {
+        let ended = at_terminal(&daemon, &[("ready", "^C")], &[shell, "-c", script]);
+        assert_eq!(ended.code, Some(130), "{ended:?}");
+        assert!(!ended.stdout.contains("next"), "{ended:?}");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    }
+}
+
+#[test]
+fn the_key_that_ends_the_wait_ends_the_script_around_it() {
+    let daemon = Daemon::start();
+    daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
+    let script = "leasectl run a/key -- true; echo ne''xt";
+    let ended = at_terminal(&daemon, &[("held by the-holder", "^C")], &["bash", "-c", script]);
+    assert_eq!(ended.code, Some(130), "{ended:?}");
+    assert!(!ended.stdout.contains("next"), "{ended:?}");
+}
+
 #[test]
 fn a_shell_stops_and_continues_leasectl_and_its_command() {
     let daemon = Daemon::start();
@@ -132,4 +160,20 @@ fn a_wait_is_shown_with_the_holder_the_place_and_the_time() {
     let shown = "a/key: held by the-holder, place 1 of 1 in line; giving up in 59m";
     let ended = at_terminal(&daemon, &[(shown, "^C")], &command);
     assert_eq!(ended.code, Some(130), "{ended:?}");
+}
+
+/// The line about the wait is erased when the wait is over, also when what it says is longer than the terminal is wide.
+#[test]
+fn a_wait_leaves_nothing_on_the_screen() {
+    let daemon = Daemon::start();
+    let key = "k".repeat(300);
+    let held = daemon.json(&["acquire", &key, "--owner=the-holder"]);
+    let release = format!("leasectl release {key} {} > /dev/null", held["lease_id"].as_str().unwrap());
+    let script = format!("(sleep 2; {release}) & leasectl run {key} -- echo ru''ns");
+    let ended = at_terminal(&daemon, &[], &["sh", "-c", &script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("waiting for kkk"), "{ended:?}");
+    assert!(!ended.stdout.contains("\x1b[1A"), "it has wrapped: {ended:?}");
+    let after = ended.stdout.rsplit("\x1b[2K").next().unwrap();
+    assert_eq!(after.trim(), "runs", "{ended:?}");
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::step::fits;
-use super::{Holder, LeaseId, Mode, Reason, Record, Rules, Timestamp, Waiter};
+use super::step::{fits, is_live};
+use super::{Acquisition, Holder, LeaseId, Mode, Reason, Record, Rules, Timestamp, Waiter};
 
 /// A record as it was at an instant of the store's clock.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,10 +21,23 @@ pub enum Standing<'a> {
     Holder(&'a Holder),
     /// It stands in line, behind this many others whose places have not lapsed.
     Waiter(usize),
-    /// It held, and lost the lease this way.
+    /// It is over, this way.
     Departed(Reason),
     /// Nothing is known of it: refused, gone, or never there.
     Unknown,
+}
+
+/// What keeps an acquisition out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle<'a> {
+    /// Nobody is admitted before this: a lease with a `min_hold` was released early.
+    MinHold(Timestamp),
+    /// The key is held, and one of the two wants it alone.
+    Holder,
+    /// As many share the key as the smallest limit among theirs and the acquisition's own allows.
+    Limit(u32),
+    /// It would fit, but this one came before.
+    Waiter(&'a Waiter),
 }
 
 /// A key's state as people see it.
@@ -54,6 +67,37 @@ impl Snapshot {
             Some(departure) => Standing::Departed(departure.reason),
             None => Standing::Unknown,
         }
+    }
+
+    /// Whether the id of `asked` is in use for something else: with another mode or limit.
+    #[must_use]
+    pub fn conflicts(&self, asked: &Acquisition) -> bool {
+        let holders = self.record.holders.iter().map(|holder| (holder.id, holder.mode, holder.shared_limit));
+        let waiters =
+            self.record.waiters.iter().map(|Waiter { acquisition, .. }| {
+                (acquisition.id, acquisition.mode, acquisition.shared_limit)
+            });
+        let mut same_id = holders.chain(waiters).filter(|(id, ..)| *id == asked.id);
+        same_id.any(|(_, mode, shared_limit)| !asked.is_same(mode, shared_limit))
+    }
+
+    /// What keeps `asked` out, if anything does.
+    #[must_use]
+    pub fn obstacle(&self, asked: &Acquisition, rules: &Rules) -> Option<Obstacle<'_>> {
+        let record = &self.record;
+        if let Some(until) = record.blocked_until.filter(|until| *until > self.now) {
+            return Some(Obstacle::MinHold(until));
+        }
+        if !fits(asked, &record.holders, None, self.now, rules.grace) {
+            let live = record.holders.iter().filter(|holder| is_live(holder, self.now, rules.grace));
+            let modes = live.clone().map(|holder| holder.mode);
+            if modes.chain([asked.mode]).any(|mode| mode == Mode::Exclusive) {
+                return Some(Obstacle::Holder);
+            }
+            let limits = live.map(|holder| holder.shared_limit);
+            return Some(Obstacle::Limit(limits.fold(asked.shared_limit, u32::min)));
+        }
+        self.line().find(|waiter| waiter.acquisition.id != asked.id).map(Obstacle::Waiter)
     }
 
     /// The state to show.

@@ -5,7 +5,7 @@ use std::hash::Hash;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::{Acquisition, FencingToken, LeaseId};
+use super::{Acquisition, LeaseId, Timestamp};
 
 /// Lists up to this long are walked: most have one entry, for which an index would be an allocation more.
 const WALKED: usize = 16;
@@ -25,7 +25,7 @@ impl Named for LeaseId {
     }
 }
 
-impl Named for FencingToken {
+impl Named for Timestamp {
     type Name = Self;
 
     fn name(&self) -> Self {
@@ -48,7 +48,7 @@ pub(super) struct Distinct<T: Named> {
     /// The position of each entry, if the list is too long to be walked.
     #[expect(
         clippy::box_collection,
-        reason = "an edit has five lists, hardly any with an index; a pointer is smaller"
+        reason = "an edit has eight lists, hardly any with an index; a pointer is smaller"
     )]
     index: Option<Box<HashMap<T::Name, usize>>>,
 }
@@ -74,6 +74,16 @@ impl<T: Named> Distinct<T> {
     /// Whether an entry has this name.
     pub(super) fn has(&self, name: T::Name) -> bool {
         self.position(name).is_some()
+    }
+
+    /// The entry with this name.
+    pub(super) fn get(&self, name: T::Name) -> Option<&T> {
+        self.position(name).map(|position| &self.entries[position])
+    }
+
+    /// Changes each entry in a way that leaves it its name.
+    pub(super) fn change(&mut self, change: impl FnMut(&mut T)) {
+        self.entries.iter_mut().for_each(change);
     }
 
     fn position(&self, name: T::Name) -> Option<usize> {
@@ -114,16 +124,17 @@ mod tests {
     fn each_name_stands_once_in_lists_of_any_length() {
         for length in [1, WALKED, WALKED + 1, 5 * WALKED] {
             let mut list = Distinct::default();
-            let tokens: Vec<_> = (0..length).map(|number| FencingToken(number as i64)).collect();
-            for token in &tokens {
-                assert_eq!(list.add(*token), None);
-                assert!(list.has(*token));
+            let instants: Vec<_> = (0..length).map(|number| Timestamp(number as i64)).collect();
+            for instant in &instants {
+                assert_eq!(list.add(*instant), None);
+                assert!(list.has(*instant));
+                assert_eq!(list.get(*instant), Some(instant));
             }
-            for token in &tokens {
-                assert_eq!(list.add(*token), Some(&mut token.clone()));
+            for instant in &instants {
+                assert_eq!(list.add(*instant), Some(&mut instant.clone()));
             }
-            assert_eq!(list[..], tokens[..]);
-            assert!(!list.has(FencingToken(-1)));
+            assert_eq!(list[..], instants[..]);
+            assert!(!list.has(Timestamp(-1)));
         }
     }
 }

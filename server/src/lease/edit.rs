@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::distinct::Distinct;
 use super::record::footprint;
-use super::{FencingToken, LeaseId, Mode, Ttl};
+use super::{LeaseId, Mode, REMEMBERED_DEPARTURES, Timestamp, Ttl};
 
 /// A request for a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Acquisition {
     pub metadata: BTreeMap<String, String>,
     /// Alone or with others.
     pub mode: Mode,
-    /// Shared only: it is admitted while fewer than this many hold; 1 to [`MAX_SHARED_HOLDERS`](super::MAX_SHARED_HOLDERS).
+    /// Shared only: no more than this many hold while it does; 1 to [`MAX_SHARED_HOLDERS`](super::MAX_SHARED_HOLDERS).
     pub shared_limit: u32,
     /// How long the grant and each touch last.
     pub ttl: Ttl,
@@ -27,9 +27,17 @@ pub struct Acquisition {
     pub min_hold: Duration,
     /// Stands in line if it cannot be granted at once.
     pub wait: bool,
+    /// An earlier command asked for it too, and may still be under way.
+    pub repeated: bool,
 }
 
 impl Acquisition {
+    /// Whether a request for the same id is a repetition of this one: it asks for the same mode and limit.
+    #[must_use]
+    pub fn is_same(&self, mode: Mode, shared_limit: u32) -> bool {
+        (self.mode, self.shared_limit) == (mode, shared_limit)
+    }
+
     /// What this adds to a record, in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
@@ -48,24 +56,28 @@ impl Acquisition {
             ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
             min_hold: Duration::ZERO,
             wait: true,
+            repeated: false,
         }
     }
 }
 
 /// One key's share of a batch. Its parts are concurrent with each other, for none has been answered; the order in
-/// which [`step`](super::step) takes them is the rule. Each list names an id or token once.
+/// which [`step`](super::step) takes them is the rule. Each list names an id once.
 ///
 /// Applying an edit twice gives the same answers, as long as it does not ask for an id that it also releases or
-/// cancels: whoever merges commands puts the second of such two into the next edit. (A release of an id that stands
-/// in line may come before or after its grant, and repeated it comes after; both are answers to that race.)
+/// cancels: whoever merges commands puts the second of such two into the next edit.
 ///
 /// An edit that contains nothing is a *nudge*: it admits whoever's turn has come.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edit {
     touch: Distinct<LeaseId>,
     release: Distinct<LeaseId>,
-    revoke: Distinct<FencingToken>,
+    /// Those of `release` that may still be asked for.
+    given_up: Distinct<LeaseId>,
+    revoke: Distinct<LeaseId>,
+    unblock: Distinct<Timestamp>,
     cancel: Distinct<LeaseId>,
+    refresh: Distinct<LeaseId>,
     enqueue: Distinct<Arc<Acquisition>>,
 }
 
@@ -77,20 +89,36 @@ impl Edit {
         self
     }
 
-    /// Gives the lease back.
+    /// Settles the id for good: gives the lease or the place in line back, and keeps out a command that asks for the id
+    /// later.
     #[must_use]
     pub fn release(mut self, id: LeaseId) -> Self {
         self.release.add(id);
         self
     }
 
-    /// Takes the lease with this token away.
+    /// Releases an id whose acquire was given up without an answer: commands that ask for the id may still be under
+    /// way, also if one of them has been granted the lease.
+    #[must_use]
+    pub fn give_up(mut self, id: LeaseId) -> Self {
+        self.given_up.add(id);
+        self.release(id)
+    }
+
+    /// Takes the lease away from its holder.
     ///
     /// There is no "revoke whoever holds": committed twice after an unknown outcome it would hit the successor that
     /// the first commit admitted.
     #[must_use]
-    pub fn revoke(mut self, token: FencingToken) -> Self {
-        self.revoke.add(token);
+    pub fn revoke(mut self, id: LeaseId) -> Self {
+        self.revoke.add(id);
+        self
+    }
+
+    /// Ends the block of a `min_hold` that lasts until just then.
+    #[must_use]
+    pub fn unblock(mut self, until: Timestamp) -> Self {
+        self.unblock.add(until);
         self
     }
 
@@ -101,33 +129,45 @@ impl Edit {
         self
     }
 
-    /// Joins the line, or refreshes its place there.
+    /// Keeps the place in line. Never makes one, so that a late refresh does nothing.
+    #[must_use]
+    pub fn refresh(mut self, id: LeaseId) -> Self {
+        self.refresh.add(id);
+        self
+    }
+
+    /// Joins the line, or refreshes the place there, or renews the lease if it is held already.
     #[must_use]
     pub fn enqueue(mut self, acquisition: Arc<Acquisition>) -> Self {
-        // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
         if let Some(known) = self.enqueue.add(Arc::clone(&acquisition))
-            && acquisition.wait
+            && acquisition.is_same(known.mode, known.shared_limit)
         {
-            *known = acquisition;
+            // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
+            let known = Arc::make_mut(known);
+            known.wait |= acquisition.wait;
+            known.repeated = true;
         }
+        self
+    }
+
+    /// The edit as it is sent again after a failure: what it asks for may have been asked for before.
+    #[must_use]
+    pub fn repeated(mut self) -> Self {
+        self.enqueue.change(|acquisition| Arc::make_mut(acquisition).repeated = true);
         self
     }
 
     /// Whether it renews leases and does nothing else.
     #[must_use]
     pub fn only_touches(&self) -> bool {
-        let Self { touch, release, revoke, cancel, enqueue } = self;
+        let Self { touch, release, given_up: _, revoke, unblock, cancel, refresh, enqueue } = self;
         !touch.is_empty()
             && release.is_empty()
             && revoke.is_empty()
+            && unblock.is_empty()
             && cancel.is_empty()
+            && refresh.is_empty()
             && enqueue.is_empty()
-    }
-
-    /// Leases to renew.
-    #[must_use]
-    pub fn touched(&self) -> &[LeaseId] {
-        &self.touch
     }
 
     /// Whether it renews this lease.
@@ -136,16 +176,28 @@ impl Edit {
         self.touch.has(id)
     }
 
-    /// Whether it gives this lease back.
+    /// Whether it settles this id.
     #[must_use]
     pub fn releases(&self, id: LeaseId) -> bool {
         self.release.has(id)
     }
 
-    /// Whether it takes away the lease with this token.
+    /// Whether the departure of this released id is [lasting](Self::lasting) whatever became of it.
     #[must_use]
-    pub fn revokes(&self, token: FencingToken) -> bool {
-        self.revoke.has(token)
+    pub fn lets_last(&self, id: LeaseId) -> bool {
+        self.lasting_ids().has(id)
+    }
+
+    /// Whether it takes this lease away.
+    #[must_use]
+    pub fn revokes(&self, id: LeaseId) -> bool {
+        self.revoke.has(id)
+    }
+
+    /// Whether it ends a block that lasts until just then.
+    #[must_use]
+    pub fn unblocks(&self, until: Timestamp) -> bool {
+        self.unblock.has(until)
     }
 
     /// Whether it takes this waiter out of the line.
@@ -154,22 +206,66 @@ impl Edit {
         self.cancel.has(id)
     }
 
-    /// Whether it puts this acquisition into the line, or refreshes its place there.
+    /// Whether it keeps the place of this waiter.
+    #[must_use]
+    pub fn refreshes(&self, id: LeaseId) -> bool {
+        self.refresh.has(id)
+    }
+
+    /// Whether it asks for this id, in whatever way.
     #[must_use]
     pub fn enqueues(&self, id: LeaseId) -> bool {
         self.enqueue.has(id)
     }
 
-    /// Leases to give back.
+    /// Whether it asks for this id with this mode and limit.
+    #[must_use]
+    pub fn asks(&self, id: LeaseId, mode: Mode, shared_limit: u32) -> bool {
+        self.enqueue.get(id).is_some_and(|acquisition| acquisition.is_same(mode, shared_limit))
+    }
+
+    /// Whether it is about this id.
+    #[must_use]
+    pub fn names(&self, id: LeaseId) -> bool {
+        [&self.touch, &self.release, &self.revoke, &self.cancel, &self.refresh]
+            .iter()
+            .any(|list| list.has(id))
+            || self.enqueues(id)
+    }
+
+    /// Leases to renew.
+    #[must_use]
+    pub fn touched(&self) -> &[LeaseId] {
+        &self.touch
+    }
+
+    /// Ids to settle.
     #[must_use]
     pub fn released(&self) -> &[LeaseId] {
         &self.release
     }
 
-    /// Tokens of leases to take away.
+    /// The released ids whose departures are lasting whatever became of them: those that may still be asked for, and
+    /// all of an edit that releases more than a record remembers anyway, since the edit may be sent again.
     #[must_use]
-    pub fn revoked(&self) -> &[FencingToken] {
+    pub fn lasting(&self) -> &[LeaseId] {
+        self.lasting_ids()
+    }
+
+    fn lasting_ids(&self) -> &Distinct<LeaseId> {
+        if self.release.len() > REMEMBERED_DEPARTURES { &self.release } else { &self.given_up }
+    }
+
+    /// Leases to take away.
+    #[must_use]
+    pub fn revoked(&self) -> &[LeaseId] {
         &self.revoke
+    }
+
+    /// The ends of the blocks to lift.
+    #[must_use]
+    pub fn unblocked(&self) -> &[Timestamp] {
+        &self.unblock
     }
 
     /// Waiters to leave the line.
@@ -178,9 +274,22 @@ impl Edit {
         &self.cancel
     }
 
+    /// Waiters whose places to keep.
+    #[must_use]
+    pub fn refreshed(&self) -> &[LeaseId] {
+        &self.refresh
+    }
+
     /// Acquisitions to join the line, in the order of their arrival.
     #[must_use]
     pub fn enqueued(&self) -> &[Arc<Acquisition>] {
         &self.enqueue
+    }
+
+    /// Every id that it is about.
+    pub fn named(&self) -> impl Iterator<Item = LeaseId> {
+        let lists = [&self.touch, &self.release, &self.revoke, &self.cancel, &self.refresh];
+        let asked = self.enqueue.iter().map(|acquisition| acquisition.id);
+        lists.into_iter().flat_map(|list| list.iter().copied()).chain(asked)
     }
 }

@@ -35,12 +35,31 @@ impl From<[u8; 16]> for LeaseId {
     }
 }
 
-impl TryFrom<&str> for LeaseId {
-    type Error = uuid::Error;
+/// Why a text cannot be a lease id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidLeaseId {
+    /// Not a UUID, or a UUID in another spelling than the one that answers use.
+    #[error("must be a UUID in lower case with hyphens, such as 0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02")]
+    Spelling,
+    /// What a caller sends who forgot to choose an id. Two such callers would share each other's lease.
+    #[error("must not be the nil UUID; choose a random UUID for each acquisition")]
+    Nil,
+}
 
-    /// Takes a UUID in any of its usual spellings.
-    fn try_from(text: &str) -> Result<Self, uuid::Error> {
-        Uuid::try_parse(text).map(Self)
+impl TryFrom<&str> for LeaseId {
+    type Error = InvalidLeaseId;
+
+    /// Takes the spelling of [`reveal`](Self::reveal) and no other, so that an id has one text everywhere.
+    fn try_from(text: &str) -> Result<Self, InvalidLeaseId> {
+        const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
+        if text.len() != HYPHENATED || text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Err(InvalidLeaseId::Spelling);
+        }
+        match Uuid::try_parse(text) {
+            Ok(id) if id.is_nil() => Err(InvalidLeaseId::Nil),
+            Ok(id) => Ok(Self(id)),
+            Err(_) => Err(InvalidLeaseId::Spelling),
+        }
     }
 }
 
@@ -69,5 +88,27 @@ mod tests {
         let id = LeaseId::random();
         assert_eq!(format!("{id:?}"), "LeaseId(..)");
         assert_eq!(LeaseId::try_from(id.reveal().as_str()).expect("its own spelling"), id);
+    }
+
+    #[test]
+    fn an_id_has_one_spelling_and_is_not_nil() {
+        let id = Uuid::new_v4();
+        let misspelt = [
+            id.hyphenated().to_string().to_uppercase(),
+            id.simple().to_string(),
+            id.braced().to_string(),
+            id.urn().to_string(),
+            format!(" {}", id.hyphenated()),
+            format!("{}00-00", &id.hyphenated().to_string()[..31]),
+            String::new(),
+            "é".repeat(18),
+        ];
+        for text in misspelt {
+            assert_eq!(LeaseId::try_from(text.as_str()), Err(InvalidLeaseId::Spelling), "{text:?}");
+        }
+        let nil = Uuid::nil().hyphenated().to_string();
+        assert_eq!(LeaseId::try_from(nil.as_str()), Err(InvalidLeaseId::Nil));
+        let max = Uuid::max().hyphenated().to_string();
+        assert_eq!(LeaseId::try_from(max.as_str()).map(LeaseId::reveal), Ok(max));
     }
 }

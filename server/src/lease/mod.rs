@@ -9,16 +9,22 @@ mod distinct;
 mod edit;
 mod id;
 mod key;
+#[cfg(test)]
+mod late_commands;
 mod record;
 mod step;
 #[cfg(test)]
 mod step_properties;
 mod time;
 
-pub use answer::{Snapshot, Standing, State};
+pub use answer::{Obstacle, Snapshot, Standing, State};
 pub use edit::{Acquisition, Edit};
-pub use id::{FencingToken, LeaseId};
+pub use id::{FencingToken, InvalidLeaseId, LeaseId};
 pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
-pub use record::{Departure, Holder, Mode, Reason, Record, Waiter};
-pub use step::{MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, REMEMBERED_DEPARTURES, Rules, step};
+pub use record::{Departure, Holder, Mode, NEVER_GRANTED, Reason, Record, Waiter};
+pub use step::{
+    LASTING_DEPARTURES, MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,
+    Rules, step,
+};
+pub(crate) use time::millis;
 pub use time::{Timestamp, Ttl};

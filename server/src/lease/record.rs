@@ -25,6 +25,9 @@ pub struct Record {
     pub rev: i64,
 }
 
+/// A record of a key that nobody was ever granted is kept no longer than this.
+pub const NEVER_GRANTED: Duration = Duration::from_secs(3600);
+
 /// Who may act on the key together with whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mode {
@@ -55,6 +58,10 @@ pub struct Holder {
     pub expires_at: Timestamp,
     /// The key stays taken at least this long after the grant, even if released.
     pub min_hold: Duration,
+    /// Shared only: no more than this many hold while this one does.
+    pub shared_limit: u32,
+    /// It was asked for more than once, so a late command may still ask for it.
+    pub repeated: bool,
 }
 
 /// An acquisition standing in line.
@@ -68,7 +75,7 @@ pub struct Waiter {
     pub expires_at: Timestamp,
 }
 
-/// A lease that is no more.
+/// A lease id that is over: it is never granted while this is remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Departure {
     /// Whose.
@@ -77,9 +84,11 @@ pub struct Departure {
     pub reason: Reason,
     /// When it went.
     pub at: Timestamp,
+    /// It is remembered for [`MEMORY`](super::MEMORY), because a command that asks for the id may still be under way.
+    pub lasting: bool,
 }
 
-/// How a lease went.
+/// How a lease id came to be over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// Given back by its holder.
@@ -88,6 +97,10 @@ pub enum Reason {
     Displaced,
     /// Taken away by an operator.
     Revoked,
+    /// Released while it stood in line.
+    Withdrawn,
+    /// Released while it neither held nor stood in line: before it was asked for, or long after it was over.
+    Settled,
 }
 
 impl Record {
@@ -108,18 +121,29 @@ impl Record {
     /// Whether nobody holds the key, waits for it or keeps it blocked.
     #[must_use]
     pub fn is_free(&self, now: Timestamp) -> bool {
-        self.holders.is_empty() && self.waiters.is_empty() && self.blocked_until <= Some(now)
+        !self.is_taken() && self.blocked_until <= Some(now)
     }
 
-    /// Whether nobody has held the key, waited for it or kept it blocked for `free_for`, so that it may be forgotten.
-    ///
-    /// The last token is the time of a grant or later than it, so a record goes only when the clock alone gives a
-    /// higher one.
+    /// Whether somebody holds the key or waits for it.
     #[must_use]
-    pub fn is_forgettable(&self, now: Timestamp, free_for: Duration) -> bool {
+    pub fn is_taken(&self) -> bool {
+        !self.holders.is_empty() || !self.waiters.is_empty()
+    }
+
+    /// Whether nobody has held the key, waited for it or kept it blocked for `unused_for`, so that it may be forgotten.
+    ///
+    /// A lease counts as held until others may take it, `grace` after it ran out, and a place in line until it lapses: a
+    /// holder that died releases nothing. The last token is the time of a grant or later than it, so a record goes only
+    /// when the clock alone gives a higher one. A record that was never granted protects no token, and is of use only
+    /// while late commands can arrive.
+    #[must_use]
+    pub fn is_forgettable(&self, now: Timestamp, unused_for: Duration, grace: Duration) -> bool {
+        let unused_for = if self.token.0 > 0 { unused_for } else { unused_for.min(NEVER_GRANTED) };
         let departed = self.departures.iter().map(|departure| departure.at);
-        let last = departed.chain(self.blocked_until).chain([Timestamp(self.token.0)]).max();
-        self.holders.is_empty() && self.waiters.is_empty() && last.is_none_or(|last| last + free_for < now)
+        let held = self.holders.iter().map(|holder| holder.expires_at + grace);
+        let waited = self.waiters.iter().map(|waiter| waiter.expires_at);
+        let used = departed.chain(held).chain(waited).chain(self.blocked_until);
+        used.chain([Timestamp(self.token.0)]).all(|last| last + unused_for < now)
     }
 
     /// Orders the states of a key: tokens rise from one life of its record to the next, where revisions begin anew.
@@ -142,4 +166,45 @@ pub(super) fn footprint(owner: &str, metadata: &BTreeMap<String, String>) -> usi
     const FIXED: usize = 256;
     let labels: usize = metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
     FIXED + owner.len() + labels
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::{Edit, Rules, step};
+
+    const GRACE: Duration = Duration::from_secs(1);
+    const WEEK: Duration = Duration::from_secs(7 * 86_400);
+    const START: Timestamp = Timestamp(1_700_000_000_000);
+
+    fn vacant() -> Record {
+        Record::vacant(Key::try_from("key").expect("a key"))
+    }
+
+    #[test]
+    fn a_record_that_was_never_granted_is_forgotten_within_the_hour() {
+        let departure =
+            Departure { id: LeaseId::random(), reason: Reason::Settled, at: START, lasting: true };
+        let record = Record { departures: vec![departure], rev: 1, ..vacant() };
+        let hour = START + NEVER_GRANTED;
+        assert!(!record.is_forgettable(hour, WEEK, GRACE));
+        assert!(record.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE));
+        let granted = Record { token: FencingToken(START.0), ..record };
+        assert!(!granted.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE), "its token is to be outlived");
+    }
+
+    #[test]
+    fn a_record_with_a_live_holder_or_waiter_is_never_forgotten() {
+        let rules = Rules { grace: GRACE, place: Duration::from_secs(15) };
+        let [first, second] = [(); 2].map(|()| Arc::new(Acquisition::waiting(LeaseId::random())));
+        let edit = Edit::default().enqueue(first).enqueue(second);
+        let mut record = step(vacant(), &edit, START, &rules);
+        let place_ends = record.waiters[0].expires_at;
+        assert!(!record.is_forgettable(place_ends, Duration::ZERO, GRACE));
+        assert!(record.is_forgettable(Timestamp(place_ends.0 + 1), Duration::ZERO, GRACE));
+        record.waiters.clear();
+        let live_until = record.holders[0].expires_at + GRACE;
+        assert!(!record.is_forgettable(live_until, Duration::ZERO, GRACE));
+        assert!(record.is_forgettable(Timestamp(live_until.0 + 1), Duration::ZERO, GRACE));
+    }
 }

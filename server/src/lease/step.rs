@@ -3,10 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Acquisition, Departure, Edit, FencingToken, Holder, Mode, Reason, Record, Timestamp, Waiter};
+use super::{
+    Acquisition, Departure, Edit, FencingToken, Holder, LeaseId, Mode, Reason, Record, Timestamp, Waiter,
+};
 
-/// Departures a record remembers at least; those of its latest edit are all there, however many.
+/// The newest departures, which a record remembers in any case.
 pub const REMEMBERED_DEPARTURES: usize = 8;
+/// How long a record remembers departures that are lasting: longer than any command may be under way.
+pub const MEMORY: Duration = Duration::from_secs(60);
+/// Departures of a record that may be lasting.
+pub const LASTING_DEPARTURES: usize = 1024;
 /// A line this long takes no more.
 pub const MAX_WAITERS: usize = 1024;
 /// A record this large, as [`Record::size`] counts, takes no more.
@@ -26,20 +32,21 @@ pub struct Rules {
 
 /// The record after `edit` at `now`, an instant of the store's clock.
 ///
-/// Three parts in this order: *edit* (touch, release, revoke, cancel, enqueue), *admit* (the head of the line, while
-/// it fits), *finish* (those who came only to try leave; `rev` rises).
+/// Three parts in this order: *edit* (touch, release, revoke, unblock, cancel, refresh, enqueue), *admit* (the head of
+/// the line, while it fits), *finish* (those who came only to try leave; `rev` rises).
 #[must_use]
 pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> Record {
+    let lasting = record.departures.iter().filter(|departure| lasts(departure, now)).count();
+    let room = LASTING_DEPARTURES.saturating_sub(lasting);
     touch(&mut record, edit, now);
-    let mut gone = depart(&mut record, edit, now);
+    let mut gone = depart(&mut record, edit, now, room);
+    record.blocked_until.take_if(|until| edit.unblocks(*until));
     record.waiters.retain(|waiter| !edit.cancels(waiter.acquisition.id));
     enqueue(&mut record, edit, &gone, now, rules.place);
 
-    gone.splice(0..0, admit(&mut record, now, rules.grace));
+    gone.splice(0..0, admit(&mut record, now, rules.grace, room));
 
-    let remembered = gone.len().max(REMEMBERED_DEPARTURES);
-    record.departures.splice(0..0, gone);
-    record.departures.truncate(remembered);
+    remember(&mut record, edit, gone, now);
     record.waiters.retain(|waiter| waiter.acquisition.wait);
     record.rev += 1;
     record
@@ -49,32 +56,67 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
 fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
     for holder in &mut record.holders {
         if edit.touches(holder.id) {
-            holder.expires_at = holder.expires_at.max(now + holder.ttl.get());
+            renew(holder, now);
         }
     }
 }
 
+fn renew(holder: &mut Holder, now: Timestamp) {
+    holder.expires_at = holder.expires_at.max(now + holder.ttl.get());
+}
+
 /// Removes the released and the revoked and returns them, newest first. Releasing early does not end `min_hold`.
-fn depart(record: &mut Record, edit: &Edit, now: Timestamp) -> Vec<Departure> {
+///
+/// A released id that is not known is noted too, while there is room: an acquire with it that comes later must find it
+/// settled. Most departures are lasting. The exception is the common one, a holder that was asked for once and gives
+/// its lease back: no other command can name its id.
+fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: usize) -> Vec<Departure> {
     let released = take(&mut record.holders, |holder| edit.releases(holder.id));
-    let revoked = take(&mut record.holders, |holder| edit.revokes(holder.token));
+    let revoked = take(&mut record.holders, |holder| edit.revokes(holder.id));
+    let is_withdrawn = |waiter: &mut Waiter| edit.releases(waiter.acquisition.id);
+    let withdrawn: Vec<Waiter> = record.waiters.extract_if(.., is_withdrawn).collect();
     // Without a `min_hold` there is nothing to wait for, and a clock that stepped back must not make it so.
     let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
     let held_for = held_for.map(|holder| Some(holder.acquired_at + holder.min_hold));
     record.blocked_until = held_for.chain([record.blocked_until]).max().flatten();
-    let mut gone = note(&revoked, Reason::Revoked, now);
-    gone.extend(note(&released, Reason::Released, now));
+
+    let note = |id, reason, lasting: bool| Departure { id, reason, at: now, lasting: lasting && room > 0 };
+    let mut gone: Vec<Departure> =
+        revoked.iter().map(|holder| note(holder.id, Reason::Revoked, true)).collect();
+    gone.extend(
+        released
+            .iter()
+            .map(|Holder { id, repeated, .. }| note(*id, Reason::Released, *repeated || edit.lets_last(*id))),
+    );
+    gone.extend(withdrawn.iter().map(|waiter| note(waiter.acquisition.id, Reason::Withdrawn, true)));
+    let known = |id: LeaseId| gone.iter().chain(&record.departures).any(|departure| departure.id == id);
+    let unknown = edit.released().iter().filter(|id| !known(**id)).take(room);
+    let settled: Vec<Departure> = unknown.map(|id| note(*id, Reason::Settled, true)).collect();
+    gone.extend(settled);
     gone
 }
 
-/// Appends those the record does not know, if it has room for more, and refreshes the places of those in line. A
-/// full record takes nobody; instead it loses the places that have lapsed, so that a later attempt finds room.
+/// Appends those the record does not know, if it has room for more, refreshes the places of those in line, and renews
+/// what is held. A full record takes nobody; instead it loses the places that have lapsed, so that a later attempt finds
+/// room.
 ///
-/// Whoever departed does not come back: a late duplicate of an old call must not become a ghost.
+/// Whoever departed does not come back: a late duplicate of an old call must not become a ghost. Nothing changes for an
+/// id that is in use with another mode or limit.
 fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp, place: Duration) {
+    for holder in &mut record.holders {
+        if edit.asks(holder.id, holder.mode, holder.shared_limit) {
+            renew(holder, now);
+            holder.repeated = true;
+        }
+    }
     for waiter in &mut record.waiters {
-        if edit.enqueues(waiter.acquisition.id) {
+        let Acquisition { id, mode, shared_limit, repeated, .. } = *waiter.acquisition;
+        let is_asked = edit.asks(id, mode, shared_limit);
+        if is_asked || edit.refreshes(id) {
             waiter.expires_at = waiter.expires_at.max(now + place);
+        }
+        if is_asked && !repeated {
+            Arc::make_mut(&mut waiter.acquisition).repeated = true;
         }
     }
     let unknown = |acquisition: &&Arc<Acquisition>| {
@@ -101,7 +143,7 @@ fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp,
 
 /// Admits from the head of the line while it fits, and returns the holders whose place was taken. A head that fits
 /// but whose place has lapsed leaves instead.
-fn admit(record: &mut Record, now: Timestamp, grace: Duration) -> Vec<Departure> {
+fn admit(record: &mut Record, now: Timestamp, grace: Duration, room: usize) -> Vec<Departure> {
     let mut left_line = 0;
     let mut displaced = Vec::new();
     for waiter in &record.waiters {
@@ -117,7 +159,27 @@ fn admit(record: &mut Record, now: Timestamp, grace: Duration) -> Vec<Departure>
         record.holders.push(grant(&waiter.acquisition, record.token, now));
     }
     record.waiters.drain(..left_line);
-    note(&displaced, Reason::Displaced, now)
+    let note = |Holder { id, .. }| Departure { id, reason: Reason::Displaced, at: now, lasting: room > 0 };
+    displaced.into_iter().map(note).collect()
+}
+
+/// Puts what has gone before the departures, and forgets some of the others: not the newest, not those that the edit
+/// names, since it may be applied again, and not those that last.
+fn remember(record: &mut Record, edit: &Edit, gone: Vec<Departure>, now: Timestamp) {
+    if gone.is_empty() {
+        return;
+    }
+    let newest = gone.len().max(REMEMBERED_DEPARTURES);
+    record.departures.splice(0..0, gone);
+    let mut place = 0;
+    record.departures.retain(|departure| {
+        place += 1;
+        place <= newest || lasts(departure, now) || edit.names(departure.id)
+    });
+}
+
+fn lasts(departure: &Departure, now: Timestamp) -> bool {
+    departure.lasting && now < departure.at + MEMORY
 }
 
 fn grant(acquisition: &Acquisition, token: FencingToken, now: Timestamp) -> Holder {
@@ -131,10 +193,13 @@ fn grant(acquisition: &Acquisition, token: FencingToken, now: Timestamp) -> Hold
         acquired_at: now,
         expires_at: now + acquisition.ttl.get(),
         min_hold: acquisition.min_hold,
+        shared_limit: acquisition.shared_limit,
+        repeated: acquisition.repeated,
     }
 }
 
-/// Whether the head of the line may be admitted beside those who hold.
+/// Whether the head of the line may be admitted beside those who hold. A limit binds those who come later, too: nobody
+/// who holds with a limit of five is ever one of six.
 pub(super) fn fits(
     head: &Acquisition,
     holders: &[Holder],
@@ -149,7 +214,9 @@ pub(super) fn fits(
             Mode::Shared => {
                 let (exclusive, shared): (Vec<_>, Vec<_>) =
                     live.partition(|holder| holder.mode == Mode::Exclusive);
-                exclusive.is_empty() && shared.len() < head.shared_limit as usize
+                let limits = shared.iter().map(|holder| holder.shared_limit);
+                let limit = limits.fold(head.shared_limit, u32::min);
+                exclusive.is_empty() && shared.len() < limit as usize
             }
         }
 }
@@ -161,8 +228,4 @@ pub(super) fn is_live(holder: &Holder, now: Timestamp, grace: Duration) -> bool 
 
 fn take(holders: &mut Vec<Holder>, mut which: impl FnMut(&Holder) -> bool) -> Vec<Holder> {
     holders.extract_if(.., |holder| which(holder)).collect()
-}
-
-fn note(gone: &[Holder], reason: Reason, at: Timestamp) -> Vec<Departure> {
-    gone.iter().map(|holder| Departure { id: holder.id, reason, at }).collect()
 }

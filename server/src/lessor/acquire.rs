@@ -11,7 +11,8 @@ use super::line::Entry;
 use super::part::Part;
 use super::{CallError, Lessor};
 use crate::lease::{
-    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing, Timestamp, Ttl,
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Mode, Obstacle, Reason, Snapshot, Standing,
+    Timestamp, Ttl,
 };
 use crate::store::Store;
 
@@ -46,8 +47,10 @@ pub enum Acquired {
     Held(Refusal),
     /// The line takes no more.
     QueueFull,
-    /// This acquisition was granted before and is over.
+    /// This acquisition is over: it was granted before, or its id was released.
     Lost(Reason),
+    /// The id is in use for another acquisition of the key, with another mode or limit.
+    IdReused,
 }
 
 /// A lease granted.
@@ -63,7 +66,11 @@ pub struct Grant {
     pub acquired_at: Timestamp,
     /// When it runs out unless touched.
     pub expires_at: Timestamp,
-    /// Granted from the line.
+    /// What was left of it by the store's clock at the commit that the answer is read from.
+    pub remaining: Duration,
+    /// Alone or with others.
+    pub mode: Mode,
+    /// Granted from the line, or by an earlier commit than that of this call.
     pub waited: bool,
     /// It displaced a holder whose time was over.
     pub took_over: bool,
@@ -80,6 +87,29 @@ pub struct Refusal {
     pub remaining: Duration,
     /// How many stood before the caller, if it stood in line.
     pub position: Option<usize>,
+    /// What keeps the caller out; `None` if it might come in if it tried again.
+    pub by: Option<Obstruction>,
+}
+
+/// What keeps a caller out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Obstruction {
+    /// A `min_hold` keeps the key taken.
+    MinHold,
+    /// Somebody holds the key.
+    Holder,
+    /// So many share the key as the smallest limit allows.
+    Limit {
+        /// How many.
+        holders: usize,
+        /// The smallest limit among theirs and the caller's own.
+        limit: u32,
+    },
+    /// Somebody came before.
+    Waiter {
+        /// That one's label.
+        owner: String,
+    },
 }
 
 impl<S: Store> Lessor<S> {
@@ -125,14 +155,14 @@ impl<S: Store> Lessor<S> {
             }
         };
         match first.standing(id) {
-            Standing::Waiter(_) if waits => {
+            Standing::Waiter(_) if waits && !first.conflicts(&acquisition) => {
                 let wait = self.counts().wait();
-                let answer = self.wait(attempt, until).await;
+                let answer = self.wait(attempt, &acquisition, until).await;
                 wait.over(&answer);
                 answer
             }
             standing => {
-                let answer = answer(&first, standing, waits);
+                let answer = self.answer(&first, standing, &acquisition);
                 attempt.close();
                 Ok(answer)
             }
@@ -149,7 +179,12 @@ impl<S: Store> Lessor<S> {
     }
 
     /// Stands in line until told, until the time is over, or until the daemon drains.
-    async fn wait(&self, mut attempt: Attempt<S>, until: Instant) -> Result<Acquired, CallError> {
+    async fn wait(
+        &self,
+        mut attempt: Attempt<S>,
+        acquisition: &Acquisition,
+        until: Instant,
+    ) -> Result<Acquired, CallError> {
         let id = attempt.id;
         let Some(entry) = &mut attempt.entry else { return Err(CallError::ShuttingDown) };
         tokio::select! {
@@ -163,7 +198,7 @@ impl<S: Store> Lessor<S> {
                 attempt.close();
                 Ok(answer)
             }
-            () = sleep_until(until) => self.leave(attempt).await,
+            () = sleep_until(until) => self.leave(attempt, acquisition).await,
             () = self.draining.cancelled() => {
                 // The place stays for a while: the caller goes on with the same id elsewhere.
                 if origin_is_caller(&attempt) {
@@ -175,7 +210,7 @@ impl<S: Store> Lessor<S> {
     }
 
     /// Leaves the line, unless the turn came at this very moment.
-    async fn leave(&self, mut attempt: Attempt<S>) -> Result<Acquired, CallError> {
+    async fn leave(&self, mut attempt: Attempt<S>, asked: &Acquisition) -> Result<Acquired, CallError> {
         let id = attempt.id;
         let latest = attempt.entry.as_ref().and_then(Entry::latest);
         let last_position = latest.as_ref().and_then(|snapshot| match snapshot.standing(id) {
@@ -186,7 +221,8 @@ impl<S: Store> Lessor<S> {
         if !attempt.leaves {
             // Another call waits on with this id, and keeps the place.
             attempt.close();
-            let refusal = latest.map(|snapshot| refusal(&snapshot, last_position)).unwrap_or_default();
+            let refusal = latest.map(|snapshot| self.refusal(&snapshot, asked, last_position));
+            let refusal = refusal.unwrap_or_default();
             return Ok(Acquired::Held(refusal));
         }
         let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?;
@@ -194,8 +230,52 @@ impl<S: Store> Lessor<S> {
         Ok(match snapshot.standing(id) {
             Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
             Standing::Departed(reason) => Acquired::Lost(reason),
-            Standing::Waiter(_) | Standing::Unknown => Acquired::Held(refusal(&snapshot, last_position)),
+            Standing::Waiter(_) | Standing::Unknown => {
+                Acquired::Held(self.refusal(&snapshot, asked, last_position))
+            }
         })
+    }
+
+    /// The answer to a call that does not begin to wait.
+    fn answer(&self, snapshot: &Snapshot, standing: Standing<'_>, asked: &Acquisition) -> Acquired {
+        match standing {
+            Standing::Holder(_) | Standing::Waiter(_) if snapshot.conflicts(asked) => Acquired::IdReused,
+            // What this commit did has the instant of the record; a grant that is older was made for an earlier call.
+            Standing::Holder(holder) if holder.acquired_at < snapshot.now => {
+                granted(snapshot, holder, Waited::Yes)
+            }
+            Standing::Holder(holder) => granted(snapshot, holder, Waited::No),
+            Standing::Departed(reason) => Acquired::Lost(reason),
+            Standing::Waiter(position) => Acquired::Held(self.refusal(snapshot, asked, Some(position))),
+            // Whoever waits is refused a place only for want of room.
+            Standing::Unknown if asked.wait => Acquired::QueueFull,
+            Standing::Unknown => Acquired::Held(self.refusal(snapshot, asked, None)),
+        }
+    }
+
+    fn refusal(&self, snapshot: &Snapshot, asked: &Acquisition, position: Option<usize>) -> Refusal {
+        let record = &snapshot.record;
+        let obstacle = snapshot.obstacle(asked, &self.store().rules());
+        let by = obstacle.map(|obstacle| match obstacle {
+            Obstacle::MinHold(_) => Obstruction::MinHold,
+            Obstacle::Holder => Obstruction::Holder,
+            Obstacle::Limit(limit) => Obstruction::Limit { holders: record.holders.len(), limit },
+            Obstacle::Waiter(waiter) => Obstruction::Waiter { owner: waiter.acquisition.owner.clone() },
+        });
+        let block = match obstacle {
+            Some(Obstacle::MinHold(until)) => until - snapshot.now,
+            _ => Duration::ZERO,
+        };
+        match snapshot.foremost() {
+            Some(holder) => Refusal {
+                owner: holder.owner.clone(),
+                token: holder.token,
+                remaining: snapshot.remaining(holder).max(block),
+                position,
+                by,
+            },
+            None => Refusal { owner: String::new(), token: record.token, remaining: block, position, by },
+        }
     }
 }
 
@@ -203,18 +283,7 @@ fn origin_is_caller<S: Store>(attempt: &Attempt<S>) -> bool {
     attempt.origin == Origin::Caller
 }
 
-fn answer(snapshot: &Snapshot, standing: Standing<'_>, waits: bool) -> Acquired {
-    match standing {
-        Standing::Holder(holder) => granted(snapshot, holder, Waited::No),
-        Standing::Departed(reason) => Acquired::Lost(reason),
-        Standing::Waiter(position) => Acquired::Held(refusal(snapshot, Some(position))),
-        // Whoever waits is refused a place only for want of room.
-        Standing::Unknown if waits => Acquired::QueueFull,
-        Standing::Unknown => Acquired::Held(refusal(snapshot, None)),
-    }
-}
-
-/// Whether a grant came from the line.
+/// Whether a grant came from the line, or was made before the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waited {
     Yes,
@@ -231,26 +300,11 @@ fn granted(snapshot: &Snapshot, holder: &Holder, waited: Waited) -> Acquired {
         ttl: holder.ttl,
         acquired_at: holder.acquired_at,
         expires_at: holder.expires_at,
+        remaining: snapshot.remaining(holder),
+        mode: holder.mode,
         waited: waited == Waited::Yes,
         took_over: snapshot.record.departures.iter().any(makes_way),
     })
-}
-
-fn refusal(snapshot: &Snapshot, position: Option<usize>) -> Refusal {
-    match snapshot.foremost() {
-        Some(holder) => Refusal {
-            owner: holder.owner.clone(),
-            token: holder.token,
-            remaining: snapshot.remaining(holder),
-            position,
-        },
-        None => Refusal {
-            owner: String::new(),
-            token: snapshot.record.token,
-            remaining: snapshot.record.blocked_until.map_or(Duration::ZERO, |until| until - snapshot.now),
-            position,
-        },
-    }
 }
 
 /// An acquire under way. Dropped before it is closed, when the caller is gone or the store failed, it cleans up.
@@ -285,7 +339,7 @@ impl<S: Store> Drop for Attempt<S> {
         }
         self.leave_line();
         let part = match self.origin {
-            Origin::Daemon => Part::Abandon(self.id),
+            Origin::Daemon => Part::GiveUp(self.id),
             Origin::Caller if self.leaves => Part::Cancel(self.id),
             Origin::Caller => return,
         };

@@ -18,6 +18,7 @@ use super::counts::Counts;
 use super::line::Line;
 use super::part::Part;
 use super::watchers::Watchers;
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{FeedEvent, Store, StoreError};
 
@@ -39,7 +40,7 @@ pub(super) struct Audience {
 
 impl Audience {
     /// A record as a commit of this daemon left it, which applied `edit`. The commit was sent after `sent_at`.
-    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, edit: &Edit, sent_at: Instant) {
+    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, edit: &Edit, sent_at: BootInstant) {
         self.carried.own(snapshot, edit, sent_at);
         self.watchers.observe(snapshot);
         self.line.observe(snapshot);

@@ -5,10 +5,9 @@ use std::mem::replace;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::Touched;
 use super::carrier::Inbox;
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Holder, Key, LeaseId, Reason, Snapshot, Standing};
 
 /// A lease is not touched again while its last touch is younger than this part of its TTL.
@@ -19,7 +18,7 @@ const FRESH_PART: u32 = 10;
 pub(crate) struct Carriage {
     lease: (Key, LeaseId),
     /// What was sent before says nothing: it may be older than the grant, or than a loss that was told.
-    since: Instant,
+    since: BootInstant,
     inbox: Arc<Inbox>,
     state: Mutex<State>,
 }
@@ -39,8 +38,9 @@ struct State {
 /// A touch that is durable.
 #[derive(Debug, Clone, Copy)]
 struct Renewal {
-    /// Before the commit was sent, so that the touch is never taken for younger than it is.
-    sent_at: Instant,
+    /// Before the commit was sent, so that the touch is never taken for younger than it is. On the boot clock: what is
+    /// left to the holder runs out while the machine is suspended.
+    sent_at: BootInstant,
     /// What was left as of the commit.
     remaining: Duration,
     fresh_for: Duration,
@@ -58,22 +58,22 @@ pub(super) enum Fate {
 }
 
 impl Renewal {
-    fn new(snapshot: &Snapshot, holder: &Holder, sent_at: Instant) -> Self {
+    fn new(snapshot: &Snapshot, holder: &Holder, sent_at: BootInstant) -> Self {
         Self { sent_at, remaining: snapshot.remaining(holder), fresh_for: holder.ttl.get() / FRESH_PART }
     }
 
     /// What is left at `now`, or less.
-    fn remaining(&self, now: Instant) -> Duration {
+    fn remaining(&self, now: BootInstant) -> Duration {
         self.remaining.saturating_sub(now - self.sent_at)
     }
 
-    fn is_fresh(&self, now: Instant) -> bool {
+    fn is_fresh(&self, now: BootInstant) -> bool {
         now - self.sent_at < self.fresh_for && !self.remaining(now).is_zero()
     }
 }
 
 impl Carriage {
-    pub(super) fn new(lease: (Key, LeaseId), since: Instant, inbox: &Arc<Inbox>) -> Arc<Self> {
+    pub(super) fn new(lease: (Key, LeaseId), since: BootInstant, inbox: &Arc<Inbox>) -> Arc<Self> {
         Arc::new(Self { lease, since, inbox: Arc::clone(inbox), state: Mutex::default() })
     }
 
@@ -83,12 +83,12 @@ impl Carriage {
     }
 
     /// Whether it was touched so lately that memory will do at `now`.
-    pub(crate) fn is_fresh(&self, now: Instant) -> bool {
+    pub(crate) fn is_fresh(&self, now: BootInstant) -> bool {
         self.state().renewal.is_some_and(|renewal| renewal.is_fresh(now))
     }
 
     /// Takes note of a record that a commit of this daemon returned, which applied `edit`.
-    pub(super) fn own(self: &Arc<Self>, snapshot: &Snapshot, edit: &Edit, sent_at: Instant) -> Fate {
+    pub(super) fn own(self: &Arc<Self>, snapshot: &Snapshot, edit: &Edit, sent_at: BootInstant) -> Fate {
         if sent_at < self.since {
             return Fate::Carried;
         }
@@ -169,7 +169,7 @@ impl Carriage {
 
     /// What a message that named it is answered at `now`; `touched` is `None` if memory was to do. What has been
     /// learned meanwhile counts.
-    pub(super) fn settle(&self, touched: Option<Touched>, now: Instant) -> Touched {
+    pub(super) fn settle(&self, touched: Option<Touched>, now: BootInstant) -> Touched {
         let mut state = self.state();
         state.under_way -= 1;
         let reason = match (state.loss, touched) {

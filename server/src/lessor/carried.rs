@@ -7,11 +7,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::time::Instant;
-
 use super::carriage::{Carriage, Fate};
 use super::counts::Counts;
 use super::part::Part;
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, FencingToken, Key, LeaseId, Snapshot};
 
 /// Leases on a key up to which all are asked what a record means to them; among more they are looked up by their ids.
@@ -169,7 +168,7 @@ impl Carried {
     }
 
     /// Takes note of a record that a commit of this daemon returned, which applied `edit` and was sent after `sent_at`.
-    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, edit: &Edit, sent_at: Instant) {
+    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, edit: &Edit, sent_at: BootInstant) {
         self.state().on_key(&snapshot.record.key, |on_key| {
             let mut gone = on_key.carriages.hear(snapshot, |carriage| carriage.own(snapshot, edit, sent_at));
             on_key.ahead.take_if(|ahead| ahead.record.version() <= snapshot.record.version());
@@ -286,6 +285,7 @@ mod tests {
             ttl: Ttl::new(Duration::from_secs(10)).expect("ten seconds"),
             min_hold: Duration::ZERO,
             wait: false,
+            repeated: false,
         };
         let (edit, now) = (Edit::default().enqueue(Arc::new(acquisition)), Timestamp(1000));
         let record = step(Record::vacant(key()), &edit, now, &RULES);
@@ -297,10 +297,10 @@ mod tests {
         let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
         assert!(!carried.wants(&key(), None));
         let mut carrier = Carrier::new(&carried);
-        carrier.name(vec![(key(), id)]);
+        carrier.naming(1).name((key(), id)).expect("room");
         assert_eq!(carried.keys(), [key()]);
         assert!(carried.wants(&key(), Some(1)), "nothing has been seen yet");
-        carried.own(&held(id), &Edit::default().touch(id), Instant::now());
+        carried.own(&held(id), &Edit::default().touch(id), BootInstant::now());
         assert!(!carried.wants(&key(), Some(1)));
         assert!(carried.wants(&key(), Some(2)));
         assert!(carried.wants(&key(), None), "the record may be gone");
@@ -313,40 +313,68 @@ mod tests {
     async fn a_missing_record_makes_no_loss_but_a_touch() {
         let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
         let mut carrier = Carrier::new(&carried);
-        let lease = carrier.name(vec![(key(), id)]).remove(0);
+        let lease = carrier.naming(1).name((key(), id)).expect("room");
         assert!(carried.missing(&key()).is_empty(), "nothing says that it was ever held");
-        carried.own(&held(id), &Edit::default().touch(id), Instant::now());
-        assert!(lease.is_fresh(Instant::now()));
+        carried.own(&held(id), &Edit::default().touch(id), BootInstant::now());
+        assert!(lease.is_fresh(BootInstant::now()));
         assert!(matches!(carried.missing(&key())[..], [(_, Part::Touch(touched))] if touched == id));
-        assert!(!lease.is_fresh(Instant::now()), "memory does for it no more");
+        assert!(!lease.is_fresh(BootInstant::now()), "memory does for it no more");
         carrier.settle(vec![(lease, None)]);
 
         let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
-        carried.own(&vacant, &Edit::default().touch(id), Instant::now());
+        carried.own(&vacant, &Edit::default().touch(id), BootInstant::now());
         let lost = carrier.lost().await;
         assert_eq!(
             lost.iter().map(|(lease, loss)| (lease.lease().1, loss.0)).collect::<Vec<_>>(),
             [(id, None)]
         );
-        assert_eq!(carrier.len(), 0);
+        assert!(carrier.all().is_empty(), "it is not carried any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_is_full_takes_no_new_lease_and_keeps_those_that_it_has() {
+        let (carried, [one, two, three]) =
+            (Arc::new(Carried::default()), [(); 3].map(|()| LeaseId::random()));
+        let mut carrier = Carrier::new(&carried);
+        let mut naming = carrier.naming(2);
+        let [first, again, second] = [one, one, two].map(|id| naming.name((key(), id)).expect("room"));
+        assert!(Arc::ptr_eq(&first, &again), "named twice it is carried once");
+        assert!(naming.name((key(), three)).is_none());
+        assert!(naming.name((key(), two)).is_some(), "what is carried may be named");
+        drop(naming);
+        assert_eq!(carrier.all().len(), 2);
+
+        // What is lost makes room.
+        carried.own(&held(two), &Edit::default().touch(two), BootInstant::now());
+        let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
+        carried.own(&vacant, &Edit::default(), BootInstant::now());
+        let settled = carrier.settle(vec![(first, None), (again, None), (second, None)]);
+        assert!(matches!(settled[2].1, Touched::Lost(_)), "{settled:?}");
+        drop(carrier.naming(2).name((key(), two)).expect("what is lost makes room"));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_loss_that_nobody_waited_for_yet_is_found_later() {
         let (carried, id) = (Arc::new(Carried::default()), LeaseId::random());
         let mut carrier = Carrier::new(&carried);
-        let named = carrier.name(vec![(key(), id)]);
-        carried.own(&held(id), &Edit::default().touch(id), Instant::now());
-        carrier.settle(named.into_iter().map(|lease| (lease, None)).collect());
+        let lease = carrier.naming(1).name((key(), id)).expect("room");
+        carried.own(&held(id), &Edit::default().touch(id), BootInstant::now());
+        carrier.settle(vec![(lease, None)]);
         assert!(
             tokio::time::timeout(Duration::from_secs(1), carrier.lost()).await.is_err(),
             "nothing is lost"
         );
         let mut after = Snapshot::clone(&held(id));
         after.record = step(after.record, &Edit::default().release(id), after.now, &RULES);
-        carried.own(&Arc::new(after), &Edit::default(), Instant::now());
+        carried.own(&Arc::new(after), &Edit::default(), BootInstant::now());
         // A wait that is given up takes nothing with it.
         assert_eq!(carrier.lost().await.len(), 1);
+    }
+
+    /// Names these in one message.
+    fn name(carrier: &mut Carrier, leases: impl Iterator<Item = (Key, LeaseId)>) -> Vec<Arc<Carriage>> {
+        let mut naming = carrier.naming(usize::MAX);
+        leases.map(|lease| naming.name(lease).expect("room on the stream")).collect()
     }
 
     /// A record that these have acquired and touched in one edit.
@@ -366,8 +394,7 @@ mod tests {
         let strangers: Vec<_> = (0..500).map(|_| (key(), LeaseId::random())).collect();
         let mut named = Vec::new();
         for carrier in &mut carriers {
-            let message: Vec<_> =
-                carrier.name(ids.iter().map(|id| (key(), *id)).chain(strangers.clone()).collect());
+            let message = name(carrier, ids.iter().map(|id| (key(), *id)).chain(strangers.clone()));
             named.extend(message.iter().take(ids.len()).cloned());
             carrier.settle(
                 message.into_iter().map(|lease| (lease, Some(Touched::Kept(Duration::ZERO)))).collect(),
@@ -375,8 +402,8 @@ mod tests {
         }
         assert!(matches!(carried.state().keys[&key()].carriages, Carriages::Many(_)));
         let (snapshot, edit) = held_by(&ids);
-        carried.own(&snapshot, &edit, Instant::now());
-        assert!(named.iter().all(|lease| lease.is_fresh(Instant::now())));
+        carried.own(&snapshot, &edit, BootInstant::now());
+        assert!(named.iter().all(|lease| lease.is_fresh(BootInstant::now())));
         assert_eq!(carried.missing(&key()).len(), ids.len(), "those that were held");
 
         // Half of them go by a commit of ours, and a quarter by somebody else's.
@@ -386,7 +413,7 @@ mod tests {
             Arc::new(Snapshot { record, now: before.now })
         };
         let ours = after(&snapshot, &release(&ids[..25]));
-        carried.own(&ours, &release(&ids[..25]), Instant::now());
+        carried.own(&ours, &release(&ids[..25]), BootInstant::now());
         carried.foreign(&after(&ours, &release(&ids[25..37])));
         for carrier in &mut carriers {
             let mut lost: Vec<LeaseId> =
@@ -405,17 +432,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_carried_is_bounded_and_what_leaves_makes_room() {
         let carried = Arc::new(Carried::new(&Arc::default(), 3));
-        let leases = |count| (0..count).map(|_| (key(), LeaseId::random())).collect::<Vec<_>>();
+        let leases = |count| (0..count).map(|_| (key(), LeaseId::random()));
         let [mut one, mut other] = [(); 2].map(|()| Carrier::new(&carried));
-        assert_eq!(one.name(leases(2)).len(), 2);
-        let named = other.name(leases(2));
-        assert_eq!((named.len(), other.len()), (2, 1));
+        assert_eq!(name(&mut one, leases(2)).len(), 2);
+        let named = name(&mut other, leases(2));
+        assert_eq!((named.len(), other.leases().count()), (2, 1));
         // Those past the limit are answered like the others.
         let answer = named.into_iter().map(|lease| (lease, Some(Touched::Kept(Duration::from_secs(1)))));
         let answered = other.settle(answer.collect());
         assert!(answered.iter().all(|(_, touched)| *touched == Touched::Kept(Duration::from_secs(1))));
         drop(one);
-        other.name(leases(3));
-        assert_eq!((other.len(), carried.state().leases), (3, 3));
+        name(&mut other, leases(3));
+        assert_eq!((other.leases().count(), carried.state().leases), (3, 3));
     }
 }

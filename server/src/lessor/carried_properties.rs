@@ -13,6 +13,7 @@ fn ops() -> impl Strategy<Value = Op> {
     prop_oneof![
         4 => (1_u64..80).prop_map(Op::Pass),
         1 => (80_u64..1500).prop_map(Op::Pass),
+        1 => (1_u64..1500).prop_map(Op::Suspend),
         8 => (0..STREAMS, 0..LEASES).prop_map(|(stream, lease)| Op::Name(stream, lease)),
         2 => (0..STREAMS).prop_map(Op::All),
         3 => (side(), 0..LEASES, limit, 200_u64..3000).prop_map(|(side, id, limit, ttl)| Op::Acquire(side, id, limit, ttl)),
@@ -76,6 +77,11 @@ fn a_stale_record_that_looks_new_would_be_noticed() {
 #[test]
 fn an_age_that_counts_from_the_answer_would_be_noticed() {
     assert!(find_counter_example(5000, Twin::AgeFromReceipt).is_some());
+}
+
+#[test]
+fn a_clock_that_stands_still_during_a_suspension_would_be_noticed() {
+    assert!(find_counter_example(5000, Twin::Asleep).is_some());
 }
 
 /// Two that chance seldom finds: what others did is heard of before a commit returns that is older.

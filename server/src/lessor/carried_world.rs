@@ -8,10 +8,11 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use tokio::time::{Instant, advance};
+use tokio::time::advance;
 
 use super::part::{Gathered, Part};
 use super::{Carriage, Carried, Carrier, Loss, Touched, touched};
+use crate::boot_instant::{BootInstant, suspend};
 use crate::lease::{
     Acquisition, Edit, FencingToken, Key, LeaseId, Mode, Reason, Record, Rules, Snapshot, Timestamp, Ttl,
     step,
@@ -26,6 +27,8 @@ pub(super) const STREAMS: usize = 2;
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Op {
     Pass(u64),
+    /// This daemon's machine is suspended; the store's time goes on.
+    Suspend(u64),
     /// A message of a stream: one lease, or all.
     Name(usize, u8),
     All(usize),
@@ -65,6 +68,8 @@ pub(super) enum Twin {
     AgeFromReceipt,
     /// What others did does not end that a lease is fresh.
     Deaf,
+    /// This daemon's clock stands still while its machine is suspended.
+    Asleep,
 }
 
 fn id(number: u8) -> LeaseId {
@@ -83,7 +88,7 @@ struct Stream {
 
 struct Commit {
     edit: Edit,
-    sent_at: Instant,
+    sent_at: BootInstant,
     messages: Vec<(usize, Message)>,
     result: Option<Snapshot>,
 }
@@ -91,7 +96,9 @@ struct Commit {
 /// The store, this daemon's commits to it, and two streams.
 pub(super) struct World {
     twin: Twin,
-    start: Instant,
+    start: BootInstant,
+    /// Suspension that this daemon's clock has missed.
+    overslept: Duration,
     record: Record,
     carried: Arc<Carried>,
     streams: [Stream; STREAMS],
@@ -116,7 +123,8 @@ impl World {
         let stream = || Stream { carrier: Some(Carrier::new(&carried)), answers: Vec::new() };
         Self {
             twin,
-            start: Instant::now(),
+            start: BootInstant::now(),
+            overslept: Duration::ZERO,
             record: Record::vacant(Key::try_from("key").expect("a key")),
             streams: [stream(), stream()],
             carried,
@@ -134,7 +142,7 @@ impl World {
     }
 
     fn now(&self) -> Timestamp {
-        Timestamp(START) + self.start.elapsed()
+        Timestamp(START) + (BootInstant::now() - self.start) + self.overslept
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -165,10 +173,14 @@ impl World {
     pub(super) async fn take(&mut self, op: Op) -> Result<(), TestCaseError> {
         match op {
             Op::Pass(millis) => advance(Duration::from_millis(millis)).await,
+            Op::Suspend(millis) if self.twin == Twin::Asleep => {
+                self.overslept += Duration::from_millis(millis);
+            }
+            Op::Suspend(millis) => suspend(Duration::from_millis(millis)),
             Op::Name(stream, lease) => {
                 let lease = (self.record.key.clone(), id(lease));
-                let named = self.carrier(stream).name(vec![lease]);
-                self.message(stream, named);
+                let named = self.carrier(stream).naming(usize::MAX).name(lease).expect("room");
+                self.message(stream, vec![named]);
             }
             Op::All(stream) => {
                 let named = self.carrier(stream).all();
@@ -180,8 +192,8 @@ impl World {
             Op::Touch(side, lease) => self.call(side, Part::Touch(id(lease))),
             Op::Release(side, lease) => self.call(side, Part::Release(id(lease))),
             Op::Revoke(side, place) => {
-                let token = self.record.holders.get(place).map(|holder| holder.token);
-                self.call(side, Part::Revoke(token.into_iter().collect()));
+                let id = self.record.holders.get(place).map(|holder| holder.id);
+                self.call(side, Part::Revoke(id.into_iter().collect(), None));
             }
             Op::Send if self.in_flight.is_none() => self.send(),
             Op::Reach => self.reach(),
@@ -202,8 +214,8 @@ impl World {
             Op::Commit => self.commit(),
             Op::Talk(stream, lease) => {
                 let lease = (self.record.key.clone(), id(lease));
-                let named = self.carrier(stream).name(vec![lease]);
-                self.message(stream, named);
+                let named = self.carrier(stream).naming(usize::MAX).name(lease).expect("room");
+                self.message(stream, vec![named]);
                 self.commit();
                 self.answer(stream)?;
             }
@@ -217,7 +229,7 @@ impl World {
     }
 
     fn message(&mut self, stream: usize, named: Vec<Arc<Carriage>>) {
-        let now = Instant::now();
+        let now = BootInstant::now();
         let due = named.iter().filter(|lease| !lease.is_fresh(now));
         let touches: Vec<Part> = due.map(|lease| Part::Touch(lease.lease().1)).collect();
         let message: Message = named.into_iter().map(|lease| (lease, None)).collect();
@@ -252,7 +264,7 @@ impl World {
         self.gathering = rest;
         let messages = std::mem::take(&mut self.waiting);
         self.in_flight =
-            Some(Commit { edit: gathered.into_edit(), sent_at: Instant::now(), messages, result: None });
+            Some(Commit { edit: gathered.into_edit(), sent_at: BootInstant::now(), messages, result: None });
     }
 
     fn commit(&mut self) {
@@ -280,7 +292,7 @@ impl World {
         };
         self.learn(&result);
         let result = Arc::new(result);
-        let counted_from = if self.twin == Twin::AgeFromReceipt { Instant::now() } else { sent_at };
+        let counted_from = if self.twin == Twin::AgeFromReceipt { BootInstant::now() } else { sent_at };
         self.carried.own(&result, &edit, counted_from);
         for (stream, mut message) in messages {
             for (lease, answer) in &mut message {
@@ -296,7 +308,7 @@ impl World {
         match self.twin {
             Twin::Deaf => return,
             Twin::StaleLooksNew => read.record.token.0 += 1_000_000,
-            Twin::Right | Twin::AgeFromReceipt => {}
+            Twin::Right | Twin::AgeFromReceipt | Twin::Asleep => {}
         }
         self.carried.foreign(&Arc::new(read));
     }
@@ -375,5 +387,6 @@ fn acquisition(lease: u8, limit: Option<u32>, ttl: u64) -> Arc<Acquisition> {
         ttl: Ttl::new(Duration::from_millis(ttl)).expect("at least a millisecond"),
         min_hold: Duration::ZERO,
         wait: true,
+        repeated: false,
     })
 }

@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 use tokio::task::yield_now;
-use tokio::time::Instant;
 
 use super::Touched;
 use super::carriage::{Carriage, Fate, Loss};
 use super::carried::Carried;
 use super::counts::{Counts, Source, Tally};
+use crate::boot_instant::BootInstant;
 use crate::lease::{Key, LeaseId};
 
 /// One stream's leases; dropping it lets go of them. It holds each lease that was named and not told as lost since.
@@ -57,35 +57,14 @@ impl Carrier {
         Self { carried: Arc::clone(carried), leases: HashMap::new(), inbox }
     }
 
-    /// How many leases it holds.
-    pub(crate) fn len(&self) -> usize {
-        self.leases.len()
+    /// Begins a message that names leases. The stream carries at most `most` of them.
+    pub(crate) fn naming(&mut self, most: usize) -> Naming<'_> {
+        Naming { carrier: self, most, since: BootInstant::now(), new: Vec::new() }
     }
 
-    /// A message names these leases: those not carried yet are from here on. The message is to be settled.
-    pub(crate) fn name(&mut self, leases: Vec<(Key, LeaseId)>) -> Vec<Arc<Carriage>> {
-        let since = Instant::now();
-        let mut named = Vec::with_capacity(leases.len());
-        let mut new = Vec::new();
-        for lease in leases {
-            let known = self.leases.get(&lease);
-            if let Some(carriage) = known.filter(|carriage| carriage.embark() == Fate::Carried) {
-                named.push(Arc::clone(carriage));
-                continue;
-            }
-            known.inspect(|lost| lost.supersede());
-            let carriage = Carriage::new(lease.clone(), since, &self.inbox);
-            carriage.embark();
-            new.push(Arc::clone(&carriage));
-            self.leases.insert(lease, Arc::clone(&carriage));
-            named.push(carriage);
-        }
-        // Past the limit of the daemon they are touched with this message, and then forgotten.
-        let carried = self.carried.enter(&new);
-        for lease in &new[carried..] {
-            self.leases.remove(lease.lease());
-        }
-        named
+    /// The leases that are carried, for what is no message about them.
+    pub(crate) fn leases(&self) -> impl Iterator<Item = &(Key, LeaseId)> {
+        self.leases.keys()
     }
 
     /// A message names every lease that is carried. It is to be settled.
@@ -98,7 +77,7 @@ impl Carrier {
         &mut self,
         message: Vec<(Arc<Carriage>, Option<Touched>)>,
     ) -> Vec<(Arc<Carriage>, Touched)> {
-        let now = Instant::now();
+        let now = BootInstant::now();
         let mut tally = Tally::default();
         let answer: Vec<_> = message
             .into_iter()
@@ -145,6 +124,46 @@ impl Carrier {
     fn forget(&mut self, carriage: &Arc<Carriage>) {
         if self.leases.get(carriage.lease()).is_some_and(|known| Arc::ptr_eq(known, carriage)) {
             self.leases.remove(carriage.lease());
+        }
+    }
+}
+
+/// A message that is naming leases. Those that are new begin to hear of records when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Naming<'a> {
+    carrier: &'a mut Carrier,
+    most: usize,
+    since: BootInstant,
+    new: Vec<Arc<Carriage>>,
+}
+
+impl Naming<'_> {
+    /// Names a lease, which the stream carries from here on, if the daemon has room for it. The message is to be settled for
+    /// it. Returns `None`, and changes nothing, if the lease is new and the stream carries as many as it may.
+    pub(crate) fn name(&mut self, lease: (Key, LeaseId)) -> Option<Arc<Carriage>> {
+        let known = self.carrier.leases.get(&lease);
+        if let Some(carriage) = known.filter(|carriage| carriage.embark() == Fate::Carried) {
+            return Some(Arc::clone(carriage));
+        }
+        if known.is_none() && self.carrier.leases.len() >= self.most {
+            return None;
+        }
+        known.inspect(|lost| lost.supersede());
+        let carriage = Carriage::new(lease.clone(), self.since, &self.carrier.inbox);
+        carriage.embark();
+        self.new.push(Arc::clone(&carriage));
+        self.carrier.leases.insert(lease, Arc::clone(&carriage));
+        Some(carriage)
+    }
+}
+
+impl Drop for Naming<'_> {
+    fn drop(&mut self) {
+        // In few goes: every commit of the daemon needs the lock that this takes.
+        let entered = self.carrier.carried.enter(&self.new);
+        // Past the limit of the daemon they are touched with this message, and then forgotten.
+        for carriage in &self.new[entered..] {
+            self.carrier.leases.remove(carriage.lease());
         }
     }
 }

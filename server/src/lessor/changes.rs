@@ -44,11 +44,14 @@ pub(super) fn changes(before: Option<Before<'_>>, after: &Snapshot) -> Vec<Chang
     let mut changes = Vec::new();
 
     let news = after.record.departures.iter().rev().filter(|departure| !departed.contains(&departure.id));
-    for Departure { id, reason, at } in news {
-        if !held.contains(id) {
+    for Departure { id, reason, at, .. } in news {
+        let was_granted = !matches!(reason, Reason::Withdrawn | Reason::Settled);
+        if was_granted && !held.contains(id) {
             changes.push((ChangeKind::Granted, *at));
         }
         match reason {
+            Reason::Withdrawn if waited.contains(id) => changes.push((ChangeKind::LeftQueue, *at)),
+            Reason::Withdrawn | Reason::Settled => {}
             Reason::Released => changes.push((ChangeKind::Released, *at)),
             Reason::Revoked => changes.push((ChangeKind::Revoked, *at)),
             Reason::Displaced if has_lapsed => {}
@@ -148,8 +151,15 @@ mod tests {
         assert_eq!(key.apply(&ask(3)).look(), [Queued]);
         assert_eq!(key.apply(&Edit::default().cancel(id(2))).look(), [LeftQueue]);
         assert_eq!(key.apply(&Edit::default().release(id(1))).look(), [Released, Granted]);
-        let token = key.record.token;
-        assert_eq!(key.apply(&Edit::default().revoke(token)).look(), [Revoked]);
+        assert_eq!(key.apply(&Edit::default().revoke(id(3))).look(), [Revoked]);
+    }
+
+    #[test]
+    fn a_release_of_what_was_never_granted_is_no_end_of_a_lease() {
+        let mut key = Watched::new();
+        key.apply(&ask(1)).apply(&ask(2)).look();
+        assert_eq!(key.apply(&Edit::default().release(id(2))).look(), [LeftQueue]);
+        assert_eq!(key.apply(&Edit::default().release(id(3))).look(), [], "nobody knows it");
     }
 
     #[test]

@@ -16,11 +16,11 @@ use futures_util::FutureExt;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::yield_now;
-use tokio::time::Instant;
 
 use super::audience::Audience;
 use super::caller::Caller;
 use super::part::{Gathered, Part};
+use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{ForKey, Outcome, Store, StoreError};
 
@@ -410,7 +410,7 @@ impl<S: Store> Committer<S> {
             return;
         }
         let edits = Arc::new(edits);
-        let sent_at = Instant::now();
+        let sent_at = BootInstant::now();
         let outcome = self.store.commit(Arc::clone(&edits), self.deadline).await;
         self.answer(&edits, replies, sent_at, outcome);
     }
@@ -420,7 +420,7 @@ impl<S: Store> Committer<S> {
         &self,
         edits: &[(Key, Edit)],
         replies: Vec<(usize, Reply)>,
-        sent_at: Instant,
+        sent_at: BootInstant,
         outcome: Result<Vec<ForKey>, StoreError>,
     ) {
         let mut records = match outcome {

@@ -9,6 +9,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::yield_now;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
 
 use super::committer::UNANSWERED;
 use super::part::Part;
@@ -50,7 +52,8 @@ impl Gated {
     /// An engine over it, with room for so many commands.
     fn engine(&self, queued_commands: usize) -> Lessor<Self> {
         let bounds = Bounds { call: PATIENCE, queued_commands, ..Bounds::default() };
-        Lessor::start(self.clone(), bounds, CancellationToken::new(), &mut Meter::default())
+        let (draining, tasks) = (CancellationToken::new(), TaskTracker::new());
+        Lessor::start(self.clone(), bounds, draining, &mut Meter::default(), &tasks)
     }
 
     /// Lets no batch through until this is dropped.
@@ -100,6 +103,10 @@ impl Store for Gated {
 
     async fn check(&self) -> Result<(), StoreError> {
         self.store.check().await
+    }
+
+    fn id(&self) -> Uuid {
+        self.store.id()
     }
 
     fn rules(&self) -> Rules {
@@ -277,7 +284,7 @@ async fn a_damaged_record_is_the_trouble_of_its_own_leases() {
     let damaged = || leases[2].0.clone();
     assert!(unreadable(engine.get(damaged()).await.expect_err("a record")));
     assert!(unreadable(engine.touch(damaged(), leases[2].1).await.expect_err("a touch")));
-    assert!(unreadable(engine.release(damaged(), leases[2].1).await.expect_err("a release")));
+    assert!(unreadable(engine.release(damaged(), leases[2].1, false).await.expect_err("a release")));
     assert!(unreadable(engine.revoke(damaged(), None).await.expect_err("a revocation")));
     assert!(unreadable(engine.acquire(ask("2", LeaseId::random())).await.expect_err("an acquire")));
 

@@ -174,7 +174,7 @@ impl Tally {
 
     pub(super) fn lost(&mut self, reason: Option<Reason>) {
         let position = match reason {
-            Some(Reason::Released) => 0,
+            Some(Reason::Released | Reason::Withdrawn | Reason::Settled) => 0,
             Some(Reason::Displaced) => 1,
             Some(Reason::Revoked) => 2,
             None => 3,
@@ -197,7 +197,7 @@ impl Wait<'_> {
         self.end = match answer {
             Ok(Acquired::Granted(_)) => WaitEnd::Granted,
             Ok(Acquired::Held(_)) => WaitEnd::Expired,
-            Ok(Acquired::QueueFull | Acquired::Lost(_)) => WaitEnd::Lost,
+            Ok(Acquired::QueueFull | Acquired::Lost(_) | Acquired::IdReused) => WaitEnd::Lost,
             Err(CallError::ShuttingDown) => WaitEnd::Drained,
             Err(_) => WaitEnd::Failed,
         };

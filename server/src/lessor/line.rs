@@ -53,6 +53,8 @@ struct Waiting {
 struct Calls {
     acquisition: Arc<Acquisition>,
     presence: Arc<Presence>,
+    /// The place was taken anew, by a command that may have been delayed.
+    rejoined: bool,
     calls: Vec<WaitingCall>,
 }
 
@@ -176,20 +178,31 @@ impl Line {
         }
         let Some(waiting) = self.note(&mut state, snapshot) else { return Vec::new() };
         let record = &snapshot.record;
+        // Over for good, whoever says so.
+        let told: usize =
+            record.departures.iter().map(|departure| waiting.tell(departure.id, snapshot)).sum();
         let in_line: HashSet<LeaseId> = record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
-        let out_of_line = waiting.calls.iter().filter(|(id, _)| !in_line.contains(id));
-        let claim = |(id, same): (&LeaseId, &Calls)| {
+        let out_of_line = waiting.calls.iter_mut().filter(|(id, _)| !in_line.contains(id));
+        let claim = |(id, same): (&LeaseId, &mut Calls)| {
             let holds = record.holders.iter().any(|holder| holder.id == *id);
             (key.clone(), if holds { same.claim(*id) } else { same.rejoin() })
         };
-        out_of_line.map(claim).collect()
+        let parts = out_of_line.map(claim).collect();
+        state.calls -= told;
+        self.tidy(&mut state, key);
+        parts
     }
 
     /// Takes note that the key has no record, and returns what to commit: its calls join the line anew.
     pub(super) fn missing(&self, key: &Key) -> Vec<(Key, Part)> {
-        let state = self.state();
-        let Some(waiting) = state.keys.get(key) else { return Vec::new() };
-        waiting.rejoins().map(|(_, part)| (key.clone(), part)).collect()
+        let mut state = self.state();
+        let Some(waiting) = state.keys.get_mut(key) else { return Vec::new() };
+        waiting.calls.values_mut().map(|same| (key.clone(), same.rejoin())).collect()
+    }
+
+    /// What to commit for a call whose place is gone, if it still waits.
+    pub(super) fn rejoin(&self, key: &Key, id: LeaseId) -> Option<Part> {
+        Some(self.state().keys.get_mut(key)?.calls.get_mut(&id)?.rejoin())
     }
 
     /// Whether calls wait for the key, and have not seen its record as of `rev`.
@@ -248,7 +261,7 @@ impl Line {
             self.looks.shift(&key, None, Some(waiting.look_at));
             if waiting.refresh_at <= now {
                 waiting.refresh_at = now + self.pace.refresh(calls);
-                lot.refreshes.extend(waiting.rejoins().map(|(id, part)| (id, (key.clone(), part))));
+                lot.refreshes.extend(waiting.refreshes().map(|(id, part)| (id, (key.clone(), part))));
             } else {
                 lot.checks.push(key);
             }
@@ -306,21 +319,25 @@ impl Waiting {
     }
 
     /// What keeps the places of all calls.
-    fn rejoins(&self) -> impl Iterator<Item = (LeaseId, Part)> {
-        self.calls.iter().map(|(id, same)| (*id, same.rejoin()))
+    fn refreshes(&self) -> impl Iterator<Item = (LeaseId, Part)> {
+        self.calls.iter().map(|(id, same)| (*id, Part::Refresh(*id, Arc::downgrade(&same.presence))))
     }
 }
 
 impl Calls {
     fn new(acquisition: &Arc<Acquisition>) -> Self {
-        Self { acquisition: Arc::clone(acquisition), presence: Arc::new(Presence), calls: Vec::new() }
+        let acquisition = Arc::clone(acquisition);
+        Self { acquisition, presence: Arc::new(Presence), rejoined: false, calls: Vec::new() }
     }
 
-    fn claim(&self, id: LeaseId) -> Part {
-        Part::Claim(id, Arc::downgrade(&self.presence))
+    /// A call that rejoined claims its lease by asking for it again, which notes in the record that it was asked for more
+    /// than once: the command that was delayed must not get another lease when this one is over.
+    fn claim(&mut self, id: LeaseId) -> Part {
+        if self.rejoined { self.rejoin() } else { Part::Claim(id, Arc::downgrade(&self.presence)) }
     }
 
-    fn rejoin(&self) -> Part {
+    fn rejoin(&mut self) -> Part {
+        self.rejoined = true;
         Part::Rejoin(Arc::clone(&self.acquisition), Arc::downgrade(&self.presence))
     }
 }

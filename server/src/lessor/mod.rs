@@ -32,8 +32,9 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-pub use acquire::{Acquired, Call, Grant, Origin, Refusal};
+pub use acquire::{Acquired, Call, Grant, Obstruction, Origin, Refusal};
 use audience::Audience;
 pub(crate) use caller::Caller;
 pub(crate) use carriage::{Carriage, Loss};
@@ -117,10 +118,12 @@ pub enum Touched {
 /// What became of a release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Released {
-    /// Given back, now or by an earlier call.
+    /// Given back, now or by an earlier call: the lease, or the place in line.
     Done,
     /// It was not held; how it went if that is remembered.
     Lost(Option<Reason>),
+    /// It was not held, and the key remembers too many ids as settled to remember this one.
+    NoRoom,
 }
 
 /// Grants and renews leases over a store. Cheap to clone.
@@ -147,9 +150,15 @@ impl<S> Clone for Lessor<S> {
 }
 
 impl<S: Store> Lessor<S> {
-    /// Starts an engine. Its tasks end when `draining` is cancelled and its last commit has returned.
+    /// Starts an engine. Its `tasks` end when `draining` is cancelled.
     #[must_use]
-    pub(crate) fn start(store: S, bounds: Bounds, draining: CancellationToken, meter: &mut Meter) -> Self {
+    pub(crate) fn start(
+        store: S,
+        bounds: Bounds,
+        draining: CancellationToken,
+        meter: &mut Meter,
+        tasks: &TaskTracker,
+    ) -> Self {
         let counts = Arc::new(Counts::new(meter));
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
         let carried = Arc::new(Carried::new(&counts, bounds.leases));
@@ -157,9 +166,9 @@ impl<S: Store> Lessor<S> {
         let audience = Arc::new(Audience { line, carried, watchers, counts });
         let (store, queued) = (Arc::new(store), bounds.queued_commands);
         let committer = Arc::new(Committer::new(store, Arc::clone(&audience), bounds.call, queued));
-        tokio::spawn(upkeep::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        tokio::spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        tokio::spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(upkeep::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         Self { committer, audience, caller: Caller::new(), bounds, draining: Arc::new(draining) }
     }
 
@@ -219,19 +228,23 @@ impl<S: Store> Lessor<S> {
         &self.audience.counts
     }
 
-    /// Gives a lease back. Whoever is next holds it when this returns.
+    /// Settles an id for good: gives a lease or a place in line back, and keeps out an acquire with the id that comes
+    /// later. Whoever is next holds the key when this returns. `given_up`: the acquire may still be under way.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
-    pub async fn release(&self, key: Key, id: LeaseId) -> Result<Released, CallError> {
-        let snapshot = self.commit(key, Part::Release(id)).await?;
+    pub async fn release(&self, key: Key, id: LeaseId, given_up: bool) -> Result<Released, CallError> {
+        let part = if given_up { Part::GiveUp(id) } else { Part::Release(id) };
+        let snapshot = self.commit(key, part).await?;
         let reason = match snapshot.standing(id) {
-            Standing::Departed(Reason::Released) => {
+            Standing::Departed(Reason::Released | Reason::Withdrawn) => {
                 self.counts().releases.inc();
                 return Ok(Released::Done);
             }
+            // Nothing is known of how it went, if it ever came.
+            Standing::Departed(Reason::Settled) => None,
             Standing::Departed(reason) => Some(reason),
-            _ => None,
+            _ => return Ok(Released::NoRoom),
         };
         let mut tally = Tally::default();
         tally.lost(reason);
@@ -239,24 +252,30 @@ impl<S: Store> Lessor<S> {
         Ok(Released::Lost(reason))
     }
 
-    /// Takes the lease with `token` away from its holder, or every holder's without one, and returns how many went.
+    /// Takes the lease with `token` away from its holder, or every holder's without one, and returns how many went. A
+    /// block by `min_hold` goes as well, and counts as one: without a token, or with the last one granted if its lease
+    /// has been released.
     ///
     /// "Every holder" means those at the time of the call, found by a read: an edit that meant whoever holds when it
-    /// is committed could not be repeated after an unknown outcome.
+    /// is committed could not be repeated after an unknown outcome. So does the block.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn revoke(&self, key: Key, token: Option<FencingToken>) -> Result<usize, CallError> {
-        let Some(before) = self.get(key.clone()).await? else { return Ok(0) };
+        let found = self.in_time(async { Ok(self.store().read(vec![key.clone()]).await?) }).await?;
+        let Some(before) = found.into_iter().next().transpose()? else { return Ok(0) };
         let is_meant = |holder: &&Holder| token.is_none_or(|token| holder.token == token);
-        let (ids, tokens): (Vec<_>, Vec<_>) =
-            before.record.holders.iter().filter(is_meant).map(|holder| (holder.id, holder.token)).unzip();
-        if tokens.is_empty() {
+        let ids: Vec<LeaseId> =
+            before.record.holders.iter().filter(is_meant).map(|holder| holder.id).collect();
+        let is_last = token.is_none_or(|token| ids.is_empty() && token == before.record.token);
+        let block = before.record.blocked_until.filter(|until| is_last && *until > before.now);
+        if ids.is_empty() && block.is_none() {
             return Ok(0);
         }
-        let after = self.commit(key, Part::Revoke(tokens)).await?;
+        let after = self.commit(key, Part::Revoke(ids.clone(), block)).await?;
         let is_revoked = |id: &&LeaseId| after.standing(**id) == Standing::Departed(Reason::Revoked);
-        let revoked = ids.iter().filter(is_revoked).count();
+        let is_lifted = block.is_some() && after.record.blocked_until != block;
+        let revoked = ids.iter().filter(is_revoked).count() + usize::from(is_lifted);
         self.counts().revoked(revoked);
         Ok(revoked)
     }
@@ -266,9 +285,8 @@ impl<S: Store> Lessor<S> {
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn get(&self, key: Key) -> Result<Option<Snapshot>, CallError> {
-        let found = self.in_time(async { Ok(self.store().read(vec![key]).await?) }).await?;
-        let found = found.into_iter().next().transpose()?;
-        // A record without a token is one that a batch was about to make.
+        let found = self.in_time(async { Ok(self.store().inspect(key).await?) }).await?;
+        // A record without a token is one that a batch was about to make, or that remembers settled ids and nothing else.
         Ok(found.filter(|snapshot| snapshot.record.token != FencingToken::default()))
     }
 

@@ -3,7 +3,7 @@
 use std::mem::take;
 use std::sync::{Arc, Weak};
 
-use crate::lease::{Acquisition, Edit, FencingToken, LeaseId};
+use crate::lease::{Acquisition, Edit, LeaseId, Timestamp};
 
 /// One call's share of an edit.
 #[derive(Debug, Clone)]
@@ -11,17 +11,21 @@ pub(super) enum Part {
     /// Joins the line or refreshes the place there, and renews the lease if it is held already: a repeated acquire
     /// is answered with a lease that lasts a whole TTL from the repetition on, whatever became of the first.
     Acquire(Arc<Acquisition>),
-    /// The same for a call that waits already, while it does: a place that was given up is not taken anew.
+    /// Keeps the place of a call that waits, while it does.
+    Refresh(LeaseId, Weak<Presence>),
+    /// Takes a new place for a call that waits and has lost its own, while it does: a place that was given up is not
+    /// taken anew. Claims the lease if there is one by now.
     Rejoin(Arc<Acquisition>, Weak<Presence>),
     /// Renews the lease that another daemon's commit granted to a call that waits, while it does.
     Claim(LeaseId, Weak<Presence>),
     Touch(LeaseId),
     Release(LeaseId),
-    Revoke(Vec<FencingToken>),
+    /// Releases an id whose acquire may still be under way.
+    GiveUp(LeaseId),
+    /// Takes these leases away, and ends the block that lasts until then.
+    Revoke(Vec<LeaseId>, Option<Timestamp>),
     /// Leaves the line.
     Cancel(LeaseId),
-    /// Leaves the line, and gives back what may have been granted meanwhile.
-    Abandon(LeaseId),
     /// Admits whoever's turn has come.
     Nudge,
 }
@@ -35,16 +39,20 @@ pub(super) struct Presence;
 pub(super) struct Gathered(Edit);
 
 impl Gathered {
-    /// Merges `part`, unless it asks for an id that an earlier one gives up or the other way round. Such an edit
-    /// would not be idempotent; the part is for the next.
+    /// Merges `part`, unless it asks for an id that an earlier one gives up or the other way round, or for an id that an
+    /// earlier one wants with another mode or limit. Such an edit would not be idempotent, or could not answer both; the
+    /// part is for the next.
     pub(super) fn merge(&mut self, part: &Part) -> bool {
         let edit = &self.0;
         let fits = match part {
             Part::Acquire(acquisition) | Part::Rejoin(acquisition, _) => {
-                !edit.releases(acquisition.id) && !edit.cancels(acquisition.id)
+                let Acquisition { id, mode, shared_limit, .. } = **acquisition;
+                !edit.releases(id)
+                    && !edit.cancels(id)
+                    && (!edit.enqueues(id) || edit.asks(id, mode, shared_limit))
             }
-            Part::Release(id) | Part::Cancel(id) | Part::Abandon(id) => !edit.enqueues(*id),
-            Part::Claim(..) | Part::Touch(_) | Part::Revoke(_) | Part::Nudge => true,
+            Part::Release(id) | Part::GiveUp(id) | Part::Cancel(id) => !edit.enqueues(*id),
+            Part::Refresh(..) | Part::Claim(..) | Part::Touch(_) | Part::Revoke(..) | Part::Nudge => true,
         };
         if fits {
             self.0 = part.add_to(take(&mut self.0));
@@ -61,14 +69,20 @@ impl Gathered {
 impl Part {
     fn add_to(&self, edit: Edit) -> Edit {
         match self {
-            Self::Acquire(acquisition) | Self::Rejoin(acquisition, _) => {
-                edit.touch(acquisition.id).enqueue(Arc::clone(acquisition))
+            Self::Acquire(acquisition) => edit.enqueue(Arc::clone(acquisition)),
+            // The first command for the place may have been delayed, and still come.
+            Self::Rejoin(acquisition, _) => {
+                edit.enqueue(Arc::new(Acquisition { repeated: true, ..Acquisition::clone(acquisition) }))
             }
+            Self::Refresh(id, _) => edit.refresh(*id),
             Self::Claim(id, _) | Self::Touch(id) => edit.touch(*id),
             Self::Release(id) => edit.release(*id),
-            Self::Revoke(tokens) => tokens.iter().fold(edit, |edit, token| edit.revoke(*token)),
+            Self::GiveUp(id) => edit.give_up(*id),
+            Self::Revoke(ids, until) => {
+                let edit = ids.iter().fold(edit, |edit, id| edit.revoke(*id));
+                until.iter().fold(edit, |edit, until| edit.unblock(*until))
+            }
             Self::Cancel(id) => edit.cancel(*id),
-            Self::Abandon(id) => edit.cancel(*id).release(*id),
             Self::Nudge => edit,
         }
     }
@@ -76,7 +90,9 @@ impl Part {
     /// Whether what it was for is over.
     pub(super) fn is_moot(&self) -> bool {
         match self {
-            Self::Rejoin(_, presence) | Self::Claim(_, presence) => presence.strong_count() == 0,
+            Self::Refresh(_, presence) | Self::Rejoin(_, presence) | Self::Claim(_, presence) => {
+                presence.strong_count() == 0
+            }
             _ => false,
         }
     }
@@ -85,7 +101,7 @@ impl Part {
     pub(super) fn weight(&self) -> usize {
         match self {
             Self::Acquire(acquisition) | Self::Rejoin(acquisition, _) => acquisition.size(),
-            Self::Revoke(tokens) => 16 * tokens.len(),
+            Self::Revoke(ids, _) => 32 * ids.len(),
             _ => 32,
         }
     }
@@ -94,6 +110,7 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::Mode;
 
     fn acquire(id: LeaseId) -> Part {
         Part::Acquire(Arc::new(Acquisition::waiting(id)))
@@ -102,7 +119,7 @@ mod tests {
     #[test]
     fn an_id_is_not_asked_for_and_given_up_in_one_edit() {
         let [one, two] = [LeaseId::random(), LeaseId::random()];
-        for give_up in [Part::Release(one), Part::Cancel(one), Part::Abandon(one)] {
+        for give_up in [Part::Release(one), Part::GiveUp(one), Part::Cancel(one)] {
             for (first, second) in [(acquire(one), give_up.clone()), (give_up, acquire(one))] {
                 let mut gathered = Gathered::default();
                 assert!(gathered.merge(&first));
@@ -111,5 +128,17 @@ mod tests {
                 assert!(gathered.merge(&Part::Touch(one)));
             }
         }
+    }
+
+    #[test]
+    fn an_id_is_asked_for_in_one_way_in_one_edit() {
+        let id = LeaseId::random();
+        let shared = Acquisition { mode: Mode::Shared, ..Acquisition::waiting(id) };
+        let wider = Acquisition { shared_limit: 2, ..shared.clone() };
+        let mut gathered = Gathered::default();
+        assert!(gathered.merge(&Part::Acquire(Arc::new(shared.clone()))));
+        assert!(gathered.merge(&Part::Acquire(Arc::new(shared))));
+        assert!(!gathered.merge(&acquire(id)));
+        assert!(!gathered.merge(&Part::Acquire(Arc::new(wider))));
     }
 }

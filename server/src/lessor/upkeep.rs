@@ -13,7 +13,7 @@ use super::audience::{self, Audience};
 use super::committer::Committer;
 use super::line::{Line, Looks};
 use super::part::Part;
-use crate::lease::{Key, LeaseId, Standing};
+use crate::lease::{Key, LeaseId, Snapshot, Standing};
 use crate::store::Store;
 
 /// Looks after the line until the daemon drains. Places last on for a while, so that their callers can go on
@@ -50,15 +50,25 @@ async fn look<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>) {
     }
 }
 
-/// Prolongs places. A call whose place is gone and finds no room for another is told.
+/// Prolongs places, and takes new ones for calls whose places are gone. A call that finds no room for another is told.
 async fn refresh<S: Store>(line: &Line, committer: &Arc<Committer<S>>, places: Vec<(LeaseId, (Key, Part))>) {
+    let gone = placeless(committer, places).await;
+    let rejoin = |(id, snapshot): (LeaseId, Arc<Snapshot>)| {
+        let key = snapshot.record.key.clone();
+        line.rejoin(&key, id).map(|part| (id, (key, part)))
+    };
+    for (id, snapshot) in placeless(committer, gone.into_iter().filter_map(rejoin).collect()).await {
+        line.give_up(id, &snapshot);
+    }
+}
+
+/// Commits what is to keep these places, and returns those that are gone after it, with the records that say so.
+async fn placeless<S: Store>(
+    committer: &Arc<Committer<S>>,
+    places: Vec<(LeaseId, (Key, Part))>,
+) -> Vec<(LeaseId, Arc<Snapshot>)> {
     let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
     let answers = committer.submit_own(parts).await;
-    for (id, answer) in ids.into_iter().zip(&answers) {
-        if let Some(Ok(snapshot)) = answer
-            && snapshot.standing(id) == Standing::Unknown
-        {
-            line.give_up(id, snapshot);
-        }
-    }
+    let records = ids.into_iter().zip(answers).filter_map(|(id, answer)| Some((id, answer?.ok()?)));
+    records.filter(|(id, snapshot)| snapshot.standing(*id) == Standing::Unknown).collect()
 }

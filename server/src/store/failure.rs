@@ -1,15 +1,20 @@
-//! What became of an attempt that failed, and so whether to repeat it.
+//! What became of an attempt that failed, and so whether to repeat it; and what all attempts at a batch may have done.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Outcome, StoreError};
 
-/// A failed attempt, with its cause for logs.
+/// A failed command or attempt, with its cause for logs. What a failure says of changes is about that command alone;
+/// [`Effects`] knows about the whole batch.
 #[derive(Debug, Clone)]
 pub(super) enum Failure {
     /// Nothing was changed; repeat.
     NotApplied(String),
+    /// Nothing was changed, because the command reached the store after its limit; repeat with a later one.
+    Late(String),
     /// Some or all may have been changed, or may yet be; repeat, for edits are idempotent.
     Unknown(String),
-    /// It will not be done, however often it is asked.
+    /// Nothing was changed, and it will not be done, however often it is asked.
     Refused(String),
     /// One of the records cannot be written, and the store does not say which. What was asked for the others may have
     /// been done.
@@ -31,9 +36,11 @@ impl Failure {
 
     pub(super) fn into_cause(self) -> String {
         match self {
-            Self::NotApplied(cause) | Self::Unknown(cause) | Self::Refused(cause) | Self::Record(cause) => {
-                cause
-            }
+            Self::NotApplied(cause)
+            | Self::Late(cause)
+            | Self::Unknown(cause)
+            | Self::Refused(cause)
+            | Self::Record(cause) => cause,
         }
     }
 }
@@ -41,11 +48,156 @@ impl Failure {
 impl From<Failure> for StoreError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotApplied(cause) => Self::Unavailable { outcome: Outcome::NotApplied, cause },
+            Failure::NotApplied(cause) | Failure::Late(cause) => {
+                Self::Unavailable { outcome: Outcome::NotApplied, cause }
+            }
             Failure::Unknown(cause) | Failure::Record(cause) => {
                 Self::Unavailable { outcome: Outcome::Unknown, cause }
             }
             Failure::Refused(cause) => Self::Refused { cause },
         }
+    }
+}
+
+/// Whether anything of a batch may have taken effect, over all commands of all attempts at it.
+///
+/// A failure knows about one command. A batch may take several and several attempts, so only this may say of a batch
+/// that it was not applied.
+#[derive(Debug, Default)]
+pub(super) struct Effects(AtomicBool);
+
+impl Effects {
+    /// Notes the reply to a command that could change something. Of an answer, `is_change` says whether it did.
+    pub(super) fn note<T>(
+        &self,
+        reply: Result<T, Failure>,
+        is_change: impl FnOnce(&T) -> bool,
+    ) -> Result<T, Failure> {
+        let is_possible = match &reply {
+            Ok(answer) => is_change(answer),
+            // One record could not be written; the others of the same command may have been.
+            Err(Failure::Unknown(_) | Failure::Record(_)) => true,
+            Err(Failure::NotApplied(_) | Failure::Late(_) | Failure::Refused(_)) => false,
+        };
+        self.0.fetch_or(is_possible, Ordering::Relaxed);
+        reply
+    }
+
+    pub(super) fn outcome(&self) -> Outcome {
+        if self.0.load(Ordering::Relaxed) { Outcome::Unknown } else { Outcome::NotApplied }
+    }
+
+    /// What to tell of a batch whose last attempt ended with `failure`.
+    pub(super) fn conclude(&self, failure: Failure) -> StoreError {
+        match (self.outcome(), failure) {
+            (Outcome::NotApplied, Failure::Refused(cause)) => StoreError::Refused { cause },
+            (_, Failure::Unknown(cause)) => StoreError::Unavailable { outcome: Outcome::Unknown, cause },
+            (outcome, failure) => StoreError::Unavailable { outcome, cause: failure.into_cause() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::atomic::AtomicU64;
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config, TestRunner};
+
+    use super::*;
+    use crate::store::repeat;
+
+    /// The reply to one command.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Reply {
+        Changed,
+        FoundNothing,
+        NotApplied,
+        Late,
+        Refused,
+        Unknown,
+        Record,
+    }
+
+    impl Reply {
+        fn may_have_changed(self) -> bool {
+            matches!(self, Self::Changed | Self::Unknown | Self::Record)
+        }
+
+        fn result(self) -> Result<bool, Failure> {
+            match self {
+                Self::Changed => Ok(true),
+                Self::FoundNothing => Ok(false),
+                Self::NotApplied => Err(Failure::not_applied("not applied")),
+                Self::Late => Err(Failure::Late("late".to_owned())),
+                Self::Refused => Err(Failure::refused("refused")),
+                Self::Unknown => Err(Failure::unknown("unknown")),
+                Self::Record => Err(Failure::Record("a record".to_owned())),
+            }
+        }
+    }
+
+    /// Attempts, each with the replies to its commands; an attempt ends with the first failure.
+    fn attempts() -> impl Strategy<Value = Vec<Vec<Reply>>> {
+        let reply = prop::sample::select(vec![
+            Reply::Changed,
+            Reply::FoundNothing,
+            Reply::NotApplied,
+            Reply::Late,
+            Reply::Refused,
+            Reply::Unknown,
+            Reply::Record,
+        ]);
+        prop::collection::vec(prop::collection::vec(reply, 1..4), 1..5)
+    }
+
+    /// What is told of a batch with these attempts, after which nothing reaches the store any more; and the replies that
+    /// came.
+    async fn told(attempts: Vec<Vec<Reply>>, is_noted: bool) -> (Result<(), StoreError>, Vec<Reply>) {
+        let effects = Effects::default();
+        let state = Mutex::new((VecDeque::from(attempts), Vec::new()));
+        let attempt = async |_| {
+            let mut state = state.lock().expect("one at a time");
+            let (attempts, seen) = &mut *state;
+            for reply in attempts.pop_front().unwrap_or_else(|| vec![Reply::NotApplied]) {
+                seen.push(reply);
+                if is_noted {
+                    effects.note(reply.result(), |is_change| *is_change)?;
+                } else {
+                    reply.result()?;
+                }
+            }
+            Ok(())
+        };
+        let told =
+            repeat(Arc::default(), Duration::from_secs(5), &AtomicU64::new(0), &effects, attempt).await;
+        let (_, seen) = state.into_inner().expect("one at a time");
+        (told, seen)
+    }
+
+    fn search(is_noted: bool) -> Result<(), String> {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().start_paused(true).build().expect("a runtime");
+        let config = Config { cases: 2000, failure_persistence: None, ..Config::default() };
+        let search = TestRunner::new(config).run(&attempts(), |attempts| {
+            let (told, seen) = runtime.block_on(told(attempts, is_noted));
+            let is_possible = seen.iter().any(|reply| reply.may_have_changed());
+            match told {
+                Ok(()) => {}
+                Err(StoreError::Unavailable { outcome: Outcome::Unknown, .. }) => prop_assert!(is_possible),
+                Err(error) => prop_assert!(!is_possible, "{error} after {seen:?}"),
+            }
+            Ok(())
+        });
+        search.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn not_applied_is_told_only_if_every_reply_proves_it() {
+        search(true).expect("a proof");
+        search(false).expect_err("it is noticed when the replies are not noted");
     }
 }

@@ -8,9 +8,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
-use super::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError, report};
-use crate::lease::{Edit, Key, Rules};
+use super::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, StartError, Store, StoreError, report};
+use crate::lease::{Edit, Key, Rules, Snapshot};
 use crate::meter::{Histogram, Meter, Present};
 
 /// Up to what a batch holds at most.
@@ -57,7 +58,7 @@ impl<S: Store> Metered<S> {
         let durations =
             ("leased_batch_duration_seconds", "How long the store took for a batch, repetitions included");
         let [durations] = meter.by(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
-        let purged = ("leased_keys_purged", "Keys forgotten because they had long been free");
+        let purged = ("leased_keys_purged", "Keys forgotten because they had long been free or lapsed");
         let [purged] = meter.by(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));
@@ -70,7 +71,7 @@ impl<S: Store> Metered<S> {
         answer.inspect_err(|error| self.count(operation, error))
     }
 
-    /// Counts the failures for single keys too, and logs some of them.
+    /// Counts the failures for single keys too.
     fn note_each(
         &self,
         operation: Operation,
@@ -79,17 +80,20 @@ impl<S: Store> Metered<S> {
         let answers = self.note(operation, answer)?;
         for error in answers.iter().filter_map(|answer| answer.as_ref().err()) {
             self.count(operation, error);
-            report(error);
         }
         Ok(answers)
     }
 
+    /// Logs some of those about single records as well.
     fn count(&self, operation: Operation, error: &StoreError) {
         let kind = match error {
             StoreError::Unavailable { outcome: Outcome::NotApplied, .. } => 0,
             StoreError::Unavailable { outcome: Outcome::Unknown, .. } => 1,
             StoreError::Refused { .. } => 2,
-            StoreError::Unreadable { .. } => 3,
+            StoreError::Unreadable { .. } => {
+                report(error);
+                3
+            }
         };
         self.errors[operation as usize][kind].inc();
     }
@@ -117,6 +121,10 @@ impl<S: Store> Store for Metered<S> {
         self.note_each(Operation::Read, self.store.read(keys).await)
     }
 
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        self.note(Operation::Read, self.store.inspect(key).await)
+    }
+
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
         self.note(Operation::List, self.store.list(query).await)
     }
@@ -131,6 +139,22 @@ impl<S: Store> Store for Metered<S> {
         self.note(Operation::Check, self.store.check().await)
     }
 
+    fn id(&self) -> Uuid {
+        self.store.id()
+    }
+
+    async fn join(&self) -> Result<(), StartError> {
+        self.store.join().await
+    }
+
+    async fn objection(&self) -> String {
+        self.store.objection().await
+    }
+
+    async fn leave(&self) {
+        self.store.leave().await;
+    }
+
     fn rules(&self) -> Rules {
         self.store.rules()
     }
@@ -141,6 +165,10 @@ impl<S: Store> Store for Metered<S> {
 
     fn repetitions(&self) -> u64 {
         self.store.repetitions()
+    }
+
+    fn clock_steps(&self) -> u64 {
+        self.store.clock_steps()
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {

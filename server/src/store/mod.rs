@@ -16,7 +16,9 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+use failure::{Effects, Failure};
 pub(crate) use metered::Metered;
 pub(crate) use unreadable::report;
 
@@ -49,20 +51,30 @@ pub trait Store: Send + Sync + 'static {
     fn batches(&self) -> usize;
 
     /// The records of those of the `keys` that have one, in any order. A record that cannot be read is returned as
-    /// [`StoreError::Unreadable`], which names its key.
+    /// [`StoreError::Unreadable`], which names its key. For what the engine decides: these reads have the same share of the
+    /// store as commits.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
 
+    /// The key's record, if it has one, for callers who look at it. However many look, commits do not wait for them.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the store does not answer in time, or the record cannot be read.
+    fn inspect(&self, key: Key) -> impl Future<Output = Result<Option<Snapshot>, StoreError>> + Send {
+        async { self.read(vec![key]).await?.into_iter().next().transpose() }
+    }
+
     /// One page of records in the order of their keys; shorter than asked if the records are large. Records that cannot
-    /// be read are left out and logged.
+    /// be read are left out and logged. Neither commits nor [`Self::inspect`] wait for those who list.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn list(&self, query: ListQuery) -> impl Future<Output = Result<Page, StoreError>> + Send;
 
-    /// Forgets keys that have been free for `free_for` and returns how many. Keeps a record of which it cannot tell
+    /// Forgets keys that nobody has held, waited for or kept blocked for `free_for`, and returns how many. A lease counts
+    /// as held until it may be taken over, a place in line until it lapses. Keeps a record of which it cannot tell
     /// whether somebody holds its key.
     ///
     /// # Errors
@@ -75,6 +87,30 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError`] if it cannot.
     fn check(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
+    /// Which store it is: the same for every daemon on the same records and after every restart, and another for any
+    /// other store. So callers notice when they are given daemons of two.
+    fn id(&self) -> Uuid;
+
+    /// Makes this daemon known to the others on the same records. To be called before anyone is served.
+    ///
+    /// # Errors
+    /// [`StartError::Unusable`] if it must not run beside them; [`StartError::Unreachable`] if the store does not answer.
+    fn join(&self) -> impl Future<Output = Result<(), StartError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// Waits until this daemon must serve no more, because of other daemons or of what became of the store, and says
+    /// why. Never returns while all is well.
+    fn objection(&self) -> impl Future<Output = String> + Send {
+        std::future::pending()
+    }
+
+    /// Ends what the store does in the background and tells the other daemons that this one is gone; bounded in time.
+    /// Nothing is asked of the store afterwards.
+    fn leave(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
     /// The rules that commits obey.
     fn rules(&self) -> Rules;
 
@@ -83,6 +119,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// How many attempts at a batch have failed and been repeated so far.
     fn repetitions(&self) -> u64;
+
+    /// How often the store's clock and this host's were found to have come apart.
+    fn clock_steps(&self) -> u64 {
+        0
+    }
 
     /// Tells of changes that others make, until `draining` is cancelled or nobody listens any more; at once if there
     /// are no others. Changes of this daemon's own may be among them.
@@ -210,42 +251,42 @@ impl std::fmt::Display for Outcome {
 }
 
 /// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over, and counts that. Edits
-/// are idempotent.
+/// are idempotent. Each attempt but the first brings the edits as repeated ones: an earlier attempt may still be under way. It
+/// notes in `effects` what its commands may have changed.
 async fn repeat<T, F>(
+    mut batch: Arc<Vec<(Key, Edit)>>,
     deadline: Duration,
     repetitions: &AtomicU64,
-    mut attempt: impl FnMut() -> F,
+    effects: &Effects,
+    mut attempt: impl FnMut(Arc<Vec<(Key, Edit)>>) -> F,
 ) -> Result<T, StoreError>
 where
-    F: Future<Output = Result<T, StoreError>>,
+    F: Future<Output = Result<T, Failure>>,
 {
     let deadline = Instant::now() + deadline;
-    let mut outcome = Outcome::NotApplied;
     let mut pause = BACK_OFF;
     loop {
-        let cause = match attempt().await {
-            Err(StoreError::Unavailable { outcome: latest, cause }) => {
-                if latest == Outcome::Unknown {
-                    outcome = latest;
-                }
-                cause
-            }
-            end => return end,
+        let failure = match attempt(Arc::clone(&batch)).await {
+            Ok(done) => return Ok(done),
+            Err(failure) => failure,
         };
         let again = Instant::now() + pause;
-        if again >= deadline {
-            return Err(StoreError::Unavailable { outcome, cause });
+        if matches!(failure, Failure::Refused(_)) || again >= deadline {
+            return Err(effects.conclude(failure));
         }
-        tracing::debug!(%cause, "repeating a batch");
+        tracing::debug!(cause = failure.into_cause(), "repeating a batch");
         repetitions.fetch_add(1, Ordering::Relaxed);
+        let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
+        batch = Arc::new(repeated.collect());
         sleep_until(again).await;
         pause = (pause * 2).min(BACK_OFF * 8);
     }
 }
 
-/// Only an arrival makes a record: touching or releasing a key that nobody ever leased leaves no trace.
+/// An arrival makes a record, and so does a release, which must be remembered; touching a key that nobody ever leased
+/// leaves no trace.
 fn makes_record(edit: &Edit) -> bool {
-    !edit.enqueued().is_empty()
+    !edit.enqueued().is_empty() || !edit.released().is_empty()
 }
 
 /// The answer for a key without a record. It holds nothing that its instant could matter to.

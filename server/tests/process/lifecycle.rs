@@ -21,7 +21,8 @@ async fn the_ready_line_names_the_ports_and_sigterm_drains(
     let options = ["--mongodb-uri", uri().await, "--mongodb-database", "process"];
     let mut running = Running::start(if store == "mongodb" { &options } else { &[] });
     assert!(running.ready.starts_with("leased ready grpc=127.0.0.1:"), "{}", running.ready);
-    assert!(running.ready.ends_with(&format!(" store={store}\n")), "{}", running.ready);
+    assert!(running.ready.contains(&format!(" store={store} id=")), "{}", running.ready);
+    assert_eq!(running.address("id=").len(), 36, "{}", running.ready);
     let mut http = TcpStream::connect(running.address("http=")).unwrap();
     http.write_all(b"GET /livez HTTP/1.1\r\nHost: l\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();

@@ -11,8 +11,17 @@ mod support;
 /// The ready line, the exit codes, the signals.
 mod lifecycle;
 
+/// What is refused before anyone is served.
+mod start;
+
 /// The data of the embedded store: whose it is, and in which state.
 mod data;
 
 /// Killed at any moment, and short of room.
 mod crash;
+
+/// A data folder that is removed, replaced, unmounted or never finished.
+mod volume;
+
+/// What callers say, in the log.
+mod logs;

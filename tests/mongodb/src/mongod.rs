@@ -18,7 +18,15 @@ impl Mongod {
     /// # Errors
     /// A sentence about what is missing, or the end of the server's log.
     pub async fn start() -> Result<Self> {
-        let node = Node::launch(Kind::Member).await?;
+        Self::start_with(&[]).await
+    }
+
+    /// The same with more arguments for `mongod`, under which it still answers without TLS and without a password.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with(arguments: &[&str]) -> Result<Self> {
+        let node = Node::launch_with(Kind::Member, arguments).await?;
         node.initiate(&[node.port()], Document::new()).await?;
         node.until("a primary", is_primary).await?;
         let uri = format!("mongodb://127.0.0.1:{}/?replicaSet={SET}", node.port());

@@ -49,10 +49,15 @@ impl Node {
     /// Starts a server on a free port of this host, and returns when it answers. A member waits for
     /// [`Self::initiate`].
     pub(crate) async fn launch(kind: Kind) -> Result<Self> {
+        Self::launch_with(kind, &[]).await
+    }
+
+    /// The same with more arguments for `mongod`, under which it still answers without TLS and without a password.
+    pub(crate) async fn launch_with(kind: Kind, more: &[&str]) -> Result<Self> {
         let program = spawn_blocking(locate::mongod).await??;
         let give_up = Instant::now() + PATIENCE;
         loop {
-            let mut node = Self::prepare(&program, kind, free_port()?)?;
+            let mut node = Self::prepare(&program, kind, free_port()?, more)?;
             if node.begin(give_up).await? {
                 return Ok(node);
             }
@@ -136,9 +141,11 @@ impl Node {
     }
 
     /// All but the process.
-    fn prepare(program: &Path, kind: Kind, port: u16) -> Result<Self> {
+    fn prepare(program: &Path, kind: Kind, port: u16, more: &[&str]) -> Result<Self> {
         let folder = new_folder()?;
-        let guardian = Guardian::new(&folder, &command(program, &folder, kind, port)).inspect_err(|_| {
+        let mut command = command(program, &folder, kind, port);
+        command.args(more);
+        let guardian = Guardian::new(&folder, &command).inspect_err(|_| {
             // Nobody watches over the folder yet.
             drop(fs::remove_dir_all(&folder));
         })?;
@@ -252,14 +259,14 @@ mod tests {
     async fn a_port_that_another_mongod_has_is_seen_to_be_taken() {
         let other = Node::launch(Kind::Standalone).await.unwrap();
         let program = locate::mongod().unwrap();
-        let mut late = Node::prepare(&program, Kind::Member, other.port()).unwrap();
+        let mut late = Node::prepare(&program, Kind::Member, other.port(), &[]).unwrap();
         assert!(!late.begin(Instant::now() + PATIENCE).await.unwrap());
     }
 
     #[tokio::test]
     async fn a_server_that_cannot_start_says_why() {
         let port = free_port().unwrap();
-        let mut server = Node::prepare(Path::new("/dev/null"), Kind::Standalone, port).unwrap();
+        let mut server = Node::prepare(Path::new("/dev/null"), Kind::Standalone, port, &[]).unwrap();
         let error = server.begin(Instant::now() + PATIENCE).await.unwrap_err().to_string();
         assert!(error.contains("/dev/null"), "{error}");
         let folder = server.folder.clone();

@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::io::Read;
 use std::time::Duration;
 
-use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+use clap::builder::{BoolishValueParser, Resettable};
+use clap::{Args as Group, Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 
 use crate::failure::Failure;
@@ -21,7 +22,6 @@ const COMMON: &str = "Common options";
 /// for as long as its holder touches it.
 #[derive(Debug, Parser)]
 #[command(name = "leasectl", version, max_term_width = 110, after_help = CODES, args_override_self = true)]
-#[command(disable_help_subcommand = true)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) connection: Connection,
@@ -32,6 +32,24 @@ pub(crate) struct Args {
 
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Args {
+    /// Reads the command line, and the environment for what it leaves open.
+    pub(crate) fn read() -> Result<Self, clap::Error> {
+        Self::from_arg_matches(&without_empty_variables(Self::command()).try_get_matches()?)
+    }
+}
+
+/// A variable that is set and empty counts as unset: that is how compose files and unit files leave one open.
+fn without_empty_variables(command: Clap) -> Clap {
+    let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
+            true => arg.env(Resettable::Reset),
+            false => arg,
+        })
+        .mut_subcommands(without_empty_variables)
 }
 
 /// How answers look.
@@ -58,10 +76,15 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
+    /// The URLs, without the blanks that people write around commas.
+    pub(crate) fn endpoints(&self) -> impl Iterator<Item = &str> {
+        self.endpoint.iter().map(|url| url.trim()).filter(|url| !url.is_empty())
+    }
+
     /// A client, which connects with its first call.
     pub(crate) fn client(&self) -> Result<Client, Failure> {
         let mut builder = Client::builder().timeout(self.timeout);
-        for url in &self.endpoint {
+        for url in self.endpoints() {
             builder = builder.endpoint(url)?;
         }
         Ok(builder.connect_lazily()?)
@@ -107,7 +130,7 @@ pub(crate) enum Command {
         prefix: String,
 
         /// Also list the keys that nobody holds and the daemon still remembers.
-        #[arg(short, long, env = "LEASED_ALL")]
+        #[arg(short, long, env = "LEASED_ALL", value_parser = BoolishValueParser::new())]
         all: bool,
     },
     /// Print a line for each key as it is, and then one per change, until interrupted.

@@ -1,14 +1,20 @@
 //! How leasectl ends other than well: a sentence that says what to do, and an exit code.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write, stderr};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use leased_client::{Error, HeldBy, Loss};
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tonic::transport::Uri;
+
+use crate::args::Format;
+use crate::json::{Fault, Standing, milliseconds};
+use crate::output::{complain, json};
+use crate::signals::{Whom, die_of};
 
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
@@ -38,7 +44,7 @@ pub(crate) enum Failure {
     /// The command cannot be started; with the exit code for it.
     Command(u8, String),
     /// A signal came before there was a command to pass it on to.
-    Signal(i32),
+    Signal(Signal),
     /// Whoever read the output has gone.
     NobodyReads,
     /// Something else failed.
@@ -46,19 +52,37 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// Says what is wrong.
-    pub(crate) fn report(self) -> ExitCode {
-        let (code, sentence) = match self {
+    /// Says what is wrong: a sentence for people, an object for scripts.
+    pub(crate) fn report(self, format: Format) -> ExitCode {
+        let (code, reason, sentence) = match &self {
             Self::NobodyReads => return ExitCode::SUCCESS,
-            Self::Signal(number) => return ExitCode::from(of_signal(number)),
-            Self::Usage(sentence) => (USAGE, sentence),
-            Self::Unreachable(sentence) => (UNAVAILABLE, sentence),
-            Self::Lost(sentence) => (LOST, sentence),
-            Self::Command(code, sentence) => (code, sentence),
-            Self::Other(sentence) => (FAILED, sentence),
-            Self::Client(error) => (code_of(&error), sentence_of(&error)),
+            Self::Signal(signal) => {
+                die_of(*signal, Whom::Myself);
+                return ExitCode::from(of_signal(signal.as_raw()));
+            }
+            Self::Usage(sentence) => (USAGE, "USAGE", sentence.clone()),
+            Self::Unreachable(sentence) => (UNAVAILABLE, "UNAVAILABLE", sentence.clone()),
+            Self::Lost(sentence) => (LOST, "LEASE_LOST", sentence.clone()),
+            Self::Command(code, sentence) => (*code, "COMMAND_NOT_STARTED", sentence.clone()),
+            Self::Other(sentence) => (FAILED, "FAILED", sentence.clone()),
+            Self::Client(error) => (code_of(error), reason_of(error), sentence_of(error)),
         };
-        eprintln!("leasectl: {sentence}");
+        let holder = match &self {
+            Self::Client(Error::Held(by)) => Some(Standing {
+                owner: &by.owner,
+                token: by.token.get(),
+                remaining_ms: milliseconds(by.remaining),
+            }),
+            _ => None,
+        };
+        match format {
+            Format::Table => complain(&sentence),
+            Format::Json => {
+                let fault = Fault { reason, message: &sentence, exit_code: code, holder };
+                let line = json(&serde_json::json!({ "error": fault })).unwrap_or(sentence);
+                let _ = writeln!(stderr(), "{line}");
+            }
+        }
         ExitCode::from(code)
     }
 }
@@ -72,13 +96,22 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Failure::Usage("there is nothing to do; see `leasectl --help`".to_owned()).report();
+        return Failure::Usage("there is nothing to do; see `leasectl --help`".to_owned())
+            .report(Format::Table);
+    }
+    let typed = || std::env::args_os().skip(1);
+    if error.kind() == clap::error::ErrorKind::UnknownArgument
+        && typed().any(|word| word == "run")
+        && !typed().any(|word| word == "--")
+    {
+        let sentence = "the command of `run` stands after `--`: leasectl run KEY -- CMD ARG...";
+        return Failure::Usage(sentence.to_owned()).report(Format::Table);
     }
     let text = error.to_string();
     // The first paragraph says it; the others repeat the usage.
     let said = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = said.strip_prefix("error: ").unwrap_or(said).split_whitespace().collect();
-    Failure::Usage(format!("{}; see --help", words.join(" "))).report()
+    Failure::Usage(format!("{}; see --help", words.join(" "))).report(Format::Table)
 }
 
 /// The exit code that shells give to what a signal has ended.
@@ -89,10 +122,26 @@ pub(crate) fn of_signal(number: i32) -> u8 {
 fn code_of(error: &Error) -> u8 {
     match error {
         Error::Held(_) | Error::QueueFull => HELD,
-        Error::Lost(_) | Error::Jeopardy => LOST,
+        Error::Lost(_) | Error::Jeopardy { .. } | Error::EndedLate { .. } => LOST,
         Error::Invalid(_) => USAGE,
         Error::Unavailable { .. } | Error::NotLeased { .. } => UNAVAILABLE,
         _ => FAILED,
+    }
+}
+
+/// The reason for scripts: the API's own where there is one.
+fn reason_of(error: &Error) -> &'static str {
+    match error {
+        Error::Held(_) => "LEASE_HELD",
+        Error::QueueFull => "QUEUE_FULL",
+        Error::Lost(_) | Error::Jeopardy { .. } | Error::EndedLate { .. } => "LEASE_LOST",
+        Error::KeyUnknown => "KEY_UNKNOWN",
+        Error::LimitExceeded(_) => "LIMIT_EXCEEDED",
+        Error::Invalid(_) => "INVALID_REQUEST",
+        Error::Unavailable { .. } => "UNAVAILABLE",
+        Error::NotLeased { .. } => "NOT_LEASED",
+        Error::DifferentStores { .. } => "DIFFERENT_STORES",
+        _ => "FAILED",
     }
 }
 
@@ -106,12 +155,12 @@ fn sentence_of(error: &Error) -> String {
         Error::KeyUnknown => "this key was never leased, or has been free for so long that it is forgotten; \
                               `leasectl ls --all` shows the keys there are"
             .to_owned(),
-        Error::Unavailable { endpoints, cause } => {
+        Error::Unavailable { endpoints, cause, .. } => {
             format!(
                 "no daemon answers at {endpoints} ({cause}); start one, or name another with --endpoint or LEASED_ENDPOINT"
             )
         }
-        Error::NotLeased { endpoint, cause } => not_leased(endpoint, cause),
+        Error::NotLeased { endpoint, cause, .. } => not_leased(endpoint, cause),
         error => error.to_string(),
     }
 }
@@ -136,21 +185,21 @@ fn not_leased(endpoint: &str, why: &str) -> String {
 }
 
 /// Finds out more about daemons that do not answer: whether something else does.
-pub(crate) async fn explain(error: Error, endpoints: &[String]) -> Failure {
+pub(crate) async fn explain(error: Error, endpoints: impl Iterator<Item = &str>) -> Failure {
     if matches!(error, Error::Unavailable { .. }) {
         for endpoint in endpoints {
-            if let Ok(Some(why)) = timeout(2 * LOOK, stranger(endpoint)).await {
-                return Failure::Unreachable(not_leased(endpoint, why));
+            if let Ok(Some(sentence)) = timeout(2 * LOOK, stranger(endpoint)).await {
+                return Failure::Unreachable(sentence);
             }
         }
     }
     Failure::Client(error)
 }
 
-/// What is wrong with whoever answers there, if anybody does.
+/// What is wrong with the server at the endpoint, if there is one.
 ///
 /// Whoever speaks HTTP/2 begins with a SETTINGS frame (RFC 9113, section 3.4).
-async fn stranger(endpoint: &str) -> Option<&'static str> {
+async fn stranger(endpoint: &str) -> Option<String> {
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     const SETTINGS: u8 = 4;
     let uri: Uri = endpoint.parse().ok()?;
@@ -160,8 +209,12 @@ async fn stranger(endpoint: &str) -> Option<&'static str> {
     let mut head = [0; 9];
     match timeout(LOOK, stream.read_exact(&mut head)).await {
         Ok(Ok(_)) if head[3] == SETTINGS => None,
-        Ok(_) => Some("it does not speak gRPC"),
-        Err(_) => Some("it accepts connections and says nothing"),
+        Ok(_) => Some(not_leased(endpoint, "it does not speak gRPC")),
+        // The system accepts connections for a process that is stopped.
+        Err(_) => Some(format!(
+            "the process at {endpoint} does not answer, though connections to it are accepted; it may be stopped or \
+             overloaded, or not be leased"
+        )),
     }
 }
 

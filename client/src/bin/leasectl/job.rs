@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
 
 use crate::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND, of_signal};
 use crate::guardian::Guardian;
+use crate::orphans;
 use crate::terminal::Terminal;
 
 /// A command that was started.
@@ -24,12 +25,36 @@ pub(crate) struct Job {
 /// What has happened to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// The command has ended, with this exit code.
-    Ended(u8),
+    /// The command has ended.
+    Ended(Exit),
     /// The command has been stopped.
     Stopped(i32),
     /// The guardian is gone.
     Unguarded,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// By itself, with this code.
+    Code(u8),
+    /// By the signal of this number.
+    Signal(i32),
+}
+
+impl Exit {
+    /// The exit code as shells show it.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Code(code) => code,
+            Self::Signal(number) => of_signal(number),
+        }
+    }
+
+    /// The signal that a key sends, if one of those ended the command.
+    pub(crate) fn by_key(self) -> Option<Signal> {
+        [Signal::INT, Signal::QUIT].into_iter().find(|signal| self == Self::Signal(signal.as_raw()))
+    }
 }
 
 impl Job {
@@ -79,13 +104,14 @@ impl Job {
 
     /// What has happened since the last look, after a SIGCHLD.
     pub(crate) fn look(&mut self) -> io::Result<Option<Event>> {
+        self.reap();
         let options = WaitOptions::NOHANG | WaitOptions::UNTRACED;
         if let Some((_, status)) = waitpid(Some(self.command), options)? {
             if let Some(code) = status.exit_status() {
-                return Ok(Some(Event::Ended(u8::try_from(code).unwrap_or(u8::MAX))));
+                return Ok(Some(Event::Ended(Exit::Code(u8::try_from(code).unwrap_or(u8::MAX)))));
             }
             if let Some(number) = status.terminating_signal() {
-                return Ok(Some(Event::Ended(of_signal(number))));
+                return Ok(Some(Event::Ended(Exit::Signal(number))));
             }
             return Ok(status.stopping_signal().map(Event::Stopped));
         }
@@ -122,10 +148,12 @@ impl Job {
         self.signal(Signal::CONT);
     }
 
-    /// The command has ended, under its lease. What it has left running in its group is its own affair.
-    pub(crate) fn leave(&mut self) {
-        self.take_terminal();
+    /// The command has ended, under its lease. What it has left running in its group is its own affair. Returns whether
+    /// the group had the terminal.
+    pub(crate) fn leave(&mut self) -> bool {
+        let had_terminal = self.take_terminal();
         self.guardian.dismiss();
+        had_terminal
     }
 
     /// The command has ended, and not under its lease: the rest of the group has until the deadline.
@@ -136,13 +164,18 @@ impl Job {
 
     /// Whether nothing is left of the group, once it is being cleared.
     pub(crate) fn is_clear(&self) -> bool {
+        // One that has ended and was not waited for counts as a member of its group.
+        self.reap();
         self.guardian.has_ended()
     }
 
-    fn take_terminal(&self) {
-        if let Some(terminal) = &self.terminal {
-            terminal.take_back(self.guardian.group());
-        }
+    fn reap(&self) {
+        orphans::reap(&[self.command, self.guardian.group()]);
+    }
+
+    /// Takes the terminal back, and returns whether the group had it.
+    fn take_terminal(&self) -> bool {
+        self.terminal.as_ref().is_some_and(|terminal| terminal.take_back(self.guardian.group()))
     }
 }
 

@@ -35,6 +35,24 @@ pub(crate) struct Revoked<'a> {
     pub(crate) revoked: u32,
 }
 
+/// What went wrong. The value of `error` in an object of its own.
+#[derive(Debug, Serialize)]
+pub(crate) struct Fault<'a> {
+    pub(crate) reason: &'static str,
+    pub(crate) message: &'a str,
+    pub(crate) exit_code: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) holder: Option<Standing<'a>>,
+}
+
+/// Who stands in the way.
+#[derive(Debug, Serialize)]
+pub(crate) struct Standing<'a> {
+    pub(crate) owner: &'a str,
+    pub(crate) token: i64,
+    pub(crate) remaining_ms: u64,
+}
+
 #[derive(Debug, Serialize)]
 pub(crate) struct Key<'a> {
     key: &'a str,
@@ -108,14 +126,16 @@ impl<'a> From<&'a WaiterInfo> for Waiter<'a> {
     }
 }
 
-impl<'a> From<&'a WatchEvent> for Event<'a> {
-    fn from(event: &'a WatchEvent) -> Self {
-        match event {
+impl<'a> Event<'a> {
+    /// The event as JSON shows it, unless it is one of a later version.
+    pub(crate) fn of(event: &'a WatchEvent) -> Option<Self> {
+        Some(match event {
             WatchEvent::Snapshot(key) => Self::Snapshot { key: key.into() },
             WatchEvent::SnapshotEnd => Self::SnapshotEnd,
             WatchEvent::Change { kind, key } => Self::Change { kind: change(*kind), key: key.into() },
             WatchEvent::Interrupted { cause } => Self::Interrupted { cause },
-        }
+            _ => return None,
+        })
     }
 }
 

@@ -35,7 +35,9 @@ mod wanted;
 mod guardian;
 /// The command and its process group.
 mod job;
-/// Signals that are passed on.
+/// What the first process of a container adopts.
+mod orphans;
+/// Signals that are passed on, and death by one.
 mod signals;
 /// Whose the terminal is.
 mod terminal;
@@ -44,7 +46,6 @@ mod times;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use leased_client::Client;
 use tokio::runtime::Builder;
 
@@ -59,18 +60,19 @@ fn main() -> ExitCode {
         Some(role) if role == terminal::ROLE => return terminal::main(),
         _ => {}
     }
-    let args = match Args::try_parse() {
+    let args = match Args::read() {
         Ok(args) => args,
         Err(error) => return failure::usage(&error),
     };
+    let format = args.output;
     // One thread: the system ends no child of a thread that is still there, and a short command starts sooner.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return Failure::from(error).report(),
+        Err(error) => return Failure::from(error).report(format),
     };
     match runtime.block_on(execute(args)) {
         Ok(code) => ExitCode::from(code),
-        Err(failure) => failure.report(),
+        Err(failure) => failure.report(format),
     }
 }
 
@@ -86,7 +88,7 @@ async fn execute(args: Args) -> Result<u8, Failure> {
     let client = connection.client()?;
     let done = perform(&client, command, &mut output).await;
     match done {
-        Err(Failure::Client(error)) => Err(failure::explain(error, &connection.endpoint).await),
+        Err(Failure::Client(error)) => Err(failure::explain(error, connection.endpoints()).await),
         done => done,
     }
 }

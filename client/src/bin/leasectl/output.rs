@@ -1,6 +1,6 @@
 //! Where answers go: standard output, in the form that was asked for.
 
-use std::io::{BufWriter, Stdout, Write, stdout};
+use std::io::{BufWriter, Stdout, Write, stderr, stdout};
 
 use serde::Serialize;
 
@@ -44,6 +44,11 @@ impl Output {
     pub(crate) fn part(&mut self, part: &str) -> Result<(), Failure> {
         Ok(self.stdout.write_all(part.as_bytes())?)
     }
+}
+
+/// Says on standard error what a person should know. That nobody can read it is no reason to stop.
+pub(crate) fn complain(sentence: &str) {
+    let _ = writeln!(stderr(), "leasectl: {sentence}");
 }
 
 /// A value on one line.

@@ -20,8 +20,9 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use crate::args::Wish;
 use crate::failure::Failure;
-use crate::job::{Event, Job};
-use crate::signals::{ENDING, OTHER, Signals};
+use crate::job::{Event, Exit, Job};
+use crate::output::complain;
+use crate::signals::{ENDING, OTHER, Signals, Whom, die_of};
 use crate::times::{Times, after, until};
 use crate::wanted;
 
@@ -41,8 +42,8 @@ struct Running {
 
 /// How it came to an end.
 enum End {
-    /// The command ended under its lease, with this exit code.
-    Done(u8),
+    /// The command ended under its lease.
+    Done(Exit),
     /// The lease could not be relied on any more.
     Lost(State),
     /// The guardian was killed.
@@ -67,10 +68,14 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
         end => end,
     };
     match end {
-        End::Done(code) => {
-            running.job.leave();
+        End::Done(exit) => {
+            let had_terminal = running.job.leave();
             give_back(running.lease).await?;
-            Ok(code)
+            // The key was meant for a script around leasectl as well, which the terminal did not send it to.
+            if let Some(signal) = exit.by_key().filter(|_| had_terminal) {
+                die_of(signal, Whom::Group);
+            }
+            Ok(exit.code())
         }
         End::Lost(state) => Err(running.lost(state).await),
         End::Unguarded => {
@@ -164,7 +169,7 @@ impl Running {
                 Event::Ended(_) if until(self.job.deadline()).is_zero() => {
                     return Ok(Some(End::Lost(State::Jeopardy)));
                 }
-                Event::Ended(code) => return Ok(Some(End::Done(code))),
+                Event::Ended(exit) => return Ok(Some(End::Done(exit))),
                 Event::Unguarded if until(self.job.deadline()).is_zero() => {
                     return Ok(Some(End::Lost(State::Jeopardy)));
                 }
@@ -207,7 +212,8 @@ impl Running {
                 "the lease of {key} was lost while the command ran ({loss}), and the command was killed; \
                  see `leasectl get` for who holds it"
             )),
-            State::Held | State::Jeopardy => {
+            // Held, in jeopardy, or something of a later version.
+            _ => {
                 // Nobody waits for the rest of the TTL if a daemon is there again.
                 drop(timeout(FAREWELL, self.lease.release()).await);
                 Failure::Lost(format!(
@@ -232,9 +238,9 @@ async fn give_back(lease: Lease) -> Result<(), Failure> {
             "the lease of {key} was lost before it was given back ({loss}); what was done last may have met another holder"
         ))),
         Err(error) => {
-            eprintln!(
-                "leasectl: the lease of {key} could not be given back ({error}); it runs out within {ttl}"
-            );
+            complain(&format!(
+                "the lease of {key} could not be given back ({error}); it runs out within {ttl}"
+            ));
             Ok(())
         }
     }

@@ -2,7 +2,8 @@
 
 use std::io;
 
-use rustix::process::Signal;
+use rustix::process::{Signal, getpid, kill_current_process_group};
+use signal_hook::low_level::emulate_default_handler;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -52,6 +53,35 @@ impl Signals {
             None => std::future::pending().await,
         }
     }
+}
+
+/// Who is to be ended by a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Whom {
+    /// This process.
+    Myself,
+    /// This process and the rest of its process group.
+    Group,
+}
+
+/// Ends this process by the default action of a signal, so that a shell that waits for it sees a death by that signal.
+///
+/// A shell goes on with the next line of a script when a program that was interrupted exits by itself, whatever its exit
+/// code. Returns only in the first process of a container, which the default action cannot end.
+pub(crate) fn die_of(signal: Signal, whom: Whom) {
+    if getpid().is_init() {
+        return;
+    }
+    if signal == Signal::QUIT {
+        // The command's core dump is of use, leasectl's is not.
+        let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
+    }
+    if whom == Whom::Group {
+        // This process has a handler for it, and goes on to the next line.
+        let _ = kill_current_process_group(signal);
+    }
+    let _ = emulate_default_handler(signal.as_raw());
 }
 
 /// The signals that this process was started to ignore, a bit each (`SigIgn` in proc(5)); none where there is no such file.

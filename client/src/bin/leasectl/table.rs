@@ -8,17 +8,27 @@ use leased_client::{HolderInfo, KeyInfo, WaiterInfo};
 
 use crate::json::{mode, state, time};
 
+/// Characters in the first column; a longer name stands on a line of its own above the rest of its row.
+const WIDE: usize = 48;
+
 /// A table of these rows under a header.
 pub(crate) fn rows<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
     table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(header);
-    for row in rows {
+    let mut above = Vec::new();
+    for (index, mut row) in rows.into_iter().enumerate() {
+        if let Some(name) = row.first_mut().filter(|name| name.chars().count() > WIDE) {
+            above.push((index, std::mem::take(name)));
+        }
         table.add_row(row.map(Cell::new));
     }
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
-    let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    let mut lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    for (index, name) in above.into_iter().rev() {
+        lines.insert(index + 1, name);
+    }
     lines.join("\n")
 }
 
@@ -32,11 +42,19 @@ fn key_row(info: &KeyInfo) -> [String; 6] {
     [
         plain(&info.key),
         state(info.state).to_owned(),
-        holders(&info.holders),
+        short(holders(&info.holders)),
         info.token.to_string(),
         left.map_or_else(|| "-".to_owned(), duration),
         info.waiters.len().to_string(),
     ]
+}
+
+/// What fits into a column beside others; `get` shows all of it.
+fn short(text: String) -> String {
+    if text.chars().count() <= WIDE {
+        return text;
+    }
+    text.chars().take(WIDE - 1).chain(['…']).collect()
 }
 
 /// The holders in a word.
@@ -114,6 +132,18 @@ mod tests {
         assert_eq!(duration(Duration::from_micros(9_876_543)), "9s 876ms");
         assert_eq!(duration(Duration::from_millis(29_999)), "29s");
         assert_eq!(duration(Duration::ZERO), "0s");
+    }
+
+    #[test]
+    fn one_long_name_does_not_widen_the_other_rows() {
+        let long = "k".repeat(512);
+        let shown = rows(
+            ["KEY", "STATE"],
+            [["a", "held"], [&long, "free"], ["b", "held"]].map(|row| row.map(str::to_owned)),
+        );
+        let expected = format!("KEY  STATE\na    held\n{long}\n     free\nb    held");
+        assert_eq!(shown, expected);
+        assert_eq!(short(long).chars().count(), WIDE);
     }
 
     #[test]

@@ -44,16 +44,18 @@ impl Terminal {
         self.is_ours() && tcsetpgrp(&self.tty, group).is_ok()
     }
 
-    /// Takes the terminal back from a group, if that has it. A process of the group must not have been waited for yet.
-    pub(crate) fn take_back(&self, group: Pid) {
+    /// Takes the terminal back from a group, if that has it, and returns whether it had. A process of the group must not
+    /// have been waited for yet.
+    pub(crate) fn take_back(&self, group: Pid) -> bool {
         if tcgetpgrp(&self.tty) != Ok(group) {
-            return;
+            return false;
         }
         let mut helper = program(ROLE);
         helper.process_group(group.as_raw_nonzero().get());
         helper.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // Nobody could be told, and a shell with job control takes it back by itself.
         drop(helper.status());
+        true
     }
 
     /// Stops this process and its whole group, as the key for it would have done, until a shell continues it. Does nothing if

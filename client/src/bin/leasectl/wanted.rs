@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::io::{IsTerminal, stderr};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressFinish};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use leased_client::{Client, Error, KeyInfo, Lease};
 use tokio::time::{Instant, sleep};
 
@@ -22,6 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Waits for the lease.
 pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) -> Result<Lease, Failure> {
+    refuse_deadlock(&wish)?;
     let owner = wish.owner.unwrap_or_else(owner::label);
     let until = Instant::now() + wish.wait;
     let mut acquire = client
@@ -53,7 +54,23 @@ pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) ->
     };
     // The place in line, or the lease that was granted just now.
     client.settle().await;
-    Err(Failure::Signal(signal.as_raw()))
+    Err(Failure::Signal(signal))
+}
+
+/// A command that `run` has started would wait for the lease that it runs under.
+fn refuse_deadlock(wish: &Wish) -> Result<(), Failure> {
+    let is_exclusive = wish.shared.is_none();
+    if is_exclusive
+        && !wish.wait.is_zero()
+        && std::env::var_os("LEASED_KEY").is_some_and(|key| *key == *wish.key)
+    {
+        let key = table::plain(&wish.key);
+        return Err(Failure::Usage(format!(
+            "this command already runs under the lease of {key} (LEASED_KEY) and would wait for itself; \
+             take another key, or unset LEASED_KEY if it is another daemon's"
+        )));
+    }
+    Ok(())
 }
 
 /// Shows how the wait goes, if anybody looks.
@@ -62,7 +79,10 @@ async fn show(client: &Client, key: &str, owner: &str, until: Instant) -> Infall
         return std::future::pending().await;
     }
     sleep(QUIET).await;
-    let line = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
+    // Cut to the width of the terminal: what wraps is hard to erase.
+    let style = ProgressStyle::with_template("{spinner} {wide_msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_spinner());
+    let line = ProgressBar::new_spinner().with_style(style).with_finish(ProgressFinish::AndClear);
     loop {
         let info = client.get(key).await.ok();
         let left = until.saturating_duration_since(Instant::now()).as_secs();

@@ -7,7 +7,7 @@ use tokio_stream::StreamExt;
 
 use crate::failure::Failure;
 use crate::json::{Event, change, state, time};
-use crate::output::{Output, json};
+use crate::output::{Output, complain, json};
 use crate::table;
 
 /// Prints what happens, until a signal ends the process.
@@ -18,7 +18,7 @@ pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) 
     let mut events = client.watch(prefix).stream();
     while let Some(event) = events.try_next().await? {
         let line = match output.is_json() {
-            true => Some(json(&Event::from(&event))?),
+            true => Event::of(&event).map(|event| json(&event)).transpose()?,
             false => text(&event),
         };
         if let Some(line) = line {
@@ -34,12 +34,13 @@ fn text(event: &WatchEvent) -> Option<String> {
         WatchEvent::Snapshot(key) => Some(line(state(key.state), key)),
         WatchEvent::Change { kind, key } => Some(line(change(*kind), key)),
         WatchEvent::Interrupted { cause } => {
-            eprintln!(
-                "leasectl: the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
-            );
+            complain(&format!(
+                "the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
+            ));
             None
         }
-        WatchEvent::SnapshotEnd => None,
+        // The end of a snapshot, or something of a later version.
+        _ => None,
     }
 }
 

@@ -16,13 +16,13 @@ use rstest::rstest;
 use super::homes::{Applier, Home, TestStore};
 use super::wrongs::Wrong;
 use crate::lease::{
-    Acquisition, Edit, FencingToken, Key, LeaseId, MAX_WAITERS, Mode, Record, Rules, Timestamp, Ttl,
+    Acquisition, Edit, Key, LASTING_DEPARTURES, LeaseId, MAX_WAITERS, Mode, Record, Rules, Timestamp, Ttl,
 };
 
 const RULES: Rules = Rules { grace: Duration::from_millis(300), place: Duration::from_millis(900) };
 const START: i64 = 1_700_000_000_000;
 const KEYS: usize = 4;
-const IDS: u8 = 6;
+const IDS: u8 = 48;
 /// Sequences of the default run.
 const CASES: u32 = 2000;
 /// Sequences under way at once; MongoDB has time to spare for more than one.
@@ -32,10 +32,19 @@ const THREADS: u32 = 4;
 enum Op {
     Touch(u8),
     Release(u8),
-    /// By position among the holders; past their number: a token that nobody has.
+    GiveUp(u8),
+    /// So many ids from one on.
+    ReleaseMany(u8, u8),
+    /// By position among the holders; past their number: an id that nobody has.
     Revoke(usize),
+    RevokeAll,
+    /// The block that there is, or another.
+    Unblock(bool),
     Cancel(u8),
+    Refresh(u8),
     Enqueue(Arrival),
+    /// So many who share and wait, with ids from one on.
+    EnqueueMany(u8, u8),
 }
 
 #[derive(Clone)]
@@ -53,6 +62,15 @@ struct Arrival {
 struct Moment {
     passed: i64,
     edits: BTreeMap<usize, Vec<Op>>,
+    /// Instead of what would happen to this key, an earlier edit comes again, or comes late.
+    again: Option<Again>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Again {
+    key: usize,
+    which: usize,
+    repeated: bool,
 }
 
 #[derive(Clone)]
@@ -63,8 +81,14 @@ impl fmt::Debug for Op {
         match self {
             Self::Touch(id) => write!(f, "touch {id}"),
             Self::Release(id) => write!(f, "release {id}"),
+            Self::GiveUp(id) => write!(f, "give up {id}"),
+            Self::ReleaseMany(first, count) => write!(f, "release {count} from {first} on"),
             Self::Revoke(position) => write!(f, "revoke the holder at {position}"),
+            Self::RevokeAll => write!(f, "revoke every holder"),
+            Self::Unblock(it) => write!(f, "lift {} block", if *it { "the" } else { "another" }),
             Self::Cancel(id) => write!(f, "cancel {id}"),
+            Self::Refresh(id) => write!(f, "refresh {id}"),
+            Self::EnqueueMany(first, count) => write!(f, "enqueue {count} that share, from {first} on"),
             Self::Enqueue(arrival) => arrival.fmt(f),
         }
     }
@@ -86,8 +110,15 @@ impl fmt::Debug for Arrival {
 /// A line for each key of each moment, as people can follow it.
 impl fmt::Display for Sequence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Moment { passed, edits } in &self.0 {
+        for Moment { passed, edits, again } in &self.0 {
             writeln!(f, "{passed:+} ms")?;
+            if let Some(Again { key, which, repeated }) = again {
+                writeln!(
+                    f,
+                    "    key {key}: edit {which} again{}",
+                    if *repeated { ", repeated" } else { "" }
+                )?;
+            }
             for (key, ops) in edits {
                 writeln!(f, "    key {key}: {ops:?}")?;
             }
@@ -105,7 +136,7 @@ impl fmt::Debug for Sequence {
 fn arrivals() -> impl Strategy<Value = Arrival> {
     let owner = prop::sample::select(vec!["$holders", "$$NOW", "$$ROOT", "a.b", "", "владелец", "'\"\\"]);
     let limit = prop_oneof![2 => Just(None), 3 => (1_u32..4).prop_map(Some)];
-    (0..IDS, limit, 1_u64..2500, prop_oneof![2 => Just(0), 1 => 1_u64..1500], any::<bool>(), owner).prop_map(
+    (ids(), limit, 1_u64..2500, prop_oneof![2 => Just(0), 1 => 1_u64..1500], any::<bool>(), owner).prop_map(
         |(id, shared_limit, ttl, min_hold, wait, owner)| Arrival {
             id,
             shared_limit,
@@ -117,16 +148,31 @@ fn arrivals() -> impl Strategy<Value = Arrival> {
     )
 }
 
+/// Mostly one of a few, so that commands meet; and enough others for a record to forget some.
+fn ids() -> impl Strategy<Value = u8> {
+    prop_oneof![5 => 0_u8..6, 1 => 0..IDS]
+}
+
 fn sequences() -> impl Strategy<Value = Sequence> {
     let op = prop_oneof![
-        2 => (0..IDS).prop_map(Op::Touch),
-        2 => (0..IDS).prop_map(Op::Release),
-        1 => (0_usize..4).prop_map(Op::Revoke),
-        1 => (0..IDS).prop_map(Op::Cancel),
-        5 => arrivals().prop_map(Op::Enqueue),
+        4 => ids().prop_map(Op::Touch),
+        4 => ids().prop_map(Op::Release),
+        1 => ids().prop_map(Op::GiveUp),
+        1 => (0..IDS, 1_u8..24).prop_map(|(first, count)| Op::ReleaseMany(first, count)),
+        2 => (0_usize..4).prop_map(Op::Revoke),
+        1 => Just(Op::RevokeAll),
+        1 => any::<bool>().prop_map(Op::Unblock),
+        2 => ids().prop_map(Op::Cancel),
+        2 => ids().prop_map(Op::Refresh),
+        10 => arrivals().prop_map(Op::Enqueue),
+        1 => (0..IDS, 1_u8..24).prop_map(|(first, count)| Op::EnqueueMany(first, count)),
     ];
     let edits = prop::collection::btree_map(0..KEYS, prop::collection::vec(op, 0..5), 1..=KEYS);
-    let moment = (-400_i64..1200, edits).prop_map(|(passed, edits)| Moment { passed, edits });
+    let again = (0..KEYS, 0_usize..14, any::<bool>());
+    let again =
+        prop::option::weighted(0.3, again.prop_map(|(key, which, repeated)| Again { key, which, repeated }));
+    let passes = prop_oneof![15 => -400_i64..1200, 1 => 58_000_i64..62_000];
+    let moment = (passes, edits, again).prop_map(|(passed, edits, again)| Moment { passed, edits, again });
     prop::collection::vec(moment, 1..14).prop_map(Sequence)
 }
 
@@ -144,19 +190,48 @@ fn acquisition(arrival: &Arrival) -> Arc<Acquisition> {
         ttl: Ttl::new(Duration::from_millis(arrival.ttl)).expect("at least a millisecond"),
         min_hold: Duration::from_millis(arrival.min_hold),
         wait: arrival.wait,
+        repeated: false,
     })
+}
+
+/// One that shares with any number and waits.
+fn sharing(number: u8) -> Arc<Acquisition> {
+    let arrival = Arrival {
+        id: number,
+        shared_limit: Some(1024),
+        ttl: 700,
+        min_hold: 0,
+        wait: true,
+        owner: String::new(),
+    };
+    acquisition(&arrival)
 }
 
 fn edit(ops: &[Op], record: Option<&Record>) -> Edit {
     ops.iter().fold(Edit::default(), |edit, op| match op {
         Op::Touch(who) => edit.touch(id(*who)),
         Op::Release(who) => edit.release(id(*who)),
+        Op::GiveUp(who) => edit.give_up(id(*who)),
+        Op::ReleaseMany(first, count) => {
+            (*first..first + count).fold(edit, |edit, who| edit.release(id(who)))
+        }
         Op::Revoke(position) => {
             let holder = record.and_then(|record| record.holders.get(*position));
-            edit.revoke(holder.map_or(FencingToken(7), |holder| holder.token))
+            edit.revoke(holder.map_or(id(u8::MAX - 1), |holder| holder.id))
+        }
+        Op::RevokeAll => {
+            record.iter().flat_map(|record| &record.holders).fold(edit, |edit, holder| edit.revoke(holder.id))
+        }
+        Op::Unblock(it) => {
+            let until = record.and_then(|record| record.blocked_until);
+            edit.unblock(until.filter(|_| *it).unwrap_or(Timestamp(START)))
         }
         Op::Cancel(who) => edit.cancel(id(*who)),
+        Op::Refresh(who) => edit.refresh(id(*who)),
         Op::Enqueue(arrival) => edit.enqueue(acquisition(arrival)),
+        Op::EnqueueMany(first, count) => {
+            (*first..first + count).fold(edit, |edit, who| edit.enqueue(sharing(who)))
+        }
     })
 }
 
@@ -196,17 +271,29 @@ impl Pair {
     }
 
     fn play(&mut self, sequence: &Sequence) -> Result<(), TestCaseError> {
-        for moment in &sequence.0 {
-            let edits = moment.edits.iter().map(|(&n, ops)| (n, edit(ops, self.records.get(&n)))).collect();
-            self.apply(moment.passed, edits)?;
+        let mut sent: BTreeMap<usize, Vec<Edit>> = BTreeMap::new();
+        for Moment { passed, edits, again } in &sequence.0 {
+            let edit = |(&n, ops): (&usize, &Vec<Op>)| (n, edit(ops, self.records.get(&n)));
+            let mut edits: BTreeMap<usize, Edit> = edits.iter().map(edit).collect();
+            if let Some(Again { key, which, repeated }) = *again
+                && let Some(sent) = sent.get(&key)
+            {
+                let again = sent[which % sent.len()].clone();
+                edits.insert(key, if repeated { again.repeated() } else { again });
+            }
+            for (n, edit) in &edits {
+                sent.entry(*n).or_default().push(edit.clone());
+            }
+            self.apply(*passed, edits)?;
         }
         Ok(())
     }
 }
 
-/// Plays random sequences until there is a difference, and tells the shortest that has one.
-fn difference(store: &TestStore, cases: u32) -> Option<String> {
-    let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
+/// Plays random sequences until there is a difference, and tells the shortest that has one, as far as the search for
+/// that goes.
+fn difference(store: &TestStore, cases: u32, max_shrink_iters: u32) -> Option<String> {
+    let config = Config { cases, failure_persistence: None, max_shrink_iters, ..Config::default() };
     match TestRunner::new(config).run(&sequences(), |sequence| Pair::new(store).play(&sequence)) {
         Ok(()) => None,
         Err(TestError::Fail(why, sequence)) => Some(format!("{sequence}\n{why}")),
@@ -217,7 +304,7 @@ fn difference(store: &TestStore, cases: u32) -> Option<String> {
 /// Whether random edits show that the pipeline is wrong.
 pub(super) fn finds_a_difference(wrong: Wrong) -> bool {
     let Applier::Store(store) = Home::WrongPipeline(wrong).applier(RULES) else { return false };
-    difference(&store, CASES).is_some()
+    difference(&store, CASES, 0).is_some()
 }
 
 #[rstest]
@@ -227,7 +314,7 @@ fn a_store_says_what_step_says(#[values(Home::Embedded, Home::MongoDb)] home: Ho
     let Applier::Store(store) = home.applier(RULES) else { panic!("a store") };
     let found: Vec<String> = thread::scope(|scope| {
         let searches: Vec<_> = (0..THREADS)
-            .map(|_| scope.spawn(|| difference(&home.beside(&store), cases.div_ceil(THREADS))))
+            .map(|_| scope.spawn(|| difference(&home.beside(&store), cases.div_ceil(THREADS), 2000)))
             .collect();
         searches.into_iter().filter_map(|search| search.join().expect("a search that ends")).collect()
     });
@@ -247,6 +334,9 @@ fn long_lines_and_many_departures_are_the_same(#[values(Home::Embedded, Home::Mo
     assert_eq!(record.holders.len(), 60);
     let leave = record.holders.iter().take(40).fold(Edit::default(), |edit, holder| edit.release(holder.id));
     assert_eq!(apply(leave, 1).departures.len(), 40);
+    let unknown = (0..2000).fold(Edit::default(), |edit, n| edit.release(number(20_000 + n)));
+    assert_eq!(apply(unknown.clone(), 1).departures.len(), LASTING_DEPARTURES);
+    assert_eq!(apply(unknown, 1).departures.len(), LASTING_DEPARTURES);
     assert_eq!(apply(crowd(100, MAX_WAITERS, false), 1).waiters.len(), MAX_WAITERS);
     assert_eq!(apply(crowd(5000, 10, false), 1).waiters.len(), MAX_WAITERS, "a full line takes nobody");
     assert_eq!(apply(crowd(6000, 10, false), 1000).waiters.len(), 0, "but loses lapsed places");
@@ -258,13 +348,18 @@ fn crowd(first: usize, count: usize, shared: bool) -> Edit {
     let arrival =
         Arrival { id: 0, shared_limit: None, ttl: 2000, min_hold: 0, wait: true, owner: "o".repeat(200) };
     (first..first + count).fold(Edit::default(), |edit, n| {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&n.to_be_bytes());
         edit.enqueue(Arc::new(Acquisition {
-            id: LeaseId::from(bytes),
+            id: number(n),
             mode: if shared { Mode::Shared } else { Mode::Exclusive },
             shared_limit: 1024,
             ..Acquisition::clone(&acquisition(&arrival))
         }))
     })
+}
+
+/// One of more ids than random edits have.
+fn number(number: usize) -> LeaseId {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&number.to_be_bytes());
+    LeaseId::from(bytes)
 }

@@ -12,9 +12,10 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::wrongs::Wrong;
-use crate::lease::{Edit, Key, LeaseId, Record, Rules, Timestamp, step};
+use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
 use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreError, makes_record};
@@ -38,6 +39,7 @@ pub(super) struct Unanswered(pub(super) StoreError);
 
 /// Either store, at instants that the test chooses.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
 pub(super) enum TestStore {
     Embedded(EmbeddedStore, #[expect(dead_code, reason = "removes the folder in the end")] Arc<TempDir>),
     MongoDb(MongoStore),
@@ -48,7 +50,9 @@ pub(super) enum TestStore {
 pub(super) enum Damage {
     /// No expression about holders can be computed.
     HoldersAreText,
+    HolderIsText,
     TokenIsText,
+    BlockIsText,
     /// It is written, and cannot be read after that.
     UnknownReason,
 }
@@ -57,7 +61,9 @@ impl Damage {
     fn fields(self) -> Document {
         match self {
             Self::HoldersAreText => doc! { "holders": "none" },
+            Self::HolderIsText => doc! { "holders": ["somebody"] },
             Self::TokenIsText => doc! { "token": "7" },
+            Self::BlockIsText => doc! { "blocked_until": "soon" },
             Self::UnknownReason => {
                 let now = DateTime::from_millis(0);
                 let id = Binary { subtype: BinarySubtype::Uuid, bytes: vec![7; 16] };
@@ -68,6 +74,7 @@ impl Damage {
 }
 
 /// Applies batches.
+#[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug)]
 pub(super) enum Applier {
     Step { records: HashMap<Key, Record>, rules: Rules, wrong: Option<Wrong> },
@@ -212,6 +219,13 @@ impl Store for TestStore {
         }
     }
 
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        match self {
+            Self::Embedded(store, _) => store.inspect(key).await,
+            Self::MongoDb(store) => store.inspect(key).await,
+        }
+    }
+
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
         match self {
             Self::Embedded(store, _) => store.list(query).await,
@@ -230,6 +244,13 @@ impl Store for TestStore {
         match self {
             Self::Embedded(store, _) => store.check().await,
             Self::MongoDb(store) => store.check().await,
+        }
+    }
+
+    fn id(&self) -> Uuid {
+        match self {
+            Self::Embedded(store, _) => store.id(),
+            Self::MongoDb(store) => store.id(),
         }
     }
 

@@ -1,12 +1,13 @@
 //! Forgetting what nobody needs, and nothing else.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use rstest::rstest;
 
 use super::homes::{Home, TestStore, wait_for};
-use super::reading::{NOW, all_of, ask, asking, commit, empty, free, key};
-use crate::lease::{Acquisition, Edit, LeaseId, Timestamp};
+use super::reading::{NOW, all, all_of, ask, asking, commit, empty, free, key, list, names};
+use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp, Ttl};
 use crate::store::Store;
 
 const FREE_FOR: Duration = Duration::from_secs(60);
@@ -41,19 +42,64 @@ fn who_holds_waits_or_keeps_a_key_blocked_is_not_forgotten(
     #[values(Home::Embedded, Home::MongoDb)] home: Home,
 ) {
     let mut store = empty(home);
-    commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
+    let long = Ttl::new(Duration::from_secs(86_400)).expect("a day");
+    commit(&store, vec![(key("held"), ask(Acquisition { ttl: long, ..asking(LeaseId::random()) }))]);
     let hold = Acquisition { min_hold: Duration::from_secs(86_400), ..asking(LeaseId::random()) };
-    let waits = Acquisition { wait: true, ..asking(LeaseId::random()) };
-    for name in ["blocked", "waited-for"] {
-        let hold = Acquisition { id: LeaseId::random(), ..hold.clone() };
-        free(&store, name, hold);
-    }
-    commit(&store, vec![(key("waited-for"), ask(waits))]);
+    free(&store, "blocked", hold);
     store.set_clock(later(3600));
     assert_eq!(purge(&store), 0);
-    for name in ["lapsed", "blocked", "waited-for"] {
+    for name in ["held", "blocked"] {
         assert!(known(&store, name), "{name}");
     }
+}
+
+/// Of a lease of a second, with a grace of a tenth of one.
+fn a_lapsed_lease_is_forgotten_when_others_could_have_taken_it_for_so_long(mut store: TestStore) {
+    store.set_clock(NOW);
+    commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
+    store.set_clock(Timestamp(later(61).0 + 100));
+    assert_eq!(purge(&store), 0, "not a moment before");
+    store.set_clock(Timestamp(later(61).0 + 101));
+    assert_eq!(purge(&store), 1);
+    assert!(!known(&store, "lapsed"));
+}
+
+#[rstest]
+fn a_lapsed_lease_is_forgotten(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    a_lapsed_lease_is_forgotten_when_others_could_have_taken_it_for_so_long(empty(home));
+}
+
+#[rstest]
+fn it_is_noticed_when_the_grace_of_a_lapsed_lease_is_ignored(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let store = home.store(Rules { grace: Duration::ZERO, place: Duration::from_secs(15) });
+    let sentence = || a_lapsed_lease_is_forgotten_when_others_could_have_taken_it_for_so_long(store);
+    assert!(catch_unwind(AssertUnwindSafe(sentence)).is_err());
+}
+
+#[rstest]
+fn a_lapsed_place_in_line_is_forgotten_with_its_key(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let mut store = empty(home);
+    free(&store, "job", Acquisition { min_hold: Duration::from_secs(1), ..asking(LeaseId::random()) });
+    commit(&store, vec![(key("job"), ask(Acquisition { wait: true, ..asking(LeaseId::random()) }))]);
+    store.set_clock(later(15 + 60));
+    assert_eq!(purge(&store), 0, "not a moment before");
+    store.set_clock(Timestamp(later(15 + 60).0 + 1));
+    assert_eq!(purge(&store), 1);
+    assert!(!known(&store, "job"));
+}
+
+#[rstest]
+fn a_key_that_was_forgotten_is_in_no_listing(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+    let mut store = empty(home);
+    commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
+    store.set_clock(later(3600));
+    assert_eq!(names(&list(&store, all())), ["lapsed"]);
+    assert_eq!(purge(&store), 1);
+    assert!(names(&list(&store, all())).is_empty());
+    commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
+    assert_eq!(names(&list(&store, all())), ["lapsed"]);
 }
 
 #[rstest]
@@ -83,7 +129,8 @@ fn thousands_of_keys_are_forgotten_and_those_between_them_stay(
     let each = |edit: &dyn Fn(LeaseId) -> Edit| {
         ids.iter().enumerate().map(|(number, id)| (name(number), edit(*id))).collect::<Vec<_>>()
     };
-    commit(&store, each(&|id| ask(asking(id))));
+    let long = Ttl::new(Duration::from_secs(3600)).expect("an hour");
+    commit(&store, each(&|id| ask(Acquisition { ttl: long, ..asking(id) })));
     let release = each(&|id| Edit::default().release(id));
     commit(
         &store,

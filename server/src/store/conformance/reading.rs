@@ -28,6 +28,7 @@ pub(in crate::store) fn asking(id: LeaseId) -> Acquisition {
         ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
         min_hold: Duration::ZERO,
         wait: false,
+        repeated: false,
     }
 }
 
@@ -65,15 +66,15 @@ pub(super) fn free(store: &TestStore, name: &str, acquisition: Acquisition) {
     commit(store, vec![(key(name), Edit::default().release(id))]);
 }
 
-fn all() -> ListQuery {
+pub(super) fn all() -> ListQuery {
     ListQuery { prefix: String::new(), after: None, limit: 100, include_free: false }
 }
 
-fn list(store: &TestStore, query: ListQuery) -> Page {
+pub(super) fn list(store: &TestStore, query: ListQuery) -> Page {
     wait_for(store.list(query)).expect("a listing")
 }
 
-fn names(page: &Page) -> Vec<&str> {
+pub(super) fn names(page: &Page) -> Vec<&str> {
     page.snapshots.iter().map(|snapshot| snapshot.record.key.as_str()).collect()
 }
 

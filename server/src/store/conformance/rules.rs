@@ -8,8 +8,8 @@ use rstest::rstest;
 
 use super::homes::{Applier, Home};
 use crate::lease::{
-    Acquisition, Edit, FencingToken, Key, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, Mode,
-    REMEMBERED_DEPARTURES, Reason, Record, Rules, Snapshot, Standing, State, Timestamp, Ttl,
+    Acquisition, Edit, FencingToken, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, Mode,
+    Obstacle, REMEMBERED_DEPARTURES, Reason, Record, Rules, Snapshot, Standing, State, Timestamp, Ttl,
 };
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(15_000) };
@@ -42,6 +42,7 @@ fn asking(name: &str) -> Acquisition {
         ttl: Ttl::new(Duration::from_millis(1000)).expect("a second"),
         min_hold: Duration::ZERO,
         wait: true,
+        repeated: false,
     }
 }
 
@@ -80,6 +81,19 @@ impl Desk {
 
     fn release(&mut self, name: &str) -> &mut Self {
         self.apply(&Edit::default().release(id(name)))
+    }
+
+    fn release_all(&mut self, names: &[String]) -> &mut Self {
+        self.apply(&names.iter().fold(Edit::default(), |edit, name| edit.release(id(name))))
+    }
+
+    /// So many come and go.
+    fn others(&mut self, count: usize) -> &mut Self {
+        for number in 0..count {
+            let name = format!("{}:{number}", self.record.rev);
+            self.ask(asking(&name)).release(&name);
+        }
+        self
     }
 
     fn cancel(&mut self, name: &str) -> &mut Self {
@@ -240,15 +254,14 @@ pub(super) fn repeating_an_acquire_keeps_the_grant_and_the_place(
 }
 
 #[rstest]
-pub(super) fn a_revocation_takes_the_holder_with_that_token_only(
+pub(super) fn a_revocation_takes_the_holder_with_that_id_only(
     #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
 ) {
     let mut desk = Desk::at(home);
     desk.ask(asking("a")).ask(asking("b"));
-    let token = desk.record.token;
-    desk.apply(&Edit::default().revoke(FencingToken(token.0 - 1)));
-    assert_eq!(desk.holders(), ["a"]);
-    let revoke = Edit::default().revoke(token);
+    desk.apply(&Edit::default().revoke(id("stranger")).revoke(id("b")));
+    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b"]));
+    let revoke = Edit::default().revoke(id("a"));
     desk.apply(&revoke).apply(&revoke);
     assert_eq!(desk.holders(), ["b"], "repeated, it does not hit the successor");
     assert_eq!(desk.departed("a"), Some(Reason::Revoked));
@@ -345,18 +358,209 @@ pub(super) fn of_a_crowd_in_one_edit_the_first_is_admitted_and_the_others_are_re
 }
 
 #[rstest]
-pub(super) fn departures_are_remembered_newest_first_and_all_of_the_latest_edit(
+pub(super) fn of_single_releases_the_newest_are_remembered(
     #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
 ) {
     let mut desk = Desk::at(home);
-    let names: Vec<String> = (0..40).map(|number| number.to_string()).collect();
-    let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(sharing(name, 99))));
-    let leave = names.iter().fold(Edit::default(), |edit, name| edit.release(id(name)));
-    desk.apply(&crowd).apply(&leave);
-    assert!(names.iter().all(|name| desk.departed(name) == Some(Reason::Released)));
+    desk.ask(asking("a")).release("a").others(REMEMBERED_DEPARTURES - 1);
+    assert_eq!(desk.departed("a"), Some(Reason::Released));
     desk.ask(asking("next")).release("next");
+    assert_eq!(desk.departed("a"), None);
     assert_eq!(desk.record.departures.len(), REMEMBERED_DEPARTURES);
-    assert_eq!(desk.record.departures[0].id, id("next"));
+    assert_eq!(desk.record.departures[0].id, id("next"), "the newest first");
+}
+
+/// So many names that share.
+fn crowd(desk: &mut Desk, count: usize) -> Vec<String> {
+    let names: Vec<String> = (0..count).map(|number| number.to_string()).collect();
+    let come = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(sharing(name, 1024))));
+    desk.apply(&come);
+    names
+}
+
+#[rstest]
+pub(super) fn an_edit_of_many_releases_or_revocations_may_be_repeated_also_when_others_come_between(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    let names = crowd(&mut desk, 40);
+    let (released, revoked) = names.split_at(20);
+    let revoke = revoked.iter().fold(Edit::default(), |edit, name| edit.revoke(id(name)));
+    for _ in 0..3 {
+        desk.release_all(released).apply(&revoke).others(3);
+        assert!(released.iter().all(|name| desk.departed(name) == Some(Reason::Released)));
+        assert!(revoked.iter().all(|name| desk.departed(name) == Some(Reason::Revoked)));
+    }
+}
+
+#[rstest]
+pub(super) fn an_edit_never_makes_the_record_forget_whom_it_names(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.ask(asking("a")).release("a");
+    crowd(&mut desk, 10);
+    // The ten give way to the one that comes, and fill the record's memory.
+    let edit = Edit::default().enqueue(Arc::new(asking("a"))).enqueue(Arc::new(asking("b")));
+    desk.passes(TTL + 100).apply(&edit);
+    assert_eq!((desk.holders(), desk.departed("a")), (vec!["b"], Some(Reason::Released)));
+    desk.apply(&edit);
+    assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec![]), "a ghost");
+}
+
+#[rstest]
+pub(super) fn a_release_takes_the_place_in_line_too_and_for_good(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("b");
+    assert_eq!((desk.line(), desk.departed("b")), (vec!["c"], Some(Reason::Withdrawn)));
+    desk.release("b").ask(asking("b")).release("a");
+    assert_eq!((desk.holders(), desk.line()), (vec!["c"], vec![]));
+    desk.release("c").others(2 * REMEMBERED_DEPARTURES).ask(asking("b"));
+    assert_eq!(desk.departed("b"), Some(Reason::Withdrawn), "remembered longer than others");
+    assert!(desk.holders().is_empty());
+}
+
+#[rstest]
+pub(super) fn a_release_that_comes_before_its_acquire_settles_the_id_for_a_minute(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.release("a");
+    assert_eq!((desk.departed("a"), desk.record.rev), (Some(Reason::Settled), 1), "it makes the record");
+    assert_eq!(desk.record.token, FencingToken(0), "of a key that was never granted");
+    desk.ask(asking("a")).ask(trying("a")).release("a");
+    assert_eq!((desk.holders(), desk.line(), desk.departed("a")), (vec![], vec![], Some(Reason::Settled)));
+    desk.others(2 * REMEMBERED_DEPARTURES).passes(59_999).others(1).ask(asking("a"));
+    assert_eq!((desk.holders(), desk.departed("a")), (vec![], Some(Reason::Settled)));
+    desk.passes(1).others(1).ask(asking("a"));
+    assert_eq!(desk.holders(), ["a"], "the minute is over");
+}
+
+#[rstest]
+pub(super) fn a_record_remembers_so_many_settled_ids_and_no_more(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    let names: Vec<String> = (0..LASTING_DEPARTURES + 10).map(|number| number.to_string()).collect();
+    desk.release_all(&names).release_all(&names);
+    let (settled, refused) = names.split_at(LASTING_DEPARTURES);
+    assert!(settled.iter().all(|name| desk.departed(name) == Some(Reason::Settled)));
+    assert!(refused.iter().all(|name| desk.departed(name).is_none()));
+    desk.ask(asking("a")).ask(asking("b")).release("b").release("a");
+    assert_eq!(desk.departed("b"), Some(Reason::Withdrawn), "what was there always goes");
+    assert_eq!(desk.record.departures.len(), LASTING_DEPARTURES + 2);
+    desk.passes(60_000).release(&refused[0]);
+    assert_eq!(desk.departed(&refused[0]), Some(Reason::Settled), "there is room again");
+    assert_eq!(desk.record.departures.len(), REMEMBERED_DEPARTURES);
+}
+
+#[rstest]
+pub(super) fn what_may_still_be_asked_for_is_remembered_for_a_minute_when_it_is_over(
+    #[values(0, 1, 2, 3)] how: usize,
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    match how {
+        // Asked for once more while it holds, while it waits, by a command that says so, and given up.
+        0 => drop(desk.ask(asking("a")).ask(asking("a")).release("a")),
+        1 => drop(desk.ask(asking("h")).ask(asking("a")).ask(asking("a")).release("h").release("a")),
+        2 => drop(desk.ask(Acquisition { repeated: true, ..asking("a") }).release("a")),
+        _ => drop(desk.ask(asking("a")).apply(&Edit::default().give_up(id("a")))),
+    }
+    desk.others(2 * REMEMBERED_DEPARTURES).ask(asking("a"));
+    assert_eq!((desk.holders(), desk.departed("a")), (vec![], Some(Reason::Released)), "no ghost");
+    desk.passes(60_000).others(1).ask(asking("a"));
+    assert_eq!(desk.holders(), ["a"], "the minute is over");
+}
+
+#[rstest]
+pub(super) fn an_id_in_use_with_another_mode_or_limit_stays_as_it_is(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.ask(sharing("a", 5)).ask(asking("b"));
+    let before = desk.record.clone();
+    desk.passes(300).ask(asking("a")).ask(sharing("a", 4)).ask(sharing("b", 1)).ask(trying("a"));
+    assert_eq!(desk.record, Record { rev: before.rev + 4, ..before });
+    assert!(desk.snapshot().conflicts(&asking("a")) && desk.snapshot().conflicts(&sharing("b", 1)));
+    assert!(!desk.snapshot().conflicts(&sharing("a", 5)) && !desk.snapshot().conflicts(&asking("b")));
+    desk.ask(sharing("a", 5));
+    assert_eq!(desk.expires_at("a"), desk.now + TTL, "the same again renews");
+}
+
+#[rstest]
+pub(super) fn the_smallest_limit_of_those_who_share_holds_for_all(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.ask(sharing("a", 9)).ask(sharing("b", 3)).ask(sharing("c", 9)).ask(sharing("d", 9));
+    assert_eq!((desk.holders(), desk.line()), (vec!["a", "b", "c"], vec!["d"]));
+    let shown = desk.record.holders.iter().map(|holder| holder.shared_limit);
+    assert_eq!(shown.collect::<Vec<_>>(), [9, 3, 9]);
+    assert_eq!(desk.snapshot().obstacle(&sharing("e", 9), &RULES), Some(Obstacle::Limit(3)));
+    desk.passes(500).touch("a").touch("c").passes(TTL - 501).nudge();
+    assert_eq!(desk.line(), ["d"], "its limit holds while it does");
+    admits_at(&mut desk, 101);
+    assert_eq!(desk.holders(), ["a", "c", "d"]);
+    desk.ask(sharing("e", 2));
+    assert_eq!(desk.line(), ["e"], "nor is one with a small limit put beside too many");
+}
+
+#[rstest]
+pub(super) fn what_stands_in_the_way_is_known(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    let obstacle = |desk: &Desk, asked: Acquisition| match desk.snapshot().obstacle(&asked, &RULES) {
+        None => "nothing".to_owned(),
+        Some(Obstacle::MinHold(until)) => format!("a min_hold for {} ms", until.0 - desk.now),
+        Some(Obstacle::Holder) => "a holder".to_owned(),
+        Some(Obstacle::Limit(limit)) => format!("a limit of {limit}"),
+        Some(Obstacle::Waiter(waiter)) => format!("the waiter {}", waiter.acquisition.owner),
+    };
+    assert_eq!(obstacle(&desk, asking("x")), "nothing");
+    desk.ask(sharing("a", 2));
+    assert_eq!(obstacle(&desk, asking("x")), "a holder");
+    assert_eq!(obstacle(&desk, sharing("x", 9)), "nothing");
+    assert_eq!(obstacle(&desk, sharing("x", 1)), "a limit of 1");
+    desk.ask(asking("b"));
+    assert_eq!(obstacle(&desk, sharing("x", 9)), "the waiter b");
+    desk.release("a").release("b").ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("c") });
+    desk.release("c").passes(100);
+    assert_eq!(obstacle(&desk, sharing("x", 9)), "a min_hold for 400 ms");
+}
+
+#[rstest]
+pub(super) fn a_block_that_is_lifted_lets_the_next_in_and_lifting_may_be_repeated(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    desk.ask(Acquisition { min_hold: Duration::from_secs(600), ..asking("a") }).release("a");
+    desk.ask(asking("b"));
+    let until = desk.record.blocked_until.expect("a block");
+    desk.apply(&Edit::default().unblock(Timestamp(until.0 - 1)));
+    assert_eq!(desk.line(), ["b"], "another block than the one that was seen");
+    let lift = Edit::default().unblock(until);
+    desk.apply(&lift).apply(&lift);
+    assert_eq!((desk.holders(), desk.record.blocked_until), (vec!["b"], None));
+}
+
+#[rstest]
+pub(super) fn a_refresh_keeps_a_place_and_never_makes_one(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    let minute = Ttl::new(Duration::from_secs(60)).expect("a minute");
+    desk.ask(Acquisition { ttl: minute, ..asking("a") }).ask(asking("b")).passes(14_000);
+    let refresh = Edit::default().refresh(id("b")).refresh(id("c")).refresh(id("a"));
+    desk.apply(&refresh).passes(14_000).release("a").apply(&refresh);
+    assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec![]));
+    assert!(!desk.record.holders[0].repeated, "a refresh is no second request");
+    let expires_at = desk.expires_at("b");
+    desk.passes(100).apply(&refresh);
+    assert_eq!(desk.expires_at("b"), expires_at, "nor a touch");
 }
 
 #[rstest]

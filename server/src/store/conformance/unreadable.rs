@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::Damage::{self, HoldersAreText, TokenIsText, UnknownReason};
+use super::homes::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
 use super::homes::{Home, TestStore, wait_for};
 use super::reading::{NOW, ask, asking, commit, empty, free, key};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Timestamp};
@@ -94,6 +94,11 @@ fn a_read_and_a_listing_show_the_others(
     });
     assert_apart(&answers, &keys, &ids);
 
+    let shown = wait_for(store.inspect(keys[0].clone())).expect("a look");
+    assert_eq!(shown.map(|snapshot| snapshot.record.holders[0].id), Some(ids[0]));
+    let shown = wait_for(store.inspect(keys[DAMAGED].clone()));
+    assert!(matches!(shown, Err(StoreError::Unreadable { .. })), "{shown:?}");
+
     for limit in [1, 3, 100] {
         for include_free in [false, true] {
             let mut query = ListQuery { prefix: String::new(), after: None, limit, include_free };
@@ -117,7 +122,7 @@ fn a_read_and_a_listing_show_the_others(
 #[rstest]
 fn a_purge_forgets_the_others(
     #[values(Home::Embedded, Home::MongoDb)] home: Home,
-    #[values(HoldersAreText, TokenIsText)] damage: Damage,
+    #[values(HoldersAreText, HolderIsText, TokenIsText, BlockIsText)] damage: Damage,
 ) {
     let mut store = empty(home);
     for name in ["a", "b", "c"] {

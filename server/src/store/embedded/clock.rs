@@ -1,44 +1,127 @@
-//! The clock of the embedded store: the host's, which never goes back and never stands still.
+//! The clock of the embedded store: the machine's boot clock, which counts suspension and which nobody can set.
 //!
-//! A host's clock may be set back, while the daemon runs or while it does not. Leases would last longer by as much,
-//! and after a purge a token could be granted twice. So the clock goes on from the latest instant it has shown, at
-//! the pace of the monotonic clock, until the host's clock is ahead of that again. The store keeps the latest instant
-//! with every commit and hands it over at the next start.
+//! The host's wall clock is read once after each boot of the machine, and places the store's time on the boot clock: the
+//! [`Anchor`]. The file keeps the anchor, so a daemon that starts again during the same boot goes on where the earlier
+//! one was. A wall clock that is set while the machine is up, forward or back, moves no lease.
+//!
+//! The store's time never goes back: a new anchor is not earlier than the latest commit.
 
+use std::fmt::Debug;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::time::Instant;
+use rustix::time::{ClockId, clock_gettime};
 
-use crate::lease::Timestamp;
+use crate::lease::{Timestamp, millis};
 
-/// A host's clock that is further behind was set back, or ahead before.
+/// A difference between the store's clock and the host's that is worth a line in the log.
 const NOTABLE: Duration = Duration::from_secs(1);
+
+/// What a machine says of time.
+pub(super) trait Readings: Debug + Send + Sync {
+    /// The wall clock, since the Unix epoch.
+    fn wall(&self) -> Duration;
+
+    /// The time since the machine was started, suspension included.
+    fn up(&self) -> Duration;
+
+    /// Names this boot of the machine. Two readings of [`up`](Self::up) are on one scale if they were taken under the
+    /// same name. `None` where that is not known; each start of a daemon then counts as a boot.
+    fn boot(&self) -> Option<String>;
+}
+
+/// The machine that this process runs on.
+#[derive(Debug)]
+pub(super) struct Host;
+
+impl Readings for Host {
+    #[expect(clippy::disallowed_methods, reason = "the wall clock places the store's time after a boot")]
+    fn wall(&self) -> Duration {
+        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    }
+
+    fn up(&self) -> Duration {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        const CLOCK: ClockId = ClockId::Boottime;
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        const CLOCK: ClockId = ClockId::Monotonic;
+        Duration::try_from(clock_gettime(CLOCK)).unwrap_or_default()
+    }
+
+    fn boot(&self) -> Option<String> {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let id = Some(id.trim()).filter(|id| !id.is_empty())?;
+        // Containers share the boot id of their host. One in a time namespace has a boot clock that is shifted.
+        let offsets = std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
+        let shift = offsets.lines().find_map(|line| line.strip_prefix("boottime")).unwrap_or_default();
+        match shift.split_whitespace().collect::<Vec<_>>().as_slice() {
+            [] | ["0", "0"] => Some(id.to_owned()),
+            shift => Some(format!("{id} shifted by {}", shift.join("."))),
+        }
+    }
+}
+
+/// Where the store's time lies on the boot clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Anchor {
+    /// The boot it holds for; empty if that has no name.
+    pub(super) boot: String,
+    /// The boot clock at some instant, in milliseconds.
+    pub(super) up: i64,
+    /// The store's time at that instant.
+    pub(super) time: Timestamp,
+}
+
+impl Anchor {
+    fn at(&self, up: i64) -> Timestamp {
+        Timestamp(self.time.0.saturating_add(up.saturating_sub(self.up)))
+    }
+}
 
 /// Shows instants that never go back.
 #[derive(Debug)]
 pub(super) struct Clock {
-    /// The latest time shown, since the Unix epoch, and when it was shown.
-    latest: (Duration, Instant),
+    readings: Arc<dyn Readings>,
+    anchor: Anchor,
+    shown: Timestamp,
     #[cfg(test)]
     set: Option<Timestamp>,
 }
 
 impl Clock {
-    /// Goes on from `latest`, the last instant that an earlier clock is known to have shown.
-    pub(super) fn after(latest: Timestamp) -> Self {
-        let latest = Duration::from_millis(u64::try_from(latest.0).unwrap_or(0));
-        let behind = latest.saturating_sub(host_time());
-        if behind > NOTABLE {
+    /// Goes on from what a file says: the anchor kept in it, and the time of its latest commit.
+    pub(super) fn resume(readings: Arc<dyn Readings>, kept: Option<&Anchor>, latest: Timestamp) -> Self {
+        let anchor = anchor(&*readings, kept, latest);
+        let (wall, time) = (Timestamp(millis(readings.wall())), anchor.at(millis(readings.up())));
+        let (ahead, behind) = (time - wall, wall - time);
+        if ahead.max(behind) > NOTABLE {
             tracing::warn!(
+                ?ahead,
                 ?behind,
-                "the host's clock is behind the latest commit; the store's clock goes on from that"
+                "the host's clock was set since the machine was started, or is behind the latest commit; leases go by \
+                 the store's clock, which differs from it until the machine is started again"
             );
         }
         Self {
-            latest: (latest, Instant::now()),
+            readings,
+            anchor,
+            shown: latest,
             #[cfg(test)]
             set: None,
         }
+    }
+
+    /// Goes on in a file that is opened again, whose latest commit may be another daemon's. A process lives within one
+    /// boot, so the anchor holds, unless that commit is ahead of it.
+    pub(super) fn reach(&mut self, latest: Timestamp) {
+        let up = millis(self.readings.up());
+        if self.anchor.at(up) < latest {
+            self.anchor = Anchor { boot: self.anchor.boot.clone(), up, time: latest };
+        }
+    }
+
+    pub(super) fn anchor(&self) -> &Anchor {
+        &self.anchor
     }
 
     /// The time now.
@@ -47,7 +130,13 @@ impl Clock {
         if let Some(set) = self.set {
             return set;
         }
-        self.show(host_time(), Instant::now())
+        self.shown = self.shown.max(self.anchor.at(millis(self.readings.up())));
+        self.shown
+    }
+
+    /// The boot clock, for how long something may wait.
+    pub(super) fn up(&self) -> Duration {
+        self.readings.up()
     }
 
     /// Stops the clock at `now`, also if that is earlier.
@@ -55,62 +144,40 @@ impl Clock {
     pub(super) fn set(&mut self, now: Timestamp) {
         self.set = Some(now);
     }
-
-    fn show(&mut self, host: Duration, at: Instant) -> Timestamp {
-        let (time, then) = self.latest;
-        let time = host.max(time + (at - then));
-        self.latest = (time, at);
-        Timestamp(i64::try_from(time.as_millis()).unwrap_or(i64::MAX))
-    }
 }
 
-/// What the host says that the time is, since the Unix epoch.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "with the embedded store the host's clock is the store's clock"
-)]
-fn host_time() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+/// The anchor to go by: the one kept, if it is of this boot, or else a new one.
+fn anchor(readings: &dyn Readings, kept: Option<&Anchor>, latest: Timestamp) -> Anchor {
+    let (boot, up) = (readings.boot(), millis(readings.up()));
+    // A boot clock that went back is another one, whatever its name: that of a machine restored from a snapshot.
+    let same = kept.filter(|kept| Some(&kept.boot) == boot.as_ref() && kept.up <= up);
+    match same {
+        Some(kept) if kept.at(up) >= latest => kept.clone(),
+        // An earlier version of this program went by the wall clock during this boot.
+        Some(_) => Anchor { boot: boot.unwrap_or_default(), up, time: latest },
+        None => {
+            let wall = Timestamp(millis(readings.wall()));
+            Anchor { boot: boot.unwrap_or_default(), up, time: wall.max(latest) }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const fn seconds(seconds: u64) -> Duration {
-        Duration::from_secs(seconds)
+    #[test]
+    fn the_host_has_a_boot_clock_that_advances_and_a_boot_with_a_name() {
+        let up = Host.up();
+        assert!(up > Duration::ZERO && Host.up() >= up);
+        assert!(Host.boot().is_some_and(|boot| boot.len() >= 36), "{:?}", Host.boot());
+        assert_eq!(Host.boot(), Host.boot());
     }
 
     #[test]
-    fn it_follows_the_host() {
-        let mut clock = Clock::after(Timestamp(0));
-        let start = Instant::now();
-        assert_eq!(clock.show(seconds(1000), start), Timestamp(1_000_000));
-        assert_eq!(clock.show(seconds(1001), start + seconds(1)), Timestamp(1_001_000));
-        assert_eq!(clock.show(seconds(5000), start + seconds(2)), Timestamp(5_000_000), "forwards at once");
-    }
-
-    #[test]
-    fn it_goes_on_at_its_pace_when_the_host_is_set_back() {
-        let mut clock = Clock::after(Timestamp(0));
-        let start = Instant::now();
-        clock.show(seconds(1000), start);
-        assert_eq!(clock.show(seconds(400), start + seconds(1)), Timestamp(1_001_000));
-        assert_eq!(clock.show(seconds(405), start + seconds(6)), Timestamp(1_006_000));
-        assert_eq!(clock.show(seconds(1008), start + seconds(7)), Timestamp(1_008_000), "and follows again");
-    }
-
-    #[test]
-    fn it_goes_on_from_where_an_earlier_one_was() {
-        let mut clock = Clock::after(Timestamp(2_000_000));
-        let start = clock.latest.1;
-        assert_eq!(clock.show(seconds(1000), start + seconds(3)), Timestamp(2_003_000));
-    }
-
-    #[test]
-    fn it_shows_the_time() {
-        let shown = Clock::after(Timestamp(0)).now();
-        let host = i64::try_from(host_time().as_millis()).expect("a time");
+    fn a_first_start_shows_the_time_of_the_host() {
+        let shown = Clock::resume(Arc::new(Host), None, Timestamp(0)).now();
+        let host = millis(Host.wall());
         assert!(shown.0 <= host && host - shown.0 < 60_000, "{shown:?} at {host}");
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use prost::{Enumeration, Message};
 
 use crate::lease::{
-    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Mode, Reason, Record, Timestamp, Ttl, Waiter,
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Record,
+    Timestamp, Ttl, Waiter,
 };
 
 /// Bytes that are not a record of ours.
@@ -63,6 +64,10 @@ struct StoredHolder {
     expires_at: i64,
     #[prost(uint64, tag = "9")]
     min_hold_ms: u64,
+    #[prost(uint32, tag = "10")]
+    shared_limit: u32,
+    #[prost(bool, tag = "11")]
+    repeated: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -87,6 +92,8 @@ struct StoredWaiter {
     since: i64,
     #[prost(int64, tag = "10")]
     expires_at: i64,
+    #[prost(bool, tag = "11")]
+    repeated: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -97,6 +104,8 @@ struct StoredDeparture {
     reason: i32,
     #[prost(int64, tag = "3")]
     at: i64,
+    #[prost(bool, tag = "4")]
+    lasting: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enumeration)]
@@ -112,6 +121,8 @@ enum StoredReason {
     Released = 1,
     Displaced = 2,
     Revoked = 3,
+    Withdrawn = 4,
+    Settled = 5,
 }
 
 /// Adds the record to `bytes`. The key is kept beside them.
@@ -163,6 +174,8 @@ fn holder_out(holder: &Holder) -> StoredHolder {
         acquired_at: holder.acquired_at.0,
         expires_at: holder.expires_at.0,
         min_hold_ms: millis(holder.min_hold),
+        shared_limit: holder.shared_limit,
+        repeated: holder.repeated,
     }
 }
 
@@ -177,6 +190,9 @@ fn holder_in(stored: StoredHolder) -> Option<Holder> {
         acquired_at: Timestamp(stored.acquired_at),
         expires_at: Timestamp(stored.expires_at),
         min_hold: Duration::from_millis(stored.min_hold_ms),
+        // Records of earlier versions do not say it.
+        shared_limit: if stored.shared_limit == 0 { MAX_SHARED_HOLDERS } else { stored.shared_limit },
+        repeated: stored.repeated,
     })
 }
 
@@ -193,6 +209,7 @@ fn waiter_out(waiter: &Waiter) -> StoredWaiter {
         wait: asked.wait,
         since: waiter.since.0,
         expires_at: waiter.expires_at.0,
+        repeated: asked.repeated,
     }
 }
 
@@ -206,6 +223,7 @@ fn waiter_in(stored: StoredWaiter) -> Option<Waiter> {
         ttl: Ttl::new(Duration::from_millis(stored.ttl_ms))?,
         min_hold: Duration::from_millis(stored.min_hold_ms),
         wait: stored.wait,
+        repeated: stored.repeated,
     };
     Some(Waiter {
         acquisition: Arc::new(acquisition),
@@ -219,8 +237,11 @@ fn departure_out(departure: &Departure) -> StoredDeparture {
         Reason::Released => StoredReason::Released,
         Reason::Displaced => StoredReason::Displaced,
         Reason::Revoked => StoredReason::Revoked,
+        Reason::Withdrawn => StoredReason::Withdrawn,
+        Reason::Settled => StoredReason::Settled,
     };
-    StoredDeparture { id: id_out(departure.id), reason: reason.into(), at: departure.at.0 }
+    let Departure { id, at, lasting, .. } = *departure;
+    StoredDeparture { id: id_out(id), reason: reason.into(), at: at.0, lasting }
 }
 
 fn departure_in(stored: StoredDeparture) -> Option<Departure> {
@@ -229,8 +250,11 @@ fn departure_in(stored: StoredDeparture) -> Option<Departure> {
         StoredReason::Released => Reason::Released,
         StoredReason::Displaced => Reason::Displaced,
         StoredReason::Revoked => Reason::Revoked,
+        StoredReason::Withdrawn => Reason::Withdrawn,
+        StoredReason::Settled => Reason::Settled,
     };
-    Some(Departure { id: id_in(stored.id), reason, at: Timestamp(stored.at) })
+    let StoredDeparture { id, at, lasting, .. } = stored;
+    Some(Departure { id: id_in(id), reason, at: Timestamp(at), lasting })
 }
 
 fn mode_out(mode: Mode) -> StoredMode {

@@ -11,8 +11,9 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use redb::{BackendError, StorageBackend};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
+use super::clock::Host;
+use super::facts::blank;
 use super::file::{Medium, OpenError};
 use super::writer::{Commit, Home, together};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Record, Rules};
@@ -41,6 +42,12 @@ struct State {
     sync_fails: bool,
     /// A sync does nothing and says that it did.
     sync_lies: bool,
+    /// The next write panics.
+    write_panics: bool,
+    /// The file is removed before the next sync is done, and stays so.
+    goes: bool,
+    /// The file is not at its path.
+    gone: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -71,6 +78,7 @@ impl State {
             Change::Length(length) => *length,
             Change::Bytes(offset, data) => offset + data.len(),
         };
+        assert!(!std::mem::take(&mut self.write_panics), "a panic in the middle of a write");
         if self.room.is_some_and(|room| end > room) {
             return Err(ErrorKind::StorageFull.into());
         }
@@ -83,6 +91,7 @@ impl State {
         if self.power == Some(0) {
             return Err(Error::other("the power is off"));
         }
+        self.gone |= self.goes;
         if std::mem::take(&mut self.sync_fails) {
             self.cached.clear();
             return Err(Error::other("input/output error"));
@@ -121,7 +130,7 @@ impl Platter {
     }
 
     fn open(&self) -> std::result::Result<Home, OpenError> {
-        Home::open(Box::new(self.clone()), RULES)
+        Home::open(Box::new(self.clone()), RULES, Arc::new(Host))
     }
 }
 
@@ -130,8 +139,26 @@ impl Medium for Platter {
         Path::new("platter")
     }
 
+    fn prepare(&self) -> std::result::Result<(), OpenError> {
+        let state = &mut *self.state();
+        if state.shown.is_empty() {
+            state.kept = blank();
+            state.shown.clone_from(&state.kept);
+        }
+        Ok(())
+    }
+
     fn mount(&self) -> std::result::Result<Arc<dyn StorageBackend>, OpenError> {
+        self.find()?;
         Ok(Arc::new(self.clone()))
+    }
+
+    fn find(&self) -> std::result::Result<(), OpenError> {
+        if self.state().gone {
+            Err(OpenError::Gone(self.path().to_owned(), "it was removed"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -302,6 +329,8 @@ fn after_a_failed_sync(forgets: bool) -> std::result::Result<(), TestCaseError> 
     let platter = Platter::default();
     let mut ledger = Ledger::new(&platter);
     let failed = |failure| TestCaseError::fail(format!("{failure:?}"));
+    // Leaves room in the file: the sync of one that grows comes before the commit.
+    ledger.commit(&(20..40).collect::<Vec<_>>(), 3000).map_err(failed)?;
     // Each record has a page of its own, so that a later commit does not happen to write it anew.
     ledger.commit(&[0, 1, 2], 3000).map_err(failed)?;
     platter.state().sync_fails = true;
@@ -339,6 +368,63 @@ fn a_full_disk_refuses_and_goes_on_when_there_is_room() {
     ledger.check().expect("everything acknowledged is there");
     ledger.commit(&[40, 41], 300).expect("a commit");
     ledger.lose_power(|| 0).expect("everything acknowledged is there");
+}
+
+#[test]
+fn a_panic_in_the_middle_of_a_write_is_a_failure_of_that_commit_alone() {
+    let platter = Platter::default();
+    let mut ledger = Ledger::new(&platter);
+    ledger.commit(&[0, 1, 2], 300).expect("a commit");
+    platter.state().write_panics = true;
+    assert_eq!(answers(ledger.home(), &[(&["a"], true), (&["b"], true)]), [None, None]);
+    ledger.home().check().expect("it is opened anew");
+    ledger.check().expect("everything acknowledged is there");
+    ledger.commit(&[2, 3], 300).expect("a commit");
+    ledger.lose_power(|| 0).expect("everything acknowledged is there");
+}
+
+#[test]
+fn a_commit_whose_file_is_removed_before_it_is_answered_is_not_acknowledged() {
+    let platter = Platter::default();
+    let mut ledger = Ledger::new(&platter);
+    ledger.commit(&[0], 300).expect("a commit");
+    platter.state().goes = true;
+    assert!(matches!(ledger.commit(&[1], 300), Err(Failure::Unknown(_))));
+    let failure = ledger.commit(&[2], 300).expect_err("it stays away");
+    let Failure::NotApplied(why) = &failure else { panic!("{failure:?}") };
+    assert!(why.contains("is not the file that this daemon opened (it was removed)"), "{why}");
+    assert!(ledger.home().check().is_err());
+    platter.state().goes = false;
+    platter.state().gone = false;
+    ledger.home().check().expect("it is back");
+    ledger.commit(&[1, 2], 300).expect("a commit");
+    ledger.check().expect("everything acknowledged is there");
+}
+
+#[test]
+fn a_disk_set_back_to_an_earlier_state_is_not_taken_for_the_same() {
+    let platter = Platter::default();
+    let mut ledger = Ledger::new(&platter);
+    ledger.commit(&[0], 300).expect("a commit");
+    let earlier = platter.state().kept.clone();
+    let before = ledger.home().now();
+    while ledger.home().now() == before {}
+    ledger.commit(&[1], 300).expect("a commit");
+    let latest = platter.state().kept.clone();
+    platter.state().sync_fails = true;
+    ledger.commit(&[2], 300).expect_err("a sync that fails");
+    let put = |bytes: &[u8]| {
+        let mut state = platter.state();
+        state.kept = bytes.to_vec();
+        state.shown = bytes.to_vec();
+    };
+    put(&earlier);
+    let why = ledger.home().check().expect_err("another file").into_cause();
+    assert!(why.contains("lacks commits that were acknowledged"), "{why}");
+    assert!(platter.state().shown == earlier, "it was written to");
+    put(&latest);
+    ledger.home().check().expect("it is back");
+    ledger.check().expect("everything acknowledged is there");
 }
 
 /// Changes to the bytes of a whole file.
@@ -420,12 +506,12 @@ fn damage_is_noticed_at_start_and_nothing_is_changed() {
 
 /// What batches that wait for the writer together are answered: for each its keys, if it was applied.
 fn answers(home: &Home, batches: &[(&[&str], bool)]) -> Vec<Option<Vec<Key>>> {
-    let (now, mut receivers) = (Instant::now(), Vec::new());
+    let (now, mut receivers) = (home.up(), Vec::new());
     let group = batches.iter().map(|(names, in_time)| {
         let edits = names.iter().map(|name| (key(name), ask(asking(LeaseId::random())))).collect();
         let (reply, receiver) = oneshot::channel();
         receivers.push(receiver);
-        let until = if *in_time { now + Duration::from_secs(60) } else { now - Duration::from_millis(1) };
+        let until = if *in_time { now + Duration::from_secs(60) } else { Duration::ZERO };
         Commit { batch: Arc::new(edits), until, reply }
     });
     together(home, group.collect());

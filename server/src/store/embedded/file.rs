@@ -1,32 +1,26 @@
 //! Where the data is: its folder and file, whether they are ours and whole, and who may read them.
+//!
+//! Only the start of a daemon makes anything. Later the file that was opened is the only one that will do: an empty one
+//! in its place, below the mount point of a volume that is gone for example, would grant again what is held.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Error, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
+use std::io::{Error, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::backends::FileBackend;
-use redb::{
-    Database, DatabaseError, ReadableDatabase, StorageBackend, StorageError, TableDefinition, TableError,
-    TableHandle,
-};
+use redb::{Database, DatabaseError, StorageBackend, StorageError};
+use uuid::Uuid;
 
 use super::disk::{Disk, Unsynced};
+use super::facts::{Facts, Stranger, blank};
 use crate::lease::Timestamp;
 
 /// The file in the data folder.
 pub(super) const FILE: &str = "leases.redb";
-/// Records by key.
-pub(super) const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
-/// Facts about the whole.
-pub(super) const FACTS: TableDefinition<'_, &str, i64> = TableDefinition::new("leased");
-/// The fact that says how the rest is to be read.
-const FORMAT: &str = "format";
-/// The fact that says what the clock showed at the latest commit.
-pub(super) const LATEST: &str = "latest";
-/// The only format there is so far.
-const THIS_FORMAT: i64 = 1;
+/// The file while it is laid out.
+const NEW_FILE: &str = "leases.redb.new";
 /// What redb may keep of the file in memory, in bytes; the system's own cache comes on top.
 const CACHE: usize = 64 * 1024 * 1024;
 
@@ -54,6 +48,12 @@ pub enum OpenError {
     /// The system does not let the daemon at it.
     #[error("{0} cannot be used: {1}; see that the daemon may write there, or name another --data-dir")]
     Forbidden(PathBuf, String),
+    /// The file that a running daemon opened is gone, or another one is in its place.
+    #[error(
+        "{0} is not the file that this daemon opened ({1}): put that file back, or mount its volume again; to begin \
+         with what is there now, restart the daemon"
+    )]
+    Gone(PathBuf, &'static str),
     /// Something that may pass, such as a disk that is full.
     #[error("{0} cannot be opened: {1}")]
     Failed(PathBuf, String),
@@ -108,20 +108,102 @@ pub(super) trait Medium: std::fmt::Debug + Send + Sync {
     /// What messages call it.
     fn path(&self) -> &Path;
 
-    /// The bytes, none if there were none before.
+    /// Lays out an empty database if there is none. Only the start does that.
+    fn prepare(&self) -> Result<(), OpenError>;
+
+    /// Opens the bytes that are there. Fails if they are others than those that were opened before.
     fn mount(&self) -> Result<Arc<dyn StorageBackend>, OpenError>;
+
+    /// Fails if the path does not lead to the mounted bytes any more.
+    fn find(&self) -> Result<(), OpenError>;
 }
 
-/// The file in a data folder, which is made if it is missing.
+/// The file in a data folder.
 #[derive(Debug)]
 pub(super) struct DataFile {
     folder: PathBuf,
     path: PathBuf,
+    /// The file while it is laid out.
+    new: PathBuf,
+    /// The file that was opened last.
+    mounted: Mutex<Option<Identity>>,
 }
+
+/// Which file it is, among those that exist at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
+const REMOVED: &str = "it was removed, or its volume is not mounted";
+const REPLACED: &str = "another file is in its place";
+const OLDER: &str = "it lacks commits that were acknowledged";
 
 impl DataFile {
     pub(super) fn in_folder(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), path: folder.join(FILE) }
+        Self {
+            folder: folder.to_owned(),
+            path: folder.join(FILE),
+            new: folder.join(NEW_FILE),
+            mounted: Mutex::default(),
+        }
+    }
+
+    /// Lays out an empty database under another name and renames it when it is whole and synced, so that a start that
+    /// is killed leaves nothing half done under the real name. What such a start leaves under the other name is
+    /// written over, or removed.
+    ///
+    /// The lock on that file keeps two first starts apart.
+    fn lay_out(&self) -> Result<(), OpenError> {
+        let fail = |error: Error| OpenError::io(&self.path, &error);
+        let mut file = secret().create(true).truncate(false).open(&self.new).map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(self.folder.clone())),
+            Err(TryLockError::Error(error)) => return Err(fail(error)),
+        }
+        // Another start may have renamed or removed it before the lock was free.
+        let ours = Identity::of(&file.metadata().map_err(fail)?);
+        if found(&self.new).map_err(fail)? != Some(ours) {
+            return Ok(());
+        }
+        if found(&self.path).map_err(fail)?.is_some() {
+            return fs::remove_file(&self.new).map_err(fail);
+        }
+        let mut write = || {
+            file.set_len(0)?;
+            file.write_all(&blank())?;
+            file.sync_all()?;
+            fs::rename(&self.new, &self.path)
+        };
+        write().map_err(|error| {
+            // On a full disk it would only be in the way.
+            let _ = fs::remove_file(&self.new);
+            fail(error)
+        })
+    }
+
+    fn mounted(&self) -> MutexGuard<'_, Option<Identity>> {
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn gone(&self, why: &'static str) -> OpenError {
+        OpenError::Gone(self.path.clone(), why)
+    }
+
+    /// A file that was opened before is missing, not unusable.
+    fn missing(&self, error: &Error) -> OpenError {
+        match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => self.gone(REMOVED),
+            _ => OpenError::io(&self.path, error),
+        }
     }
 }
 
@@ -130,25 +212,64 @@ impl Medium for DataFile {
         &self.path
     }
 
-    fn mount(&self) -> Result<Arc<dyn StorageBackend>, OpenError> {
+    fn prepare(&self) -> Result<(), OpenError> {
         make_folder(&self.folder).map_err(|error| OpenError::io(&self.folder, &error))?;
-        // Lease ids are secrets.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&self.path);
-        let file = file.and_then(|file| sync_folder(&self.folder).map(|()| file));
-        let file = file.map_err(|error| OpenError::io(&self.path, &error))?;
+        let exists = |path: &Path| match found(path) {
+            Ok(found) => Ok(found.is_some()),
+            Err(error) => Err(OpenError::io(path, &error)),
+        };
+        while !exists(&self.path)? || exists(&self.new)? {
+            self.lay_out()?;
+        }
+        // An earlier start may have been killed between the rename and this.
+        sync_folder(&self.folder).map_err(|error| OpenError::io(&self.path, &error))
+    }
+
+    fn mount(&self) -> Result<Arc<dyn StorageBackend>, OpenError> {
+        let fail = |error: Error| OpenError::io(&self.path, &error);
+        let mut mounted = self.mounted();
+        let file = secret().open(&self.path).map_err(|error| match *mounted {
+            Some(_) => self.missing(&error),
+            None => fail(error),
+        })?;
+        let metadata = file.metadata().map_err(fail)?;
+        let identity = Identity::of(&metadata);
+        // A volume that is mounted again may have another device number.
+        if mounted.is_some_and(|before| before.inode != identity.inode) {
+            return Err(self.gone(REPLACED));
+        }
+        // redb would take it for a new one.
+        if metadata.len() == 0 {
+            return Err(OpenError::Damaged(self.path.clone(), "it is empty".to_owned()));
+        }
+        *mounted = Some(identity);
         Ok(Arc::new(FileBackend::new(file).map_err(|error| OpenError::database(&self.path, error))?))
+    }
+
+    /// Asks for the path alone: while the mounted file is open no other can have its numbers, and a path that leads to
+    /// it is a link that it still has.
+    fn find(&self) -> Result<(), OpenError> {
+        let there = fs::metadata(&self.path).map_err(|error| self.missing(&error))?;
+        if *self.mounted() == Some(Identity::of(&there)) { Ok(()) } else { Err(self.gone(REPLACED)) }
     }
 }
 
-/// Opens the database on `medium`, and returns it with the latest instant it knows. Reads all of it, and changes
-/// nothing unless it is ours and whole.
-pub(super) fn open(medium: &dyn Medium, unsynced: &Unsynced) -> Result<(Database, Timestamp), OpenError> {
+/// What a file must contain that is opened again.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Known {
+    /// Its identity.
+    pub(super) store: Uuid,
+    /// The time of the latest commit that was acknowledged.
+    pub(super) latest: Timestamp,
+}
+
+/// Opens the database on `medium`, and returns it with what it says of itself. Reads all of it, and changes nothing
+/// unless it is ours, whole, and as `known`, if that is given.
+pub(super) fn open(
+    medium: &dyn Medium,
+    unsynced: &Unsynced,
+    known: Option<Known>,
+) -> Result<(Database, Facts), OpenError> {
     let path = medium.path();
     let disk = Disk::new(medium.mount()?, unsynced).map_err(|error| OpenError::io(path, &error))?;
     let database = Database::builder()
@@ -156,45 +277,38 @@ pub(super) fn open(medium: &dyn Medium, unsynced: &Unsynced) -> Result<(Database
         .set_check_integrity_on_open(true)
         .create_with_backend(disk.clone())
         .map_err(|error| OpenError::database(path, error))?;
-    let latest = recognise(&database, path)?;
+    let facts = Facts::read(&database).map_err(|stranger| match stranger {
+        Stranger::Foreign(what) => OpenError::Foreign(path.to_owned(), what.to_owned()),
+        Stranger::Newer => OpenError::Newer(path.to_owned()),
+        Stranger::Failed(error) => OpenError::Failed(path.to_owned(), error.to_string()),
+    })?;
+    if let Some(known) = known {
+        // Numbers of files are used again, and a volume may have been set back to a snapshot.
+        if facts.store != Some(known.store) {
+            return Err(OpenError::Gone(path.to_owned(), REPLACED));
+        }
+        if facts.latest < known.latest {
+            return Err(OpenError::Gone(path.to_owned(), OLDER));
+        }
+    }
     disk.accept().map_err(|error| OpenError::io(path, &error))?;
-    Ok((database, latest))
+    Ok((database, facts))
 }
 
-/// Makes sure that the database is ours, and makes a new one so.
-fn recognise(database: &Database, path: &Path) -> Result<Timestamp, OpenError> {
-    let fail = |error: redb::Error| OpenError::Failed(path.to_owned(), error.to_string());
-    let foreign = |what: &str| OpenError::Foreign(path.to_owned(), what.to_owned());
-    let reading = database.begin_read().map_err(|error| fail(error.into()))?;
-    let tables: Vec<String> = reading
-        .list_tables()
-        .map_err(|error| fail(error.into()))?
-        .map(|table| table.name().to_owned())
-        .collect();
-    if tables.is_empty() {
-        return begin(database).map(|()| Timestamp(0)).map_err(fail);
-    }
-    let facts = match reading.open_table(FACTS) {
-        Ok(facts) => facts,
-        Err(TableError::Storage(error)) => return Err(fail(error.into())),
-        Err(_) => return Err(foreign("a redb database of another program")),
-    };
-    let fact = |name| facts.get(name).map(|found| found.map(|found| found.value()));
-    match fact(FORMAT).map_err(|error| fail(error.into()))? {
-        Some(THIS_FORMAT) => {}
-        Some(format) if format > THIS_FORMAT => return Err(OpenError::Newer(path.to_owned())),
-        _ => return Err(foreign("a redb database of another program")),
-    }
-    Ok(Timestamp(fact(LATEST).map_err(|error| fail(error.into()))?.unwrap_or(0)))
+/// How files are opened. Lease ids are secrets.
+fn secret() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    options
 }
 
-/// Lays out an empty database.
-fn begin(database: &Database) -> Result<(), redb::Error> {
-    let writing = database.begin_write()?;
-    writing.open_table(RECORDS)?;
-    writing.open_table(FACTS)?.insert(FORMAT, THIS_FORMAT)?;
-    writing.commit()?;
-    Ok(())
+/// What is at the path. A link that leads nowhere is something as well: its volume may not be mounted yet.
+fn found(path: &Path) -> std::io::Result<Option<Identity>> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(Some(Identity::of(&metadata))),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// For the daemon's user alone, and known to last: the folder above it is synced.
@@ -211,4 +325,79 @@ fn make_folder(folder: &Path) -> std::io::Result<()> {
 fn sync_folder(folder: &Path) -> std::io::Result<()> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opens(folder: &Path) -> Result<(), OpenError> {
+        let file = DataFile::in_folder(folder);
+        file.prepare()?;
+        open(&file, &Unsynced::default(), None).map(drop)
+    }
+
+    #[test]
+    fn what_a_killed_first_start_leaves_is_done_anew() {
+        let whole = blank();
+        for length in [0, 1, 4096, whole.len() / 2, whole.len()] {
+            let folder = tempfile::tempdir().expect("a folder");
+            fs::write(folder.path().join(NEW_FILE), &whole[..length]).expect("a file");
+            opens(folder.path()).expect("a start");
+            assert!(!folder.path().join(NEW_FILE).exists(), "it is cleaned up");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_first_start_leaves_beside_the_file_is_removed_and_the_file_is_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        opens(folder.path()).expect("a start");
+        let before = fs::metadata(folder.path().join(FILE)).expect("the file");
+        fs::write(folder.path().join(NEW_FILE), "half").expect("a file");
+        opens(folder.path()).expect("a start");
+        assert!(!folder.path().join(NEW_FILE).exists(), "it is cleaned up");
+        let after = fs::metadata(folder.path().join(FILE)).expect("the file");
+        assert_eq!(Identity::of(&after), Identity::of(&before));
+    }
+
+    #[test]
+    fn a_first_start_that_another_is_at_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let other = File::create(folder.path().join(NEW_FILE)).expect("a file");
+        other.lock().expect("a lock");
+        assert!(matches!(opens(folder.path()), Err(OpenError::InUse(_))));
+        drop(other);
+        opens(folder.path()).expect("a start");
+    }
+
+    #[test]
+    fn a_file_that_is_empty_is_damaged_and_a_link_that_leads_nowhere_is_left_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(FILE);
+        fs::write(&path, "").expect("a file");
+        assert!(matches!(opens(folder.path()), Err(OpenError::Damaged(..))));
+        assert_eq!(fs::metadata(&path).expect("the file").len(), 0);
+        fs::remove_file(&path).expect("a file");
+        std::os::unix::fs::symlink(folder.path().join("volume/leases.redb"), &path).expect("a link");
+        assert!(matches!(opens(folder.path()), Err(OpenError::Forbidden(..))));
+        assert!(fs::symlink_metadata(&path).expect("the link").is_symlink());
+    }
+
+    /// A number that is used again, as file systems do.
+    #[test]
+    fn another_store_in_the_same_file_is_not_taken_for_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = DataFile::in_folder(folder.path());
+        file.prepare().expect("a first start");
+        let (database, facts) = open(&file, &Unsynced::default(), None).expect("an open file");
+        drop(database);
+        let known = Known { store: facts.store.expect("an identity"), latest: facts.latest };
+        open(&file, &Unsynced::default(), Some(known)).expect("the same one");
+        let other = blank();
+        fs::write(file.path(), &other).expect("the same file");
+        file.find().expect("the same file");
+        let refused = open(&file, &Unsynced::default(), Some(known)).expect_err("another store");
+        assert!(matches!(refused, OpenError::Gone(_, REPLACED)), "{refused}");
+        assert!(fs::read(file.path()).expect("the file") == other, "it was written to");
+    }
 }

@@ -1,14 +1,18 @@
 //! The store on one host: a file of its own, one daemon. The only files that know redb.
 //!
 //! It runs the rules themselves, in one write transaction a batch, on a thread of its own. A commit that has been
-//! answered is on the disk.
+//! answered is on the disk. All its threads are made at the start: later the system may have none to give.
 
 mod clock;
 mod disk;
 mod document;
+mod facts;
 #[cfg(test)]
 mod faults;
 mod file;
+#[cfg(test)]
+mod machine;
+mod readers;
 mod writer;
 
 use std::path::Path;
@@ -16,32 +20,37 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use redb::ReadableDatabase;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::spawn_blocking;
+use redb::{ReadOnlyTable, ReadableDatabase};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+use clock::{Host, Readings};
+use facts::{IN_USE, RECORDS};
 pub use file::OpenError;
-use file::{DataFile, RECORDS};
-use writer::{Home, Writer};
+use file::{DataFile, Medium};
+use readers::Readers;
+use writer::{Home, Unstarted, Writer};
 
-use super::failure::Failure;
+use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report};
-use crate::lease::{Edit, Key, Rules, Snapshot};
+use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
 /// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
 const BATCHES: usize = 4;
-/// Reads at once; each is a thread while it lasts.
-const READS: usize = 16;
+/// Threads that read some keys, and threads that read pages. The first never wait for the second: a page may take
+/// as long as there are free keys to pass over, and the engine looks keys up to do its work.
+const KEY_READERS: usize = 4;
+const PAGE_READERS: usize = 4;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
 /// Records in a file. The file is closed some time after the last clone has gone.
 #[derive(Debug, Clone)]
 pub struct EmbeddedStore {
-    home: Arc<Home>,
     writer: Writer,
-    reads: Arc<Semaphore>,
+    keys: Readers,
+    pages: Readers,
     repetitions: Arc<AtomicU64>,
 }
 
@@ -51,42 +60,69 @@ impl EmbeddedStore {
     /// # Errors
     /// [`OpenError`]: another daemon has it, it is damaged or not ours, or the system does not let us.
     pub async fn open(folder: &Path, rules: Rules) -> Result<Self, OpenError> {
-        let file = Box::new(DataFile::in_folder(folder));
-        let opened = spawn_blocking(move || Home::open(file, rules)).await;
-        let home = Arc::new(opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?);
-        let writer = Writer::start(Arc::clone(&home));
-        Ok(Self { home, writer, reads: Arc::new(Semaphore::new(READS)), repetitions: Arc::default() })
+        Self::open_on(Box::new(DataFile::in_folder(folder)), rules, Arc::new(Host)).await
+    }
+
+    async fn open_on(
+        medium: Box<dyn Medium>,
+        rules: Rules,
+        readings: Arc<dyn Readings>,
+    ) -> Result<Self, OpenError> {
+        let path = medium.path().to_owned();
+        let failed = |why: String| OpenError::Failed(path.clone(), why);
+        let thread = |error| failed(format!("the system gives no thread ({error})"));
+        let writer = Writer::start(move || Home::open(medium, rules, readings)).await;
+        let writer = writer.map_err(|unstarted| match unstarted {
+            Unstarted::Thread(error) => thread(error),
+            Unstarted::Store(error) => error,
+            Unstarted::Panicked => failed("the store panicked while it was opened".to_owned()),
+        })?;
+        Ok(Self {
+            writer,
+            keys: Readers::start("store-keys", KEY_READERS).map_err(thread)?,
+            pages: Readers::start("store-pages", PAGE_READERS).map_err(thread)?,
+            repetitions: Arc::default(),
+        })
+    }
+
+    fn home(&self) -> &Arc<Home> {
+        self.writer.home()
     }
 
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
-        self.home.set_clock(now);
+        self.home().set_clock(now);
     }
 
     /// Leaves bytes that are no record where the record of `key` is.
     #[cfg(test)]
     pub(crate) fn damage(&self, key: &Key) {
-        self.home.damage(key);
+        self.home().damage(key);
     }
 
-    /// Reads what has been committed, on a thread that may wait for the disk.
+    /// Reads what has been committed, on a thread of `readers`.
     async fn reading<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&Home, &Records) -> Result<T, Failure> + Send + 'static,
+        readers: &Readers,
+        read: impl FnOnce(&Home, &Tables) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let permit = Arc::clone(&self.reads).acquire_owned().await;
-        let home = Arc::clone(&self.home);
-        let done = spawn_blocking(move || {
-            let _permit = permit;
-            let records = home.database()?.begin_read()?.open_table(RECORDS)?;
-            read(&home, &records)
-        });
-        Ok(done.await.map_err(Failure::not_applied)??)
+        let home = Arc::clone(self.home());
+        let work = move || {
+            let reading = home.database()?.begin_read()?;
+            let tables =
+                Tables { records: reading.open_table(RECORDS)?, in_use: reading.open_table(IN_USE)? };
+            read(&home, &tables)
+        };
+        Ok(readers.run(work).await?)
     }
 }
 
-type Records = redb::ReadOnlyTable<&'static str, &'static [u8]>;
+/// What is committed, as of one commit.
+struct Tables {
+    records: ReadOnlyTable<&'static str, &'static [u8]>,
+    in_use: ReadOnlyTable<&'static str, ()>,
+}
 
 impl Store for EmbeddedStore {
     async fn commit(
@@ -94,7 +130,9 @@ impl Store for EmbeddedStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<ForKey>, StoreError> {
-        repeat(deadline, &self.repetitions, async || Ok(self.writer.commit(&batch, deadline).await?)).await
+        let effects = Effects::default();
+        let attempt = async |batch| effects.note(self.writer.commit(&batch, deadline).await, |_| true);
+        repeat(batch, deadline, &self.repetitions, &effects, attempt).await
     }
 
     fn batches(&self) -> usize {
@@ -102,28 +140,28 @@ impl Store for EmbeddedStore {
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
-        let read = move |home: &Home, records: &Records| {
+        let read = move |home: &Home, tables: &Tables| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
-                if let Some(bytes) = records.get(key.as_str())? {
+                if let Some(bytes) = tables.records.get(key.as_str())? {
                     found.push(home.snapshot(&key, bytes.value()).map_err(StoreError::from));
                 }
             }
             Ok(found)
         };
-        self.reading(read).await
+        self.reading(&self.keys, read).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.reading(move |home, records| page(home, records, &query)).await
+        self.reading(&self.pages, move |home, tables| page(home, tables, &query)).await
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
         let mut purged = 0;
         let mut from = None;
         loop {
-            let read = move |home: &Home, records: &Records| forgettable(home, records, from, free_for);
-            let (keys, next) = self.reading(read).await?;
+            let read = move |home: &Home, tables: &Tables| forgettable(home, tables, from, free_for);
+            let (keys, next) = self.reading(&self.pages, read).await?;
             // The writer looks again: a key may have been leased since.
             purged += self.writer.forget(keys, free_for).await?;
             let Some(next) = next else { return Ok(purged) };
@@ -135,8 +173,12 @@ impl Store for EmbeddedStore {
         Ok(self.writer.check().await?)
     }
 
+    fn id(&self) -> Uuid {
+        self.home().store()
+    }
+
     fn rules(&self) -> Rules {
-        self.home.rules()
+        self.home().rules()
     }
 
     fn name(&self) -> &'static str {
@@ -167,58 +209,89 @@ impl From<OpenError> for StartError {
     }
 }
 
-fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
-    let mut page = Page::default();
-    let mut bytes = 0;
+fn page(home: &Home, tables: &Tables, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
-    for entry in records.range(start..)? {
-        let (name, value) = entry?;
-        if !name.value().starts_with(&query.prefix) {
-            break;
+    let mut page = Filling { query, home, page: Page::default(), bytes: 0 };
+    if query.include_free {
+        for entry in tables.records.range(start..)? {
+            let (name, value) = entry?;
+            if !page.take(name.value(), value.value()) {
+                break;
+            }
         }
-        if query.after.as_ref().is_some_and(|after| after.as_str() == name.value()) {
-            continue;
+    } else {
+        for entry in tables.in_use.range(start..)? {
+            let (name, _) = entry?;
+            let Some(value) = tables.records.get(name.value())? else { continue };
+            if !page.take(name.value(), value.value()) {
+                break;
+            }
         }
-        let Some(snapshot) = readable(home, name.value(), value.value()) else { continue };
-        if !query.include_free && snapshot.record.is_free(snapshot.now) {
-            continue;
-        }
-        page.more = page.snapshots.len() == query.limit || bytes > PAGE_BYTES;
-        if page.more {
-            break;
-        }
-        bytes += value.value().len();
-        page.snapshots.push(snapshot);
     }
-    Ok(page)
+    Ok(page.page)
 }
 
-/// The record stored under `name`. One that cannot be read is reported and left out.
-fn readable(home: &Home, name: &str, bytes: &[u8]) -> Option<Snapshot> {
-    // No call can name what is no key, so there is nobody to tell.
-    let key = Key::try_from(name).ok()?;
-    home.snapshot(&key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
+/// A page in the making.
+struct Filling<'a> {
+    query: &'a ListQuery,
+    home: &'a Home,
+    page: Page,
+    bytes: usize,
+}
+
+impl Filling<'_> {
+    /// Takes the next record if it belongs on the page, and says whether there can be more on it.
+    fn take(&mut self, name: &str, value: &[u8]) -> bool {
+        let Self { query, page, .. } = self;
+        if !name.starts_with(&query.prefix) {
+            return false;
+        }
+        // No call can name what is no key, so there is nobody to tell.
+        let Ok(key) = Key::try_from(name) else { return true };
+        if query.after.as_ref() == Some(&key) {
+            return true;
+        }
+        let Some(snapshot) = readable(self.home, &key, value) else { return true };
+        let record = &snapshot.record;
+        if record.token == FencingToken::default() || (!query.include_free && record.is_free(snapshot.now)) {
+            return true;
+        }
+        page.more = page.snapshots.len() == query.limit || self.bytes > PAGE_BYTES;
+        if page.more {
+            return false;
+        }
+        self.bytes += value.len();
+        page.snapshots.push(snapshot);
+        true
+    }
+}
+
+/// The record of `key`. One that cannot be read is reported and left out.
+fn readable(home: &Home, key: &Key, bytes: &[u8]) -> Option<Snapshot> {
+    home.snapshot(key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
 }
 
 /// Keys looked at, and forgotten, in one go.
 const PURGE_PAGE: usize = 1000;
 
-/// Some keys that may be forgotten, and where to look for more.
+/// Some keys that may be forgotten or are not in use any more, and where to look for more.
 fn forgettable(
     home: &Home,
-    records: &Records,
+    tables: &Tables,
     from: Option<Key>,
     free_for: Duration,
 ) -> Result<(Vec<Key>, Option<Key>), Failure> {
     let mut keys = Vec::new();
-    for entry in records.range(from.as_ref().map_or("", Key::as_str)..)? {
+    for (seen, entry) in tables.records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
-        let Some(snapshot) = readable(home, name.value(), value.value()) else { continue };
-        let key = snapshot.record.key.clone();
-        if keys.len() == PURGE_PAGE {
+        // No call can name what is no key, so there is nobody to tell.
+        let Ok(key) = Key::try_from(name.value()) else { continue };
+        if seen >= PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
-        if snapshot.record.is_forgettable(snapshot.now, free_for) {
+        let Some(Snapshot { record, now }) = readable(home, &key, value.value()) else { continue };
+        let may_go = record.is_forgettable(now, free_for, home.rules().grace);
+        if may_go || record.is_free(now) && tables.in_use.get(key.as_str())?.is_some() {
             keys.push(key);
         }
     }
@@ -229,8 +302,10 @@ fn forgettable(
 mod tests {
     use std::sync::Arc;
 
+    use redb::ReadableTable;
+
     use super::*;
-    use crate::lease::{LeaseId, Timestamp};
+    use crate::lease::{Acquisition, LeaseId, Timestamp};
     use crate::store::conformance::reading::{ask, asking, key};
 
     const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
@@ -258,6 +333,30 @@ mod tests {
         assert_eq!(purged, u64::try_from(keys).expect("a count"));
     }
 
+    #[tokio::test]
+    async fn keys_are_read_while_listings_have_all_their_threads_and_more_wait() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let (go, gate) = std::sync::mpsc::channel::<()>();
+        let gate = Arc::new(std::sync::Mutex::new(gate));
+        let mut listings = Vec::new();
+        for _ in 0..3 * PAGE_READERS {
+            let (store, gate) = (store.clone(), Arc::clone(&gate));
+            let work = move |_: &Home, _: &Tables| Ok(gate.lock().expect("no panic").recv().is_err());
+            listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
+        }
+        tokio::task::yield_now().await;
+        assert!(store.read(vec![key("x")]).await.expect("a read").is_empty());
+        let batch = vec![(key("x"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        assert!(store.inspect(key("x")).await.expect("a read").is_some());
+        assert!(listings.iter().all(|listing| !listing.is_finished()));
+        drop(go);
+        for listing in listings {
+            assert!(listing.await.expect("no panic").expect("a listing"));
+        }
+    }
+
     /// `LEASED_PURGED_KEYS` sets how many keys there are in all.
     #[tokio::test]
     async fn keys_without_end_leave_a_file_that_does_not_grow() {
@@ -273,5 +372,83 @@ mod tests {
         println!("{keys} keys a round; the file after each, in bytes: {sizes:?}");
         let most = sizes.iter().max().expect("rounds");
         assert!(*most <= sizes[0] * 2, "{sizes:?}");
+    }
+
+    /// Twenty thousand keys, all free but for two of them.
+    #[tokio::test]
+    async fn a_listing_reads_no_more_than_the_keys_in_use() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let names: Vec<_> =
+            (0..KEYS).map(|name| (key(&format!("key/{name:05}")), LeaseId::random())).collect();
+        for names in names.chunks(1000) {
+            let batch = |edit: &dyn Fn(LeaseId) -> Edit| {
+                Arc::new(names.iter().map(|(key, id)| (key.clone(), edit(*id))).collect())
+            };
+            store.commit(batch(&|id| ask(asking(id))), DAY).await.expect("a commit");
+            store.commit(batch(&|id| Edit::default().release(id)), DAY).await.expect("a commit");
+        }
+        let held = vec![key("key/00003"), key("key/19999")];
+        let batch = held.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect();
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        let query = ListQuery { prefix: String::new(), after: None, limit: 100, include_free: false };
+        let page = store.list(query).await.expect("a listing");
+        let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
+        assert_eq!(shown, held);
+        assert_eq!(in_use(&store).await, held, "what a listing goes through");
+    }
+
+    async fn in_use(store: &EmbeddedStore) -> Vec<Key> {
+        let read = |_: &Home, tables: &Tables| {
+            let names = tables.in_use.iter()?.map(|entry| Ok(entry?.0.value().to_owned()));
+            names.collect::<Result<Vec<_>, Failure>>()
+        };
+        let names = store.reading(&store.pages, read).await.expect("a read");
+        names.iter().map(|name| key(name)).collect()
+    }
+
+    #[tokio::test]
+    async fn a_block_that_is_over_leaves_the_keys_in_use_with_the_next_purge() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let now = Timestamp(1_700_000_000_000);
+        store.set_clock(now);
+        for name in ["again", "blocked"] {
+            let id = LeaseId::random();
+            let hold = Acquisition { min_hold: Duration::from_secs(5), ..asking(id) };
+            store.commit(Arc::new(vec![(key(name), ask(hold))]), DAY).await.expect("a commit");
+            let release = Edit::default().release(id);
+            store.commit(Arc::new(vec![(key(name), release)]), DAY).await.expect("a commit");
+        }
+        assert_eq!(in_use(&store).await, [key("again"), key("blocked")]);
+        store.set_clock(now + Duration::from_secs(6));
+        assert_eq!(store.purge(DAY).await.expect("a purge"), 0);
+        assert_eq!(in_use(&store).await, []);
+        let batch = vec![(key("again"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        assert_eq!(in_use(&store).await, [key("again")]);
+    }
+
+    #[tokio::test]
+    async fn a_file_without_the_keys_in_use_gets_them() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        let batch = vec![(key("held"), ask(asking(LeaseId::random())))];
+        store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        drop(store);
+        let path = folder.path().join(file::FILE);
+        // The file is closed some time after the last clone has gone.
+        let database = loop {
+            match redb::Database::open(&path) {
+                Ok(database) => break database,
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        };
+        let writing = database.begin_write().expect("a transaction");
+        assert!(writing.delete_table(IN_USE).expect("a table"));
+        writing.commit().expect("a commit");
+        drop(database);
+        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
+        assert_eq!(in_use(&store).await, [key("held")]);
     }
 }

@@ -1,7 +1,7 @@
 //! The thread that writes: one transaction for all the batches that wait for it, and the file opened anew after a failure.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -11,12 +11,14 @@ use std::time::Duration;
 use redb::ReadableDatabase;
 use redb::{Database, ReadableTable, WriteTransaction};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
+use uuid::Uuid;
 
-use super::clock::Clock;
+use super::clock::{Clock, Readings};
 use super::disk::Unsynced;
 use super::document;
-use super::file::{self, FACTS, LATEST, Medium, OpenError, RECORDS};
+use super::facts::{IN_USE, RECORDS, note_latest};
+use super::file::{self, Known, Medium, OpenError};
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::failure::Failure;
 use crate::store::{ForKey, StoreError, makes_record, vacant};
@@ -32,8 +34,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Home {
     medium: Box<dyn Medium>,
     rules: Rules,
+    store: Uuid,
     clock: Mutex<Clock>,
     unsynced: Unsynced,
+    /// The time of the latest commit that was acknowledged.
+    acknowledged: AtomicI64,
     /// `None` after a failure, until it has been opened anew.
     database: Mutex<Option<Arc<Database>>>,
     /// Whether the latest write failed.
@@ -42,7 +47,11 @@ pub(super) struct Home {
 
 /// Gives orders to the thread, which ends with the last of these.
 #[derive(Debug, Clone)]
-pub(super) struct Writer(SyncSender<Order>);
+pub(super) struct Writer {
+    // Dropped first, so that it is the thread that closes the file, which takes time.
+    home: Arc<Home>,
+    orders: SyncSender<Order>,
+}
 
 #[derive(Debug)]
 enum Order {
@@ -51,11 +60,11 @@ enum Order {
     Check { reply: Reply<()> },
 }
 
-/// A batch, and until when it may begin.
+/// A batch, and until when it may begin, on the boot clock: after a suspension nobody waits for it any more.
 #[derive(Debug)]
 pub(super) struct Commit {
     pub(super) batch: Arc<Vec<(Key, Edit)>>,
-    pub(super) until: Instant,
+    pub(super) until: Duration,
     pub(super) reply: Reply<Vec<ForKey>>,
 }
 
@@ -87,14 +96,26 @@ impl From<redb::CommitError> for Failure {
 }
 
 impl Home {
-    pub(super) fn open(medium: Box<dyn Medium>, rules: Rules) -> Result<Self, OpenError> {
+    pub(super) fn open(
+        medium: Box<dyn Medium>,
+        rules: Rules,
+        readings: Arc<dyn Readings>,
+    ) -> Result<Self, OpenError> {
+        medium.prepare()?;
         let unsynced = Unsynced::default();
-        let (database, latest) = file::open(&*medium, &unsynced)?;
+        let (database, facts) = file::open(&*medium, &unsynced, None)?;
+        let mut clock = Clock::resume(readings, facts.anchor.as_ref(), facts.latest);
+        let now = clock.now();
+        let store = facts
+            .settle(&database, clock.anchor(), now, &rules)
+            .map_err(|failure| OpenError::Failed(medium.path().to_owned(), failure.into_cause()))?;
         Ok(Self {
             medium,
             rules,
-            clock: Mutex::new(Clock::after(latest)),
+            store,
+            clock: Mutex::new(clock),
             unsynced,
+            acknowledged: AtomicI64::new(facts.latest.0),
             database: Mutex::new(Some(Arc::new(database))),
             fails: AtomicBool::new(false),
         })
@@ -104,13 +125,27 @@ impl Home {
         self.rules
     }
 
-    /// The database, if it can be used.
+    /// The identity of the store.
+    pub(super) fn store(&self) -> Uuid {
+        self.store
+    }
+
+    /// The database, if it can be used and is still where others find it. What another daemon may have begun to serve
+    /// elsewhere must not be told from here.
     pub(super) fn database(&self) -> Result<Arc<Database>, Failure> {
-        self.slot().clone().ok_or_else(|| Failure::not_applied("the file is being opened anew"))
+        let open = self.slot().clone();
+        let open = open.ok_or_else(|| Failure::not_applied("the file is being opened anew"))?;
+        self.medium.find().map_err(Failure::not_applied)?;
+        Ok(open)
     }
 
     pub(super) fn now(&self) -> Timestamp {
         self.clock().now()
+    }
+
+    /// The boot clock.
+    pub(super) fn up(&self) -> Duration {
+        self.clock().up()
     }
 
     #[cfg(test)]
@@ -152,12 +187,23 @@ impl Home {
         self.database.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The database, opened anew if an earlier failure has closed it.
+    /// The database, opened anew if an earlier failure has closed it, or if the file is not where it was.
     fn reopened(&self) -> Result<Arc<Database>, Failure> {
-        if let Ok(database) = self.database() {
-            return Ok(database);
+        match self.database() {
+            Ok(database) => return Ok(database),
+            Err(failure) if self.slot().is_some() => self.close(&failure),
+            Err(_) => {}
         }
-        let (database, _) = file::open(&*self.medium, &self.unsynced).map_err(Failure::not_applied)?;
+        let known = Known { store: self.store, latest: Timestamp(self.acknowledged.load(Ordering::Relaxed)) };
+        let (database, facts) =
+            file::open(&*self.medium, &self.unsynced, Some(known)).map_err(Failure::not_applied)?;
+        let (anchor, now) = {
+            let mut clock = self.clock();
+            // Another daemon may have had the file meanwhile.
+            clock.reach(facts.latest);
+            (clock.anchor().clone(), clock.now())
+        };
+        facts.settle(&database, &anchor, now, &self.rules)?;
         Ok(Arc::clone(self.slot().insert(Arc::new(database))))
     }
 
@@ -172,12 +218,17 @@ impl Home {
             let transaction = database.begin_write()?;
             let (value, changed) = write(&transaction)?;
             if changed == Changed::Something {
-                transaction.open_table(FACTS)?.insert(LATEST, self.now().0)?;
+                let now = self.now();
+                note_latest(&transaction, now)?;
                 transaction.commit()?;
+                // A file that was removed meanwhile has taken the commit with it.
+                self.medium.find().map_err(Failure::unknown)?;
+                self.acknowledged.store(now.0, Ordering::Relaxed);
             }
             Ok(value)
         };
         let done = transact();
+        drop(database);
         match &done {
             Err(Failure::Refused(_)) => {}
             Err(failure) => self.close(failure),
@@ -191,7 +242,9 @@ impl Home {
 
     /// Closes the file after a failure; the next write opens it anew.
     fn close(&self, failure: &Failure) {
-        *self.slot() = None;
+        let database = self.slot().take();
+        // A database that a panic left half way may panic again as it closes.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
         if !self.fails.swap(true, Ordering::Relaxed) {
             tracing::error!(?failure, "the file takes no writes; trying again with every commit");
         }
@@ -204,6 +257,7 @@ impl Home {
     ) -> Result<Vec<ForKey>, Failure> {
         self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
+            let mut in_use = transaction.open_table(IN_USE)?;
             let mut changed = Changed::Nothing;
             let now = self.now();
             let mut snapshots = Vec::new();
@@ -225,7 +279,13 @@ impl Home {
                         continue;
                     }
                 };
+                let (is_taken, is_blocked) = (record.is_taken(), record.blocked_until.is_some());
                 let record = step(record, edit, now, &self.rules);
+                match record.is_free(now) {
+                    true if is_taken || is_blocked => drop(in_use.remove(key.as_str())?),
+                    false if !is_taken => drop(in_use.insert(key.as_str(), ())?),
+                    _ => {}
+                }
                 bytes.clear();
                 document::encode(&record, &mut bytes);
                 // What has grown may belong on another page, and is looked for anew.
@@ -243,23 +303,30 @@ impl Home {
         })
     }
 
-    /// Forgets those of the keys that have been free for long.
+    /// Forgets those of the keys that nobody has used for long, and takes those that are free from the keys in use.
     fn forget(&self, keys: &[Key], free_for: Duration) -> Result<u64, Failure> {
         self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
+            let mut in_use = transaction.open_table(IN_USE)?;
             let now = self.now();
             let mut forgotten = 0;
+            let mut changed = Changed::Nothing;
             for key in keys {
                 let Some(bytes) = records.get(key.as_str())? else { continue };
                 let record = document::decode(key, bytes.value());
-                let is_forgettable = record.is_ok_and(|record| record.is_forgettable(now, free_for));
                 drop(bytes);
+                let Ok(record) = record else { continue };
+                let is_forgettable = record.is_forgettable(now, free_for, self.rules.grace);
                 if is_forgettable {
                     records.remove(key.as_str())?;
                     forgotten += 1;
                 }
+                if is_forgettable || record.is_free(now) {
+                    in_use.remove(key.as_str())?;
+                    changed = Changed::Something;
+                }
             }
-            Ok((forgotten, if forgotten > 0 { Changed::Something } else { Changed::Nothing }))
+            Ok((forgotten, changed))
         })
     }
 
@@ -281,6 +348,14 @@ impl Home {
     }
 }
 
+/// Why there is no writer.
+#[derive(Debug)]
+pub(super) enum Unstarted {
+    Thread(std::io::Error),
+    Store(OpenError),
+    Panicked,
+}
+
 /// Whether a transaction is worth a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Changed {
@@ -289,13 +364,27 @@ enum Changed {
 }
 
 impl Writer {
-    pub(super) fn start(home: Arc<Home>) -> Self {
+    /// Starts the thread and waits until it has opened the store. Opening blocks for as long as the disk takes.
+    pub(super) async fn start(
+        open: impl FnOnce() -> Result<Home, OpenError> + Send + 'static,
+    ) -> Result<Self, Unstarted> {
         let (sender, orders) = sync_channel(ORDERS);
-        thread::Builder::new()
-            .name("store".to_owned())
-            .spawn(move || work(&home, &orders))
-            .expect("the system has room for a thread at start");
-        Self(sender)
+        let (reply, opened) = oneshot::channel();
+        let run = move || match open().map(Arc::new) {
+            Ok(home) => {
+                if reply.send(Ok(Arc::clone(&home))).is_ok() {
+                    work(&home, &orders);
+                }
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        };
+        thread::Builder::new().name("store".to_owned()).spawn(run).map_err(Unstarted::Thread)?;
+        let home = opened.await.map_err(|_| Unstarted::Panicked)?.map_err(Unstarted::Store)?;
+        Ok(Self { home, orders: sender })
+    }
+
+    pub(super) fn home(&self) -> &Arc<Home> {
+        &self.home
     }
 
     /// Applies a batch, if the thread comes to it within `patience`.
@@ -304,7 +393,7 @@ impl Writer {
         batch: &Arc<Vec<(Key, Edit)>>,
         patience: Duration,
     ) -> Result<Vec<ForKey>, Failure> {
-        let (batch, until) = (Arc::clone(batch), Instant::now() + patience);
+        let (batch, until) = (Arc::clone(batch), self.home.up() + patience);
         self.order(patience, |reply| Order::Commit(Commit { batch, until, reply })).await
     }
 
@@ -324,7 +413,7 @@ impl Writer {
         order: impl FnOnce(Reply<T>) -> Order,
     ) -> Result<T, Failure> {
         let (reply, answer) = oneshot::channel();
-        self.0.try_send(order(reply)).map_err(|error| match error {
+        self.orders.try_send(order(reply)).map_err(|error| match error {
             TrySendError::Full(_) => {
                 Failure::not_applied("the disk is slow and the writer has too much to do")
             }
@@ -366,8 +455,10 @@ fn work(home: &Home, orders: &Receiver<Order>) {
 
 /// Commits batches in one transaction: one sync, and each page written once, for all of them.
 pub(super) fn together(home: &Home, mut group: Vec<Commit>) {
-    let now = Instant::now();
-    group.retain(|commit| commit.until >= now);
+    let now = home.up();
+    for late in group.extract_if(.., |commit| commit.until < now) {
+        drop(late.reply.send(Err(Failure::not_applied("the writer came to it too late"))));
+    }
     if group.is_empty() {
         return;
     }

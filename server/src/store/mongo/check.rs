@@ -1,11 +1,9 @@
-//! What must hold before the first lease is granted: the connection's settings and the start-up checks.
-
-use std::time::Duration;
+//! What must hold before the first lease is granted: the start-up checks of the database and of the collection.
 
 use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, doc};
 use mongodb::error::{Error, ErrorKind};
-use mongodb::options::{Acknowledgment, ClientOptions, WriteConcern};
+use mongodb::options::ClientOptions;
 
 use super::command::brief;
 use super::{ConnectError, MongoStore, daemons, feed};
@@ -17,6 +15,17 @@ const MIN_WIRE_VERSION: i32 = 17;
 const NAMESPACE_NOT_FOUND: i32 = 26;
 const NAMESPACE_EXISTS: i32 = 48;
 const UNAUTHORIZED: i32 = 13;
+/// The server's codes for a user or a password that it does not know: `UserNotFound`, `AuthenticationFailed` and Atlas's.
+const NO_LOGIN: [i32; 3] = [11, 18, 8000];
+/// The server's codes for a command that it will refuse tomorrow as well: `BadValue`, `FailedToParse`, `TypeMismatch`,
+/// `IllegalOperation`, `CommandNotFound`, `InvalidOptions`, `InvalidNamespace`, `NoReplicationEnabled`,
+/// `UnknownReplWriteConcern`, `CommandNotSupported`, `DocumentValidationFailure`, `NotAReplicaSet`,
+/// `ReadConcernMajorityNotEnabled`, `CommandNotSupportedOnView`, `OptionNotSupportedOnView`, `InvalidPipelineOperator`,
+/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and a pipeline stage that it does not know.
+const NEVER: [i32; 20] =
+    [2, 9, 14, 20, 59, 72, 73, 76, 79, 115, 121, 123, 148, 166, 167, 168, 238, 291, 13297, 40324];
+/// Databases that are MongoDB's own; `local` is not even replicated.
+const ITS_OWN: [&str; 3] = ["admin", "config", "local"];
 
 /// A database on which leases would not be safe, or could not be kept. Each message says what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,50 +43,64 @@ pub enum Unusable {
     /// Too old.
     #[error("this MongoDB is older than 6.0; upgrade it")]
     TooOld,
+    /// One node of many, whether it is the primary or not.
+    #[error(
+        "the MongoDB URI says directConnection=true, but the set has other members, and after a failover this one may no \
+         longer be the primary; name the set with replicaSet instead, or leave directConnection out"
+    )]
+    Direct,
+    /// Reads of what may be old, or may be undone.
+    #[error(
+        "the MongoDB URI sets {0}, but what decides about a lease must be read from the primary, as a majority has it; {1}"
+    )]
+    WeakReads(&'static str, &'static str),
     /// Writes that a failover may undo.
     #[error(
-        "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; use w=majority or leave it out"
+        "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; {1} or leave it out"
     )]
-    WeakWrites(String),
+    WeakWrites(String, &'static str),
+    /// A database that MongoDB needs for itself.
+    #[error("the database {0:?} is MongoDB's own; name another with --mongodb-database")]
+    Database(String),
+    /// MongoDB does not let the user in.
+    #[error("MongoDB refused the user or the password in the URI: {0}; see also its authSource")]
+    Login(String),
     /// The user may not do what a daemon must.
     #[error(
-        "the MongoDB user lacks a right that the daemon needs (find, insert, update, remove, listIndexes and \
-         listCollections on its database, and changeStream on its collection): {0}"
+        "MongoDB refuses what the daemon needs to do; its user must have the rights find, insert, update, remove, \
+         listIndexes and listCollections on its database, and changeStream on its collection: {0}"
     )]
     Rights(String),
+    /// MongoDB, or what calls itself so, does not know a command.
+    #[error("MongoDB refuses what the daemon needs to do, and would do so again: {0}")]
+    Refused(String),
+    /// A collection of a kind that does not keep records as they were written.
+    #[error("the collection {0}; use a plain one, with another --mongodb-collection if need be")]
+    Collection(&'static str),
     /// MongoDB would delete records by itself.
     #[error(
         "the collection has a TTL index, {0:?}, which deletes records of leases that are held; drop that index"
     )]
     TtlIndex(String),
+    /// MongoDB would refuse records because of others.
+    #[error(
+        "the collection has a unique index, {0:?}, which would refuse records that are like others; drop that index"
+    )]
+    UniqueIndex(String),
     /// Keys that differ could be taken for the same.
     #[error("the collection has a collation, under which different keys may count as equal; use one without")]
     Collation,
+    /// Another daemon on the same records obeys other rules, or the records are not those that this one started with.
+    #[error("{0}")]
+    Company(String),
 }
 
-/// Reads the URI; what it leaves open is set to notice a lost primary within seconds.
-pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectError> {
-    let mut options = ClientOptions::parse(uri).await.map_err(|error| match error.kind.as_ref() {
-        ErrorKind::DnsResolve { .. } => ConnectError::Unreachable(brief(&error)),
-        _ => Unusable::Uri(brief(&error)).into(),
-    })?;
-    options.app_name.get_or_insert_with(|| "leased".to_owned());
-    options.max_pool_size.get_or_insert(64);
-    options.max_connecting.get_or_insert(8);
-    options.connect_timeout.get_or_insert(Duration::from_secs(2));
-    // Shorter than an attempt at a command: a primary that cannot be found is then known not to have done anything.
-    options.server_selection_timeout.get_or_insert(Duration::from_millis(1800));
-    options.heartbeat_freq.get_or_insert(Duration::from_secs(1));
-    // Edits are idempotent and the daemon repeats them; the server need not keep an image of each for the driver.
-    options.retry_writes = Some(false);
-    Ok(options)
-}
-
-/// Looks at the database and returns the write concern to use: the one asked for if it is no weaker than a majority.
-pub(super) async fn database(
-    store: &MongoStore,
-    asked: Option<WriteConcern>,
-) -> Result<WriteConcern, ConnectError> {
+/// Looks at the database and at the collection, which is created if need be.
+pub(super) async fn database(store: &MongoStore, options: &ClientOptions) -> Result<(), ConnectError> {
+    let name = store.database.name();
+    if ITS_OWN.contains(&name) {
+        return Err(Unusable::Database(name.to_owned()).into());
+    }
     let hello = command(store, doc! { "hello": 1 }).await?;
     let sharded = hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid");
     if !sharded && !hello.contains_key("setName") {
@@ -86,37 +109,21 @@ pub(super) async fn database(
     if hello.get_i32("maxWireVersion").is_ok_and(|version| version < MIN_WIRE_VERSION) {
         return Err(Unusable::TooOld.into());
     }
-    let members = hello.get_array("hosts").map_or(0, Vec::len);
-    let concern = write_concern(asked, if sharded { None } else { Some(members) })?;
+    if !sharded && options.direct_connection == Some(true) && members(&hello) != 1 {
+        return Err(Unusable::Direct.into());
+    }
     collection(store).await?;
     indexes(store).await?;
-    rights(store, &concern).await?;
-    Ok(concern)
+    rights(store).await
 }
 
-/// `members`: electable members of the set, where they are known.
-fn write_concern(asked: Option<WriteConcern>, members: Option<usize>) -> Result<WriteConcern, Unusable> {
-    let asked = asked.unwrap_or_else(WriteConcern::majority);
-    if asked.journal == Some(false) {
-        return Err(Unusable::WeakWrites("journal=false".to_owned()));
-    }
-    let mut concern = match asked.w {
-        None | Some(Acknowledgment::Majority) => WriteConcern::majority(),
-        Some(Acknowledgment::Nodes(nodes))
-            if members.is_some_and(|members| nodes as usize > members / 2 && nodes > 1) =>
-        {
-            WriteConcern::nodes(nodes)
-        }
-        Some(Acknowledgment::Nodes(nodes)) => return Err(Unusable::WeakWrites(format!("w={nodes}"))),
-        Some(other) => {
-            return Err(Unusable::WeakWrites(format!("w={other:?}, which may be less than a majority")));
-        }
-    };
-    concern.journal = Some(true);
-    Ok(concern)
+/// Members of the set but hidden ones, which cannot become the primary.
+fn members(hello: &Document) -> usize {
+    let some = |kind| hello.get_array(kind).map_or(0, Vec::len);
+    ["hosts", "passives", "arbiters"].map(some).iter().sum()
 }
 
-/// Creates the collection if need be, and refuses one with a collation.
+/// Creates the collection if need be, and refuses one that is not plain.
 async fn collection(store: &MongoStore) -> Result<(), ConnectError> {
     let create = doc! { "create": store.collection.name() };
     match raw(store, create).await? {
@@ -124,19 +131,46 @@ async fn collection(store: &MongoStore) -> Result<(), ConnectError> {
         Err(error) if code(&error) == Some(NAMESPACE_EXISTS) => {}
         // A user who may not create collections may still use one that somebody created.
         Err(error) if code(&error) == Some(UNAUTHORIZED) => {}
-        Err(error) => return Err(failed(&error)),
+        Err(error) => return Err(verdict(&error)),
     }
     let list = doc! { "listCollections": 1, "filter": { "name": store.collection.name() } };
     let found = command(store, list).await?;
     let cursor = found.get_document("cursor").and_then(|cursor| cursor.get_array("firstBatch"));
-    let entries = cursor.into_iter().flatten().filter_map(Bson::as_document);
-    let collated = |entry: &Document| {
-        entry.get_document("options").is_ok_and(|options| options.contains_key("collation"))
-    };
-    if entries.into_iter().any(collated) {
-        return Err(Unusable::Collation.into());
+    match cursor.into_iter().flatten().filter_map(Bson::as_document).find_map(unfit) {
+        Some(why) => Err(why.into()),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Why leases cannot be in a collection of this description. Clustered collections and those with images of changes
+/// are fine.
+fn unfit(entry: &Document) -> Option<Unusable> {
+    match entry.get_str("type") {
+        Ok("view") => return Some(Unusable::Collection("is a view, which cannot be written")),
+        Ok("timeseries") => {
+            return Some(Unusable::Collection(
+                "is a time series, whose records cannot be changed one by one",
+            ));
+        }
+        _ => {}
+    }
+    let options = entry.get_document("options").ok()?;
+    let is_empty = |option| options.get_document(option).is_ok_and(Document::is_empty);
+    for (option, what) in [
+        ("capped", "is capped, so MongoDB deletes the oldest records, those of leases that are held too"),
+        ("validator", "has a validator, which may refuse records"),
+        (
+            "expireAfterSeconds",
+            "has documents that expire, so MongoDB may delete records of leases that are held",
+        ),
+        ("encryptedFields", "has encrypted fields, which a daemon cannot write"),
+    ] {
+        let is_off = options.get_bool(option).is_ok_and(|is_on| !is_on) || is_empty(option);
+        if options.contains_key(option) && !is_off {
+            return Some(Unusable::Collection(what));
+        }
+    }
+    options.contains_key("collation").then_some(Unusable::Collation)
 }
 
 async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
@@ -145,39 +179,44 @@ async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
         let indexes: Vec<_> = match collection.list_indexes().await {
             Ok(cursor) => cursor.try_collect().await?,
             Err(error) if code(&error) == Some(NAMESPACE_NOT_FOUND) => Vec::new(),
-            Err(error) => return Err(error),
+            Err(error) => return Ok(Err(error)),
         };
-        Ok(indexes)
+        Ok(Ok(indexes))
     };
-    for index in store.runner.run(list).await? {
+    for index in store.runner.run(list).await?.map_err(|error| verdict(&error))? {
         let options = index.options.unwrap_or_default();
+        let name = options.name.unwrap_or_default();
         if options.expire_after.is_some() {
-            return Err(Unusable::TtlIndex(options.name.unwrap_or_default()).into());
+            return Err(Unusable::TtlIndex(name).into());
+        }
+        let is_of_ids = index.keys.len() == 1 && index.keys.contains_key("_id");
+        if options.unique == Some(true) && !is_of_ids {
+            return Err(Unusable::UniqueIndex(name).into());
         }
     }
     Ok(())
 }
 
 /// Tries each kind of command in a form that changes nothing.
-async fn rights(store: &MongoStore, concern: &WriteConcern) -> Result<(), ConnectError> {
+async fn rights(store: &MongoStore) -> Result<(), ConnectError> {
     let nothing = doc! { "_id": { "$in": [] } };
     store.find(&[]).await?;
     feed::open(store).await?;
     let daemons = daemons::collection_name(store.collection.name());
     command(store, doc! { "find": &daemons, "filter": nothing, "limit": 1 }).await?;
-    may_write(store, store.collection.name(), concern).await?;
-    may_write(store, &daemons, concern).await
+    may_write(store, store.collection.name()).await?;
+    may_write(store, &daemons).await
 }
 
-async fn may_write(store: &MongoStore, name: &str, concern: &WriteConcern) -> Result<(), ConnectError> {
+async fn may_write(store: &MongoStore, name: &str) -> Result<(), ConnectError> {
     let nothing = doc! { "_id": { "$in": [] } };
     let update = doc! { "update": name, "updates": [{ "q": nothing.clone(), "u": [{ "$set": { "rev": 0 } }], "multi": true }] };
     let delete = doc! { "delete": name, "deletes": [{ "q": nothing, "limit": 0 }] };
-    store.runner.write(&store.database, update, concern).await?;
-    store.runner.write(&store.database, delete, concern).await?;
+    store.runner.write(&store.database, update, &store.concern).await?;
+    store.runner.write(&store.database, delete, &store.concern).await?;
     // No insert can succeed with an array for an id; a lack of rights is found before that.
     let insert = doc! { "insert": name, "documents": [{ "_id": [] }] };
-    match store.runner.write(&store.database, insert, concern).await {
+    match store.runner.write(&store.database, insert, &store.concern).await {
         Err(Failure::Refused(cause)) => Err(Unusable::Rights(cause).into()),
         _ => Ok(()),
     }
@@ -185,20 +224,13 @@ async fn may_write(store: &MongoStore, name: &str, concern: &WriteConcern) -> Re
 
 /// Runs a command that must succeed.
 async fn command(store: &MongoStore, command: Document) -> Result<Document, ConnectError> {
-    raw(store, command).await?.map_err(|error| failed(&error))
+    raw(store, command).await?.map_err(|error| verdict(&error))
 }
 
-/// Runs a command and gives back the server's own error, if that is what came.
+/// Runs a command and gives back the error that the driver or the server answered with, if there was one.
 async fn raw(store: &MongoStore, command: Document) -> Result<Result<Document, Error>, ConnectError> {
     let database = store.database.clone();
-    let run = async move {
-        match database.run_command(command).await {
-            Err(error) if code(&error).is_some() => Ok(Err(error)),
-            Err(error) => Err(error),
-            Ok(reply) => Ok(Ok(reply)),
-        }
-    };
-    Ok(store.runner.run(run).await?)
+    Ok(store.runner.run(async move { Ok(database.run_command(command).await) }).await?)
 }
 
 fn code(error: &Error) -> Option<i32> {
@@ -208,36 +240,16 @@ fn code(error: &Error) -> Option<i32> {
     }
 }
 
-fn failed(error: &Error) -> ConnectError {
-    Failure::from_driver(error).into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn asked(uri_w: Option<Acknowledgment>, journal: Option<bool>) -> Option<WriteConcern> {
-        let mut concern = WriteConcern::majority();
-        concern.w = uri_w;
-        concern.journal = journal;
-        Some(concern)
-    }
-
-    #[test]
-    fn writes_are_never_weaker_than_a_majority() {
-        let majority = write_concern(None, Some(1)).expect("the default");
-        assert_eq!(majority.w, Some(Acknowledgment::Majority));
-        assert_eq!(majority.journal, Some(true));
-        assert!(write_concern(asked(Some(Acknowledgment::Nodes(3)), None), Some(3)).is_ok());
-        for (weak, members) in [
-            (asked(Some(Acknowledgment::Nodes(0)), None), Some(1)),
-            (asked(Some(Acknowledgment::Nodes(1)), None), Some(1)),
-            (asked(Some(Acknowledgment::Nodes(2)), None), Some(5)),
-            (asked(Some(Acknowledgment::Nodes(2)), None), None),
-            (asked(Some(Acknowledgment::Majority), Some(false)), Some(1)),
-            (asked(Some(Acknowledgment::Custom("near".into())), None), Some(1)),
-        ] {
-            assert!(write_concern(weak.clone(), members).is_err(), "{weak:?} on {members:?}");
+/// Whether trying again may help after this error.
+fn verdict(error: &Error) -> ConnectError {
+    let cause = brief(error);
+    let is_login = matches!(error.kind.as_ref(), ErrorKind::Authentication { .. });
+    match code(error) {
+        Some(UNAUTHORIZED) => Unusable::Rights(cause).into(),
+        Some(code) if NEVER.contains(&code) => Unusable::Refused(cause).into(),
+        code if is_login || code.is_some_and(|code| NO_LOGIN.contains(&code)) => {
+            Unusable::Login(cause).into()
         }
+        _ => Failure::from_driver(error).into(),
     }
 }

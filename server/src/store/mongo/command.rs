@@ -22,10 +22,28 @@ pub(super) const ATTEMPT: Duration = Duration::from_millis(2000);
 const SLACK: Duration = Duration::from_millis(500);
 /// Tasks at once, those that nobody waits for any more included.
 const TASKS: usize = 64;
-/// The same of what is done beside the commits and reads, so that it never stands in their way.
+/// Tasks at once for what is done beside the commits, so that it never stands in their way.
 const ERRANDS: usize = 8;
+/// `ConversionFailure`: what the server says of a command that reaches it after its limit.
+const LATE: i32 = 241;
+/// Errors that the server raises before it looks at a document: not the primary, no rights, no such command or namespace.
+const AT_THE_DOOR: [i32; 8] = [10107, 13435, 13436, 10058, 13, 18, 59, 73];
 
 impl Failure {
+    /// Reads the error code of one statement of a command. What stood before it may have been done, and a statement about
+    /// many documents may have failed half-way; `n` counts neither for sure.
+    fn from_statement(code: i32, cause: String, index: Option<i32>, n: u64) -> Self {
+        let is_first = index == Some(0) && n == 0;
+        match Self::from_code(code, cause) {
+            // The clock is read once for all statements, so all of them are late.
+            failure @ Self::Late(_) => failure,
+            // Says nothing of the others.
+            failure @ Self::Record(_) => failure,
+            failure if is_first && AT_THE_DOOR.contains(&code) => failure,
+            other => Self::Unknown(other.into_cause()),
+        }
+    }
+
     /// Reads a driver error. `ErrorKind` and server codes are all the driver shows of its own judgement.
     pub(super) fn from_driver(error: &Error) -> Self {
         let cause = brief(error);
@@ -35,30 +53,31 @@ impl Failure {
             // The write took place on the primary; whether it lasts is not known.
             ErrorKind::Write(WriteFailure::WriteConcernError(_)) => Self::Unknown(cause),
             ErrorKind::ServerSelection { .. } | ErrorKind::DnsResolve { .. } => Self::NotApplied(cause),
-            ErrorKind::Authentication { .. } | ErrorKind::InvalidArgument { .. } | ErrorKind::Bson(_) => {
-                Self::Refused(cause)
-            }
+            ErrorKind::Authentication { .. } | ErrorKind::InvalidArgument { .. } => Self::Refused(cause),
+            // A reply that cannot be read is one of these: the command may have been done.
             _ => Self::Unknown(cause),
         }
     }
 
-    /// Reads an error code of the server.
+    /// Reads the error code of a command that failed as a whole.
     fn from_code(code: i32, cause: String) -> Self {
         match code {
+            // ConversionFailure, which nothing but the limit of a command raises.
+            LATE => Self::Late(cause),
             // NotWritablePrimary, NotPrimaryNoSecondaryOk, NotPrimaryOrSecondary: refused at the door.
             10107 | 13435 | 13436 | 10058 => Self::NotApplied(cause),
             // DuplicateKey: someone else inserted the record first.
             11000 => Self::NotApplied(cause),
             // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, CannotCreateCollection, a document
-            // that validation rejects.
-            13 | 18 | 73 | 59 | 662 | 121 => Self::Refused(cause),
+            // that validation rejects, CommandNotSupported, CommandNotSupportedOnView, OptionNotSupportedOnView.
+            13 | 18 | 73 | 59 | 662 | 121 | 115 | 166 | 167 => Self::Refused(cause),
             // StaleConfig on a sharded cluster, whose number is as high as those below.
             46841 => Self::Unknown(cause),
-            // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, ConversionFailure, BSONObjectTooLarge, and the
-            // numbered locations in the server's code at which an expression fails: a field of a document has a type
-            // that the pipeline cannot work with, or a document would become too large.
-            2 | 9 | 14 | 15 | 22 | 241 | 10334 | 15000.. => Self::Record(cause),
-            // Anything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
+            // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, BSONObjectTooLarge, and the numbered locations
+            // in the server's code at which an expression fails: a field of a document has a type that the pipeline
+            // cannot work with, or a document would become too large.
+            2 | 9 | 14 | 15 | 22 | 10334 | 15000.. => Self::Record(cause),
+            // Everything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
             // have struck half-way through a batch.
             _ => Self::Unknown(cause),
         }
@@ -69,15 +88,33 @@ impl Failure {
 #[derive(Debug, Clone)]
 pub(super) struct Runner {
     tasks: Arc<Semaphore>,
+    most: usize,
 }
 
 impl Runner {
     pub(super) fn new() -> Self {
-        Self { tasks: Arc::new(Semaphore::new(TASKS)) }
+        Self::with_room_for(TASKS)
     }
 
     pub(super) fn for_errands() -> Self {
-        Self { tasks: Arc::new(Semaphore::new(ERRANDS)) }
+        Self::with_room_for(ERRANDS)
+    }
+
+    pub(super) fn with_room_for(most: usize) -> Self {
+        Self { tasks: Arc::new(Semaphore::new(most)), most }
+    }
+
+    /// Waits until every command that was begun has ended, also those that nobody waits for, or for as long as one
+    /// may take.
+    pub(super) async fn settled(&self) {
+        let all = u32::try_from(self.most).unwrap_or(u32::MAX);
+        drop(timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await);
+    }
+
+    /// Lets no command begin any more, and waits for those that were begun as [`Self::settled`] does.
+    pub(super) async fn end(&self) {
+        self.settled().await;
+        self.tasks.close();
     }
 
     /// Runs `command` to its end, and waits for that no longer than an attempt may take.
@@ -157,21 +194,20 @@ fn concern_document(concern: &WriteConcern) -> Document {
 
 /// Reads the reply to a write command.
 fn matched(reply: &Document) -> Result<u64, Failure> {
+    let n = reply.get_i32("n").map_err(Failure::unknown)?;
+    let n = u64::try_from(n).map_err(Failure::unknown)?;
     let errors = reply.get_array("writeErrors").into_iter().flatten();
     for error in errors.filter_map(|error| error.as_document()) {
         let code = error.get_i32("code").unwrap_or(0);
         if code != 11000 {
-            return Err(Failure::from_code(
-                code,
-                error.get_str("errmsg").unwrap_or("write error").to_owned(),
-            ));
+            let cause = error.get_str("errmsg").unwrap_or("write error").to_owned();
+            return Err(Failure::from_statement(code, cause, error.get_i32("index").ok(), n));
         }
     }
     if let Ok(error) = reply.get_document("writeConcernError") {
         return Err(Failure::unknown(error.get_str("errmsg").unwrap_or("write concern error")));
     }
-    let n = reply.get_i32("n").map_err(Failure::unknown)?;
-    u64::try_from(n).map_err(Failure::unknown)
+    Ok(n)
 }
 
 /// The error without the driver's trappings, for logs and for people.
@@ -182,6 +218,8 @@ pub(super) fn brief(error: &Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Outcome;
+    use crate::store::failure::Effects;
 
     #[test]
     fn a_reply_that_says_ok_may_hold_a_failure() {
@@ -189,11 +227,38 @@ mod tests {
         let rolled_back =
             doc! { "ok": 1, "n": 3, "writeConcernError": { "code": 64, "errmsg": "timed out" } };
         assert!(matches!(matched(&rolled_back), Err(Failure::Unknown(_))));
-        let forbidden = doc! { "ok": 1, "n": 0, "writeErrors": [{ "code": 13, "errmsg": "no" }] };
-        assert!(matches!(matched(&forbidden), Err(Failure::Refused(_))));
-        let half_way = doc! { "ok": 1, "n": 1, "writeErrors": [{ "code": 189, "errmsg": "stepped down" }] };
-        assert!(matches!(matched(&half_way), Err(Failure::Unknown(_))));
         let duplicate = doc! { "ok": 1, "n": 1, "writeErrors": [{ "code": 11000, "errmsg": "duplicate" }] };
         assert!(matches!(matched(&duplicate), Ok(1)));
+    }
+
+    /// A reply with an error of one statement.
+    fn failed(index: i32, n: i32, code: i32) -> Result<u64, Failure> {
+        matched(&doc! { "ok": 1, "n": n, "writeErrors": [{ "index": index, "code": code, "errmsg": "no" }] })
+    }
+
+    #[test]
+    fn an_error_of_a_statement_proves_that_nothing_changed_only_at_the_door_of_the_first() {
+        assert!(matches!(failed(0, 0, 13), Err(Failure::Refused(_))));
+        assert!(matches!(failed(0, 0, 10107), Err(Failure::NotApplied(_))));
+        for code in [13, 10107, 13435, 121, 189, 91] {
+            assert!(matches!(failed(1, 0, code), Err(Failure::Unknown(_))), "{code} in a second statement");
+            assert!(matches!(failed(0, 1, code), Err(Failure::Unknown(_))), "{code} after a change");
+        }
+        for code in [121, 189, 112, 50] {
+            assert!(matches!(failed(0, 0, code), Err(Failure::Unknown(_))), "{code} may come half-way");
+        }
+        for (index, n) in [(0, 0), (0, 1), (1, 0)] {
+            for code in [2, 10334, 17419] {
+                let failure = failed(index, n, code);
+                assert!(matches!(failure, Err(Failure::Record(_))), "{code} is one record's");
+                let effects = Effects::default();
+                drop(effects.note(failure, |_| false));
+                assert_eq!(effects.outcome(), Outcome::Unknown, "{code} says nothing of the other records");
+            }
+        }
+        for (index, n) in [(0, 0), (1, 0)] {
+            assert!(matches!(failed(index, n, 241), Err(Failure::Late(_))), "all statements have one time");
+        }
+        assert!(matches!(matched(&doc! { "ok": 1 }), Err(Failure::Unknown(_))), "a reply without a count");
     }
 }

@@ -6,14 +6,19 @@ use std::sync::{Mutex, PoisonError};
 use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ReturnDocument;
 
+use super::clock::{BootInstant, Limit};
 use super::command::ATTEMPT;
-use super::{MongoStore, document, pipeline};
-use crate::lease::{Edit, Key, Snapshot};
-use crate::store::failure::Failure;
+use super::document::Edited;
+use super::{MongoStore, document, index, pipeline};
+use crate::lease::{Edit, Key, Snapshot, Timestamp};
+use crate::store::failure::{Effects, Failure};
 use crate::store::{ForKey, StoreError, makes_record, vacant};
 
 /// Keys of which more are not remembered to have a line.
 const LINES: usize = 10_000;
+
+/// Edits left over that are made one by one: another round takes two commands.
+const ALONE: usize = 2;
 
 type Edits = Vec<(Key, Edit)>;
 
@@ -22,9 +27,9 @@ type Edits = Vec<(Key, Edit)>;
 pub(super) struct Lines(Mutex<HashSet<Key>>);
 
 impl Lines {
-    pub(super) fn note(&self, answers: &[ForKey]) {
+    pub(super) fn note<'a>(&self, snapshots: impl IntoIterator<Item = &'a Snapshot>) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for Snapshot { record, .. } in answers.iter().flatten() {
+        for Snapshot { record, .. } in snapshots {
             if record.waiters.is_empty() {
                 known.remove(&record.key);
             } else if known.len() < LINES {
@@ -46,21 +51,38 @@ impl Lines {
 }
 
 impl MongoStore {
-    /// One try at a batch.
-    pub(super) async fn attempt(&self, batch: &[(Key, Edit)]) -> Result<Vec<ForKey>, Failure> {
-        let answers = match self.whole(batch).await {
-            Err(Failure::Record(cause)) => self.apart(batch, cause).await?,
+    /// One try at a batch. The `effects` learn what each command may have changed.
+    pub(super) async fn attempt(
+        &self,
+        batch: &[(Key, Edit)],
+        effects: &Effects,
+    ) -> Result<Vec<ForKey>, Failure> {
+        let done = match self.once(batch, effects).await {
+            Err(Failure::Late(cause)) => {
+                // If that is true, the limit of the next command is a later one. If not, the clock was misjudged.
+                tracing::debug!(cause, "looking at the database's clock anew");
+                self.look_at_clock().await?;
+                self.once(batch, effects).await
+            }
+            done => done,
+        };
+        let answers = match done {
+            Err(Failure::Record(cause)) => self.apart(batch, cause, effects).await?,
             answers => answers?,
         };
-        self.lines.note(&answers);
+        self.lines.note(answers.iter().flatten());
         Ok(answers)
     }
 
-    async fn whole(&self, batch: &[(Key, Edit)]) -> Result<Vec<ForKey>, Failure> {
+    pub(super) async fn once(
+        &self,
+        batch: &[(Key, Edit)],
+        effects: &Effects,
+    ) -> Result<Vec<ForKey>, Failure> {
         Ok(match batch {
             [] => Vec::new(),
-            [(key, edit)] => vec![self.alone(key, edit).await?],
-            _ => self.together(batch).await?,
+            [(key, edit)] => vec![self.alone(key, edit, effects).await?],
+            _ => self.together(batch, effects).await?,
         })
     }
 
@@ -68,7 +90,12 @@ impl MongoStore {
     ///
     /// Such a record can most often not be read either, which one command tells of all. Otherwise the batch is halved
     /// until the edit stands alone.
-    async fn apart(&self, batch: &[(Key, Edit)], cause: String) -> Result<Vec<ForKey>, Failure> {
+    async fn apart(
+        &self,
+        batch: &[(Key, Edit)],
+        cause: String,
+        effects: &Effects,
+    ) -> Result<Vec<ForKey>, Failure> {
         if let [(key, _)] = batch {
             return Ok(vec![Err(StoreError::Unreadable { key: key.clone(), cause })]);
         }
@@ -77,12 +104,12 @@ impl MongoStore {
             found.into_iter().filter_map(|(key, edited)| Some((key, edited.err()?))).collect();
         if unreadable.is_empty() {
             let (first, second) = batch.split_at(batch.len() / 2);
-            let mut answers = Box::pin(self.attempt(first)).await?;
-            answers.extend(Box::pin(self.attempt(second)).await?);
+            let mut answers = Box::pin(self.attempt(first, effects)).await?;
+            answers.extend(Box::pin(self.attempt(second, effects)).await?);
             return Ok(answers);
         }
         let rest: Vec<_> = batch.iter().filter(|(key, _)| !unreadable.contains_key(key)).cloned().collect();
-        let mut answers = Box::pin(self.attempt(&rest)).await?.into_iter();
+        let mut answers = Box::pin(self.attempt(&rest, effects)).await?.into_iter();
         let missing = || Failure::unknown("an answer is missing");
         let answer = |(key, _): &(Key, Edit)| match unreadable.remove(key) {
             Some(error) => Ok(Err(error)),
@@ -91,18 +118,20 @@ impl MongoStore {
         batch.iter().map(answer).collect()
     }
 
-    /// A single edit: one round trip, or two for a touch where someone waits of whom nothing is known here. Other edits are not
-    /// to take two: a release is what those wait for.
-    async fn alone(&self, key: &Key, edit: &Edit) -> Result<ForKey, Failure> {
-        let (batch, mark) = ([(key.clone(), edit.clone())], fastrand::i64(..));
+    /// A single edit: one round trip. A touch takes a second if someone waits of whom this daemon did not know. Other
+    /// edits never risk the second: a waiter may be waiting for that very release.
+    async fn alone(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
+        let batch = [(key.clone(), edit.clone())];
         if edit.only_touches() && self.lines.has_none_at(key) {
-            let stages = self.quick_stages(&batch, mark);
-            if let Some(found) = self.find_and_modify(quickly(&batch), stages, false).await? {
+            let commands = self.commands().await?;
+            let stages = commands.quick_stages(&batch);
+            if let Some(found) = self.find_and_modify(quickly(&batch), stages, false, effects).await? {
                 return Ok(found);
             }
         }
-        let filter = doc! { "_id": key.as_str() };
-        let found = self.find_and_modify(filter, self.stages(&batch, mark), makes_record(edit)).await?;
+        let commands = self.commands().await?;
+        let (filter, stages) = (doc! { "_id": key.as_str() }, commands.stages(&batch));
+        let found = self.find_and_modify(filter, stages, makes_record(edit), effects).await?;
         Ok(found.unwrap_or_else(|| Ok(vacant(key))))
     }
 
@@ -111,94 +140,186 @@ impl MongoStore {
         filter: Document,
         stages: Vec<Document>,
         upsert: bool,
+        effects: &Effects,
     ) -> Result<Option<ForKey>, Failure> {
         let collection = self.collection.clone();
         let mut concern = self.concern.clone();
         concern.w_timeout = Some(ATTEMPT);
-        let found = self
-            .runner
-            .run(async move {
-                collection
-                    .find_one_and_update(filter, stages)
-                    .upsert(upsert)
-                    .return_document(ReturnDocument::After)
-                    .max_time(ATTEMPT)
-                    .write_concern(concern)
-                    .await
-            })
-            .await?;
-        Ok(found.and_then(|found| match document::edited(&found) {
-            Ok(edited) => Some(Ok(edited.snapshot)),
-            Err(foreign) => foreign.into_unreadable().map(Err),
-        }))
+        let sent = BootInstant::now();
+        let command = async move {
+            collection
+                .find_one_and_update(filter, stages)
+                .upsert(upsert)
+                .return_document(ReturnDocument::After)
+                .max_time(ATTEMPT)
+                .write_concern(concern)
+                .await
+        };
+        let reply = effects.note(self.runner.run(command).await, Option::is_some);
+        let Some(document) = reply? else { return Ok(None) };
+        match document::edited(&document) {
+            Ok(Edited { snapshot, .. }) => {
+                self.learn_time(snapshot.now, sent, BootInstant::now());
+                Ok(Some(Ok(snapshot)))
+            }
+            Err(foreign) => Ok(foreign.into_unreadable().map(Err)),
+        }
     }
 
-    /// Many edits: one command that writes and one that reads, and the same again for what that leaves to be done.
-    async fn together(&self, batch: &[(Key, Edit)]) -> Result<Vec<ForKey>, Failure> {
-        let mark = fastrand::i64(..);
+    /// Many edits: one command that writes and one that reads. Edits that those did not reach follow in another round:
+    /// someone waits of whom this daemon did not know, or there is no record yet.
+    ///
+    /// Each command leaves a mark of its own in the records, and only the mark says that an edit was made: how many
+    /// records a command matched is no proof, since a sharded cluster may count one twice.
+    async fn together(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<ForKey>, Failure> {
         let (quick, others) = self.lines.split(batch);
-        let matched = self.update(&quick, &others, mark).await?;
-        let mut found = self.find_edited(&names(batch)).await?;
-        if matched < batch.len() {
-            // Someone waits of whom nothing is known here, or there is no record.
-            let is_left = |(key, edit): &&(Key, Edit)| match found.get(key) {
-                Some(Ok(edited)) => edited.mark != Some(mark),
-                Some(Err(_)) => false,
-                None => makes_record(edit),
+        let mut found = self.round(&quick, &others, effects).await?;
+        let mut left = left(batch, &found);
+        let blanks = blanks(&left, &found);
+        if !blanks.is_empty() {
+            let insert = doc! { "insert": self.collection.name(), "documents": blanks, "ordered": false };
+            effects.note(self.runner.write(&self.database, insert, &self.concern).await, |n| *n > 0)?;
+        }
+        if left.len() > ALONE {
+            found.extend(self.round(&[], &left, effects).await?);
+            left.retain(|(key, edit)| is_left(key, edit, &found));
+        }
+        // Another daemon writes to these, and may have done so between the two commands. One that returns the record it
+        // has made leaves no such doubt.
+        for (key, edit) in left {
+            let answer = match self.alone(&key, &edit, effects).await {
+                Err(Failure::Record(cause)) => Err(StoreError::Unreadable { key: key.clone(), cause }),
+                answer => answer?,
             };
-            let rest: Vec<(Key, Edit)> = batch.iter().filter(is_left).cloned().collect();
-            let blanks: Vec<Bson> = rest
-                .iter()
-                .filter(|(key, _)| !found.contains_key(key))
-                .map(|(key, _)| doc! { "_id": key.as_str() }.into())
-                .collect();
-            if !blanks.is_empty() {
-                let insert = doc! { "insert": self.collection.name(), "documents": blanks, "ordered": false };
-                self.runner.write(&self.database, insert, &self.concern).await?;
-            }
-            if !rest.is_empty() {
-                if self.update(&[], &rest, mark).await? < rest.len() {
-                    return Err(Failure::unknown("a record was forgotten in the same moment"));
-                }
-                found.extend(self.find_edited(&names(&rest)).await?);
-            }
+            found.insert(key, answer.map(|snapshot| Found { snapshot, is_ours: true }));
         }
         let answer = |key| match found.remove(key) {
-            Some(edited) => edited.map(|edited| edited.snapshot),
+            Some(found) => found.map(|found| found.snapshot),
             None => Ok(vacant(key)),
         };
         Ok(batch.iter().map(|(key, _)| key).map(answer).collect())
     }
 
-    /// Applies edits with which nobody comes, at keys where nobody waits, and others of any kind; returns how many records
-    /// there were for them. Each gets the `mark`.
-    async fn update(
+    /// Applies edits with which nobody comes, at keys where nobody waits, and others of any kind; then reads the records.
+    async fn round(
         &self,
         quick: &[(Key, Edit)],
         others: &[(Key, Edit)],
-        mark: i64,
-    ) -> Result<usize, Failure> {
+        effects: &Effects,
+    ) -> Result<HashMap<Key, Result<Found, StoreError>>, Failure> {
+        let commands = self.commands().await?;
         let mut statements = Vec::new();
         if !quick.is_empty() {
-            statements.push(doc! { "q": quickly(quick), "u": self.quick_stages(quick, mark), "multi": true });
+            statements.push(doc! { "q": quickly(quick), "u": commands.quick_stages(quick), "multi": true });
         }
         if !others.is_empty() {
             let which = doc! { "_id": { "$in": names(others) } };
-            statements.push(doc! { "q": which, "u": self.stages(others, mark), "multi": true });
+            statements.push(doc! { "q": which, "u": commands.stages(others), "multi": true });
         }
         let update = doc! { "update": self.collection.name(), "updates": statements };
-        let matched = self.runner.write(&self.database, update, &self.concern).await?;
-        usize::try_from(matched).map_err(Failure::unknown)
+        let sent = BootInstant::now();
+        effects.note(self.runner.write(&self.database, update, &self.concern).await, |n| *n > 0)?;
+        let received = BootInstant::now();
+        let edited = self.find_edited(&names(quick.iter().chain(others))).await?;
+        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, commands.mark));
+        let found: HashMap<Key, Result<Found, StoreError>> =
+            edited.into_iter().map(|(key, edited)| (key, found(edited))).collect();
+        if let Some(ours) = found.values().flatten().find(|found| found.is_ours) {
+            self.learn_time(ours.snapshot.now, sent, received);
+        }
+        self.lines.note(found.values().flatten().map(|found| &found.snapshot));
+        Ok(found)
     }
 
-    fn stages(&self, batch: &[(Key, Edit)], mark: i64) -> Vec<Document> {
-        self.tampered(pipeline::pipeline(batch, &self.rules, &self.clock, mark))
+    /// What a command that is sent now consists of.
+    async fn commands(&self) -> Result<Commands<'_>, Failure> {
+        let limit = if self.clock_runs() {
+            if self.store_clock.limit().is_none() {
+                self.look_at_clock().await?;
+            }
+            self.store_clock.limit()
+        } else {
+            None
+        };
+        Ok(Commands { store: self, mark: fastrand::i64(..), limit })
     }
 
-    fn quick_stages(&self, batch: &[(Key, Edit)], mark: i64) -> Vec<Document> {
-        self.tampered(pipeline::without_line(batch, &self.clock, mark))
+    /// Learns that the database's clock showed `time` between two instants of this host.
+    pub(super) fn learn_time(&self, time: Timestamp, sent: BootInstant, received: BootInstant) {
+        if self.clock_runs() {
+            self.store_clock.observe(time, sent, received, self.rules.grace);
+        }
     }
 
+    /// Tests stop it.
+    fn clock_runs(&self) -> bool {
+        self.clock.as_str() == Some(pipeline::CLOCK)
+    }
+}
+
+/// A record, and whether it shows the mark of the command before.
+pub(super) struct Found {
+    snapshot: Snapshot,
+    is_ours: bool,
+}
+
+impl Found {
+    pub(super) fn of(Edited { snapshot, mark }: Edited, ours: i64) -> Self {
+        Self { snapshot, is_ours: mark == Some(ours) }
+    }
+}
+
+/// Which edits are not known to have been made, at keys whose records can be read.
+pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
+    batch.iter().filter(|(key, edit)| is_left(key, edit, found)).cloned().collect()
+}
+
+fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
+    match found.get(key) {
+        Some(Ok(found)) => !found.is_ours,
+        Some(Err(_)) => false,
+        None => makes_record(edit),
+    }
+}
+
+/// Empty documents for edits that make records: an update of many makes none.
+fn blanks(left: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Vec<Bson> {
+    let missing = left.iter().map(|(key, _)| key).filter(|key| !found.contains_key(*key));
+    missing.map(|key| doc! { "_id": key.as_str() }.into()).collect()
+}
+
+/// The stages of a command, its mark, and until when it may act.
+struct Commands<'a> {
+    store: &'a MongoStore,
+    mark: i64,
+    limit: Option<Limit>,
+}
+
+impl Commands<'_> {
+    fn stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
+        let MongoStore { rules, clock, .. } = self.store;
+        let mut stages = self.store.tampered(pipeline::pipeline(batch, rules, clock, self.mark));
+        stages.push(index::note_use(clock));
+        self.limited(stages)
+    }
+
+    fn quick_stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
+        let clock = &self.store.clock;
+        let mut stages = self.store.tampered(pipeline::without_line(batch, clock, self.mark));
+        // A touch, the hot path, neither takes nor frees a key.
+        if !batch.iter().all(|(_, edit)| edit.only_touches()) {
+            stages.push(index::note_use(clock));
+        }
+        self.limited(stages)
+    }
+
+    fn limited(&self, mut stages: Vec<Document>) -> Vec<Document> {
+        stages.splice(0..0, self.limit.map(Limit::stage));
+        stages
+    }
+}
+
+impl MongoStore {
     /// With the deliberate wrong in it that a test asks for.
     #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only tests ask"))]
     fn tampered(&self, stages: Vec<Document>) -> Vec<Document> {
@@ -215,6 +336,6 @@ fn quickly(batch: &[(Key, Edit)]) -> Document {
     doc! { "_id": { "$in": names(batch) }, "waiters": [] }
 }
 
-fn names(batch: &[(Key, Edit)]) -> Vec<&str> {
-    batch.iter().map(|(key, _)| key.as_str()).collect()
+fn names<'a>(batch: impl IntoIterator<Item = &'a (Key, Edit)>) -> Vec<&'a str> {
+    batch.into_iter().map(|(key, _)| key.as_str()).collect()
 }

@@ -1,14 +1,21 @@
 //! Batches beside another daemon's: what one of them cannot know of the records when it writes.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mongodb::Client;
+use mongodb::bson::{Document, doc};
 use rstest::rstest;
+use throwaway_mongodb::Mongod;
 
+use super::commit::{Found, left};
+use super::document::Edited;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
-use crate::store::Store;
 use crate::store::conformance::reading::{all_of, ask, asking, key};
+use crate::store::failure::{Effects, Failure};
+use crate::store::{ListQuery, Outcome, Store, StoreError};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
 const NOW: Timestamp = Timestamp(1_700_000_000_000);
@@ -80,4 +87,183 @@ async fn where_someone_was_seen_to_wait_a_touch_goes_the_long_way_until_nobody_i
     commit(&theirs, vec![(contested.clone(), Edit::default().cancel(waiter))]).await;
     commit(&ours, touch()).await;
     assert!(!goes_the_long_way());
+}
+
+/// Edits that acquire new keys.
+fn arrivals(count: usize) -> Vec<(Key, Edit)> {
+    (0..count).map(|number| (key(&format!("new/{number}")), ask(asking(LeaseId::random())))).collect()
+}
+
+async fn store_at(uri: &str) -> MongoStore {
+    let location =
+        Location { uri: uri.to_owned(), database: "commit".into(), collection: LeaseId::random().reveal() };
+    MongoStore::connect(&location, RULES).await.expect("a usable store")
+}
+
+/// Tells the server what its commands are to come to.
+async fn fail_point(uri: &str, mode: impl Into<mongodb::bson::Bson>, data: Document) -> Document {
+    let client = Client::with_uri_str(uri).await.expect("a client");
+    let command = doc! { "configureFailPoint": "failCommand", "mode": mode.into(), "data": data };
+    client.database("admin").run_command(command).await.expect("a fail point")
+}
+
+/// What is told of a batch that is tried once.
+async fn outcome(store: &MongoStore, batch: Vec<(Key, Edit)>) -> StoreError {
+    store.commit(Arc::new(batch), Duration::ZERO).await.expect_err("a failure")
+}
+
+/// A batch takes several commands if it makes records; the first changes those that are there.
+#[rstest]
+#[case("insert", 0, 3)]
+#[case("update", 1, 3)]
+#[case("findAndModify", 0, 1)]
+#[tokio::test]
+async fn a_batch_of_which_a_part_was_done_is_not_told_as_not_applied(
+    #[case] command: &str,
+    #[case] skip: i32,
+    #[case] new: usize,
+    // The node is the primary no longer; the user has no right any more.
+    #[values(10107, 13)] code: i32,
+) {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = store_at(mongod.uri()).await;
+    let (job, holder) = (key("job"), LeaseId::random());
+    commit(&store, vec![(job.clone(), ask(asking(holder)))]).await;
+    let mode = if skip == 0 { "alwaysOn".into() } else { mongodb::bson::Bson::from(doc! { "skip": skip }) };
+    fail_point(mongod.uri(), mode, doc! { "failCommands": [command], "errorCode": code }).await;
+
+    let mut batch = vec![(job, Edit::default().release(holder))];
+    batch.extend(arrivals(new));
+    let told = outcome(&store, batch).await;
+    assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{told}");
+    fail_point(mongod.uri(), "off", doc! {}).await;
+    let found = all_of(store.read(vec![key("job")]).await);
+    assert_eq!(found[0].record.holders, [], "the release took effect");
+}
+
+#[tokio::test]
+async fn a_batch_that_is_refused_at_the_door_was_not_applied() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = store_at(mongod.uri()).await;
+    let commands = ["update", "findAndModify", "insert"];
+    fail_point(mongod.uri(), "alwaysOn", doc! { "failCommands": commands, "errorCode": 10107 }).await;
+    for count in [1, 3] {
+        let told = outcome(&store, arrivals(count)).await;
+        assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::NotApplied, .. }), "{told}");
+    }
+    fail_point(mongod.uri(), "alwaysOn", doc! { "failCommands": commands, "errorCode": 13 }).await;
+    let told = outcome(&store, arrivals(1)).await;
+    assert!(matches!(told, StoreError::Refused { .. }), "{told}");
+}
+
+/// An estimate of the database's clock that is an hour behind gives every command a limit that has passed, as a
+/// connection that delivers it an hour later would.
+const HOUR: i64 = 3_600_000;
+
+#[rstest]
+#[case::a_lone_arrival(1, 0)]
+#[case::a_lone_touch(0, 1)]
+#[case::touches(0, 3)]
+#[case::a_batch(2, 3)]
+#[tokio::test]
+async fn a_command_that_comes_late_changes_nothing(#[case] new: usize, #[case] held: usize) {
+    let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
+    let holders: Vec<_> = (0..held).map(|n| (key(&format!("held/{n}")), LeaseId::random())).collect();
+    let hold = |(key, id): &(Key, LeaseId)| (key.clone(), ask(asking(*id)));
+    commit(&store, holders.iter().map(hold).collect()).await;
+    let keys = || holders.iter().map(|(key, _)| key.clone()).collect();
+    let before = all_of(store.read(keys()).await);
+
+    store.check().await.expect("a primary, which tells its time");
+    store.store_clock.shift(-HOUR);
+    let mut batch = arrivals(new);
+    batch.extend(holders.iter().map(|(key, id)| (key.clone(), Edit::default().touch(*id))));
+    let effects = Effects::default();
+    let late = store.once(&batch, &effects).await;
+    assert!(matches!(late, Err(Failure::Late(_))), "{late:?}");
+    assert_eq!(effects.outcome(), Outcome::NotApplied);
+    let records = |found: Vec<Snapshot>| found.into_iter().map(|one| one.record).collect::<Vec<_>>();
+    assert_eq!(records(all_of(store.read(keys()).await)), records(before));
+    let all = ListQuery { prefix: "new/".into(), after: None, limit: 10, include_free: true };
+    assert_eq!(store.list(all).await.expect("a listing").snapshots, []);
+
+    // The daemon itself looks at the clock and repeats.
+    let before = store.repetitions();
+    commit(&store, batch).await;
+    assert_eq!(store.repetitions(), before, "it does not pause first");
+    assert_eq!(store.clock_steps(), 1, "and it has noticed that the clocks came apart");
+}
+
+#[tokio::test]
+async fn a_clock_that_keeps_its_pace_makes_no_step() {
+    let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
+    for _ in 0..20 {
+        commit(&store, arrivals(1)).await;
+        commit(&store, arrivals(5)).await;
+        store.check().await.expect("a primary");
+    }
+    assert_eq!(store.clock_steps(), 0);
+}
+
+/// A sharded cluster may count a record twice and leave another out.
+#[tokio::test]
+async fn an_edit_counts_as_made_only_by_the_mark_in_its_record() {
+    let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
+    let batch = arrivals(3);
+    commit(&store, batch.clone()).await;
+    let edited = async || store.find_edited(&["new/0", "new/1", "new/2"]).await.expect("a read");
+    let mark = edited().await[&key("new/0")].as_ref().ok().and_then(|edited| edited.mark).expect("a mark");
+    let found = |edited: HashMap<Key, Result<Edited, StoreError>>, mark| {
+        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, mark));
+        edited.into_iter().map(|(key, edited)| (key, found(edited))).collect()
+    };
+    assert_eq!(left(&batch, &found(edited().await, mark)), []);
+    let other = mark.wrapping_add(1);
+    assert_eq!(
+        left(&batch, &found(edited().await, other)),
+        batch,
+        "another command was last, or ours was not"
+    );
+}
+
+#[tokio::test]
+async fn daemons_that_write_to_the_same_keys_all_the_time_get_their_answers() {
+    let [first, second] = two().await;
+    let keys: Vec<Key> = (0..5).map(|number| key(&format!("hot/{number}"))).collect();
+    let rounds = async |store: &MongoStore| {
+        for _ in 0..30 {
+            let id = LeaseId::random();
+            let each = |edit: &dyn Fn() -> Edit| keys.iter().map(|key| (key.clone(), edit())).collect();
+            commit(store, each(&|| ask(Acquisition { wait: true, ..asking(id) }))).await;
+            let after = commit(store, each(&|| Edit::default().release(id).cancel(id))).await;
+            for snapshot in after {
+                assert!(snapshot.record.holders.iter().all(|holder| holder.id != id), "it was made");
+            }
+        }
+    };
+    tokio::join!(rounds(&first), rounds(&second));
+}
+
+/// Each of these lists waits in the server for longer than the test has patience.
+#[tokio::test]
+async fn commits_and_what_the_engine_reads_do_not_wait_for_those_who_list() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = store_at(mongod.uri()).await;
+    let (job, id) = (key("job"), LeaseId::random());
+    commit(&store, vec![(job.clone(), ask(asking(id)))]).await;
+    let data = doc! { "failCommands": ["find"], "blockConnection": true, "blockTimeMS": 1800 };
+    let before = fail_point(mongod.uri(), "alwaysOn", data).await.get_i32("count").unwrap_or(0);
+    let mut lists = tokio::task::JoinSet::new();
+    for _ in 0..250 {
+        let store = store.clone();
+        let all = ListQuery { prefix: String::new(), after: None, limit: 10, include_free: true };
+        lists.spawn(async move { drop(store.list(all).await) });
+    }
+    let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
+    let wait = doc! { "waitForFailPoint": "failCommand", "timesEntered": before + 5, "maxTimeMS": 30_000 };
+    client.database("admin").run_command(wait).await.expect("lists under way");
+    commit(&store, vec![(job.clone(), Edit::default().touch(id))]).await;
+    assert!(lists.try_join_next().is_none(), "no list had its answer before the commit");
+    fail_point(mongod.uri(), "off", doc! {}).await;
+    lists.abort_all();
 }

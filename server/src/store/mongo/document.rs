@@ -2,16 +2,21 @@
 //!
 //! ```text
 //! { _id: key, token: long, rev: long, epoch: long, edited_at: date, mark: long, blocked_until: date | null,
-//!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, ttl: ms, min_hold: ms, size, token, acquired_at, expires_at }],
-//!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, wait, since, expires_at }],
-//!   departures: [{ id, reason, at }] }
+//!   in_use: true,
+//!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, shared_limit, ttl: ms, min_hold: ms, size, repeated, token,
+//!     acquired_at, expires_at }],
+//!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, repeated, wait, since, expires_at }],
+//!   departures: [{ id, reason, at, lasting }] }
 //! ```
 //!
-//! Metadata is an array of pairs: a caller's text never becomes a field name.
+//! Metadata is an array of pairs: a caller's text never becomes a field name. `repeated` and `lasting` are absent where they
+//! are false, as they mostly are.
 //!
 //! `edited_at` is the instant of the latest edit. A commit reads it as the clock, which costs the database less than to
 //! compute its clock beside every record. `mark` names the command that made the edit: by it a commit that found fewer
 //! records than it has edits tells which of them are done.
+//!
+//! `in_use` is for listings alone ([`super::index`]): a record that is free does not have it.
 //!
 //! `epoch` is for the change feed alone, and no part of a record as the rules know it: the `rev` of the latest edit that
 //! others should hear of. Any edit but one of mere touches is such, and that one too if it moved the line.
@@ -25,8 +30,8 @@ use mongodb::bson::spec::BinarySubtype;
 use mongodb::bson::{Binary, Bson, Document, doc};
 
 use crate::lease::{
-    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Mode, Reason, Record, Snapshot, Timestamp,
-    Ttl, Waiter,
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Record,
+    Snapshot, Timestamp, Ttl, Waiter,
 };
 use crate::store::StoreError;
 
@@ -85,6 +90,8 @@ pub(super) fn reason(reason: Reason) -> &'static str {
         Reason::Released => "released",
         Reason::Displaced => "displaced",
         Reason::Revoked => "revoked",
+        Reason::Withdrawn => "withdrawn",
+        Reason::Settled => "settled",
     }
 }
 
@@ -96,7 +103,7 @@ pub(super) fn long(duration: Duration) -> i64 {
 pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
     let metadata: Vec<Bson> =
         acquisition.metadata.iter().map(|(k, v)| doc! { "k": k, "v": v }.into()).collect();
-    doc! {
+    let mut document = doc! {
         "id": uuid(acquisition.id),
         "owner": &acquisition.owner,
         "metadata": metadata,
@@ -106,6 +113,19 @@ pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
         "min_hold": long(acquisition.min_hold),
         "size": i64::try_from(acquisition.size()).unwrap_or(i64::MAX),
         "wait": acquisition.wait,
+    };
+    if acquisition.repeated {
+        document.insert("repeated", true);
+    }
+    document
+}
+
+/// What makes a request for the same id a repetition: the same mode and limit. In the order of these fields.
+pub(super) fn request(acquisition: &Acquisition) -> Document {
+    doc! {
+        "id": uuid(acquisition.id),
+        "mode": mode(acquisition.mode),
+        "shared_limit": i64::from(acquisition.shared_limit),
     }
 }
 
@@ -154,6 +174,9 @@ fn holder(fields: &Fields<'_>) -> Result<Holder, Foreign> {
         acquired_at: fields.date("acquired_at")?,
         expires_at: fields.date("expires_at")?,
         min_hold: fields.duration("min_hold")?,
+        // Records of earlier versions do not say it.
+        shared_limit: fields.maybe("shared_limit", limit)?.unwrap_or(MAX_SHARED_HOLDERS),
+        repeated: fields.flag("repeated")?,
     })
 }
 
@@ -163,11 +186,11 @@ fn waiter(fields: &Fields<'_>) -> Result<Waiter, Foreign> {
         owner: fields.text("owner")?.to_owned(),
         metadata: fields.metadata()?,
         mode: fields.mode()?,
-        shared_limit: u32::try_from(fields.long("shared_limit")?)
-            .map_err(|_| fields.foreign("shared_limit"))?,
+        shared_limit: fields.required("shared_limit", limit)?,
         ttl: fields.ttl()?,
         min_hold: fields.duration("min_hold")?,
         wait: fields.required("wait", RawBsonRef::as_bool)?,
+        repeated: fields.flag("repeated")?,
     };
     Ok(Waiter {
         acquisition: Arc::new(acquisition),
@@ -181,9 +204,15 @@ fn departure(fields: &Fields<'_>) -> Result<Departure, Foreign> {
         "released" => Reason::Released,
         "displaced" => Reason::Displaced,
         "revoked" => Reason::Revoked,
+        "withdrawn" => Reason::Withdrawn,
+        "settled" => Reason::Settled,
         _ => return Err(fields.foreign("reason")),
     };
-    Ok(Departure { id: fields.id()?, reason, at: fields.date("at")? })
+    Ok(Departure { id: fields.id()?, reason, at: fields.date("at")?, lasting: fields.flag("lasting")? })
+}
+
+fn limit(value: RawBsonRef<'_>) -> Option<u32> {
+    u32::try_from(value.as_i64()?).ok()
 }
 
 fn date(value: RawBsonRef<'_>) -> Option<Timestamp> {
@@ -232,6 +261,11 @@ impl<'a> Fields<'a> {
 
     fn date(&self, field: &'static str) -> Result<Timestamp, Foreign> {
         self.required(field, date)
+    }
+
+    /// False if the field is absent.
+    fn flag(&self, field: &'static str) -> Result<bool, Foreign> {
+        Ok(self.maybe(field, RawBsonRef::as_bool)?.unwrap_or(false))
     }
 
     fn duration(&self, field: &'static str) -> Result<Duration, Foreign> {

@@ -18,14 +18,6 @@ pub(super) fn map(input: impl Into<Bson>, name: &str, value: Document) -> Bson {
     doc! { "$map": { "input": input.into(), "as": name, "in": value } }.into()
 }
 
-pub(super) fn ids(list: impl Into<Bson>) -> Bson {
-    map_to(list, "$$who.id")
-}
-
-fn map_to(input: impl Into<Bson>, value: &str) -> Bson {
-    doc! { "$map": { "input": input.into(), "as": "who", "in": value } }.into()
-}
-
 pub(super) fn bind(variables: Document, value: impl Into<Bson>) -> Bson {
     doc! { "$let": { "vars": variables, "in": value.into() } }.into()
 }

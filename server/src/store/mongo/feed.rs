@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep};
 
 use super::MongoStore;
 use super::command::{ATTEMPT, Runner};
-use super::daemons::{Daemons, Pace};
+use super::daemons::{Daemons, Member, Pace};
 use crate::lease::Key;
 use crate::store::failure::Failure;
 use crate::store::{FeedEvent, FeedState};
@@ -38,11 +38,17 @@ pub(super) struct Feed {
     pub(super) errands: Runner,
     pub(super) progress: Progress,
     pub(super) pace: Pace,
+    pub(super) member: Member,
 }
 
 impl Feed {
     pub(super) fn new(pace: Pace) -> Self {
-        Self { errands: Runner::for_errands(), progress: Progress::default(), pace }
+        Self {
+            errands: Runner::for_errands(),
+            progress: Progress::default(),
+            pace,
+            member: Member::default(),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Feed, Location, MongoStore, Pace, daemons};
-use crate::lease::{Acquisition, Edit, FencingToken, Key, LeaseId, Mode, Rules, Snapshot, Timestamp};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, Timestamp};
 use crate::store::conformance::reading::{all_of, ask, asking, key};
 use crate::store::conformance::wrongs::Wrong;
 use crate::store::{FeedEvent, FeedState, Store};
@@ -148,6 +148,11 @@ fn registered(store: &MongoStore) -> Collection<Document> {
     store.database.collection(&daemons::collection_name(store.collection.name()))
 }
 
+/// The daemons among what is registered.
+fn signs() -> Document {
+    doc! { "seen_at": { "$exists": true } }
+}
+
 /// One who waits, shared or alone.
 fn waiting(id: LeaseId, mode: Mode) -> Acquisition {
     Acquisition { wait: true, mode, shared_limit: 2, ..asking(id) }
@@ -163,7 +168,8 @@ fn story() -> Vec<(&'static str, i64, Edit, bool)> {
         ("touches what is not held", 1, Edit::default().touch(second), false),
         ("nudges in vain", 1, Edit::default(), false),
         ("stands in line", 1, exclusive(second), true),
-        ("refreshes a place", 1, exclusive(second), true),
+        ("asks again", 1, exclusive(second), true),
+        ("refreshes a place", 1, Edit::default().refresh(second), false),
         ("touches while others wait", 1, Edit::default().touch(first), false),
         ("stands last", 1, exclusive(third), true),
         ("leaves the line", 1, Edit::default().cancel(third), true),
@@ -175,7 +181,7 @@ fn story() -> Vec<(&'static str, i64, Edit, bool)> {
         ("touches what is lost, when the next lease is over", 2000, Edit::default().touch(second), true),
         ("touches, and all is quiet again", 1, Edit::default().touch(fifth), false),
         ("tries in vain", 1, ask(asking(LeaseId::random())), true),
-        ("revokes what nobody has", 1, Edit::default().revoke(FencingToken(7)), true),
+        ("revokes what nobody has", 1, Edit::default().revoke(LeaseId::random()), true),
         ("releases", 1, Edit::default().release(fifth), true),
         ("nudges a free key", 1, Edit::default(), false),
     ]

@@ -1,6 +1,7 @@
 //! The store on MongoDB: one document per key, any number of daemons. The only files that know MongoDB.
 
 mod check;
+mod clock;
 mod command;
 mod commit;
 #[cfg(test)]
@@ -11,38 +12,58 @@ mod expression;
 mod feed;
 #[cfg(test)]
 mod feed_tests;
+mod identity;
+mod index;
+#[cfg(test)]
+mod index_tests;
 mod pipeline;
+mod purge;
 mod reading;
+#[cfg(test)]
+mod ready_tests;
+mod uri;
 #[cfg(test)]
 mod wrong;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use mongodb::bson::{Bson, RawDocumentBuf, doc};
+use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::WriteConcern;
 use mongodb::{Client, Collection, Database};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use check::Unusable;
+use clock::{BootInstant, StoreClock};
 use command::Runner;
 use commit::Lines;
 use daemons::{Daemons, Pace};
 use feed::Feed;
+use index::Index;
+use reading::Inspection;
+use uri::Printer;
 
-use super::failure::Failure;
+use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat};
-use crate::lease::{Edit, Key, Rules};
+use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
 /// Batches in flight; each is a command that writes and one that reads.
 const BATCHES: usize = 2;
 
+/// A write that a majority has not acknowledged for so long means that commits have nowhere to go.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long the end may take.
+const FAREWELL: Duration = Duration::from_secs(8);
+
 /// Where the records are.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Location {
-    /// The connection string; every option of the driver holds.
+    /// The connection string. Every option of the driver holds but those that would make leases unsafe, which are
+    /// refused.
     pub uri: String,
     /// The database's name.
     pub database: String,
@@ -50,16 +71,31 @@ pub struct Location {
     pub collection: String,
 }
 
+/// The URI holds a password.
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { uri: _, database, collection } = self;
+        f.debug_struct("Location")
+            .field("database", database)
+            .field("collection", collection)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Records in a MongoDB collection.
 #[derive(Debug, Clone)]
 pub struct MongoStore {
     rules: Rules,
+    id: Uuid,
     database: Database,
     collection: Collection<RawDocumentBuf>,
     concern: WriteConcern,
     runner: Runner,
+    inspection: Inspection,
+    index: Arc<Index>,
     feed: Arc<Feed>,
     lines: Arc<Lines>,
+    store_clock: Arc<StoreClock>,
     repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
@@ -73,30 +109,71 @@ impl MongoStore {
     /// [`ConnectError::Unusable`] if the database can be reached and cannot be used, or the URI is wrong;
     /// [`ConnectError::Unreachable`] if it did not answer, so that trying again may help.
     pub async fn connect(location: &Location, rules: Rules) -> Result<Self, ConnectError> {
-        let options = check::client_options(&location.uri).await?;
-        let asked = options.write_concern.clone();
-        let client = Client::with_options(options).map_err(|error| Unusable::Uri(command::brief(&error)))?;
+        let mut printer = Printer::new(&location.uri);
+        let store = Self::open(location, rules, &mut printer).await;
+        store.map_err(|error| printer.printable(error))
+    }
+
+    async fn open(location: &Location, rules: Rules, printer: &mut Printer) -> Result<Self, ConnectError> {
+        let options = uri::client_options(&location.uri).await?;
+        printer.with_options(&options);
+        let inspection = Inspection::new(options.clone(), location)?;
+        let client = Client::with_options(options.clone()).map_err(|error| uri::unusable(&error))?;
         let database = client.database(&location.database);
         let mut store = Self {
             rules,
+            id: Uuid::nil(),
             collection: database.collection(&location.collection),
             database,
-            concern: WriteConcern::majority(),
+            concern: uri::write_concern(),
             runner: Runner::new(),
+            inspection,
+            index: Arc::default(),
             feed: Arc::new(Feed::new(Pace::default())),
             lines: Arc::default(),
+            store_clock: Arc::default(),
             repetitions: Arc::default(),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
             wrong: None,
         };
-        store.concern = check::database(&store, asked).await?;
+        let checked = async {
+            check::database(&store, &options).await?;
+            store.make_index().await;
+            Ok(identity::settle(&store).await?)
+        };
+        match checked.await {
+            Ok(id) => store.id = id,
+            Err(error) => {
+                store.leave().await;
+                return Err(error);
+            }
+        }
         Ok(store)
+    }
+
+    /// Asks the primary what its clock shows.
+    async fn look_at_clock(&self) -> Result<(), Failure> {
+        self.hello(&self.runner).await.map(drop)
+    }
+
+    /// What the primary, or a router, says of itself. It is asked for its time along the way.
+    async fn hello(&self, runner: &Runner) -> Result<Document, Failure> {
+        let database = self.database.clone();
+        let sent = BootInstant::now();
+        let hello = runner.run(async move { database.run_command(doc! { "hello": 1 }).await }).await?;
+        let received = BootInstant::now();
+        if hello.get_bool("isWritablePrimary").is_ok_and(|is_primary| !is_primary) {
+            return Err(Failure::not_applied("the node that answers is not the primary"));
+        }
+        let time = hello.get_datetime("localTime").map_err(Failure::not_applied)?;
+        self.learn_time(Timestamp(time.timestamp_millis()), sent, received);
+        Ok(hello)
     }
 
     /// Gives the document of `key` these fields, as somebody else may who writes to the collection.
     #[cfg(test)]
-    pub(super) async fn damage(&self, key: &Key, fields: mongodb::bson::Document) {
+    pub(super) async fn damage(&self, key: &Key, fields: Document) {
         let update = doc! { "$set": fields };
         let damaged = self.collection.update_one(doc! { "_id": key.as_str() }, update).upsert(true).await;
         damaged.expect("an update");
@@ -112,7 +189,7 @@ impl MongoStore {
 
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
-    pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
+    pub(super) fn set_clock(&mut self, now: Timestamp) {
         self.clock = mongodb::bson::DateTime::from_millis(now.0).into();
     }
 }
@@ -123,7 +200,9 @@ impl Store for MongoStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Vec<ForKey>, StoreError> {
-        repeat(deadline, &self.repetitions, async || Ok(self.attempt(&batch).await?)).await
+        let effects = Effects::default();
+        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects).await;
+        repeat(batch, deadline, &self.repetitions, &effects, attempt).await
     }
 
     fn batches(&self) -> usize {
@@ -133,8 +212,12 @@ impl Store for MongoStore {
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let names: Vec<&str> = keys.iter().map(Key::as_str).collect();
         let answers = self.find(&names).await?;
-        self.lines.note(&answers);
+        self.lines.note(answers.iter().flatten());
         Ok(answers)
+    }
+
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        self.find_one(&key).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
@@ -146,11 +229,40 @@ impl Store for MongoStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        let database = self.database.clone();
-        // Addressed to the primary: it answers when commits can go somewhere.
-        let hello = async move { database.run_command(doc! { "hello": 1 }).await };
-        self.runner.run(hello).await?;
-        Ok(())
+        self.hello(&self.feed.errands).await?;
+        // A primary without a majority says nothing of that.
+        match self.feed.member.silence() {
+            Some(silence) if silence > SILENCE => {
+                let cause = format!("a majority has acknowledged no write for {} s", silence.as_secs());
+                Err(Failure::not_applied(cause).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn id(&self) -> Uuid {
+        self.id
+    }
+
+    async fn join(&self) -> Result<(), StartError> {
+        Ok(Daemons::new(self).join().await?)
+    }
+
+    async fn objection(&self) -> String {
+        self.feed.member.objection().await
+    }
+
+    async fn leave(&self) {
+        let store = self.clone();
+        let farewell = tokio::spawn(async move {
+            Daemons::new(&store).depart().await;
+            // The driver panics when a command meets a client that has been shut down.
+            tokio::join!(store.runner.end(), store.feed.errands.end());
+            store.database.client().clone().shutdown().await;
+        });
+        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::debug!("MongoDB's driver did not end in time");
+        }
     }
 
     fn rules(&self) -> Rules {
@@ -163,6 +275,10 @@ impl Store for MongoStore {
 
     fn repetitions(&self) -> u64 {
         self.repetitions.load(Ordering::Relaxed)
+    }
+
+    fn clock_steps(&self) -> u64 {
+        self.store_clock.steps()
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
@@ -203,6 +319,22 @@ pub enum ConnectError {
     Unreachable(String),
 }
 
+impl ConnectError {
+    /// What the driver or the server said.
+    fn cause_mut(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Unreachable(cause)
+            | Self::Unusable(
+                Unusable::Uri(cause)
+                | Unusable::Login(cause)
+                | Unusable::Rights(cause)
+                | Unusable::Refused(cause),
+            ) => Some(cause),
+            Self::Unusable(_) => None,
+        }
+    }
+}
+
 impl From<ConnectError> for StartError {
     fn from(error: ConnectError) -> Self {
         match error {
@@ -215,9 +347,11 @@ impl From<ConnectError> for StartError {
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotApplied(cause) | Failure::Unknown(cause) | Failure::Record(cause) => {
-                Self::Unreachable(cause)
-            }
+            Failure::NotApplied(cause)
+            | Failure::Late(cause)
+            | Failure::Unknown(cause)
+            | Failure::Record(cause) => Self::Unreachable(cause),
+            // Where a server's code is known, `check` says more.
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
     }

@@ -6,11 +6,14 @@
 //! under `$literal`, where a string that begins with `$` is just a string. Stages that no edit of the batch needs
 //! are left out: most of the cost of a lone edit is the parsing.
 
-use mongodb::bson::{Bson, Document, doc};
+use mongodb::bson::{Bson, DateTime, Document, doc};
 
-use super::document::{EDITED_AT, MARK, acquisition, long, reason, uuid};
-use super::expression::{bind, filter, ids, literal, map, not};
-use crate::lease::{Edit, Key, MAX_RECORD_BYTES, MAX_WAITERS, REMEMBERED_DEPARTURES, Reason, Rules};
+use super::document::{EDITED_AT, MARK, acquisition, long, reason, request, uuid};
+use super::expression::{bind, filter, literal, map, not};
+use crate::lease::{
+    Edit, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,
+    Reason, Rules, Timestamp,
+};
 
 /// More than any array of a record holds; `$slice` wants a count.
 const ALL: i32 = i32::MAX;
@@ -26,20 +29,21 @@ pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, mark: i
     let parts = Parts::of(batch);
     let source = Source::new(batch, &parts);
     let mut stages = vec![begin(&source)];
-    if parts.touch || parts.release || parts.revoke {
-        let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now);
+    if parts.change_holders() {
+        let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now, Line::Present);
         let mut fields = doc! { "holders": stay };
-        if parts.release || parts.revoke {
-            fields.insert("gone", gone);
-        }
+        fields.extend(gone.map(|gone| ("gone".to_owned(), gone)));
         fields.extend(blocked_until.map(|until| ("blocked_until".to_owned(), until)));
+        if parts.release {
+            fields.insert("waiters", filter("$waiters", "left", not(&withdrawn(&source))));
+        }
         stages.push(doc! { "$set": fields });
     }
-    if parts.cancel || parts.enqueue {
+    if parts.cancel || parts.refresh || parts.enqueue {
         stages.push(edit_line(&parts, &source, rules, now));
     }
     stages.push(admit(rules, now));
-    stages.push(finish(&parts, rules, now, mark));
+    stages.push(finish(&parts, &source, rules, now, mark));
     stages
 }
 
@@ -47,11 +51,11 @@ pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, mark: i
 pub(super) fn without_line(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<Document> {
     let parts = Parts::of(batch);
     let source = Source::new(batch, &parts);
-    let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now);
+    let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now, Line::Empty);
     let rev = doc! { "$add": ["$rev", 1_i64] };
     let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), MARK: mark };
-    if parts.release || parts.revoke {
-        fields.insert("departures", remembered(gone));
+    if let Some(gone) = gone {
+        fields.insert("departures", remembered(gone, &source, &parts, now));
     }
     fields.extend(blocked_until.map(|until| ("blocked_until".to_owned(), until)));
     match parts.loud {
@@ -72,8 +76,12 @@ pub(super) fn without_line(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<
 struct Parts {
     touch: bool,
     release: bool,
+    /// Some released ids depart for long whatever became of them.
+    lasting: bool,
     revoke: bool,
+    unblock: bool,
     cancel: bool,
+    refresh: bool,
     enqueue: bool,
     loud: Loudness,
 }
@@ -84,12 +92,38 @@ impl Parts {
         Self {
             touch: has(|edit| edit.touched().is_empty()),
             release: has(|edit| edit.released().is_empty()),
+            lasting: has(|edit| edit.lasting().is_empty()),
             revoke: has(|edit| edit.revoked().is_empty()),
+            unblock: has(|edit| edit.unblocked().is_empty()),
             cancel: has(|edit| edit.cancelled().is_empty()),
+            refresh: has(|edit| edit.refreshed().is_empty()),
             enqueue: has(|edit| edit.enqueued().is_empty()),
             loud: Loudness::of(batch),
         }
     }
+
+    fn change_holders(&self) -> bool {
+        self.touch || self.release || self.revoke || self.unblock || self.enqueue
+    }
+
+    /// The names of the lists of ids that the edits have.
+    fn named(&self) -> impl Iterator<Item = &'static str> {
+        let lists = [
+            (self.touch, "touch"),
+            (self.release, "release"),
+            (self.revoke, "revoke"),
+            (self.cancel, "cancel"),
+            (self.refresh, "refresh"),
+        ];
+        lists.into_iter().filter(|(has, _)| *has).map(|(_, name)| name)
+    }
+}
+
+/// Whether anyone may stand in line at the keys of a batch.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Line {
+    Present,
+    Empty,
 }
 
 /// Which edits of a batch others should hear of: those with more than touches in them.
@@ -114,6 +148,7 @@ impl Loudness {
 fn is_loud(edit: &Edit) -> bool {
     !edit.released().is_empty()
         || !edit.revoked().is_empty()
+        || !edit.unblocked().is_empty()
         || !edit.cancelled().is_empty()
         || !edit.enqueued().is_empty()
 }
@@ -142,6 +177,27 @@ impl Source {
             Self::Inline(edit) => literal(edit.get(name).cloned().unwrap_or_else(|| Bson::Array(Vec::new()))),
         }
     }
+
+    /// An expression for the ids that the edit asks for.
+    fn asked(&self) -> Bson {
+        match self {
+            Self::Table(_) => "$edit.asked.id".into(),
+            Self::Inline(edit) => {
+                let asked = edit.get_array("asked").into_iter().flatten();
+                let ids = asked.filter_map(|one| one.as_document()?.get("id").cloned());
+                literal(Bson::Array(ids.collect()))
+            }
+        }
+    }
+
+    /// An expression for every id that the edit is about; `None` if there are none.
+    fn named(&self, parts: &Parts) -> Option<Bson> {
+        let mut lists: Vec<Bson> = parts.named().map(|name| self.list(name)).collect();
+        if parts.enqueue {
+            lists.push(self.asked());
+        }
+        if lists.len() > 1 { Some(doc! { "$concatArrays": lists }.into()) } else { lists.pop() }
+    }
 }
 
 fn encode(edit: &Edit, parts: &Parts) -> Document {
@@ -151,15 +207,24 @@ fn encode(edit: &Edit, parts: &Parts) -> Document {
             lists.insert(name, values);
         }
     };
-    list(parts.touch, "touch", edit.touched().iter().map(|&id| uuid(id)).collect());
-    list(parts.release, "release", edit.released().iter().map(|&id| uuid(id)).collect());
-    list(parts.revoke, "revoke", edit.revoked().iter().map(|token| Bson::Int64(token.0)).collect());
-    list(parts.cancel, "cancel", edit.cancelled().iter().map(|&id| uuid(id)).collect());
+    let uuids = |ids: &[LeaseId]| ids.iter().map(|&id| uuid(id)).collect();
+    list(parts.touch, "touch", uuids(edit.touched()));
+    list(parts.release, "release", uuids(edit.released()));
+    list(parts.lasting, "lasting", uuids(edit.lasting()));
+    list(parts.revoke, "revoke", uuids(edit.revoked()));
+    list(parts.unblock, "unblock", edit.unblocked().iter().map(|&until| date(until)).collect());
+    list(parts.cancel, "cancel", uuids(edit.cancelled()));
+    list(parts.refresh, "refresh", uuids(edit.refreshed()));
+    list(parts.enqueue, "asked", edit.enqueued().iter().map(|who| request(who).into()).collect());
     list(parts.enqueue, "enqueue", edit.enqueued().iter().map(|who| acquisition(who).into()).collect());
     if parts.loud == Loudness::Some && is_loud(edit) {
         lists.insert("loud", true);
     }
     lists
+}
+
+fn date(Timestamp(millis): Timestamp) -> Bson {
+    DateTime::from_millis(millis).into()
 }
 
 /// What belongs to a record's key: a constant table, looked up by the position of the key.
@@ -184,79 +249,159 @@ fn begin(source: &Source) -> Document {
     doc! { "$set": fields }
 }
 
-/// What touch, release and revoke make of the holders, as expressions.
+/// What an edit makes of the holders, as expressions.
 struct Held {
     stay: Bson,
-    /// The departures of this edit, newest first.
-    gone: Document,
+    /// The departures of this edit, newest first; `None` if it lets nobody go.
+    gone: Option<Bson>,
     /// If it may have changed.
     blocked_until: Option<Bson>,
 }
 
 impl Held {
-    fn after(parts: &Parts, source: &Source, now: &Bson) -> Self {
+    fn after(parts: &Parts, source: &Source, now: &Bson, line: Line) -> Self {
         let released = doc! { "$in": ["$$h.id", source.list("release")] };
-        let revoked = doc! { "$in": ["$$h.token", source.list("revoke")] };
+        let revoked = doc! { "$in": ["$$h.id", source.list("revoke")] };
         let (mut stay, mut gone, mut blocked_until) = (Bson::from("$holders"), Vec::new(), None);
         if parts.revoke {
             let mut which = vec![revoked.clone()];
             if parts.release {
                 which.push(not(&released));
             }
-            gone.push(note(&filter("$holders", "h", doc! { "$and": which }), Reason::Revoked, now));
+            let leaving = filter("$holders", "h", doc! { "$and": which });
+            gone.push(map(leaving, "h", departure("$$h.id", Reason::Revoked, now, if_room("$$room"))));
             stay = filter(stay, "h", not(&revoked));
         }
         if parts.release {
             let leaving = filter("$holders", "h", released.clone());
-            gone.push(note(&leaving, Reason::Released, now));
+            let mut is_lasting = Bson::from("$$h.repeated");
+            if parts.lasting {
+                let named = doc! { "$in": ["$$h.id", source.list("lasting")] };
+                is_lasting = doc! { "$or": [is_lasting, named] }.into();
+            }
+            let lasting = if_room(doc! { "$and": [is_lasting, "$$room"] });
+            gone.push(map(leaving.clone(), "h", departure("$$h.id", Reason::Released, now, lasting)));
+            if line == Line::Present {
+                let leaving = filter("$waiters", "left", withdrawn(source));
+                let departure = departure("$$left.id", Reason::Withdrawn, now, if_room("$$room"));
+                gone.push(map(leaving, "left", departure));
+            }
+            gone.push(settled(source, now, line));
             stay = filter(stay, "h", not(&released));
             let bound = filter(leaving, "h", doc! { "$gt": ["$$h.min_hold", 0_i64] });
             let held_until = map(bound, "h", doc! { "$add": ["$$h.acquired_at", "$$h.min_hold"] });
             blocked_until = Some(doc! { "$max": ["$blocked_until", { "$max": held_until }] }.into());
         }
-        if parts.touch {
-            stay = renewed(stay, source.list("touch"), now);
+        if parts.unblock {
+            let until = blocked_until.unwrap_or_else(|| "$blocked_until".into());
+            let lifted = doc! { "$in": ["$$until", source.list("unblock")] };
+            let rest = doc! { "$cond": [lifted, Bson::Null, "$$until"] };
+            blocked_until = Some(bind(doc! { "until": until }, rest));
         }
-        Self { stay, gone: doc! { "$concatArrays": gone }, blocked_until }
+        if parts.touch {
+            stay = renewed(stay, doc! { "$in": ["$$h.id", source.list("touch")] }, doc! {}, now);
+        }
+        if parts.enqueue {
+            let again = renewed(stay, is_asked("$$h", source), doc! { "repeated": true }, now);
+            stay = bind(doc! { "asked": source.asked() }, again);
+        }
+        let all = match gone.len() {
+            0 => None,
+            1 => gone.pop(),
+            _ => Some(doc! { "$concatArrays": gone }.into()),
+        };
+        Self { stay, gone: all.map(|all| bind(doc! { "room": has_room(now) }, all)), blocked_until }
     }
 }
 
-/// The `holders`, those with these ids touched.
-fn renewed(holders: impl Into<Bson>, ids: impl Into<Bson>, now: &Bson) -> Bson {
+/// The `holders`, those touched of whom `which` is true, and changed beside that.
+fn renewed(holders: impl Into<Bson>, which: Document, mut change: Document, now: &Bson) -> Bson {
     let until = doc! { "$max": ["$$h.expires_at", { "$add": [now.clone(), "$$h.ttl"] }] };
-    let touched = doc! { "$mergeObjects": ["$$h", { "expires_at": until }] };
-    let is_touched = doc! { "$in": ["$$h.id", ids.into()] };
-    map(holders, "h", doc! { "$cond": [is_touched, touched, "$$h"] })
+    change.insert("expires_at", until);
+    let touched = doc! { "$mergeObjects": ["$$h", change] };
+    map(holders, "h", doc! { "$cond": [which, touched, "$$h"] })
 }
 
-/// Cancel and enqueue.
+/// Whether the edit asks again for the holder or waiter, and for the same. The ids are `$$asked`: in a crowd most are not
+/// among them, which costs less to see than to compare the requests.
+fn is_asked(whose: &str, source: &Source) -> Document {
+    let [id, mode, limit] = ["id", "mode", "shared_limit"].map(|field| format!("{whose}.{field}"));
+    let is_same = doc! { "$in": [{ "id": &id, "mode": mode, "shared_limit": limit }, source.list("asked")] };
+    doc! { "$and": [{ "$in": [id, "$$asked"] }, is_same] }
+}
+
+/// Whether the waiter `$$left` is released.
+fn withdrawn(source: &Source) -> Document {
+    doc! { "$in": ["$$left.id", source.list("release")] }
+}
+
+/// The departures of released ids that are not known, as far as there is room.
+fn settled(source: &Source, now: &Bson, line: Line) -> Bson {
+    let mut known = vec!["$holders.id", "$departures.id"];
+    if line == Line::Present {
+        known.push("$waiters.id");
+    }
+    let is_new = doc! { "$not": [{ "$in": ["$$id", "$$known"] }] };
+    let unknown =
+        bind(doc! { "known": { "$concatArrays": known } }, filter(source.list("release"), "id", is_new));
+    let noted = doc! { "$slice": [unknown, "$$room"] };
+    map(noted, "id", departure("$$id", Reason::Settled, now, true))
+}
+
+fn departure(id: &str, why: Reason, now: &Bson, lasting: impl Into<Bson>) -> Document {
+    doc! { "id": id, "reason": reason(why), "at": now.clone(), "lasting": lasting.into() }
+}
+
+/// The field `lasting` if it is true, for which there must be room.
+fn if_room(condition: impl Into<Bson>) -> Document {
+    doc! { "$cond": [condition.into(), true, GONE] }
+}
+
+/// How many departures the record can still note as lasting; zero is false.
+fn has_room(now: &Bson) -> Document {
+    let lasting = filter("$departures", "d", lasts(now));
+    let most = i32::try_from(LASTING_DEPARTURES).unwrap_or(ALL);
+    doc! { "$max": [0, { "$subtract": [most, { "$size": lasting }] }] }
+}
+
+/// Whether the departure `$$d` lasts.
+fn lasts(now: &Bson) -> Document {
+    let before = doc! { "$subtract": [now.clone(), long(MEMORY)] };
+    doc! { "$and": ["$$d.lasting", { "$gt": ["$$d.at", before] }] }
+}
+
+/// Cancel, refresh and enqueue.
 fn edit_line(parts: &Parts, source: &Source, rules: &Rules, now: &Bson) -> Document {
+    let until: Bson = doc! { "$add": [now.clone(), long(rules.place)] }.into();
     let mut line = Bson::from("$waiters");
     if parts.cancel {
         line = filter(line, "w", not(&doc! { "$in": ["$$w.id", source.list("cancel")] }));
     }
+    if parts.refresh {
+        let is_refreshed = doc! { "$in": ["$$w.id", source.list("refresh")] };
+        line = kept(line, is_refreshed, doc! {}, &until);
+    }
     if parts.enqueue {
-        line = arrive(line, parts, source, rules, now);
+        line = arrive(line, parts, source, now, &until);
     }
     doc! { "$set": { "waiters": line } }
 }
 
+/// The `line`, the places kept until then for which `which` is true, and changed beside that.
+fn kept(line: impl Into<Bson>, which: Document, mut change: Document, until: &Bson) -> Bson {
+    change.insert("expires_at", doc! { "$max": ["$$w.expires_at", until.clone()] });
+    map(line, "w", doc! { "$cond": [which, { "$mergeObjects": ["$$w", change] }, "$$w"] })
+}
+
 /// The `line` with the arrivals at its end, as far as there is room.
-fn arrive(line: Bson, parts: &Parts, source: &Source, rules: &Rules, now: &Bson) -> Bson {
-    let until = doc! { "$add": [now.clone(), long(rules.place)] };
-    let named = ids(source.list("enqueue"));
-    let stay = doc! { "expires_at": { "$max": ["$$w.expires_at", until.clone()] } };
-    let refreshed = map(
-        "$$line",
-        "w",
-        doc! { "$cond": [{ "$in": ["$$w.id", "$$named"] }, { "$mergeObjects": ["$$w", stay] }, "$$w"] },
-    );
+fn arrive(line: Bson, parts: &Parts, source: &Source, now: &Bson, until: &Bson) -> Bson {
+    let refreshed = kept("$$line", is_asked("$$w", source), doc! { "repeated": true }, until);
     let mut known = vec!["$holders.id", "$$line.id", "$departures.id"];
     if parts.release || parts.revoke {
         known.push("$gone.id");
     }
     let is_new = doc! { "$not": [{ "$in": ["$$a.id", "$$known"] }] };
-    let place = doc! { "$mergeObjects": ["$$a", { "since": now.clone(), "expires_at": until }] };
+    let place = doc! { "$mergeObjects": ["$$a", { "since": now.clone(), "expires_at": until.clone() }] };
     let arrivals = map(filter(source.list("enqueue"), "a", is_new), "a", place);
     let size = doc! { "$add": [{ "$sum": "$holders.size" }, { "$sum": "$$line.size" }] };
     let room = doc! { "$and": [
@@ -272,7 +417,7 @@ fn arrive(line: Bson, parts: &Parts, source: &Source, rules: &Rules, now: &Bson)
         "default": lasting,
     } };
     let outcome = bind(doc! { "refreshed": refreshed, "arrivals": arrivals }, outcome);
-    let outcome = bind(doc! { "known": { "$concatArrays": known }, "named": named }, outcome);
+    let outcome = bind(doc! { "known": { "$concatArrays": known }, "asked": source.asked() }, outcome);
     bind(doc! { "line": line }, outcome)
 }
 
@@ -289,14 +434,17 @@ fn admit(rules: &Rules, now: &Bson) -> Document {
         "left": 0,
         "exclusive": of_mode("exclusive"),
         "shared": of_mode("shared"),
+        "limit": { "$min": "$$live.shared_limit" },
         "token": "$token",
         "granted": [],
     };
     let is_exclusive = doc! { "$eq": ["$$this.mode", "exclusive"] };
+    // The least of those there are: none while nobody holds.
+    let limit = doc! { "$min": ["$$value.limit", "$$this.shared_limit"] };
     let room = doc! { "$cond": [
         is_exclusive.clone(),
         { "$eq": ["$$value.shared", 0] },
-        { "$lt": ["$$value.shared", "$$this.shared_limit"] },
+        { "$lt": ["$$value.shared", limit.clone()] },
     ] };
     let fits = doc! { "$and": ["$$value.open", { "$eq": ["$$value.exclusive", 0] }, room] };
     let left = doc! { "$add": ["$$value.left", 1] };
@@ -310,6 +458,7 @@ fn admit(rules: &Rules, now: &Bson) -> Document {
             "left": left.clone(),
             "exclusive": one_more("exclusive", 1, 0),
             "shared": one_more("shared", 0, 1),
+            "limit": limit,
             "token": "$$token",
             "granted": { "$concatArrays": ["$$value.granted", [holder(now)]] },
         },
@@ -342,7 +491,7 @@ fn holder(now: &Bson) -> Document {
         "acquired_at": now.clone(),
         "expires_at": { "$add": [now.clone(), "$$this.ttl"] },
     };
-    for field in ["id", "owner", "metadata", "mode", "ttl", "min_hold", "size"] {
+    for field in ["id", "owner", "metadata", "mode", "shared_limit", "ttl", "min_hold", "size", "repeated"] {
         holder.insert(field, format!("$$this.{field}"));
     }
     holder
@@ -350,14 +499,15 @@ fn holder(now: &Bson) -> Document {
 
 /// Puts the admission into effect; those who came only to try leave; `rev` rises, and `epoch` with it unless all was
 /// quiet.
-fn finish(parts: &Parts, rules: &Rules, now: &Bson, mark: i64) -> Document {
+fn finish(parts: &Parts, source: &Source, rules: &Rules, now: &Bson, mark: i64) -> Document {
     let any = doc! { "$gt": [{ "$size": { "$ifNull": ["$admission.granted", []] } }, 0] };
     let live = live(rules, now);
-    let displaced = note(&filter("$holders", "h", not(&live)), Reason::Displaced, now);
+    let leaving = filter("$holders", "h", not(&live));
+    let displaced = map(leaving, "h", departure("$$h.id", Reason::Displaced, now, if_room(has_room(now))));
     let stay = filter("$holders", "h", live);
-    let mut gone = vec![Bson::from(doc! { "$cond": [any.clone(), displaced, []] })];
+    let mut gone = Bson::from(doc! { "$cond": [any.clone(), displaced, []] });
     if parts.release || parts.revoke {
-        gone.push("$gone".into());
+        gone = doc! { "$concatArrays": [gone, "$gone"] }.into();
     }
     let rest = doc! { "$slice": ["$waiters", { "$ifNull": ["$admission.left", 0] }, ALL] };
     let rev = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
@@ -365,7 +515,7 @@ fn finish(parts: &Parts, rules: &Rules, now: &Bson, mark: i64) -> Document {
         "token": { "$ifNull": ["$admission.token", "$token"] },
         "holders": { "$cond": [any, { "$concatArrays": [stay, "$admission.granted"] }, "$holders"] },
         "waiters": filter(rest, "w", "$$w.wait"),
-        "departures": remembered(doc! { "$concatArrays": gone }),
+        "departures": remembered(gone, source, parts, now),
         "epoch": epoch(parts.loud, &rev),
         "rev": rev,
         EDITED_AT: now.clone(),
@@ -376,11 +526,18 @@ fn finish(parts: &Parts, rules: &Rules, now: &Bson, mark: i64) -> Document {
     } }
 }
 
-/// The departures with those of this edit before them.
-fn remembered(gone: Document) -> Bson {
+/// The departures with those of this edit before them: the newest, those that the edit names, and those that last.
+fn remembered(gone: Bson, source: &Source, parts: &Parts, now: &Bson) -> Bson {
     let count = doc! { "$max": [i32::try_from(REMEMBERED_DEPARTURES).unwrap_or(ALL), { "$size": "$$gone" }] };
-    let all = doc! { "$concatArrays": ["$$gone", "$departures"] };
-    bind(doc! { "gone": gone }, doc! { "$slice": [all, count] })
+    let mut is_kept = lasts(now);
+    if let Some(named) = source.named(parts) {
+        is_kept = doc! { "$or": [is_kept, { "$in": ["$$d.id", named] }] };
+    }
+    let others = filter(doc! { "$slice": ["$$all", "$$count", ALL] }, "d", is_kept);
+    let all = doc! { "$concatArrays": [{ "$slice": ["$$all", "$$count"] }, others] };
+    let both = doc! { "$concatArrays": ["$$gone", "$departures"] };
+    let some = bind(doc! { "all": both, "count": count }, all);
+    bind(doc! { "gone": gone }, doc! { "$cond": [{ "$eq": ["$$gone", []] }, "$departures", some] })
 }
 
 /// The revision of the latest edit that others should hear of: one with more than touches, or one that moved the line.
@@ -397,8 +554,4 @@ fn epoch(loud: Loudness, rev: &Document) -> Bson {
 /// Whether nobody may take the place of the holder `$$h` yet.
 fn live(rules: &Rules, now: &Bson) -> Document {
     doc! { "$gt": [{ "$add": ["$$h.expires_at", long(rules.grace)] }, now.clone()] }
-}
-
-fn note(gone: &Bson, why: Reason, now: &Bson) -> Bson {
-    map(gone.clone(), "h", doc! { "id": "$$h.id", "reason": reason(why), "at": now.clone() })
 }

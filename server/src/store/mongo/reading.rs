@@ -1,38 +1,74 @@
-//! Records found: by their keys, page after page, and those long free, which are forgotten.
+//! Records found: by their keys, and page after page.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use mongodb::action::Action;
-use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
-use mongodb::options::ReadConcern;
+use mongodb::bson::{Document, RawDocumentBuf, doc};
+use mongodb::options::{ClientOptions, Hint, ReadConcern};
+use mongodb::{Client, Collection};
 
-use super::command::ATTEMPT;
+use super::command::{ATTEMPT, Runner, brief};
 use super::document::Edited;
-use super::{MongoStore, document};
-use crate::lease::Key;
+use super::index::IN_USE;
+use super::{Location, MongoStore, Unusable, document};
+use crate::lease::{Key, Snapshot};
 use crate::store::failure::Failure;
 use crate::store::{ForKey, ListQuery, Page, StoreError, report};
 
-/// Keys forgotten with one command.
-const PURGE_PAGE: usize = 1000;
+/// Callers that look at a key at once; more wait for their turn, in the order in which they came.
+const GETS: usize = 16;
+/// Callers that list keys at once. A few keep one core of the database busy.
+const LISTS: usize = 8;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
+/// How callers look at keys: over connections of their own and so many at once, so that commits wait for none of them, and
+/// those who look at one key do not wait for those who list many.
+#[derive(Debug, Clone)]
+pub(super) struct Inspection {
+    pub(super) collection: Collection<RawDocumentBuf>,
+    gets: Runner,
+    lists: Runner,
+}
+
+impl Inspection {
+    /// `options` are those of the connections for commits.
+    pub(super) fn new(mut options: ClientOptions, location: &Location) -> Result<Self, Unusable> {
+        options.max_pool_size = Some(u32::try_from(GETS + LISTS).unwrap_or(u32::MAX));
+        // The URI's may be more than that.
+        options.min_pool_size = None;
+        let client = Client::with_options(options).map_err(|error| Unusable::Uri(brief(&error)))?;
+        Ok(Self {
+            collection: client.database(&location.database).collection(&location.collection),
+            gets: Runner::with_room_for(GETS),
+            lists: Runner::with_room_for(LISTS),
+        })
+    }
+}
+
 impl MongoStore {
+    /// The key's record, for a caller who looks at it.
+    pub(super) async fn find_one(&self, key: &Key) -> Result<Option<Snapshot>, StoreError> {
+        let Inspection { collection, gets, .. } = &self.inspection;
+        let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(1) };
+        let found = found(collection, gets, by_name(&[key.as_str()]), read).await?;
+        read_each(&found.documents).into_iter().next().transpose()
+    }
+
     /// The records of those of the keys that have one, in any order.
     pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<ForKey>, Failure> {
         let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(names.len()) };
-        Ok(read_each(&self.found(by_name(names), read).await?.documents))
+        let found = found(&self.collection, &self.runner, by_name(names), read).await?;
+        Ok(read_each(&found.documents))
     }
 
-    /// The same of records that have just been edited: as they were right after, or after a later edit.
+    /// Records that have just been edited: as they were right after, or after a later edit.
     pub(super) async fn find_edited(
         &self,
         names: &[&str],
     ) -> Result<HashMap<Key, Result<Edited, StoreError>>, Failure> {
-        let found = self.found(by_name(names), Read::of(names.len())).await?;
+        let found = found(&self.collection, &self.runner, by_name(names), Read::of(names.len())).await?;
         let edited = |document: &RawDocumentBuf| match document::edited(document) {
             Ok(edited) => Some((edited.snapshot.record.key.clone(), Ok(edited))),
             Err(foreign) => {
@@ -43,62 +79,18 @@ impl MongoStore {
         Ok(found.documents.iter().filter_map(edited).collect())
     }
 
-    /// Documents as a majority has them: what is shown here is never rolled back.
-    async fn found(&self, filter: Document, read: Read) -> Result<Found, Failure> {
-        let collection = self.collection.clone();
-        let Read { projection, limit, page } = read;
-        // Large records come in several rounds, so that few are read in vain.
-        let round = if page.is_some() { limit.min(100) } else { limit };
-        self.runner
-            .run(async move {
-                let mut cursor = collection
-                    .find(filter)
-                    .optional(projection, |find, projection| find.projection(projection))
-                    .optional(page, |find, _| find.sort(doc! { "_id": 1 }))
-                    .limit(i64::try_from(limit).unwrap_or(i64::MAX))
-                    .batch_size(u32::try_from(round).unwrap_or(u32::MAX).saturating_add(1))
-                    .max_time(ATTEMPT)
-                    .read_concern(ReadConcern::majority())
-                    .await?;
-                let mut found = Found::default();
-                let mut size = 0;
-                while let Some(document) = cursor.try_next().await? {
-                    size += document.as_bytes().len();
-                    found.documents.push(document);
-                    if page.is_some_and(|bytes| size > bytes) {
-                        found.cut = true;
-                        break;
-                    }
-                }
-                Ok(found)
-            })
-            .await
-    }
-
-    /// One page of records in the order of their keys.
+    /// One page of records in the order of their keys. Those that cannot be read are reported and left out.
     pub(super) async fn page(&self, query: &ListQuery) -> Result<Page, Failure> {
-        let mut range = doc! { "$gte": &query.prefix };
-        if let Some(end) = after_prefix(&query.prefix) {
-            range.insert("$lt", end);
-        }
-        if let Some(after) = &query.after {
-            range.insert("$gt", after.as_str());
-        }
-        let mut filter = doc! { "_id": range };
-        if !query.include_free {
-            let blocked = doc! { "$gt": ["$blocked_until", self.clock.clone()] };
-            filter.insert(
-                "$or",
-                [
-                    doc! { "holders.0": { "$exists": true } },
-                    doc! { "waiters.0": { "$exists": true } },
-                    doc! { "$expr": blocked },
-                ],
-            );
-        }
-        let projection = Some(document::projection(&self.clock));
-        let read = Read { projection, page: Some(PAGE_BYTES), ..Read::of(query.limit + 1) };
-        let found = self.found(filter, read).await?;
+        let by_index = !query.include_free && self.index.is_there();
+        let found = match self.pages(query, by_index).await {
+            // Somebody may have dropped it.
+            Err(failure) if by_index => {
+                tracing::debug!(cause = failure.into_cause(), "listing without the index");
+                self.index.lose();
+                self.pages(query, false).await?
+            }
+            found => found?,
+        };
         let more = found.cut || found.documents.len() > query.limit;
         let shown = &found.documents[..found.documents.len().min(query.limit)];
         let answers = read_each(shown).into_iter();
@@ -112,27 +104,83 @@ impl MongoStore {
         Ok(Page { snapshots, more })
     }
 
-    /// Forgets keys that have been free for `free_for` and returns how many.
-    pub(super) async fn forget(&self, free_for: Duration) -> Result<u64, Failure> {
-        let mut purged = 0;
-        loop {
-            let read = Read { projection: Some(doc! { "_id": 1 }), ..Read::of(PURGE_PAGE) };
-            let found = self.found(free_since(free_for, &self.clock), read).await?;
-            let names: Vec<Bson> = found
-                .documents
-                .iter()
-                .filter_map(|found| found.get_str("_id").ok().map(Bson::from))
-                .collect();
-            if names.is_empty() {
-                return Ok(purged);
-            }
-            // The condition stands in the deletion too: a key may have been leased since it was found.
-            let mut which = free_since(free_for, &self.clock);
-            which.insert("_id", doc! { "$in": names });
-            let delete = doc! { "delete": self.collection.name(), "deletes": [{ "q": which, "limit": 0 }] };
-            purged += self.runner.write(&self.database, delete, &self.concern).await?;
-        }
+    async fn pages(&self, query: &ListQuery, by_index: bool) -> Result<Found, Failure> {
+        let Inspection { collection, lists, .. } = &self.inspection;
+        let read = Read {
+            projection: Some(document::projection(&self.clock)),
+            page: Some(PAGE_BYTES),
+            hint: by_index.then(|| Hint::Name(IN_USE.to_owned())),
+            ..Read::of(query.limit + 1)
+        };
+        found(collection, lists, self.of_page(query, by_index), read).await
     }
+
+    /// Which records a listing shows.
+    pub(super) fn of_page(&self, query: &ListQuery, by_index: bool) -> Document {
+        let mut range = doc! { "$gte": &query.prefix };
+        if let Some(end) = after_prefix(&query.prefix) {
+            range.insert("$lt", end);
+        }
+        if let Some(after) = &query.after {
+            range.insert("$gt", after.as_str());
+        }
+        let mut filter = doc! { "_id": range };
+        if by_index {
+            filter.insert(IN_USE, true);
+        }
+        if query.include_free {
+            // A key that was never granted is one of which only a settled id is remembered.
+            filter.insert("token", doc! { "$gt": 0_i64 });
+        } else {
+            let blocked = doc! { "$gt": ["$blocked_until", self.clock.clone()] };
+            filter.insert(
+                "$or",
+                [
+                    doc! { "holders.0": { "$exists": true } },
+                    doc! { "waiters.0": { "$exists": true } },
+                    doc! { "$expr": blocked },
+                ],
+            );
+        }
+        filter
+    }
+}
+
+/// Documents as a majority has them: what is shown here is never rolled back.
+async fn found(
+    collection: &Collection<RawDocumentBuf>,
+    runner: &Runner,
+    filter: Document,
+    read: Read,
+) -> Result<Found, Failure> {
+    let collection = collection.clone();
+    let Read { projection, limit, page, hint } = read;
+    // Large records come in several rounds, so that few are read in vain.
+    let round = if page.is_some() { limit.min(100) } else { limit };
+    let find = async move {
+        let mut cursor = collection
+            .find(filter)
+            .optional(projection, |find, projection| find.projection(projection))
+            .optional(page, |find, _| find.sort(doc! { "_id": 1 }))
+            .optional(hint, |find, hint| find.hint(hint))
+            .limit(i64::try_from(limit).unwrap_or(i64::MAX))
+            .batch_size(u32::try_from(round).unwrap_or(u32::MAX).saturating_add(1))
+            .max_time(ATTEMPT)
+            .read_concern(ReadConcern::majority())
+            .await?;
+        let mut found = Found::default();
+        let mut size = 0;
+        while let Some(document) = cursor.try_next().await? {
+            size += document.as_bytes().len();
+            found.documents.push(document);
+            if page.is_some_and(|bytes| size > bytes) {
+                found.cut = true;
+                break;
+            }
+        }
+        Ok(found)
+    };
+    runner.run(find).await
 }
 
 /// What to read of the documents found.
@@ -143,11 +191,13 @@ struct Read {
     limit: usize,
     /// In the order of the keys, and no more once past so many bytes.
     page: Option<usize>,
+    /// By this index.
+    hint: Option<Hint>,
 }
 
 impl Read {
     fn of(limit: usize) -> Self {
-        Self { projection: None, limit, page: None }
+        Self { projection: None, limit, page: None, hint: None }
     }
 }
 
@@ -181,22 +231,6 @@ fn after_prefix(prefix: &str) -> Option<String> {
         }
     }
     None
-}
-
-/// Records that nobody has held, waited for or kept blocked for `free_for`, by the database's clock. The last token
-/// is the time of a grant or later than it, so a record goes only when the clock alone gives a higher one. A token that is
-/// no number keeps its record, and does not fail the search for the others.
-fn free_since(free_for: Duration, clock: &Bson) -> Document {
-    let before = doc! { "$subtract": [clock.clone(), document::long(free_for)] };
-    let older = |instant: Document| doc! { "$lt": [instant, before.clone()] };
-    doc! {
-        "holders": { "$in": [[], Bson::Null] },
-        "waiters": { "$in": [[], Bson::Null] },
-        "$expr": { "$and": [
-            older(doc! { "$max": ["$blocked_until", { "$max": "$departures.at" }] }),
-            older(doc! { "$convert": { "input": { "$ifNull": ["$token", 0_i64] }, "to": "date", "onError": clock.clone() } }),
-        ] },
-    }
 }
 
 #[cfg(test)]

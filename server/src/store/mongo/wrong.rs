@@ -43,6 +43,35 @@ pub(super) fn put_into(mut stages: Vec<Document>, wrong: Wrong) -> Vec<Document>
             stages.insert(0, doc! { "$set": { "epoch": next.clone() } });
             set(&mut stages, "epoch", next.into());
         }
+        Wrong::PlaceOutlivesRelease => replace(&mut stages, |operator, operands| {
+            (operator == "$in" && operands.first()? == &"$$left.id".into()).then_some(false.into())
+        }),
+        Wrong::UnknownReleaseForgotten => replace(&mut stages, |operator, operands| {
+            (operator == "$slice" && operands.last()? == &"$$room".into()).then(|| Bson::Array(Vec::new()))
+        }),
+        Wrong::LastingForgotten => replace(&mut stages, |operator, operands| {
+            (operator == "$and" && operands.first()? == &"$$d.lasting".into()).then_some(false.into())
+        }),
+        Wrong::NamedForgotten => replace(&mut stages, |operator, operands| {
+            let named = operands.last()?.as_document()?.get_array("$in").ok()?;
+            (operator == "$or" && named.first()? == &"$$d.id".into()).then(|| operands[0].clone())
+        }),
+        Wrong::RepetitionUnmarked => replace(&mut stages, |operator, operands| {
+            let [whose, Bson::Document(change)] = operands else { return None };
+            let mut unmarked = change.clone();
+            unmarked.remove("repeated").filter(|_| operator == "$mergeObjects")?;
+            Some(doc! { "$mergeObjects": [whose.clone(), unmarked] }.into())
+        }),
+        Wrong::OtherModeRenewed => replace(&mut stages, |operator, operands| {
+            let is_same = operator == "$in" && operands.first()?.as_document()?.contains_key("shared_limit");
+            is_same.then_some(true.into())
+        }),
+        Wrong::HoldersLimitIgnored => replace(&mut stages, |operator, operands| {
+            (operator == "$min" && operands.first()? == &"$$value.limit".into()).then(|| operands[1].clone())
+        }),
+        Wrong::BlockKept => replace(&mut stages, |operator, operands| {
+            (operator == "$in" && operands.first()? == &"$$until".into()).then_some(false.into())
+        }),
         Wrong::OutsideLiteral => unquote(&mut stages),
     }
     stages

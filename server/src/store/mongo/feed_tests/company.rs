@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use mongodb::bson::doc;
 use tokio::time::timeout;
 
-use super::{Listener, PATIENCE, at_pace, eventually, lease, marker, registered, store, two};
+use super::{Listener, PATIENCE, at_pace, eventually, lease, marker, registered, signs, store, two};
 use crate::store::mongo::Pace;
 use crate::store::{FeedEvent, FeedState, Store};
 
@@ -13,7 +12,7 @@ use crate::store::{FeedEvent, FeedState, Store};
 async fn a_daemon_has_a_feed_only_while_another_is_there() {
     let store = at_pace(store().await, |pace| Pace { patience: 3, ..pace });
     let mut first = Listener::start(&store);
-    eventually(async || registered(&store).find_one(doc! {}).await.expect("done")).await;
+    eventually(async || registered(&store).find_one(signs()).await.expect("done")).await;
     lease(&store, &marker()).await;
     assert_eq!(first.store.feed_state(), FeedState::Off);
     assert!(first.heard.try_recv().is_err(), "nothing is told to one who is alone");
@@ -26,13 +25,13 @@ async fn a_daemon_has_a_feed_only_while_another_is_there() {
     }
 
     second.drain().await;
-    assert_eq!(registered(&store).count_documents(doc! {}).await.expect("done"), 1, "the drained is gone");
+    assert_eq!(registered(&store).count_documents(signs()).await.expect("done"), 1, "the drained is gone");
     eventually(async || (first.store.feed_state() == FeedState::Off).then_some(())).await;
     let third = Listener::start(&store);
     assert_eq!(first.next().await, FeedEvent::Gap, "what others did meanwhile was not told");
     third.drain().await;
     first.drain().await;
-    assert_eq!(registered(&store).count_documents(doc! {}).await.expect("done"), 0);
+    assert_eq!(registered(&store).count_documents(signs()).await.expect("done"), 0);
 }
 
 #[tokio::test]
@@ -49,7 +48,7 @@ async fn a_daemon_that_died_is_missed_and_later_forgotten() {
     second.feed.abort();
     eventually(async || (first.store.feed_state() == FeedState::Off).then_some(())).await;
     eventually(async || {
-        (registered(&store).count_documents(doc! {}).await.expect("done") == 1).then_some(())
+        (registered(&store).count_documents(signs()).await.expect("done") == 1).then_some(())
     })
     .await;
 }

@@ -84,7 +84,7 @@ async fn an_open_feed_stays_open_while_no_sign_of_life_can_be_given() {
     let namespace = registered(&store).namespace().to_string();
     fail(&mongod, "update", doc! { "errorCode": 189, "namespace": namespace }).await;
     // Until both would count as dead.
-    let dead = doc! { "$expr": { "$lt": ["$seen_at", { "$subtract": ["$$NOW", 2000] }] } };
+    let dead = doc! { "seen_at": { "$exists": true }, "$expr": { "$lt": ["$seen_at", { "$subtract": ["$$NOW", 2000] }] } };
     eventually(async || {
         (registered(&store).count_documents(dead.clone()).await.expect("done") == 2).then_some(())
     })

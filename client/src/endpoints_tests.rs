@@ -1,0 +1,334 @@
+//! Which daemon is asked, on a paused clock and over a network in memory.
+
+use std::collections::HashMap;
+
+use leased_proto::v1::lease_service_client::LeaseServiceClient;
+use leased_proto::v1::{AcquireRequest, GetRequest, ReleaseRequest};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::*;
+use crate::peer::{Manner, Peer};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+const STORES: [&str; 2] = ["0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02", "5d0e63a8-04c7-4a4e-a1cb-0a6a3c5cf1aa"];
+
+fn peers(count: usize) -> Vec<Peer> {
+    (0..count).map(Peer::numbered).collect()
+}
+
+/// The endpoints of a client, and the task beside them.
+fn of(peers: &[Peer]) -> (Arc<Endpoints>, AbortOnDropHandle<()>) {
+    let endpoints = Arc::new(Endpoints::new(peers.iter().map(Peer::source).collect(), TIMEOUT));
+    let tended = Arc::clone(&endpoints);
+    (endpoints, AbortOnDropHandle::new(tokio::spawn(async move { tended.tend().await })))
+}
+
+async fn get(endpoints: &Endpoints) -> Result<(), Error> {
+    let call = endpoints.call(Purpose::Calls, GetRequest::default(), |channel, request| async move {
+        LeaseServiceClient::new(channel).get(request).await
+    });
+    call.await.map(drop)
+}
+
+async fn release(endpoints: &Endpoints) -> Result<(), Error> {
+    let call = endpoints.call(Purpose::Upkeep, ReleaseRequest::default(), |channel, request| async move {
+        LeaseServiceClient::new(channel).release(request).await
+    });
+    call.await.map(drop)
+}
+
+/// An acquire that waits until it is dropped.
+async fn stand_in_line(endpoints: &Endpoints) {
+    let wait = Some(prost_types::Duration { seconds: 600, nanos: 0 });
+    let request = AcquireRequest { wait, ..AcquireRequest::default() };
+    let until = Instant::now() + Duration::from_secs(600);
+    let call = endpoints.call_waiting(Purpose::Waits, until, request, |channel, request| async move {
+        LeaseServiceClient::new(channel).acquire(request).await
+    });
+    panic!("it came to an end: {:?}", call.await.map(drop));
+}
+
+/// Whom the client would ask.
+fn preferred(endpoints: &Endpoints) -> String {
+    endpoints.state().pick().unwrap().name.clone()
+}
+
+#[test]
+fn every_daemon_is_asked_before_there_is_a_pause() {
+    let mut pauses = Pauses::default();
+    let pauses: Vec<Duration> = (0..6).map(|_| pauses.next(3, None)).collect();
+    assert!(pauses[0].is_zero() && pauses[1].is_zero() && !pauses[2].is_zero());
+    assert!(pauses[3].is_zero() && pauses[4].is_zero() && pauses[5] > FIRST_PAUSE);
+}
+
+#[test]
+fn pauses_stay_bounded_and_heed_what_the_daemon_asks() {
+    let mut pauses = Pauses::default();
+    assert!(pauses.next(1, Some(Duration::from_millis(500))) >= Duration::from_millis(500));
+    for _ in 0..40 {
+        assert!(pauses.next(1, Some(Duration::from_secs(3600))) <= LONGEST_PAUSE.mul_f64(1.25));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn somebody_else_is_passed_over_while_others_are_left() {
+    for _ in 0..8 {
+        let peers = peers(3);
+        peers[0].be(Manner::Stranger);
+        peers[1].be(Manner::Stranger);
+        let (endpoints, _task) = of(&peers);
+        endpoints.check().await.unwrap();
+        for _ in 0..20 {
+            get(&endpoints).await.unwrap();
+        }
+        let asked: usize = peers[..2].iter().map(|peer| peer.attempts("get").len()).sum();
+        assert!(asked <= 2, "each at most once, and not {asked} times");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn if_all_are_somebody_else_that_is_said_at_once() {
+    let peers = peers(2);
+    peers.iter().for_each(|peer| peer.be(Manner::Stranger));
+    let (endpoints, _task) = of(&peers);
+    let start = Instant::now();
+    let refused = get(&endpoints).await;
+    assert!(matches!(refused, Err(Error::NotLeased { .. })), "{refused:?}");
+    assert!(start.elapsed() < Duration::from_secs(1));
+    // And it may be mended.
+    peers.iter().for_each(|peer| peer.be(Manner::Up));
+    get(&endpoints).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_beside_somebody_else_names_both() {
+    let peers = peers(2);
+    peers[0].be(Manner::Stranger);
+    peers[1].be(Manner::Down);
+    let (endpoints, _task) = of(&peers);
+    let error = get(&endpoints).await.unwrap_err().to_string();
+    assert!(error.contains("daemon-0 is not a leased daemon") && error.contains("down"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_is_silent_leaves_time_for_two_others() {
+    let peers = peers(3);
+    let (endpoints, _task) = of(&peers);
+    get(&endpoints).await.unwrap();
+    for _ in 0..2 {
+        let silent = preferred(&endpoints);
+        peers
+            .iter()
+            .find(|peer| silent.ends_with(&peer.shared.number.to_string()))
+            .unwrap()
+            .be(Manner::Silent);
+        get(&endpoints).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_rolling_restart_clients_are_spread_again_within_minutes() {
+    const CLIENTS: usize = 30;
+    let peers = peers(3);
+    let clients: Vec<_> = (0..CLIENTS).map(|_| of(&peers)).collect();
+    let spread = || {
+        let mut spread: HashMap<String, usize> = HashMap::new();
+        clients.iter().for_each(|(endpoints, _)| *spread.entry(preferred(endpoints)).or_default() += 1);
+        spread
+    };
+    let at_first = spread();
+    assert_eq!(at_first.len(), 3, "{at_first:?}");
+    for peer in &peers {
+        peer.be(Manner::Down);
+        for (endpoints, _) in &clients {
+            get(endpoints).await.unwrap();
+        }
+        peer.be(Manner::Up);
+    }
+    assert!(spread().len() < 3, "nobody has come back to the last one yet: {:?}", spread());
+    sleep(4 * RETURN).await;
+    assert_eq!(spread(), at_first);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_thousand_that_wait_take_nothing_from_the_other_calls() {
+    let peers = peers(1);
+    let (endpoints, _task) = of(&peers);
+    let waiting: Vec<_> = (0..1000)
+        .map(|_| {
+            let endpoints = Arc::clone(&endpoints);
+            AbortOnDropHandle::new(tokio::spawn(async move { stand_in_line(&endpoints).await }))
+        })
+        .collect();
+    let shared = &peers[0].shared;
+    while shared.waiting.load(std::sync::atomic::Ordering::Relaxed) < 1000 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    let daemon = endpoints.pick().await.unwrap();
+    assert_eq!(daemon.count(Purpose::Waits), 5);
+    get(&endpoints).await.unwrap();
+    release(&endpoints).await.unwrap();
+    assert_eq!((daemon.count(Purpose::Calls), daemon.count(Purpose::Upkeep)), (1, 1));
+
+    drop(waiting);
+    sleep(2 * IDLE).await;
+    assert_eq!(daemon.count(Purpose::Waits), 0, "closed when idle");
+    assert_eq!((daemon.count(Purpose::Calls), daemon.count(Purpose::Upkeep)), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_fails_for_ever_is_replaced() {
+    let peers = peers(1);
+    let (endpoints, _task) = of(&peers);
+    peers[0].be(Manner::Panicking);
+    let failed = get(&endpoints).await;
+    assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
+    peers[0].be(Manner::Up);
+    get(&endpoints).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repetition_says_how_often_it_was_sent_before() {
+    let peers = peers(1);
+    let (endpoints, _task) = of(&peers);
+    peers[0].be(Manner::Down);
+    let up = async {
+        while peers[0].attempts("release").len() < 3 {
+            sleep(Duration::from_millis(1)).await;
+        }
+        peers[0].be(Manner::Up);
+    };
+    let (released, ()) = tokio::join!(release(&endpoints), up);
+    released.unwrap();
+    let attempts = peers[0].attempts("release");
+    let expected: Vec<Option<String>> =
+        (0..attempts.len()).map(|before| (before > 0).then(|| before.to_string())).collect();
+    assert_eq!(attempts, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_stores_are_not_mixed_and_the_error_names_them() {
+    for _ in 0..8 {
+        let peers = peers(2);
+        peers.iter().zip(STORES).for_each(|(peer, store)| peer.serve_store(store));
+        let (endpoints, _task) = of(&peers);
+        let error = endpoints.compare().await.unwrap_err();
+        assert!(matches!(error, Error::DifferentStores { .. }), "{error:?}");
+        for part in ["daemon-0", "daemon-1", STORES[0], STORES[1]] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        // It is mended without a new client.
+        peers[0].serve_store(STORES[1]);
+        endpoints.compare().await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_store_that_turns_up_later_is_never_asked() {
+    let peers = peers(2);
+    peers.iter().zip(STORES).for_each(|(peer, store)| peer.serve_store(store));
+    peers[1].be(Manner::Down);
+    let (endpoints, _task) = of(&peers);
+    endpoints.compare().await.unwrap();
+    get(&endpoints).await.unwrap();
+    peers[1].be(Manner::Up);
+    peers[0].be(Manner::Down);
+    let refused = get(&endpoints).await.unwrap_err().to_string();
+    assert!(refused.contains(STORES[0]) && refused.contains(STORES[1]), "{refused}");
+    assert_eq!(peers[1].attempts("get").len(), 0);
+    release(&endpoints).await.unwrap_err();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_comes_back_over_another_store_is_found_out_before_it_is_asked() {
+    let peers = peers(2);
+    peers.iter().for_each(|peer| peer.serve_store(STORES[0]));
+    let (endpoints, _task) = of(&peers);
+    endpoints.compare().await.unwrap();
+    get(&endpoints).await.unwrap();
+    peers.iter().for_each(|peer| peer.be(Manner::Down));
+    get(&endpoints).await.unwrap_err();
+    let before = peers[1].attempts("get").len();
+    peers[1].serve_store(STORES[1]);
+    peers[1].be(Manner::Up);
+    get(&endpoints).await.unwrap_err();
+    assert_eq!(peers[1].attempts("get").len(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn somebody_else_who_is_gone_is_an_outage_like_any_other() {
+    let peers = peers(1);
+    peers[0].be(Manner::Stranger);
+    let (endpoints, _task) = of(&peers);
+    assert!(matches!(get(&endpoints).await, Err(Error::NotLeased { .. })));
+    peers[0].be(Manner::Down);
+    let failed = get(&endpoints).await;
+    assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_replaces_another_everywhere_is_taken_for_it() {
+    let peers = peers(1);
+    peers[0].serve_store(STORES[0]);
+    let (endpoints, _task) = of(&peers);
+    get(&endpoints).await.unwrap();
+    peers[0].serve_store(STORES[1]);
+    get(&endpoints).await.unwrap();
+    endpoints.compare().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_longest_timeout_there_is_waits_for_long_and_panics_nowhere() {
+    let peers = peers(1);
+    peers[0].be(Manner::Down);
+    let endpoints = Endpoints::new(vec![peers[0].source()], Duration::MAX);
+    let patient = timeout(Duration::from_secs(60), get(&endpoints)).await;
+    assert!(patient.is_err(), "{patient:?}");
+    peers[0].be(Manner::Up);
+    get(&endpoints).await.unwrap();
+}
+
+fn named(host: &str) -> Endpoints {
+    let url = format!("http://{host}:5327").parse().unwrap();
+    let reach = Reach::Name { url, host: host.to_owned(), port: 5327 };
+    Endpoints::new(vec![Source { name: format!("http://{host}:5327"), reach }], Duration::from_secs(1))
+}
+
+#[test]
+fn a_name_with_several_addresses_is_several_daemons() {
+    let endpoints = named("leased.example");
+    let found = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|address| format!("{address}:5327").parse().unwrap());
+        endpoints.found(&endpoints.resolving[0], addresses.collect());
+    };
+    let names = || {
+        let mut names: Vec<String> =
+            endpoints.state().daemons.iter().map(|daemon| daemon.name.clone()).collect();
+        names.sort();
+        names
+    };
+    found(&["10.0.0.1", "10.0.0.2", "10.0.0.1"]);
+    assert_eq!(names(), ["http://leased.example:5327 (10.0.0.1)", "http://leased.example:5327 (10.0.0.2)"]);
+    let before = endpoints.state().daemons.clone();
+    found(&["10.0.0.2", "10.0.0.3"]);
+    assert_eq!(names(), ["http://leased.example:5327 (10.0.0.2)", "http://leased.example:5327 (10.0.0.3)"]);
+    let kept =
+        endpoints.state().daemons.iter().filter(|one| before.iter().any(|two| Arc::ptr_eq(one, two))).count();
+    assert_eq!(kept, 1, "connections to an address that stays are kept");
+    // What is of another kind than the first comes last: it is less likely to work.
+    found(&[]);
+    found(&["[::1]", "10.0.0.3", "10.0.0.4"]);
+    assert!(endpoints.state().daemons[0].name.ends_with("(::1)"));
+}
+
+#[tokio::test]
+async fn a_name_that_nobody_knows_is_named_in_the_error_and_looked_up_again() {
+    let endpoints = Arc::new(named("no.such.name.invalid"));
+    let tended = Arc::clone(&endpoints);
+    let _task = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend().await }));
+    let error = get(&endpoints).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Unavailable { cause, .. } if cause.contains("no.such.name.invalid")),
+        "{error}"
+    );
+}

@@ -1,0 +1,332 @@
+//! Commands that come late, more than once and in any order: a lease id yields at most one token, and one that has been
+//! released never holds or waits again.
+//!
+//! Callers do what docs/semantics.md asks of them: they choose an id for each acquisition, repeat a call without an answer
+//! as a repetition, and release what they gave up as given up. The network and the store do what they like, but no command
+//! takes effect later than [`UNDER_WAY`] after it was sent, and no call reaches a daemon later than [`ON_ITS_WAY`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
+
+use super::*;
+
+const RULES: Rules = Rules { grace: Duration::from_millis(300), place: Duration::from_millis(900) };
+const START: i64 = 1_000_000;
+/// Callers' ids; those of the crowds come on top.
+const IDS: u8 = 30;
+/// How long a command may be under way to the store.
+const UNDER_WAY: i64 = 10_000;
+/// How long a call may be under way to the daemon.
+const ON_ITS_WAY: i64 = 30_000;
+
+type Step = fn(Record, &Edit, Timestamp, &Rules) -> Record;
+
+#[derive(Debug, Clone)]
+enum Event {
+    /// A caller asks; the call may reach a daemon later.
+    Call(u8),
+    /// The call reaches a daemon, which sends a command; or the daemon or another one sends it again.
+    Ask(u8),
+    /// One of the commands under way takes effect; its answer is lost or heard.
+    Arrive(usize, bool),
+    Touch(u8),
+    /// The caller gives back what it has, or gives up.
+    Release(u8),
+    /// The call's time is over.
+    Cancel(u8),
+    /// The daemon has not found the call in line.
+    Rejoin(u8),
+    Revoke(usize),
+    /// So many others come and go.
+    Crowd(u8),
+    Pass(i64),
+}
+
+/// What a caller knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Caller {
+    #[default]
+    Idle,
+    Asks,
+    Waits,
+    Holds,
+    /// It wants the id no more.
+    Over,
+}
+
+#[derive(Default)]
+struct Client {
+    state: Caller,
+    called_at: i64,
+    /// Commands sent that ask for the id; only the latest one's answer is heard.
+    asks: u32,
+    token: Option<FencingToken>,
+    settled: bool,
+}
+
+struct Command {
+    edit: Edit,
+    sent_at: i64,
+    /// Who hears the answer to which of its commands.
+    answers: Option<(u8, u32)>,
+}
+
+struct World {
+    step: Step,
+    record: Record,
+    now: i64,
+    clients: HashMap<u8, Client>,
+    under_way: Vec<Command>,
+    strangers: u64,
+}
+
+fn id(number: u8) -> LeaseId {
+    LeaseId::from([number + 1; 16])
+}
+
+/// Of each caller always the same. Most share, so that many hold at once.
+fn acquisition(number: u8, repeated: bool) -> Arc<Acquisition> {
+    Arc::new(Acquisition {
+        mode: if number.is_multiple_of(5) { Mode::Exclusive } else { Mode::Shared },
+        shared_limit: 1000,
+        ttl: Ttl::new(Duration::from_millis(u64::from(number) * 120 + 100)).expect("a time"),
+        wait: !number.is_multiple_of(3),
+        repeated,
+        ..Acquisition::waiting(id(number))
+    })
+}
+
+impl World {
+    fn new(step: Step) -> Self {
+        let record = Record::vacant(Key::try_from("key").expect("a key"));
+        Self { step, record, now: START, clients: HashMap::new(), under_way: Vec::new(), strangers: 0 }
+    }
+
+    fn client(&mut self, who: u8) -> &mut Client {
+        self.clients.entry(who).or_default()
+    }
+
+    fn send(&mut self, edit: Edit, answers: Option<(u8, u32)>) {
+        self.under_way.push(Command { edit, sent_at: self.now, answers });
+    }
+
+    /// Sends a command that asks for the id. The first is none that was repeated.
+    fn ask(&mut self, who: u8, repeated: bool) {
+        let client = self.client(who);
+        client.asks += 1;
+        let (number, repeated) = (client.asks, repeated || client.asks > 1);
+        self.send(Edit::default().enqueue(acquisition(who, repeated)), Some((who, number)));
+    }
+
+    fn apply(&mut self, edit: &Edit) -> Result<(), TestCaseError> {
+        self.record = (self.step)(self.record.clone(), edit, Timestamp(self.now), &RULES);
+        let mut places = BTreeMap::new();
+        for id in self.record.holders.iter().map(|holder| holder.id).chain(self.waiting()) {
+            *places.entry(id).or_insert(0) += 1;
+        }
+        for (who, client) in &mut self.clients {
+            let id = id(*who);
+            let places = places.get(&id).copied().unwrap_or(0);
+            prop_assert!(places <= 1, "{who} has two places");
+            client.settled |= edit.released().contains(&id);
+            prop_assert!(!client.settled || places == 0, "{who} was released, and is there");
+            if let Some(holder) = self.record.holders.iter().find(|holder| holder.id == id) {
+                let token = *client.token.get_or_insert(holder.token);
+                prop_assert_eq!(token, holder.token, "{} has a second token", who);
+            }
+        }
+        Ok(())
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = LeaseId> {
+        self.record.waiters.iter().map(|waiter| waiter.acquisition.id)
+    }
+
+    fn take(&mut self, event: &Event) -> Result<(), TestCaseError> {
+        let now = self.now;
+        match *event {
+            Event::Call(who) => {
+                let client = self.client(who);
+                if client.state == Caller::Idle {
+                    (client.state, client.called_at) = (Caller::Asks, now);
+                }
+            }
+            Event::Ask(who) => {
+                let Client { state, called_at, asks, .. } = *self.client(who);
+                // The call of one that gave up may still come; one that has come is not repeated then.
+                let comes = state == Caller::Asks || (state == Caller::Over && asks == 0 && called_at > 0);
+                if comes && now <= called_at + ON_ITS_WAY {
+                    self.ask(who, false);
+                }
+            }
+            Event::Arrive(which, heard) if !self.under_way.is_empty() => {
+                let Command { edit, sent_at, answers } = self.under_way.remove(which % self.under_way.len());
+                if now <= sent_at + UNDER_WAY {
+                    self.apply(&edit)?;
+                    if let Some((who, number)) = answers.filter(|_| heard) {
+                        self.hear(who, number);
+                    }
+                }
+            }
+            Event::Touch(who) => {
+                if matches!(self.client(who).state, Caller::Holds | Caller::Waits) {
+                    let asks = self.client(who).asks;
+                    self.send(Edit::default().touch(id(who)), Some((who, asks)));
+                }
+            }
+            Event::Release(who) => {
+                let state = std::mem::replace(&mut self.client(who).state, Caller::Over);
+                match state {
+                    Caller::Idle => self.client(who).state = Caller::Idle,
+                    Caller::Holds => self.send(Edit::default().release(id(who)), None),
+                    Caller::Asks | Caller::Waits => self.send(Edit::default().give_up(id(who)), None),
+                    // Again, as after an answer that was lost.
+                    Caller::Over => self.send(Edit::default().release(id(who)), None),
+                }
+            }
+            Event::Cancel(who) => {
+                let client = self.client(who);
+                if client.state == Caller::Waits {
+                    client.state = Caller::Over;
+                    self.send(Edit::default().cancel(id(who)), None);
+                }
+            }
+            Event::Rejoin(who) => {
+                if self.client(who).state == Caller::Waits {
+                    self.ask(who, true);
+                }
+            }
+            Event::Revoke(which) => {
+                if let Some(holder) = self.record.holders.get(which) {
+                    let revoke = Edit::default().revoke(holder.id);
+                    self.apply(&revoke)?;
+                }
+            }
+            Event::Crowd(count) => {
+                for _ in 0..count {
+                    self.strangers += 1;
+                    let mut bytes = [0xff; 16];
+                    bytes[..8].copy_from_slice(&self.strangers.to_be_bytes());
+                    let id = LeaseId::from(bytes);
+                    let asked =
+                        Acquisition { mode: Mode::Shared, shared_limit: 1000, ..Acquisition::waiting(id) };
+                    self.apply(&Edit::default().enqueue(Arc::new(asked)))?;
+                    self.apply(&Edit::default().release(id))?;
+                }
+            }
+            Event::Pass(millis) => self.now += millis,
+            Event::Arrive(..) => {}
+        }
+        Ok(())
+    }
+
+    /// The caller hears what the record says.
+    fn hear(&mut self, who: u8, number: u32) {
+        let snapshot = Snapshot { record: self.record.clone(), now: Timestamp(self.now) };
+        let client = self.client(who);
+        if client.asks == number && matches!(client.state, Caller::Asks | Caller::Waits) {
+            client.state = match snapshot.standing(id(who)) {
+                Standing::Holder(_) => Caller::Holds,
+                Standing::Waiter(_) => Caller::Waits,
+                Standing::Departed(_) | Standing::Unknown => Caller::Over,
+            };
+        }
+    }
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    // A few of the ids at a time, so that what happens to each is long.
+    let who = prop_oneof![3 => 0_u8..4, 1 => 0..IDS];
+    let who = move || who.clone();
+    let event = prop_oneof![
+        3 => who().prop_map(Event::Call),
+        6 => who().prop_map(Event::Ask),
+        8 => (any::<usize>(), any::<bool>()).prop_map(|(which, heard)| Event::Arrive(which, heard)),
+        1 => who().prop_map(Event::Touch),
+        3 => who().prop_map(Event::Release),
+        1 => who().prop_map(Event::Cancel),
+        1 => who().prop_map(Event::Rejoin),
+        1 => (0_usize..3).prop_map(Event::Revoke),
+        2 => (1_u8..12).prop_map(Event::Crowd),
+        2 => prop_oneof![3 => 0_i64..1000, 1 => 1000_i64..9000].prop_map(Event::Pass),
+    ];
+    prop::collection::vec(event, 1..80)
+}
+
+fn play(events: &[Event], step: Step) -> Result<(), TestCaseError> {
+    let mut world = World::new(step);
+    events.iter().try_for_each(|event| world.take(event))
+}
+
+#[test]
+fn an_id_has_at_most_one_token_and_one_place_and_none_once_it_is_released() {
+    let cases = std::env::var("LEASED_LATE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(2000);
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
+    match TestRunner::new(config).run(&events(), |events| play(&events, step)) {
+        Ok(()) => {}
+        Err(TestError::Fail(why, events)) => panic!("{why}\n{events:#?}"),
+        Err(TestError::Abort(why)) => panic!("{why}"),
+    }
+}
+
+/// What each part of the rule is for: a history that has a ghost without it.
+#[test]
+fn without_any_part_of_the_rule_there_is_a_ghost() {
+    use Event::{Arrive, Ask, Call, Crowd, Pass, Release, Revoke};
+    const WHO: u8 = 1;
+    // Of two commands the first is granted the lease, and the other comes when many others have come and gone.
+    let twice = |between: &[Event]| {
+        let begin = [Call(WHO), Ask(WHO), Ask(WHO), Arrive(0, false)];
+        [&begin, between, &[Crowd(10), Arrive(0, false)]].concat()
+    };
+    let given_up = twice(&[Release(WHO), Arrive(1, false)]);
+    let heard = twice(&[Ask(WHO), Arrive(1, true), Release(WHO), Arrive(1, false)]);
+    let before_it_comes = vec![Call(WHO), Release(WHO), Arrive(0, false), Ask(WHO), Arrive(0, false)];
+    let broken: [(&str, Vec<Event>, Step); 7] = [
+        ("departures are remembered", given_up.clone(), |mut record, edit, now, rules| {
+            record.departures.clear();
+            step(record, edit, now, rules)
+        }),
+        ("some of them for long", given_up.clone(), |record, edit, now, rules| {
+            let mut after = step(record, edit, now, rules);
+            after.departures.truncate(REMEMBERED_DEPARTURES);
+            after
+        }),
+        ("those of what was given up", given_up, |record, edit, now, rules| {
+            let plain = edit.released().iter().fold(Edit::default(), |edit, id| edit.release(*id));
+            step(record, if edit.released().is_empty() { edit } else { &plain }, now, rules)
+        }),
+        ("those of what was asked for more than once", heard, |record, edit, now, rules| {
+            let mut after = step(record, edit, now, rules);
+            after.holders.iter_mut().for_each(|holder| holder.repeated = false);
+            after
+        }),
+        ("those of what was revoked", twice(&[Revoke(0)]), |record, edit, now, rules| {
+            let mut after = step(record, edit, now, rules);
+            for departure in &mut after.departures {
+                departure.lasting &= departure.reason != Reason::Revoked;
+            }
+            after
+        }),
+        ("those of what was displaced", twice(&[Pass(1000)]), |record, edit, now, rules| {
+            let mut after = step(record, edit, now, rules);
+            for departure in &mut after.departures {
+                departure.lasting &= departure.reason != Reason::Displaced;
+            }
+            after
+        }),
+        ("a release settles what is not known", before_it_comes, |record, edit, now, rules| {
+            let mut after = step(record, edit, now, rules);
+            after.departures.retain(|departure| departure.reason != Reason::Settled);
+            after
+        }),
+    ];
+    for (rule, history, broken) in broken {
+        assert!(play(&history, step).is_ok(), "{rule}");
+        assert!(play(&history, broken).is_err(), "nobody misses this rule: {rule}");
+    }
+}

@@ -1,0 +1,268 @@
+//! The connection string: what is read of it, what is refused by name, and what of it must never be printed.
+
+use std::time::Duration;
+
+use mongodb::error::{Error, ErrorKind};
+use mongodb::options::{Acknowledgment, ClientOptions, ReadConcern, ReadPreference, Tls, WriteConcern};
+use percent_encoding::percent_decode_str;
+
+use super::ConnectError;
+use super::check::Unusable;
+use super::command::brief;
+
+/// Options that decide where reads go and what they see, the one value that is safe, and what to do about any other.
+///
+/// Answers are read off records after a commit, so a read from a node that lags, or of what a failover may undo,
+/// would tell two callers that they hold the same key.
+const READS: [(&str, Option<&str>, &str); 4] = [
+    ("readPreference", Some("primary"), "say readPreference=primary or leave it out"),
+    ("readConcernLevel", Some("majority"), "say readConcernLevel=majority or leave it out"),
+    ("readPreferenceTags", None, "leave it out"),
+    ("maxStalenessSeconds", None, "leave it out"),
+];
+
+/// Reads the URI. What it leaves open is set to notice a lost primary within seconds.
+pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectError> {
+    refuse_other_reads(uri)?;
+    let mut options = ClientOptions::parse(uri).await.map_err(|error| match error.kind.as_ref() {
+        ErrorKind::DnsResolve { .. } => ConnectError::Unreachable(brief(&error)),
+        _ => unusable(&error).into(),
+    })?;
+    refuse_weak_writes(options.write_concern.as_ref())?;
+    options.selection_criteria = Some(ReadPreference::Primary.into());
+    options.read_concern = Some(ReadConcern::majority());
+    options.write_concern = Some(write_concern());
+    options.app_name.get_or_insert_with(|| "leased".to_owned());
+    options.max_pool_size.get_or_insert(64);
+    options.max_connecting.get_or_insert(8);
+    options.connect_timeout.get_or_insert(Duration::from_secs(2));
+    // Shorter than an attempt at a command: a primary that cannot be found is then known not to have done anything.
+    options.server_selection_timeout.get_or_insert(Duration::from_millis(1800));
+    options.heartbeat_freq.get_or_insert(Duration::from_secs(1));
+    // Edits are idempotent and the daemon repeats them; the server need not keep an image of each for the driver.
+    options.retry_writes = Some(false);
+    Ok(options)
+}
+
+pub(super) fn unusable(error: &Error) -> Unusable {
+    Unusable::Uri(brief(error))
+}
+
+/// The only write concern that is safe. `w=N` may be less than a majority of the voting members that hold data: a set
+/// can have members without a vote, hidden ones and arbiters.
+pub(super) fn write_concern() -> WriteConcern {
+    let mut concern = WriteConcern::majority();
+    concern.journal = Some(true);
+    concern
+}
+
+fn refuse_weak_writes(asked: Option<&WriteConcern>) -> Result<(), Unusable> {
+    let Some(asked) = asked else { return Ok(()) };
+    if asked.journal == Some(false) {
+        return Err(Unusable::WeakWrites("journal=false".to_owned(), "say journal=true"));
+    }
+    let weak = match &asked.w {
+        None | Some(Acknowledgment::Majority) => return Ok(()),
+        Some(Acknowledgment::Nodes(nodes)) => format!("w={nodes}"),
+        // Its name is not shown: in a malformed URI it may be a piece of the password.
+        Some(_) => "a w of its own".to_owned(),
+    };
+    Err(Unusable::WeakWrites(weak, "say w=majority"))
+}
+
+/// The URI is read here and not by the driver, which knows some of these options only beside others.
+fn refuse_other_reads(uri: &str) -> Result<(), Unusable> {
+    let options = uri.split_once('?').map_or("", |(_, options)| options);
+    for (name, value) in options.split('&').filter_map(|option| option.split_once('=')) {
+        let of_reads = READS.iter().find(|(option, ..)| option.eq_ignore_ascii_case(name));
+        if let Some((option, safe, advice)) = of_reads
+            && safe.is_none_or(|safe| !safe.eq_ignore_ascii_case(value))
+        {
+            return Err(Unusable::WeakReads(option, advice));
+        }
+    }
+    Ok(())
+}
+
+/// Says what an error means and nothing that is secret, so that it may be printed.
+#[derive(Debug)]
+pub(super) struct Printer {
+    secrets: Secrets,
+    /// Whether the daemon speaks TLS; known once the URI could be read.
+    pub(super) tls: Option<bool>,
+}
+
+impl Printer {
+    pub(super) fn new(uri: &str) -> Self {
+        Self { secrets: Secrets::of(uri), tls: None }
+    }
+
+    pub(super) fn with_options(&mut self, options: &ClientOptions) {
+        self.tls = Some(matches!(options.tls, Some(Tls::Enabled(_))));
+    }
+
+    /// The error as it may be printed.
+    pub(super) fn printable(&self, mut error: ConnectError) -> ConnectError {
+        let is_uri = matches!(error, ConnectError::Unusable(Unusable::Uri(_)));
+        if let Some(cause) = error.cause_mut() {
+            let hint = self.hint(cause).map(|hint| format!(" ({hint})")).unwrap_or_default();
+            if self.secrets.occur_in(cause) {
+                *cause = if is_uri { format!("{HIDDEN}; {ENCODE}") } else { HIDDEN.to_owned() };
+            }
+            cause.push_str(&hint);
+        }
+        error
+    }
+
+    /// What is likely wrong with the connection. The driver shows what each node said as text only.
+    fn hint(&self, cause: &str) -> Option<&'static str> {
+        let says = |text: &str| cause.contains(text);
+        match self.tls? {
+            true if says("tls handshake eof") || says("received corrupt message") => Some(
+                "MongoDB may not speak TLS there: the URI asks for it with tls=true, another tls option or \
+                 mongodb+srv",
+            ),
+            true if says("invalid peer certificate") => Some(
+                "MongoDB's certificate is not good for this host and CA: see the host's name and tlsCAFile in the URI",
+            ),
+            false if says("unexpected end of file") || says("onnection reset") => Some(
+                "MongoDB may speak only TLS: say tls=true in the URI, and tlsCAFile=FILE for a CA of your own",
+            ),
+            // Every host that answered was of another set.
+            _ if says("Topology:") && !says("Servers:") => {
+                Some("no host in the URI belongs to the set that its replicaSet names")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Takes the place of a cause in which the password may be.
+const HIDDEN: &str = "why is not shown, because that contains what may be a part of the password";
+const ENCODE: &str = "in a user or a password write : / ? # [ ] @ % as %3A %2F %3F %23 %5B %5D %40 %25";
+
+/// The words of a URI that may be a password or a part of one, in lower case.
+#[derive(Debug)]
+struct Secrets(Vec<String>);
+
+impl Secrets {
+    fn of(uri: &str) -> Self {
+        let rest = ["mongodb://", "mongodb+srv://"].iter().find_map(|scheme| uri.strip_prefix(scheme));
+        let Some((credentials, _)) = rest.unwrap_or(uri).rsplit_once('@') else { return Self(Vec::new()) };
+        // The user's name is not secret. Where it ends is open without a scheme, or with a `?` that is not encoded.
+        let secret = match credentials.split_once(':') {
+            Some((_, password)) if rest.is_some() && !credentials.contains('?') => password,
+            _ => credentials,
+        };
+        // The driver decodes what it takes for options.
+        let decoded = percent_decode_str(secret).decode_utf8_lossy();
+        let words =
+            [secret, &decoded].into_iter().flat_map(|text| text.split(|c: char| !c.is_alphanumeric()));
+        Self(words.filter(|word| !word.is_empty()).map(str::to_lowercase).collect())
+    }
+
+    fn occur_in(&self, text: &str) -> bool {
+        let text = text.to_lowercase();
+        self.0.iter().any(|word| text.contains(word))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a daemon prints of this URI, if it cannot use it. Asks no name server and no MongoDB.
+    fn printed(uri: &str) -> Option<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let error = runtime.block_on(client_options(uri)).err()?;
+        Some(Printer::new(uri).printable(error).to_string())
+    }
+
+    #[test]
+    fn the_driver_says_what_is_wrong_unless_that_is_a_part_of_the_password() {
+        for (uri, said, hidden) in [
+            ("mongodb://app:S3cret?x@127.0.0.1/", "%3F", "s3cret"),
+            ("mongodb://app:S3cret?w=x@127.0.0.1/", "%3F", "s3cret"),
+            ("mongodb://app:27017?S3cret@127.0.0.1/", "%3F", "s3cret"),
+            ("mongodb://app:27017?S3%63ret=%41bc@127.0.0.1/", "%3F", "abc"),
+            ("app:S3cret@127.0.0.1/?appName=a://b", "%3F", "s3cret"),
+            ("mongodb://app:S3cret/x@127.0.0.1/", "password must be URL encoded", "s3cret"),
+            ("mongodb://app:S3cret@127.0.0.1/?colour=red", "colour is an invalid option", "s3cret"),
+            ("mongodb://app:S3cret@127.0.0.1/?w=nearby@x", "w=majority", "nearby"),
+        ] {
+            let text = printed(uri).expect("a URI that cannot be used");
+            assert!(text.contains(said) && !text.to_lowercase().contains(hidden), "{uri}: {text}");
+        }
+    }
+
+    #[test]
+    fn reads_that_are_not_from_the_primary_and_a_majority_are_refused_by_name() {
+        for option in [
+            "readPreference=secondary",
+            "readpreference=secondaryPreferred",
+            "readPreference=primaryPreferred",
+            "readPreference=nearest",
+            "readPreference=secondary&readPreferenceTags=dc:east",
+            "readPreferenceTags=dc:east",
+            "maxStalenessSeconds=90",
+            "READCONCERNLEVEL=local",
+            "readConcernLevel=linearizable",
+        ] {
+            let text = printed(&format!("mongodb://127.0.0.1/?appName=a&{option}")).expect(option);
+            let name = option.split_once('=').expect("a pair").0;
+            assert!(text.to_lowercase().contains(&name.to_lowercase()), "{option}: {text}");
+            assert!(text.contains("leave it out"), "{option}: {text}");
+        }
+        assert_eq!(printed("mongodb://127.0.0.1/?readPreference=primary&readConcernLevel=majority"), None);
+    }
+
+    #[tokio::test]
+    async fn what_the_uri_leaves_open_is_the_primary_and_a_majority() {
+        let options = client_options("mongodb://127.0.0.1/").await.expect("a URI");
+        assert_eq!(options.selection_criteria, Some(ReadPreference::Primary.into()));
+        assert_eq!(options.read_concern, Some(ReadConcern::majority()));
+        assert_eq!(options.write_concern, Some(write_concern()));
+    }
+
+    #[test]
+    fn writes_are_acknowledged_by_a_majority_and_nothing_else_is_accepted() {
+        for option in
+            ["w=0", "w=1", "w=2", "w=3", "w=50", "w=nearby", "journal=false", "w=majority&journal=false"]
+        {
+            let text = printed(&format!("mongodb://127.0.0.1/?{option}")).expect(option);
+            assert!(text.contains("say "), "{option}: {text}");
+        }
+        for option in ["", "w=majority", "journal=true", "w=majority&wtimeoutMS=1&journal=true"] {
+            assert_eq!(printed(&format!("mongodb://127.0.0.1/?{option}")), None, "{option}");
+        }
+    }
+
+    /// Pieces of passwords that are long enough to be told from words of the driver.
+    fn words() -> impl Strategy<Value = Vec<String>> {
+        prop::collection::vec("[A-Za-z0-9]{5,9}[0-9]{3}", 1..4)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn no_part_of_a_password_is_printed(
+            words in words(),
+            between in "[-?/:@=&%#,\\[\\] ]{1,2}",
+            before in "(mongodb|mongodb|mongodb:|mongo)?(://|:/|//)?(app|app:27017|27017|)",
+            colon in "[:?]",
+            after in "(127\\.0\\.0\\.1|127\\.0\\.0\\.1:0|\\[::1|)(/|)(\\?w=1|\\?a=b|\\?x|)(://)?",
+        ) {
+            let password = words.join(&between);
+            let uri = format!("{before}{colon}{password}@{after}");
+            if let Some(text) = printed(&uri) {
+                let text = text.to_lowercase();
+                for word in &words {
+                    prop_assert!(!text.contains(&word.to_lowercase()), "{uri}: {text}");
+                }
+            }
+        }
+    }
+}
