@@ -39,12 +39,15 @@ pub enum Reason {
     ShuttingDown,
     /// The lease id is in use on this key with another mode or limit. Nothing changed.
     IdReused,
+    /// The store cannot read or write the record of this key, and no other key is affected. Trying again does not help
+    /// before an operator has mended or deleted the record. Whether the call took effect is not known.
+    RecordUnreadable,
     /// The request is malformed. `google.rpc.BadRequest` beside this names the fields.
     InvalidRequest,
 }
 
 impl Reason {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::LeaseHeld,
         Self::LeaseLost,
         Self::KeyUnknown,
@@ -53,6 +56,7 @@ impl Reason {
         Self::StoreUnavailable,
         Self::ShuttingDown,
         Self::IdReused,
+        Self::RecordUnreadable,
         Self::InvalidRequest,
     ];
 
@@ -68,6 +72,7 @@ impl Reason {
             Self::StoreUnavailable => "STORE_UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::IdReused => "ID_REUSED",
+            Self::RecordUnreadable => "RECORD_UNREADABLE",
             Self::InvalidRequest => "INVALID_REQUEST",
         }
     }
@@ -81,6 +86,7 @@ impl Reason {
             Self::QueueFull | Self::LimitExceeded => Code::ResourceExhausted,
             Self::StoreUnavailable | Self::ShuttingDown => Code::Unavailable,
             Self::IdReused => Code::FailedPrecondition,
+            Self::RecordUnreadable => Code::DataLoss,
             Self::InvalidRequest => Code::InvalidArgument,
         }
     }
@@ -96,6 +102,7 @@ impl Reason {
             | Self::KeyUnknown
             | Self::LimitExceeded
             | Self::IdReused
+            | Self::RecordUnreadable
             | Self::InvalidRequest => None,
         }
     }

@@ -127,21 +127,6 @@ async fn a_deleted_document_loses_the_lease_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_foreign_document_is_refused_and_harms_no_other_key() {
-    let daemon = Daemon::start(MongoDb).await;
-    let mut client = daemon.client().await;
-    daemon
-        .collection()
-        .await
-        .insert_one(doc! { "_id": "odd", "holders": [{ "name": "not ours" }] })
-        .await
-        .unwrap();
-    let status = client.look("odd").await.unwrap_err();
-    assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable));
-    client.get_lease(ask("fine")).await.unwrap();
-}
-
-#[tokio::test]
 async fn databases_on_which_leases_are_not_safe_are_refused() {
     let daemon = Daemon::start(MongoDb).await;
     let connect = async |change: &dyn Fn(&mut leased::store::mongo::Location)| {

@@ -17,6 +17,8 @@ mod cost;
 mod documents;
 /// A replica set that loses its primary.
 mod failover;
+/// Callers who ask for much beside one who asks for little.
+mod fairness;
 /// A store that fails, a document that vanishes, a daemon that ends.
 mod faults;
 /// Several daemons over one database.
@@ -61,6 +63,8 @@ mod shared;
 mod simulation;
 /// Renewing one lease.
 mod touch;
+/// A document that is no record, among those of others.
+mod unreadable;
 /// Watching keys.
 mod watch;
 /// The API stays as it is.

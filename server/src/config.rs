@@ -127,6 +127,10 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_STREAM_LEASES", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_stream_leases: usize,
 
+    /// Leases that all keepalive streams together may carry; those past it are touched when they are named, and not carried.
+    #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
+    max_leases: usize,
+
     /// Messages a second that get a commit of their own, if they need one, on a keepalive stream; beyond that, after a
     /// burst of four seconds' worth, messages wait a moment and share one.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
@@ -319,6 +323,7 @@ fn limits(args: &Args) -> Result<Limits, Contradiction> {
         bounds: Bounds {
             waiting_calls: args.limits.max_waiting_calls,
             watches: args.limits.max_watches,
+            leases: args.limits.max_leases,
             ..Bounds::default()
         },
     })

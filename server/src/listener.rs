@@ -21,10 +21,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::codegen::http::{Request, Response};
-use tower::Service;
+use tower::{Service, ServiceExt};
 
 use crate::accept::Batched;
 use crate::config::Limits;
+use crate::lessor::Caller;
 use crate::meter::Present;
 use crate::panics::contain;
 
@@ -180,7 +181,7 @@ where
     S::Future: Send,
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
-    /// Serves one connection until either side ends it. In a drain it lives for as long as it has calls.
+    /// Serves one connection until either side ends it. Its unary calls take turns with those of others as one caller. In a drain it lives for as long as it has calls.
     pub(crate) async fn serve<T>(self, stream: T, slot: Slot)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -189,7 +190,12 @@ where
         let peer = Arc::new(Peer::default());
         let stream = TokioIo::new(Batched::new(stream, Arc::clone(&peer)));
         let http = http2(&self.limits, Calls(Arc::clone(&peer)));
-        let mut connection = pin!(http.serve_connection(stream, TowerToHyperService::new(self.service)));
+        let caller = Caller::new();
+        let service = self.service.map_request(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(caller.clone());
+            request
+        });
+        let mut connection = pin!(http.serve_connection(stream, TowerToHyperService::new(service)));
         tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::config::Limits;
 use crate::keepalive::{self, Answers};
 use crate::lease::{FencingToken, LASTING_DEPARTURES};
-use crate::lessor::{Lessor, Released, Touched};
+use crate::lessor::{Caller, Lessor, Released, Touched};
 use crate::request;
 use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
@@ -42,22 +42,32 @@ impl<S> Service<S> {
     }
 }
 
+impl<S: Store> Service<S> {
+    /// The engine for a unary call, which takes turns with the calls of other connections.
+    fn lessor_for<T>(&self, request: &Request<T>) -> Lessor<S> {
+        let connection = request.extensions().get::<Caller>();
+        self.lessor.on_behalf_of(connection.cloned().unwrap_or_else(Caller::new))
+    }
+}
+
 #[tonic::async_trait]
 impl<S: Store> LeaseService for Service<S> {
     async fn acquire(&self, request: Request<AcquireRequest>) -> Result<Response<AcquireResponse>, Status> {
+        let lessor = self.lessor_for(&request);
         let (headers, _, request) = request.into_parts();
         let call = request::acquire(request, &headers, &self.limits)?;
         let key = call.key.clone();
-        let answer = self.lessor.acquire(call).await.map_err(wire::failed)?;
+        let answer = lessor.acquire(call).await.map_err(wire::failed)?;
         Ok(Response::new(wire::acquired(&key, answer)?))
     }
 
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
+        let lessor = self.lessor_for(&request);
         let (headers, _, request) = request.into_parts();
         request::small(&request)?;
         let (key, id) = request::one_lease(request.lease.as_ref())?;
         let given_up = request::is_repeated(&headers);
-        match self.lessor.release(key, id, given_up).await.map_err(wire::failed)? {
+        match lessor.release(key, id, given_up).await.map_err(wire::failed)? {
             Released::Done => Ok(Response::new(ReleaseResponse {})),
             Released::Lost(reason) => Err(wire::lost(reason)),
             Released::NoRoom => Err(wire::limit_exceeded("settled_ids", LASTING_DEPARTURES)),
@@ -65,14 +75,16 @@ impl<S: Store> LeaseService for Service<S> {
     }
 
     async fn touch(&self, request: Request<TouchRequest>) -> Result<Response<TouchResponse>, Status> {
+        let lessor = self.lessor_for(&request);
         let request = request.into_inner();
         request::small(&request)?;
         let (key, id) = request::one_lease(request.lease.as_ref())?;
-        match self.lessor.touch(key, id).await.map_err(wire::failed)? {
+        match lessor.touch(key, id).await.map_err(wire::failed)? {
             Touched::Kept(remaining) => {
                 Ok(Response::new(TouchResponse { remaining: Some(wire::to_duration(remaining)) }))
             }
             Touched::Lost(reason) => Err(wire::lost(reason)),
+            Touched::Unreadable => Err(wire::unreadable()),
         }
     }
 
@@ -83,7 +95,12 @@ impl<S: Store> LeaseService for Service<S> {
         request: Request<Streaming<KeepAliveRequest>>,
     ) -> Result<Response<Answers>, Status> {
         let messages = request.into_inner();
-        let answers = keepalive::serve(messages, self.lessor.clone(), &self.limits, self.draining.clone());
+        let answers = keepalive::serve(
+            messages,
+            self.lessor.on_behalf_of(Caller::new()),
+            &self.limits,
+            self.draining.clone(),
+        );
         Ok(Response::new(answers))
     }
 
@@ -132,10 +149,11 @@ impl<S: Store> LeaseService for Service<S> {
 #[tonic::async_trait]
 impl<S: Store> AdminService for Service<S> {
     async fn revoke(&self, request: Request<RevokeRequest>) -> Result<Response<RevokeResponse>, Status> {
+        let lessor = self.lessor_for(&request);
         let request = request.into_inner();
         let key = request::revoke(&request)?;
         let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
-        let revoked = self.lessor.revoke(key, token).await.map_err(wire::failed)?;
+        let revoked = lessor.revoke(key, token).await.map_err(wire::failed)?;
         let RevokeRequest { key, fencing_token, reason } = request;
         // As strings, which both formats escape: a line break of the caller's must not begin a line of the log.
         tracing::info!(key = &*key, fencing_token, reason = &*reason, revoked, "revoked");

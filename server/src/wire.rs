@@ -27,6 +27,9 @@ pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
 }
 
+/// What is said of a key whose record is damaged.
+const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must mend or delete it, and the daemon's log says why";
+
 pub(crate) fn limit_exceeded(limit: &str, value: usize) -> Status {
     let message = format!("past the limit {limit} of {value}");
     Refused::LimitExceeded.status(message, [("limit", limit.to_owned()), ("value", value.to_string())])
@@ -117,12 +120,18 @@ pub(crate) fn failed(error: CallError) -> Status {
                 format!("the store does not answer ({outcome}); repeat the call with the same lease id");
             Refused::StoreUnavailable.status(message, [("outcome", name.to_owned())])
         }
+        CallError::Store(StoreError::Unreadable { .. }) => unreadable(),
         CallError::Store(StoreError::Refused { .. }) => Refused::StoreUnavailable
             .status("the store refused; the daemon's log says why", [("outcome", "not_applied".to_owned())]),
         CallError::TooManyWaiting { limit } => limit_exceeded("waiting_calls", limit),
         CallError::TooManyWatches { limit } => limit_exceeded("watches", limit),
         CallError::ShuttingDown => shutting_down(),
     }
+}
+
+/// The status of a call for a key whose record is damaged.
+pub(crate) fn unreadable() -> Status {
+    Refused::RecordUnreadable.status(UNREADABLE, [])
 }
 
 pub(crate) fn shutting_down() -> Status {
@@ -147,6 +156,10 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
             };
             Outcome::Lost(v1::Lost { reason: reason.into() })
         }
+        Touched::Unreadable => Outcome::Refused(v1::Refused {
+            reason: v1::RefusalReason::Unreadable.into(),
+            message: UNREADABLE.to_owned(),
+        }),
     };
     v1::KeepAliveResult { lease: Some(lease), outcome: Some(outcome) }
 }

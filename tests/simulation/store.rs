@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use leased::lease::{Edit, FencingToken, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
-use leased::store::{FeedEvent, FeedState, ListQuery, Outcome, Page, Store, StoreError};
+use leased::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -186,7 +186,7 @@ impl Store for SimulatedStore {
         &self,
         mut batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         let deadline = Instant::now() + deadline;
         let mut outcome = Outcome::NotApplied;
         loop {
@@ -194,7 +194,7 @@ impl Store for SimulatedStore {
             if !self.is_away() {
                 let snapshots = self.apply(&batch);
                 self.travel().await;
-                return Ok(snapshots);
+                return Ok(snapshots.into_iter().map(Ok).collect());
             }
             if fastrand::bool() {
                 self.apply(&batch);
@@ -214,7 +214,7 @@ impl Store for SimulatedStore {
         2
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         self.travel().await;
         if self.is_away() {
             return Err(away(Outcome::NotApplied));
@@ -223,7 +223,7 @@ impl Store for SimulatedStore {
             let state = self.state();
             let now = state.clock.max(Timestamp(EPOCH) + now());
             let known = keys.iter().filter_map(|key| state.records.get(key).cloned());
-            known.map(|record| Snapshot { record, now }).collect()
+            known.map(|record| Ok(Snapshot { record, now })).collect()
         };
         self.travel().await;
         Ok(snapshots)

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::distinct::Distinct;
 use super::record::footprint;
 use super::{LeaseId, Mode, REMEMBERED_DEPARTURES, Timestamp, Ttl};
 
@@ -69,22 +70,22 @@ impl Acquisition {
 /// An edit that contains nothing is a *nudge*: it admits whoever's turn has come.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edit {
-    touch: Vec<LeaseId>,
-    release: Vec<LeaseId>,
+    touch: Distinct<LeaseId>,
+    release: Distinct<LeaseId>,
     /// Those of `release` that may still be asked for.
-    given_up: Vec<LeaseId>,
-    revoke: Vec<LeaseId>,
-    unblock: Vec<Timestamp>,
-    cancel: Vec<LeaseId>,
-    refresh: Vec<LeaseId>,
-    enqueue: Vec<Arc<Acquisition>>,
+    given_up: Distinct<LeaseId>,
+    revoke: Distinct<LeaseId>,
+    unblock: Distinct<Timestamp>,
+    cancel: Distinct<LeaseId>,
+    refresh: Distinct<LeaseId>,
+    enqueue: Distinct<Arc<Acquisition>>,
 }
 
 impl Edit {
     /// Renews the lease.
     #[must_use]
     pub fn touch(mut self, id: LeaseId) -> Self {
-        add(&mut self.touch, id);
+        self.touch.add(id);
         self
     }
 
@@ -92,7 +93,7 @@ impl Edit {
     /// later.
     #[must_use]
     pub fn release(mut self, id: LeaseId) -> Self {
-        add(&mut self.release, id);
+        self.release.add(id);
         self
     }
 
@@ -100,7 +101,7 @@ impl Edit {
     /// way, also if one of them has been granted the lease.
     #[must_use]
     pub fn give_up(mut self, id: LeaseId) -> Self {
-        add(&mut self.given_up, id);
+        self.given_up.add(id);
         self.release(id)
     }
 
@@ -110,43 +111,41 @@ impl Edit {
     /// the first commit admitted.
     #[must_use]
     pub fn revoke(mut self, id: LeaseId) -> Self {
-        add(&mut self.revoke, id);
+        self.revoke.add(id);
         self
     }
 
     /// Ends the block of a `min_hold` that lasts until just then.
     #[must_use]
     pub fn unblock(mut self, until: Timestamp) -> Self {
-        add(&mut self.unblock, until);
+        self.unblock.add(until);
         self
     }
 
     /// Leaves the line.
     #[must_use]
     pub fn cancel(mut self, id: LeaseId) -> Self {
-        add(&mut self.cancel, id);
+        self.cancel.add(id);
         self
     }
 
     /// Keeps the place in line. Never makes one, so that a late refresh does nothing.
     #[must_use]
     pub fn refresh(mut self, id: LeaseId) -> Self {
-        add(&mut self.refresh, id);
+        self.refresh.add(id);
         self
     }
 
     /// Joins the line, or refreshes the place there, or renews the lease if it is held already.
     #[must_use]
     pub fn enqueue(mut self, acquisition: Arc<Acquisition>) -> Self {
-        match self.enqueue.iter_mut().find(|known| known.id == acquisition.id) {
+        if let Some(known) = self.enqueue.add(Arc::clone(&acquisition))
+            && acquisition.is_same(known.mode, known.shared_limit)
+        {
             // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
-            Some(known) if acquisition.is_same(known.mode, known.shared_limit) => {
-                let known = Arc::make_mut(known);
-                known.wait |= acquisition.wait;
-                known.repeated = true;
-            }
-            Some(_) => {}
-            None => self.enqueue.push(acquisition),
+            let known = Arc::make_mut(known);
+            known.wait |= acquisition.wait;
+            known.repeated = true;
         }
         self
     }
@@ -154,9 +153,7 @@ impl Edit {
     /// The edit as it is sent again after a failure: what it asks for may have been asked for before.
     #[must_use]
     pub fn repeated(mut self) -> Self {
-        for acquisition in &mut self.enqueue {
-            Arc::make_mut(acquisition).repeated = true;
-        }
+        self.enqueue.change(|acquisition| Arc::make_mut(acquisition).repeated = true);
         self
     }
 
@@ -171,6 +168,69 @@ impl Edit {
             && cancel.is_empty()
             && refresh.is_empty()
             && enqueue.is_empty()
+    }
+
+    /// Whether it renews this lease.
+    #[must_use]
+    pub fn touches(&self, id: LeaseId) -> bool {
+        self.touch.has(id)
+    }
+
+    /// Whether it settles this id.
+    #[must_use]
+    pub fn releases(&self, id: LeaseId) -> bool {
+        self.release.has(id)
+    }
+
+    /// Whether the departure of this released id is [lasting](Self::lasting) whatever became of it.
+    #[must_use]
+    pub fn lets_last(&self, id: LeaseId) -> bool {
+        self.lasting_ids().has(id)
+    }
+
+    /// Whether it takes this lease away.
+    #[must_use]
+    pub fn revokes(&self, id: LeaseId) -> bool {
+        self.revoke.has(id)
+    }
+
+    /// Whether it ends a block that lasts until just then.
+    #[must_use]
+    pub fn unblocks(&self, until: Timestamp) -> bool {
+        self.unblock.has(until)
+    }
+
+    /// Whether it takes this waiter out of the line.
+    #[must_use]
+    pub fn cancels(&self, id: LeaseId) -> bool {
+        self.cancel.has(id)
+    }
+
+    /// Whether it keeps the place of this waiter.
+    #[must_use]
+    pub fn refreshes(&self, id: LeaseId) -> bool {
+        self.refresh.has(id)
+    }
+
+    /// Whether it asks for this id, in whatever way.
+    #[must_use]
+    pub fn enqueues(&self, id: LeaseId) -> bool {
+        self.enqueue.has(id)
+    }
+
+    /// Whether it asks for this id with this mode and limit.
+    #[must_use]
+    pub fn asks(&self, id: LeaseId, mode: Mode, shared_limit: u32) -> bool {
+        self.enqueue.get(id).is_some_and(|acquisition| acquisition.is_same(mode, shared_limit))
+    }
+
+    /// Whether it is about this id.
+    #[must_use]
+    pub fn names(&self, id: LeaseId) -> bool {
+        [&self.touch, &self.release, &self.revoke, &self.cancel, &self.refresh]
+            .iter()
+            .any(|list| list.has(id))
+            || self.enqueues(id)
     }
 
     /// Leases to renew.
@@ -189,6 +249,10 @@ impl Edit {
     /// all of an edit that releases more than a record remembers anyway, since the edit may be sent again.
     #[must_use]
     pub fn lasting(&self) -> &[LeaseId] {
+        self.lasting_ids()
+    }
+
+    fn lasting_ids(&self) -> &Distinct<LeaseId> {
         if self.release.len() > REMEMBERED_DEPARTURES { &self.release } else { &self.given_up }
     }
 
@@ -226,12 +290,6 @@ impl Edit {
     pub fn named(&self) -> impl Iterator<Item = LeaseId> {
         let lists = [&self.touch, &self.release, &self.revoke, &self.cancel, &self.refresh];
         let asked = self.enqueue.iter().map(|acquisition| acquisition.id);
-        lists.into_iter().flatten().copied().chain(asked)
-    }
-}
-
-fn add<T: PartialEq>(list: &mut Vec<T>, item: T) {
-    if !list.contains(&item) {
-        list.push(item);
+        lists.into_iter().flat_map(|list| list.iter().copied()).chain(asked)
     }
 }

@@ -5,6 +5,7 @@
 //! its own language and is held to it by a differential test.
 
 mod answer;
+mod distinct;
 mod edit;
 mod id;
 mod key;

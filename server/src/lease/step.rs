@@ -40,8 +40,8 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
     let room = LASTING_DEPARTURES.saturating_sub(lasting);
     touch(&mut record, edit, now);
     let mut gone = depart(&mut record, edit, now, room);
-    record.blocked_until.take_if(|until| edit.unblocked().contains(until));
-    record.waiters.retain(|waiter| !edit.cancelled().contains(&waiter.acquisition.id));
+    record.blocked_until.take_if(|until| edit.unblocks(*until));
+    record.waiters.retain(|waiter| !edit.cancels(waiter.acquisition.id));
     enqueue(&mut record, edit, &gone, now, rules.place);
 
     gone.splice(0..0, admit(&mut record, now, rules.grace, room));
@@ -55,7 +55,7 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
 /// Extends what is held. Never shortens: the clock may have stepped back.
 fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
     for holder in &mut record.holders {
-        if edit.touched().contains(&holder.id) {
+        if edit.touches(holder.id) {
             renew(holder, now);
         }
     }
@@ -71,9 +71,9 @@ fn renew(holder: &mut Holder, now: Timestamp) {
 /// settled. Most departures are lasting. The exception is the common one, a holder that was asked for once and gives
 /// its lease back: no other command can name its id.
 fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: usize) -> Vec<Departure> {
-    let released = take(&mut record.holders, |holder| edit.released().contains(&holder.id));
-    let revoked = take(&mut record.holders, |holder| edit.revoked().contains(&holder.id));
-    let is_withdrawn = |waiter: &mut Waiter| edit.released().contains(&waiter.acquisition.id);
+    let released = take(&mut record.holders, |holder| edit.releases(holder.id));
+    let revoked = take(&mut record.holders, |holder| edit.revokes(holder.id));
+    let is_withdrawn = |waiter: &mut Waiter| edit.releases(waiter.acquisition.id);
     let withdrawn: Vec<Waiter> = record.waiters.extract_if(.., is_withdrawn).collect();
     // Without a `min_hold` there is nothing to wait for, and a clock that stepped back must not make it so.
     let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
@@ -83,9 +83,11 @@ fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: usize) -> Vec<
     let note = |id, reason, lasting: bool| Departure { id, reason, at: now, lasting: lasting && room > 0 };
     let mut gone: Vec<Departure> =
         revoked.iter().map(|holder| note(holder.id, Reason::Revoked, true)).collect();
-    gone.extend(released.iter().map(|Holder { id, repeated, .. }| {
-        note(*id, Reason::Released, *repeated || edit.lasting().contains(id))
-    }));
+    gone.extend(
+        released
+            .iter()
+            .map(|Holder { id, repeated, .. }| note(*id, Reason::Released, *repeated || edit.lets_last(*id))),
+    );
     gone.extend(withdrawn.iter().map(|waiter| note(waiter.acquisition.id, Reason::Withdrawn, true)));
     let known = |id: LeaseId| gone.iter().chain(&record.departures).any(|departure| departure.id == id);
     let unknown = edit.released().iter().filter(|id| !known(**id)).take(room);
@@ -101,19 +103,16 @@ fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: usize) -> Vec<
 /// Whoever departed does not come back: a late duplicate of an old call must not become a ghost. Nothing changes for an
 /// id that is in use with another mode or limit.
 fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp, place: Duration) {
-    let asked = |id: LeaseId, mode, limit| {
-        edit.enqueued().iter().any(|acquisition| acquisition.id == id && acquisition.is_same(mode, limit))
-    };
     for holder in &mut record.holders {
-        if asked(holder.id, holder.mode, holder.shared_limit) {
+        if edit.asks(holder.id, holder.mode, holder.shared_limit) {
             renew(holder, now);
             holder.repeated = true;
         }
     }
     for waiter in &mut record.waiters {
         let Acquisition { id, mode, shared_limit, repeated, .. } = *waiter.acquisition;
-        let is_asked = asked(id, mode, shared_limit);
-        if is_asked || edit.refreshed().contains(&id) {
+        let is_asked = edit.asks(id, mode, shared_limit);
+        if is_asked || edit.refreshes(id) {
             waiter.expires_at = waiter.expires_at.max(now + place);
         }
         if is_asked && !repeated {
@@ -175,7 +174,7 @@ fn remember(record: &mut Record, edit: &Edit, gone: Vec<Departure>, now: Timesta
     let mut place = 0;
     record.departures.retain(|departure| {
         place += 1;
-        place <= newest || lasts(departure, now) || edit.named().any(|id| id == departure.id)
+        place <= newest || lasts(departure, now) || edit.names(departure.id)
     });
 }
 

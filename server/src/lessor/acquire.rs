@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
+use super::caller::Caller;
 use super::committer::Committer;
 use super::line::Entry;
 use super::part::Part;
@@ -133,6 +134,7 @@ impl<S: Store> Lessor<S> {
         let id = acquisition.id;
         let mut attempt = Attempt {
             committer: Arc::clone(&self.committer),
+            caller: self.caller.clone(),
             key: key.clone(),
             id,
             origin,
@@ -308,6 +310,7 @@ fn granted(snapshot: &Snapshot, holder: &Holder, waited: Waited) -> Acquired {
 /// An acquire under way. Dropped before it is closed, when the caller is gone or the store failed, it cleans up.
 struct Attempt<S: Store> {
     committer: Arc<Committer<S>>,
+    caller: Caller,
     key: Key,
     id: LeaseId,
     origin: Origin,
@@ -340,6 +343,6 @@ impl<S: Store> Drop for Attempt<S> {
             Origin::Caller if self.leaves => Part::Cancel(self.id),
             Origin::Caller => return,
         };
-        self.committer.submit_unanswered([(self.key.clone(), part)]);
+        self.committer.tidy(&self.caller, self.key.clone(), part);
     }
 }

@@ -19,7 +19,7 @@ use super::line::Line;
 use super::part::Part;
 use super::watchers::Watchers;
 use crate::boot_instant::BootInstant;
-use crate::lease::{Key, LeaseId, Snapshot};
+use crate::lease::{Edit, Key, Snapshot};
 use crate::store::{FeedEvent, Store, StoreError};
 
 /// Keys read with one command.
@@ -39,10 +39,9 @@ pub(super) struct Audience {
 }
 
 impl Audience {
-    /// A record as a commit of this daemon left it, which renewed the leases `touched`. The commit was sent after
-    /// `sent_at`.
-    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, touched: &[LeaseId], sent_at: BootInstant) {
-        self.carried.own(snapshot, touched, sent_at);
+    /// A record as a commit of this daemon left it, which applied `edit`. The commit was sent after `sent_at`.
+    pub(super) fn own(&self, snapshot: &Arc<Snapshot>, edit: &Edit, sent_at: BootInstant) {
+        self.carried.own(snapshot, edit, sent_at);
         self.watchers.observe(snapshot);
         self.line.observe(snapshot);
     }
@@ -86,9 +85,16 @@ pub(super) async fn read<S: Store>(
         let asked_at = Instant::now();
         let found = committer.store().read(keys.to_vec()).await?;
         let mut missing: HashSet<&Key> = keys.iter().collect();
-        for snapshot in found {
-            missing.remove(&snapshot.record.key);
-            committer.submit_unanswered(audience.foreign(&Arc::new(snapshot)));
+        for answer in found {
+            match answer {
+                Ok(snapshot) => {
+                    missing.remove(&snapshot.record.key);
+                    committer.submit_unanswered(audience.foreign(&Arc::new(snapshot)));
+                }
+                // It is there, and says nothing.
+                Err(StoreError::Unreadable { key, .. }) => drop(missing.remove(&key)),
+                Err(error) => return Err(error),
+            }
         }
         for key in missing {
             committer.submit_unanswered(audience.missing(key, asked_at));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Touched;
 use super::carrier::Inbox;
 use crate::boot_instant::BootInstant;
-use crate::lease::{Holder, Key, LeaseId, Reason, Snapshot, Standing};
+use crate::lease::{Edit, Holder, Key, LeaseId, Reason, Snapshot, Standing};
 
 /// A lease is not touched again while its last touch is younger than this part of its TTL.
 const FRESH_PART: u32 = 10;
@@ -87,13 +87,8 @@ impl Carriage {
         self.state().renewal.is_some_and(|renewal| renewal.is_fresh(now))
     }
 
-    /// Takes note of a record that a commit of this daemon returned.
-    pub(super) fn own(
-        self: &Arc<Self>,
-        snapshot: &Snapshot,
-        touched: &[LeaseId],
-        sent_at: BootInstant,
-    ) -> Fate {
+    /// Takes note of a record that a commit of this daemon returned, which applied `edit`.
+    pub(super) fn own(self: &Arc<Self>, snapshot: &Snapshot, edit: &Edit, sent_at: BootInstant) -> Fate {
         if sent_at < self.since {
             return Fate::Carried;
         }
@@ -104,7 +99,7 @@ impl Carriage {
                 if !replace(&mut state.held, true) {
                     self.inbox.counts().carried.inc();
                 }
-                if touched.contains(&id) {
+                if edit.touches(id) {
                     state.renewal = Some(Renewal::new(snapshot, holder, sent_at));
                 }
                 Fate::Carried
@@ -146,9 +141,15 @@ impl Carriage {
         Fate::Lost
     }
 
+    /// Whether a commit of this daemon has shown it held, and no record since has shown it lost.
+    pub(super) fn is_held(&self) -> bool {
+        let state = self.state();
+        state.held && state.loss.is_none()
+    }
+
     /// Whether records concern it no more.
     pub(super) fn is_over(&self) -> bool {
-        self.state().told || self.inbox.is_closed()
+        self.state().told
     }
 
     /// A message names it; not after its loss.
@@ -175,6 +176,7 @@ impl Carriage {
             (Some(Loss(None)), Some(Touched::Lost(reason))) | (None, Some(Touched::Lost(reason))) => reason,
             (Some(Loss(reason)), _) => reason,
             (None, Some(Touched::Kept(remaining))) => return Touched::Kept(remaining),
+            (None, Some(Touched::Unreadable)) => return Touched::Unreadable,
             (None, None) => {
                 let remaining = state.renewal.map(|renewal| renewal.remaining(now));
                 return Touched::Kept(remaining.unwrap_or_default());

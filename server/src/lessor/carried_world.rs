@@ -293,7 +293,7 @@ impl World {
         self.learn(&result);
         let result = Arc::new(result);
         let counted_from = if self.twin == Twin::AgeFromReceipt { BootInstant::now() } else { sent_at };
-        self.carried.own(&result, edit.touched(), counted_from);
+        self.carried.own(&result, &edit, counted_from);
         for (stream, mut message) in messages {
             for (lease, answer) in &mut message {
                 let id = lease.lease().1;
@@ -320,6 +320,7 @@ impl World {
         for ((lease, answer), by_commit) in settled.into_iter().zip(by_commit) {
             let id = lease.lease().1;
             match answer {
+                Touched::Unreadable => prop_assert!(false, "every record can be read"),
                 Touched::Kept(remaining) => {
                     prop_assert!(!self.learned.contains(&id), "kept, after its loss was learned");
                     if by_commit.is_none() {

@@ -44,10 +44,6 @@ impl Inbox {
         &self.counts
     }
 
-    pub(super) fn is_closed(&self) -> bool {
-        self.lost().is_none()
-    }
-
     fn lost(&self) -> MutexGuard<'_, Option<Vec<Arc<Carriage>>>> {
         // Nothing in here panics half-way through a change.
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
@@ -97,7 +93,7 @@ impl Carrier {
         let lost: Vec<&Arc<Carriage>> =
             lost.map(|(carriage, _)| carriage).filter(|carriage| carriage.is_over()).collect();
         lost.iter().for_each(|carriage| self.forget(carriage));
-        self.carried.sweep(lost.iter().map(|carriage| &carriage.lease().0));
+        self.carried.leave(lost);
         answer
     }
 
@@ -142,8 +138,8 @@ pub(crate) struct Naming<'a> {
 }
 
 impl Naming<'_> {
-    /// Names a lease, which the stream carries from here on. The message is to be settled for it. Returns `None`, and
-    /// changes nothing, if the lease is new and the stream carries as many as it may.
+    /// Names a lease, which the stream carries from here on, if the daemon has room for it. The message is to be settled for
+    /// it. Returns `None`, and changes nothing, if the lease is new and the stream carries as many as it may.
     pub(crate) fn name(&mut self, lease: (Key, LeaseId)) -> Option<Arc<Carriage>> {
         let known = self.carrier.leases.get(&lease);
         if let Some(carriage) = known.filter(|carriage| carriage.embark() == Fate::Carried) {
@@ -163,14 +159,18 @@ impl Naming<'_> {
 
 impl Drop for Naming<'_> {
     fn drop(&mut self) {
-        // In one go: every commit of the daemon needs the lock that this takes.
-        self.carrier.carried.enter(&self.new);
+        // In few goes: every commit of the daemon needs the lock that this takes.
+        let entered = self.carrier.carried.enter(&self.new);
+        // Past the limit of the daemon they are touched with this message, and then forgotten.
+        for carriage in &self.new[entered..] {
+            self.carrier.leases.remove(carriage.lease());
+        }
     }
 }
 
 impl Drop for Carrier {
     fn drop(&mut self) {
         *self.inbox.lost() = None;
-        self.carried.sweep(self.leases.keys().map(|(key, _)| key));
+        self.carried.leave(self.leases.values());
     }
 }

@@ -1,23 +1,28 @@
 //! Natural batching: while a batch is in flight, the next one gathers; an idle daemon commits at once what all those
 //! bring who are ready.
 //!
-//! What arrives for a key that is in flight merges into its next edit, so batches in flight have disjoint keys and
-//! the order per key is the order of arrival. No timers, no added delay. A batch runs in its own task: it completes
-//! whatever becomes of the calls that wait for it.
+//! What arrives for a key that is in flight merges into its next edit, so batches in flight have disjoint keys. When
+//! more is queued than a batch or an edit takes, callers take turns ([`Caller`]); each caller's commands stay in their
+//! order. No timers, no added delay. A batch runs in its own task: it completes whatever becomes of the calls that wait
+//! for it, and a batch that panics answers them that the outcome is unknown.
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::yield_now;
 
 use super::audience::Audience;
+use super::caller::Caller;
 use super::part::{Gathered, Part};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
-use crate::store::{Outcome, Store, StoreError};
+use crate::store::{ForKey, Outcome, Store, StoreError};
 
 /// Keys in one batch.
 const BATCH_KEYS: usize = 1000;
@@ -25,8 +30,19 @@ const BATCH_KEYS: usize = 1000;
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Bytes in one edit; the rest goes into the next.
 const EDIT_BYTES: usize = 512 * 1024;
+/// Parts in one edit: as many as there can be holders and waiters of a key. A record is compared with all of them.
+const EDIT_PARTS: usize = 2048;
+/// Parts in one batch, of all its edits.
+const BATCH_PARTS: usize = 16 * 1024;
+/// Parts that enter the queue in one go. More wait for room in between, so that others enter too.
+const PORTION: usize = 1000;
+/// Parts without a caller that may be queued; more are dropped. Calls that end during an outage leave one each, to give
+/// back what they asked for. Time does that as well: a place in line lapses, a lease runs out. Nor is anything lost with
+/// the daemon's own: what it meant to look after is looked after some seconds later.
+pub(super) const UNANSWERED: usize = 16 * 1024;
 
-type Answer = Result<Arc<Snapshot>, StoreError>;
+/// What a call is answered.
+pub(super) type Answer = Result<Arc<Snapshot>, StoreError>;
 
 /// Gathers parts and commits them.
 #[derive(Debug)]
@@ -36,32 +52,86 @@ pub(super) struct Committer<S> {
     deadline: Duration,
     state: Mutex<State>,
     idle: Notify,
+    /// [`PORTION`], or all the room there is.
+    portion: usize,
+    /// The caller of what nobody waits for.
+    daemon: Caller,
     /// Where batches run: a call may be dropped, and clean up, outside of any runtime.
     runtime: Handle,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     /// Keys with something to commit or in flight.
     slots: HashMap<Key, Slot>,
-    /// Keys with something to commit that are not in flight; in the order of their oldest part.
-    ready: VecDeque<Key>,
+    /// The slots with something to commit that are not in flight, by their next part. An entry whose place is not that
+    /// of its slot any more is skipped.
+    ready: BinaryHeap<Reverse<(Place, Key)>>,
+    /// How many slots are ready.
+    ready_keys: usize,
+    /// The round that is being committed: the latest of a part that was the next one of its key.
+    round: u64,
+    /// The latest round that a part was given.
+    latest_round: u64,
+    last_number: u64,
+    /// Parts that are queued or in flight, but for those that nobody waits for.
+    queued: usize,
+    /// How many of them there may be.
+    most_queued: usize,
+    /// Who waits for room, by when they came up.
+    entering: BTreeMap<Place, Entering>,
+    /// Parts gathered that nobody waits for.
+    unanswered: usize,
     /// In flight, or about to be.
     batches: usize,
     /// Keys in the latest batch.
     latest: usize,
 }
 
+/// Where a part stands: its round, and the order of arrival within the round.
+type Place = (u64, u64);
+
 #[derive(Debug, Default)]
 struct Slot {
-    gathering: VecDeque<Pending>,
+    /// The next part first.
+    gathering: BinaryHeap<Reverse<Pending>>,
+    /// Its place among those that are ready.
+    ready_at: Option<Place>,
     in_flight: bool,
 }
 
 #[derive(Debug)]
 struct Pending {
+    place: Place,
     part: Part,
     reply: Reply,
+}
+
+impl PartialEq for Pending {
+    fn eq(&self, other: &Self) -> bool {
+        self.place == other.place
+    }
+}
+
+impl Eq for Pending {}
+
+impl PartialOrd for Pending {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Pending {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.place.cmp(&other.place)
+    }
+}
+
+/// Parts that wait for room in the queue.
+#[derive(Debug)]
+struct Entering {
+    parts: usize,
+    admit: oneshot::Sender<()>,
 }
 
 /// Who waits for the record.
@@ -93,23 +163,118 @@ impl Reply {
     }
 }
 
+/// What is taken out of the queue to be committed together.
+#[derive(Debug)]
+struct Taken {
+    keys: Vec<(Key, Vec<Reverse<Pending>>)>,
+}
+
 /// What is committed together, and who waits for it.
-#[derive(Default)]
+#[derive(Debug)]
 struct Batch {
     edits: Vec<(Key, Edit)>,
     /// By the position of the edit, in order.
     replies: Vec<(usize, Reply)>,
+    /// Parts that do not go into the same edit as those before them.
+    left: Vec<(Key, Vec<Reverse<Pending>>)>,
+}
+
+/// Room in the queue that is not used yet.
+#[derive(Debug)]
+struct Room<'a, S> {
+    committer: &'a Committer<S>,
+    parts: usize,
+}
+
+impl<S> Room<'_, S> {
+    /// It is no longer this one's to return: the parts are in the queue, or the room was not given yet.
+    fn release(mut self) {
+        self.parts = 0;
+    }
+}
+
+impl<S> Drop for Room<'_, S> {
+    fn drop(&mut self) {
+        if self.parts > 0 {
+            self.committer.state().leave(self.parts);
+        }
+    }
+}
+
+impl<S> Committer<S> {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until there is room for so many parts of this caller. Whoever has the lowest round is first.
+    async fn enter(&self, caller: &Caller, parts: usize) -> Room<'_, S> {
+        match self.try_enter(caller, parts) {
+            Ok(room) => room,
+            Err(waiting) => waiting.admitted().await,
+        }
+    }
+
+    fn try_enter(&self, caller: &Caller, parts: usize) -> Result<Room<'_, S>, Waiting<'_, S>> {
+        let mut state = self.state();
+        let room = Room { committer: self, parts };
+        if state.entering.is_empty() && state.queued + parts <= state.most_queued {
+            state.queued += parts;
+            return Ok(room);
+        }
+        let (admit, admitted) = oneshot::channel();
+        let round = caller.next_round(state.round);
+        let place = state.place(round);
+        state.entering.insert(place, Entering { parts, admit });
+        Err(Waiting { room: Some(room), place, admitted })
+    }
+}
+
+/// Parts that wait for room. Dropping it leaves the line, or returns the room if it has just been given.
+struct Waiting<'a, S> {
+    room: Option<Room<'a, S>>,
+    place: Place,
+    admitted: oneshot::Receiver<()>,
+}
+
+impl<'a, S> Waiting<'a, S> {
+    async fn admitted(mut self) -> Room<'a, S> {
+        // The sender goes only with the committer itself, which outlives this.
+        let _ = (&mut self.admitted).await;
+        match self.room.take() {
+            Some(room) => room,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl<S> Drop for Waiting<'_, S> {
+    fn drop(&mut self) {
+        let Some(room) = self.room.take() else { return };
+        let is_waiting = room.committer.state().entering.remove(&self.place).is_some();
+        if is_waiting {
+            // There is nothing to return yet.
+            room.release();
+        }
+    }
 }
 
 impl<S: Store> Committer<S> {
-    /// `deadline`: how long a batch is repeated after failures.
-    pub(super) fn new(store: Arc<S>, audience: Arc<Audience>, deadline: Duration) -> Self {
+    /// `deadline`: how long a batch is repeated after failures. `most_queued`: parts that may await their commit.
+    pub(super) fn new(
+        store: Arc<S>,
+        audience: Arc<Audience>,
+        deadline: Duration,
+        most_queued: usize,
+    ) -> Self {
         Self {
             store,
             audience,
             deadline,
-            state: Mutex::default(),
+            state: Mutex::new(State::new(most_queued)),
             idle: Notify::new(),
+            portion: PORTION.min(most_queued),
+            daemon: Caller::daemon(),
             runtime: Handle::current(),
         }
     }
@@ -119,41 +284,52 @@ impl<S: Store> Committer<S> {
     }
 
     /// Commits a part with the next edit of its key and returns the record after it.
-    pub(super) async fn submit(self: &Arc<Self>, key: Key, part: Part) -> Answer {
+    pub(super) async fn submit(self: &Arc<Self>, caller: &Caller, key: Key, part: Part) -> Answer {
         let (sender, receiver) = oneshot::channel();
-        self.gather([(key, Pending { part, reply: Reply::One(sender) })]);
+        let room = self.enter(caller, 1).await;
+        self.gather(caller, [(key, part, Reply::One(sender))]);
+        room.release();
         receiver.await.unwrap_or_else(|_| Err(lost()))
     }
 
-    /// The same for many parts, handed over in one go; the records stand in the order of `parts`.
-    pub(super) async fn submit_all(
-        self: &Arc<Self>,
-        parts: Vec<(Key, Part)>,
-    ) -> Result<Vec<Arc<Snapshot>>, StoreError> {
-        self.submit_each(parts).await?.into_iter().collect::<Option<_>>().ok_or_else(lost)
-    }
-
-    /// The same for parts that may have become moot, and have no record then.
+    /// Commits many parts. The answers stand in the order of `parts`; parts that have become moot have none.
     pub(super) async fn submit_each(
         self: &Arc<Self>,
+        caller: &Caller,
         parts: Vec<(Key, Part)>,
-    ) -> Result<Vec<Option<Arc<Snapshot>>>, StoreError> {
+    ) -> Vec<Option<Answer>> {
         let count = parts.len();
         let (sender, mut receiver) = mpsc::channel(count.max(1));
-        self.gather(parts.into_iter().enumerate().map(|(position, (key, part))| {
-            (key, Pending { part, reply: Reply::OneOfMany(position, sender.clone()) })
-        }));
-        drop(sender);
-        let mut records = vec![None; count];
-        while let Some((position, answer)) = receiver.recv().await {
-            records[position] = Some(answer?);
+        let mut parts = parts.into_iter().enumerate();
+        while parts.len() > 0 {
+            let portion = parts.len().min(self.portion);
+            let room = self.enter(caller, portion).await;
+            let some = parts.by_ref().take(portion);
+            let reply = |position| Reply::OneOfMany(position, sender.clone());
+            self.gather(caller, some.map(|(position, (key, part))| (key, part, reply(position))));
+            room.release();
         }
-        Ok(records)
+        drop(sender);
+        let mut answers = vec![None; count];
+        while let Some((position, answer)) = receiver.recv().await {
+            answers[position] = Some(answer);
+        }
+        answers
     }
 
-    /// Commits parts for which nobody waits.
+    /// Commits the daemon's own parts, as [`Self::submit_each`].
+    pub(super) async fn submit_own(self: &Arc<Self>, parts: Vec<(Key, Part)>) -> Vec<Option<Answer>> {
+        self.submit_each(&self.daemon, parts).await
+    }
+
+    /// Commits parts for which nobody waits. Too many are dropped: whatever they are for, time does it too.
     pub(super) fn submit_unanswered(self: &Arc<Self>, parts: impl IntoIterator<Item = (Key, Part)>) {
-        self.gather(parts.into_iter().map(|(key, part)| (key, Pending { part, reply: Reply::Nobody })));
+        self.gather(&self.daemon, parts.into_iter().map(|(key, part)| (key, part, Reply::Nobody)));
+    }
+
+    /// Commits what a call of `caller` that has ended leaves behind, under the same bound.
+    pub(super) fn tidy(self: &Arc<Self>, caller: &Caller, key: Key, part: Part) {
+        self.gather(caller, [(key, part, Reply::Nobody)]);
     }
 
     /// Waits until nothing gathers and nothing is in flight.
@@ -167,10 +343,34 @@ impl<S: Store> Committer<S> {
         }
     }
 
-    fn gather(self: &Arc<Self>, parts: impl IntoIterator<Item = (Key, Pending)>) {
+    #[cfg(test)]
+    pub(super) fn queued(&self) -> usize {
+        self.state().queued
+    }
+
+    #[cfg(test)]
+    pub(super) fn entering(&self) -> usize {
+        self.state().entering.len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn unanswered(&self) -> usize {
+        self.state().unanswered
+    }
+
+    fn gather(self: &Arc<Self>, caller: &Caller, parts: impl IntoIterator<Item = (Key, Part, Reply)>) {
         let mut state = self.state();
-        for (key, pending) in parts {
-            state.add(key, pending);
+        for (key, part, reply) in parts {
+            if matches!(reply, Reply::Nobody) {
+                if state.unanswered == UNANSWERED {
+                    continue;
+                }
+                state.unanswered += 1;
+            }
+            let round = caller.take_round(state.round);
+            state.latest_round = state.latest_round.max(round);
+            let place = state.place(round);
+            state.add(key, Pending { place, part, reply });
         }
         if state.may_begin(self.store.batches()) {
             state.batches += 1;
@@ -183,22 +383,36 @@ impl<S: Store> Committer<S> {
         loop {
             // What came in together with the first part, or was answered by the last batch, is about to add its own.
             yield_now().await;
-            let Batch { edits, replies } = {
+            let mut taken = {
                 let mut state = self.state();
-                let batch = state.take_batch();
-                if batch.edits.is_empty() {
+                let taken = state.take();
+                if taken.keys.is_empty() {
                     state.batches -= 1;
                     break;
                 }
-                batch
+                taken
             };
-            let edits = Arc::new(edits);
-            let sent_at = BootInstant::now();
-            let outcome = self.store.commit(Arc::clone(&edits), self.deadline).await;
-            self.answer(&edits, replies, sent_at, outcome);
-            self.state().landed(&edits);
+            let answered = taken.answered();
+            // Whatever panics in here has been logged where it did. Those who were not answered hear that the outcome is
+            // unknown, as their senders are gone; the keys are free for the next batch.
+            let _ = AssertUnwindSafe(self.commit(&mut taken)).catch_unwind().await;
+            self.state().landed(&taken.keys, answered);
         }
         self.idle.notify_waiters();
+    }
+
+    async fn commit(&self, taken: &mut Taken) {
+        let Batch { edits, replies, left } = taken.merge();
+        if !left.is_empty() {
+            self.state().put_back(left);
+        }
+        if edits.is_empty() {
+            return;
+        }
+        let edits = Arc::new(edits);
+        let sent_at = BootInstant::now();
+        let outcome = self.store.commit(Arc::clone(&edits), self.deadline).await;
+        self.answer(&edits, replies, sent_at, outcome);
     }
 
     /// Tells all who hear of records, then the calls that wait for this commit.
@@ -207,10 +421,10 @@ impl<S: Store> Committer<S> {
         edits: &[(Key, Edit)],
         replies: Vec<(usize, Reply)>,
         sent_at: BootInstant,
-        outcome: Result<Vec<Snapshot>, StoreError>,
+        outcome: Result<Vec<ForKey>, StoreError>,
     ) {
         let mut records = match outcome {
-            Ok(records) => Ok(records.into_iter().map(Arc::new)),
+            Ok(records) => Ok(records.into_iter()),
             Err(error) => {
                 tracing::warn!(keys = edits.len(), %error, "a batch failed");
                 Err(error)
@@ -219,96 +433,194 @@ impl<S: Store> Committer<S> {
         let mut replies = replies.into_iter().peekable();
         for (position, (_, edit)) in edits.iter().enumerate() {
             let answer = match &mut records {
-                Ok(records) => records.next().ok_or_else(lost),
+                Ok(records) => records.next().unwrap_or_else(|| Err(lost())).map(Arc::new),
                 Err(error) => Err(error.clone()),
             };
             if let Ok(record) = &answer {
-                self.audience.own(record, edit.touched(), sent_at);
+                self.audience.own(record, edit, sent_at);
             }
             while let Some((_, reply)) = replies.next_if(|(edit, _)| *edit == position) {
                 reply.send(answer.clone());
             }
         }
     }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing in here panics half-way through a change.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl State {
+    fn new(most_queued: usize) -> Self {
+        Self {
+            slots: HashMap::new(),
+            ready: BinaryHeap::new(),
+            ready_keys: 0,
+            round: 0,
+            latest_round: 0,
+            last_number: 0,
+            queued: 0,
+            most_queued,
+            entering: BTreeMap::new(),
+            unanswered: 0,
+            batches: 0,
+            latest: 0,
+        }
+    }
+
+    fn place(&mut self, round: u64) -> Place {
+        self.last_number += 1;
+        (round, self.last_number)
+    }
+
     fn add(&mut self, key: Key, pending: Pending) {
         let slot = self.slots.entry(key.clone()).or_default();
-        if slot.gathering.is_empty() && !slot.in_flight {
-            self.ready.push_back(key);
+        if slot.gathering.is_empty() {
+            // Most parts are alone with their key.
+            slot.gathering.reserve_exact(1);
         }
-        slot.gathering.push_back(pending);
+        slot.gathering.push(Reverse(pending));
+        self.ready_keys += slot.get_ready(&mut self.ready, key);
     }
 
     /// Whether a batch may begin beside those in flight, of which there are to be no more than `most`. One that took the
     /// first few to come would make all smaller.
     fn may_begin(&self, most: usize) -> bool {
         let enough = if self.batches == 0 { 1 } else { (self.latest / most).max(1) };
-        self.batches < most && self.ready.len() >= enough
+        self.batches < most && self.ready_keys >= enough
     }
 
-    /// The next batch; its keys are in flight from here on.
-    fn take_batch(&mut self) -> Batch {
-        let mut batch = Batch::default();
-        let mut bytes = 0;
-        while batch.edits.len() < BATCH_KEYS && bytes < BATCH_BYTES {
-            let Some(key) = self.ready.pop_front() else { break };
-            let Some(slot) = self.slots.get_mut(&key) else { continue };
-            let Some((edit, weight)) = slot.take_edit(batch.edits.len(), &mut batch.replies) else {
-                self.slots.remove(&key);
+    /// What the next batch is made of; its keys are in flight from here on.
+    fn take(&mut self) -> Taken {
+        let mut taken = Taken { keys: Vec::with_capacity(self.ready_keys.min(BATCH_KEYS)) };
+        let (mut parts, mut bytes) = (0, 0);
+        while taken.keys.len() < BATCH_KEYS && parts < BATCH_PARTS && bytes < BATCH_BYTES {
+            let Some(Reverse((place, key))) = self.ready.pop() else { break };
+            let Some(slot) = self.slots.get_mut(&key).filter(|slot| slot.ready_at == Some(place)) else {
                 continue;
             };
+            self.ready_keys -= 1;
+            self.round = self.round.max(place.0);
+            slot.ready_at = None;
             slot.in_flight = true;
+            let (some, weight) = slot.take();
+            self.unanswered -= some.len() - answered(&some);
+            parts += some.len();
             bytes += weight;
-            batch.edits.push((key, edit));
+            taken.keys.push((key, some));
         }
-        self.latest = batch.edits.len();
-        batch
+        self.latest = taken.keys.len();
+        taken
     }
 
-    /// Frees keys whose batch has returned.
-    fn landed(&mut self, edits: &[(Key, Edit)]) {
-        for (key, _) in edits {
+    /// Puts back parts whose keys are in flight. They have their places still.
+    fn put_back(&mut self, left: Vec<(Key, Vec<Reverse<Pending>>)>) {
+        for (key, parts) in left {
+            let slot = self.slots.entry(key).or_default();
+            let answered = answered(&parts);
+            self.unanswered += parts.len() - answered;
+            self.queued += answered;
+            slot.gathering.extend(parts);
+        }
+    }
+
+    /// Frees keys whose batch has returned, and the room of so many parts.
+    fn landed(&mut self, keys: &[(Key, Vec<Reverse<Pending>>)], parts: usize) {
+        for (key, _) in keys {
             let Some(slot) = self.slots.get_mut(key) else { continue };
             slot.in_flight = false;
             if slot.gathering.is_empty() {
                 self.slots.remove(key);
             } else {
-                self.ready.push_back(key.clone());
+                self.ready_keys += slot.get_ready(&mut self.ready, key.clone());
             }
+        }
+        if self.slots.is_empty() {
+            // Nobody is behind any more, so nobody is ahead.
+            self.round = self.latest_round;
+        }
+        self.leave(parts);
+    }
+
+    /// Takes note that so many parts have left the queue, and admits those for whom there is room now.
+    fn leave(&mut self, parts: usize) {
+        self.queued -= parts;
+        while let Some(next) = self.entering.first_entry() {
+            if self.queued + next.get().parts > self.most_queued {
+                return;
+            }
+            let Entering { parts, admit } = next.remove();
+            self.queued += parts;
+            // Whoever has left the line is not in it, so this does not fail.
+            let _ = admit.send(());
         }
     }
 }
 
 impl Slot {
-    /// The next edit and about how many bytes it has; `None` if nobody needs what has gathered. Adds those who wait for
-    /// it to `replies`, under its `position`.
-    fn take_edit(&mut self, position: usize, replies: &mut Vec<(usize, Reply)>) -> Option<(Edit, usize)> {
-        let (mut gathered, mut weight) = (Gathered::default(), 0);
-        let before = replies.len();
-        while weight < EDIT_BYTES {
-            let Some(Pending { part, reply }) = self.gathering.pop_front() else { break };
-            if reply.is_closed() || part.is_moot() {
-                continue;
-            }
-            if !gathered.merge(&part) {
-                self.gathering.push_front(Pending { part, reply });
-                break;
-            }
-            weight += part.weight();
-            replies.push((position, reply));
+    /// Enters the key among those that are ready, by its next part, and returns how many keys that adds.
+    fn get_ready(&mut self, ready: &mut BinaryHeap<Reverse<(Place, Key)>>, key: Key) -> usize {
+        let Some(Reverse(next)) = self.gathering.peek() else { return 0 };
+        if self.in_flight || self.ready_at == Some(next.place) {
+            return 0;
         }
-        (replies.len() > before).then(|| (gathered.into_edit(), weight))
+        ready.push(Reverse((next.place, key)));
+        usize::from(self.ready_at.replace(next.place).is_none())
+    }
+
+    /// The parts that may go into one edit, in their order, and about how many bytes they have.
+    fn take(&mut self) -> (Vec<Reverse<Pending>>, usize) {
+        let all = self.gathering.iter().map(|Reverse(pending)| pending.part.weight()).sum();
+        if all < EDIT_BYTES && self.gathering.len() <= EDIT_PARTS {
+            let mut parts = std::mem::take(&mut self.gathering).into_sorted_vec();
+            parts.reverse();
+            return (parts, all);
+        }
+        let (mut parts, mut weight) = (Vec::new(), 0);
+        while weight < EDIT_BYTES && parts.len() < EDIT_PARTS {
+            let Some(pending) = self.gathering.pop() else { break };
+            weight += pending.0.part.weight();
+            parts.push(pending);
+        }
+        (parts, weight)
+    }
+}
+
+/// For how many of the parts somebody waits.
+fn answered(parts: &[Reverse<Pending>]) -> usize {
+    parts.iter().filter(|Reverse(pending)| !matches!(pending.reply, Reply::Nobody)).count()
+}
+
+impl Taken {
+    /// For how many parts somebody waits.
+    fn answered(&self) -> usize {
+        self.keys.iter().map(|(_, parts)| answered(parts)).sum()
+    }
+
+    /// Makes edits of the parts, without those that nobody needs any more. The keys stay.
+    fn merge(&mut self) -> Batch {
+        let edits = Vec::with_capacity(self.keys.len());
+        let mut batch = Batch { edits, replies: Vec::with_capacity(self.keys.len()), left: Vec::new() };
+        for (key, parts) in &mut self.keys {
+            let mut gathered = Gathered::default();
+            let before = batch.replies.len();
+            let mut parts = std::mem::take(parts).into_iter();
+            while let Some(Reverse(pending)) = parts.next() {
+                if pending.reply.is_closed() || pending.part.is_moot() {
+                    continue;
+                }
+                if !gathered.merge(&pending.part) {
+                    let left = std::iter::once(Reverse(pending)).chain(parts).collect();
+                    batch.left.push((key.clone(), left));
+                    break;
+                }
+                batch.replies.push((batch.edits.len(), pending.reply));
+            }
+            if batch.replies.len() > before {
+                batch.edits.push((key.clone(), gathered.into_edit()));
+            }
+        }
+        batch
     }
 }
 
 /// The answer when the task that would have given it is gone, which takes a shutdown or a defect.
-fn lost() -> StoreError {
+pub(super) fn lost() -> StoreError {
     StoreError::Unavailable { outcome: Outcome::Unknown, cause: "the commit was given up".to_owned() }
 }

@@ -167,6 +167,8 @@ impl Tally {
         match touched {
             Touched::Kept(_) => self.touches[source as usize] += 1,
             Touched::Lost(reason) => self.lost(reason),
+            // The store's failures are counted where it is asked.
+            Touched::Unreadable => {}
         }
     }
 

@@ -1,6 +1,7 @@
 //! What was seen last of the keys that are watched, and when their holders' time is over.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Keys that are held or waited for, and some that were until lately.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    keys: HashMap<Key, Seen>,
+    keys: BTreeMap<Key, Seen>,
     /// When each held key is to be looked at: when it lapses, unless it is touched.
     due: BTreeSet<(Instant, Key)>,
     /// Keys that are free; the longest free first.
@@ -99,12 +100,29 @@ impl Known {
         taken.map(|(key, _)| key.clone()).collect()
     }
 
-    /// Forgets the keys that are not `wanted` any more.
-    pub(super) fn retain(&mut self, wanted: impl Fn(&Key) -> bool) {
-        let unwanted: Vec<Key> = self.keys.keys().filter(|key| !wanted(key)).cloned().collect();
-        for key in unwanted {
-            self.forget(&key);
+    /// Of the next `count` keys with this prefix after `after`, forgets those that are not wanted any more. Returns the
+    /// last of them, if there may be more.
+    pub(super) fn tidy(
+        &mut self,
+        prefix: &str,
+        after: Option<&Key>,
+        count: usize,
+        wanted: impl Fn(&Key) -> bool,
+    ) -> Option<Key> {
+        let start = after.map_or(Bound::Included(prefix), |after| Bound::Excluded(after.as_str()));
+        let rest = self.keys.range::<str, _>((start, Bound::Unbounded)).map(|(key, _)| key);
+        let keys: Vec<Key> =
+            rest.take_while(|key| key.as_str().starts_with(prefix)).take(count).cloned().collect();
+        for key in keys.iter().filter(|key| !wanted(key)) {
+            self.forget(key);
         }
+        if keys.len() == count { keys.into_iter().next_back() } else { None }
+    }
+
+    /// How many keys are known.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.keys.len()
     }
 
     fn forget(&mut self, key: &Key) -> Option<Seen> {

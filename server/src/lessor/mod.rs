@@ -6,6 +6,7 @@
 mod acquire;
 mod agenda;
 mod audience;
+mod caller;
 mod carriage;
 mod carried;
 #[cfg(test)]
@@ -15,6 +16,8 @@ mod carried_world;
 mod carrier;
 mod changes;
 mod committer;
+#[cfg(test)]
+mod committer_tests;
 mod counts;
 mod known;
 mod line;
@@ -27,18 +30,18 @@ mod watchers;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use acquire::{Acquired, Call, Grant, Obstruction, Origin, Refusal};
 use audience::Audience;
+pub(crate) use caller::Caller;
 pub(crate) use carriage::{Carriage, Loss};
 use carried::Carried;
 pub(crate) use carrier::Carrier;
 pub use changes::ChangeKind;
-use committer::Committer;
+use committer::{Answer, Committer, lost};
 use counts::Tally;
 pub(crate) use counts::{Counts, Source};
 use line::Line;
@@ -61,11 +64,19 @@ pub struct Bounds {
     pub queued_commands: usize,
     /// Watches at once.
     pub watches: usize,
+    /// Leases that keepalive streams carry at once, all streams together.
+    pub leases: usize,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        Self { call: Duration::from_secs(5), waiting_calls: 100_000, queued_commands: 262_144, watches: 256 }
+        Self {
+            call: Duration::from_secs(5),
+            waiting_calls: 100_000,
+            queued_commands: 262_144,
+            watches: 256,
+            leases: 1_000_000,
+        }
     }
 }
 
@@ -100,6 +111,8 @@ pub enum Touched {
     Kept(Duration),
     /// Not held any more, and how it went if that is remembered.
     Lost(Option<Reason>),
+    /// The key's record cannot be read or written, so nobody knows.
+    Unreadable,
 }
 
 /// What became of a release.
@@ -118,9 +131,10 @@ pub enum Released {
 pub struct Lessor<S> {
     committer: Arc<Committer<S>>,
     audience: Arc<Audience>,
-    room: Arc<Semaphore>,
+    /// On whose behalf it is asked.
+    caller: Caller,
     bounds: Bounds,
-    draining: CancellationToken,
+    draining: Arc<CancellationToken>,
 }
 
 impl<S> Clone for Lessor<S> {
@@ -128,9 +142,9 @@ impl<S> Clone for Lessor<S> {
         Self {
             committer: Arc::clone(&self.committer),
             audience: Arc::clone(&self.audience),
-            room: Arc::clone(&self.room),
+            caller: self.caller.clone(),
             bounds: self.bounds,
-            draining: self.draining.clone(),
+            draining: Arc::clone(&self.draining),
         }
     }
 }
@@ -147,15 +161,21 @@ impl<S: Store> Lessor<S> {
     ) -> Self {
         let counts = Arc::new(Counts::new(meter));
         let line = Arc::new(Line::new(&store, bounds.waiting_calls));
-        let carried = Arc::new(Carried::new(&counts));
+        let carried = Arc::new(Carried::new(&counts, bounds.leases));
         let watchers = Arc::new(Watchers::new(bounds.watches));
         let audience = Arc::new(Audience { line, carried, watchers, counts });
-        let committer = Arc::new(Committer::new(Arc::new(store), Arc::clone(&audience), bounds.call));
+        let (store, queued) = (Arc::new(store), bounds.queued_commands);
+        let committer = Arc::new(Committer::new(store, Arc::clone(&audience), bounds.call, queued));
         tasks.spawn(upkeep::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tasks.spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
         tasks.spawn(audience::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        let room = Arc::new(Semaphore::new(bounds.queued_commands));
-        Self { committer, audience, room, bounds, draining }
+        Self { committer, audience, caller: Caller::new(), bounds, draining: Arc::new(draining) }
+    }
+
+    /// The same engine, asked by `caller`, who takes turns with others.
+    #[must_use]
+    pub(crate) fn on_behalf_of(&self, caller: Caller) -> Self {
+        Self { caller, ..self.clone() }
     }
 
     /// The store, for what needs no engine.
@@ -177,7 +197,8 @@ impl<S: Store> Lessor<S> {
         Ok(touched)
     }
 
-    /// Renews many leases in one go; the answers stand in the order of `leases`.
+    /// Renews many leases in one go; the answers stand in the order of `leases`. A record that cannot be read or written
+    /// is the trouble of its leases alone.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails for any of them.
@@ -186,8 +207,15 @@ impl<S: Store> Lessor<S> {
         leases: impl Iterator<Item = &'a (Key, LeaseId)> + Clone,
     ) -> Result<Vec<Touched>, CallError> {
         let parts = leases.clone().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
-        let snapshots = self.in_time(self.commit_all(parts)).await?;
-        Ok(leases.zip(snapshots).map(|((_, id), snapshot)| touched(&snapshot, *id)).collect())
+        let commit = async { Ok(self.committer.submit_each(&self.caller, parts).await) };
+        let answers = self.in_time(commit).await?.into_iter();
+        let touched = |((_, id), answer): (&(Key, LeaseId), Option<Answer>)| match answer {
+            Some(Ok(snapshot)) => Ok(touched(&snapshot, *id)),
+            Some(Err(StoreError::Unreadable { .. })) => Ok(Touched::Unreadable),
+            Some(Err(error)) => Err(error.into()),
+            None => Err(lost().into()),
+        };
+        leases.zip(answers).map(touched).collect()
     }
 
     /// What a new keepalive stream carries: nothing yet.
@@ -235,7 +263,7 @@ impl<S: Store> Lessor<S> {
     /// [`CallError::Store`] if the store fails.
     pub async fn revoke(&self, key: Key, token: Option<FencingToken>) -> Result<usize, CallError> {
         let found = self.in_time(async { Ok(self.store().read(vec![key.clone()]).await?) }).await?;
-        let Some(before) = found.into_iter().next() else { return Ok(0) };
+        let Some(before) = found.into_iter().next().transpose()? else { return Ok(0) };
         let is_meant = |holder: &&Holder| token.is_none_or(|token| holder.token == token);
         let ids: Vec<LeaseId> =
             before.record.holders.iter().filter(is_meant).map(|holder| holder.id).collect();
@@ -276,17 +304,7 @@ impl<S: Store> Lessor<S> {
     }
 
     async fn commit(&self, key: Key, part: Part) -> Result<Arc<Snapshot>, CallError> {
-        self.in_time(async {
-            let _room = self.room.acquire().await;
-            Ok(self.committer.submit(key, part).await?)
-        })
-        .await
-    }
-
-    async fn commit_all(&self, parts: Vec<(Key, Part)>) -> Result<Vec<Arc<Snapshot>>, CallError> {
-        let count = u32::try_from(parts.len().min(self.bounds.queued_commands)).unwrap_or(u32::MAX);
-        let _room = self.room.acquire_many(count).await;
-        Ok(self.committer.submit_all(parts).await?)
+        self.in_time(async { Ok(self.committer.submit(&self.caller, key, part).await?) }).await
     }
 
     /// Ends what takes longer than a call may.

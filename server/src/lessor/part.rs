@@ -47,13 +47,11 @@ impl Gathered {
         let fits = match part {
             Part::Acquire(acquisition) | Part::Rejoin(acquisition, _) => {
                 let Acquisition { id, mode, shared_limit, .. } = **acquisition;
-                !edit.released().contains(&id)
-                    && !edit.cancelled().contains(&id)
-                    && edit.enqueued().iter().all(|other| other.id != id || other.is_same(mode, shared_limit))
+                !edit.releases(id)
+                    && !edit.cancels(id)
+                    && (!edit.enqueues(id) || edit.asks(id, mode, shared_limit))
             }
-            Part::Release(id) | Part::GiveUp(id) | Part::Cancel(id) => {
-                !edit.enqueued().iter().any(|acquisition| acquisition.id == *id)
-            }
+            Part::Release(id) | Part::GiveUp(id) | Part::Cancel(id) => !edit.enqueues(*id),
             Part::Refresh(..) | Part::Claim(..) | Part::Touch(_) | Part::Revoke(..) | Part::Nudge => true,
         };
         if fits {

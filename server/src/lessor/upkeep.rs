@@ -68,7 +68,7 @@ async fn placeless<S: Store>(
     places: Vec<(LeaseId, (Key, Part))>,
 ) -> Vec<(LeaseId, Arc<Snapshot>)> {
     let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
-    let Ok(snapshots) = committer.submit_each(parts).await else { return Vec::new() };
-    let records = ids.into_iter().zip(snapshots).filter_map(|(id, snapshot)| Some((id, snapshot?)));
+    let answers = committer.submit_own(parts).await;
+    let records = ids.into_iter().zip(answers).filter_map(|(id, answer)| Some((id, answer?.ok()?)));
     records.filter(|(id, snapshot)| snapshot.standing(*id) == Standing::Unknown).collect()
 }

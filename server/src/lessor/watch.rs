@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -138,6 +139,9 @@ pub(super) async fn keep<S: Store>(
             () = draining.cancelled() => return,
             () = watchers.sooner() => {}
             () = sleep_until(due) => {}
+        }
+        while watchers.tidy() {
+            yield_now().await;
         }
         if let Some((prefixes, keys)) = watchers.take_stale()
             && rebuild(&audience, &committer, prefixes, &keys).await.is_err()

@@ -20,6 +20,9 @@ const QUEUE: usize = 4096;
 /// Bytes of the records in a queue, as [`Record::size`] counts.
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
 
+/// Keys that are gone through in one go after a watch has ended.
+const TIDIED: usize = 256;
+
 /// The watchers of this daemon.
 #[derive(Debug)]
 pub(super) struct Watchers {
@@ -36,8 +39,18 @@ struct State {
     watchers: BTreeMap<u64, Watcher>,
     last_number: u64,
     known: Known,
+    /// What ended watches leave to be forgotten.
+    ended: VecDeque<Ended>,
     /// Changes may have been missed.
     is_stale: bool,
+}
+
+/// A watch that has ended: the keys with its prefix that nobody else watches are forgotten, a few at a time.
+#[derive(Debug)]
+struct Ended {
+    prefix: String,
+    /// How far that has come.
+    after: Option<Key>,
 }
 
 #[derive(Debug)]
@@ -131,6 +144,19 @@ impl Watchers {
         if state.is_stale { Some(Instant::now()) } else { state.known.next_due() }
     }
 
+    /// Forgets some of the keys that nobody watches any more, and returns whether there may be others.
+    pub(super) fn tidy(&self) -> bool {
+        let mut state = self.state();
+        let State { watchers, known, ended, .. } = &mut *state;
+        let Some(Ended { prefix, after }) = ended.front_mut() else { return false };
+        let is_watched = |key: &Key| watchers.values().any(|watcher| watcher.watches(key));
+        *after = known.tidy(prefix, after.as_ref(), TIDIED, is_watched);
+        if after.is_none() {
+            ended.pop_front();
+        }
+        !ended.is_empty()
+    }
+
     /// Returns when there may be something to look at earlier than was thought.
     pub(super) async fn sooner(&self) {
         self.sooner.notified().await;
@@ -200,11 +226,17 @@ impl State {
             before.map(|known| Before { record: &known.snapshot.record, has_lapsed: known.has_lapsed }),
             snapshot,
         );
-        // Of a key that was not known, what happened before the watch may be among the news.
-        let told_before = if before.is_some() { None } else { Some(self.known.forgotten()) };
+        let seen_at = before.map(|known| known.seen_at);
+        let forgotten = self.known.forgotten();
         for watcher in self.watchers.values_mut().filter(|watcher| watcher.watches(key)) {
-            let since = told_before
-                .map(|forgotten| forgotten.max(snapshot.now.0.saturating_sub(elapsed(watcher.started))));
+            // What happened before the watch may be among the news, if the key was not known, or was seen last for a watch
+            // before this one.
+            let begun = || snapshot.now.0.saturating_sub(elapsed(watcher.started));
+            let since = match seen_at {
+                None => Some(forgotten.max(begun())),
+                Some(seen_at) if seen_at < watcher.started => Some(begun()),
+                Some(_) => None,
+            };
             for (kind, at) in &news {
                 if since.is_none_or(|since| at.0 > since) {
                     watcher.push(*kind, snapshot);
@@ -299,10 +331,98 @@ impl Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        let mut state = self.watchers.state();
-        state.watchers.remove(&self.number);
-        self.watchers.count.store(state.watchers.len(), Ordering::SeqCst);
-        let State { watchers, known, .. } = &mut *state;
-        known.retain(|key| watchers.values().any(|watcher| watcher.watches(key)));
+        // Commits need the lock that is taken here, so what is known is not gone through in here.
+        let forgotten = {
+            let mut state = self.watchers.state();
+            let Some(watcher) = state.watchers.remove(&self.number) else { return };
+            self.watchers.count.store(state.watchers.len(), Ordering::SeqCst);
+            if state.watchers.is_empty() {
+                state.ended.clear();
+                std::mem::take(&mut state.known)
+            } else {
+                // Watches that come and go leave no more than those that there may be: then all keys are gone through.
+                let prefix = if state.ended.len() < self.watchers.limit {
+                    watcher.prefix
+                } else {
+                    state.ended.clear();
+                    String::new()
+                };
+                state.ended.push_back(Ended { prefix, after: None });
+                self.watchers.sooner.notify_one();
+                Known::default()
+            }
+        };
+        drop(forgotten);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp, step};
+
+    fn held(key: &str) -> Arc<Snapshot> {
+        let rules = Rules { grace: std::time::Duration::ZERO, place: std::time::Duration::from_secs(15) };
+        let edit = Edit::default().enqueue(Arc::new(Acquisition::waiting(LeaseId::random())));
+        let (key, now) = (Key::try_from(key).expect("a key"), Timestamp(1_000_000));
+        Arc::new(Snapshot { record: step(Record::vacant(key), &edit, now, &rules), now })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_watches_any_more_is_forgotten_a_few_keys_at_a_time() {
+        let watchers = Arc::new(Watchers::new(10));
+        let all = watchers.begin("job/".to_owned()).expect("room");
+        let some = watchers.begin("job/7".to_owned()).expect("room");
+        (0..1000).for_each(|number| watchers.observe(&held(&format!("job/{number}"))));
+        drop(all);
+        assert_eq!(watchers.state().known.len(), 1000, "the end of a watch goes through no keys");
+        let mut before = 1000;
+        while watchers.tidy() {
+            let left = watchers.state().known.len();
+            assert!(before - left <= TIDIED, "{before} and then {left}");
+            before = left;
+        }
+        assert_eq!(watchers.state().known.len(), 111, "those that another one watches");
+        drop(some);
+        assert_eq!(watchers.state().known.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watches_that_come_and_go_leave_no_more_than_there_may_be() {
+        let watchers = Arc::new(Watchers::new(3));
+        let _stays = watchers.begin("other".to_owned()).expect("room");
+        for number in 0..20 {
+            drop(watchers.begin(number.to_string()).expect("room"));
+            assert!(watchers.state().ended.len() <= 3);
+        }
+        while watchers.tidy() {}
+        assert!(watchers.state().ended.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_watch_is_not_told_what_happened_between_an_earlier_one_and_itself() {
+        let watchers = Arc::new(Watchers::new(3));
+        let _other = watchers.begin("other".to_owned()).expect("room");
+        let earlier = watchers.begin("job".to_owned()).expect("room");
+        let first = held("job");
+        watchers.observe(&first);
+        drop(earlier);
+        tokio::time::advance(std::time::Duration::from_secs(5)).await;
+        let watching = watchers.begin("job".to_owned()).expect("room");
+        let mut record = first.record.clone();
+        let rules = Rules { grace: std::time::Duration::ZERO, place: std::time::Duration::from_secs(15) };
+        // Released before the new watch, and acquired anew after it began.
+        record = step(
+            record.clone(),
+            &Edit::default().release(record.holders[0].id),
+            Timestamp(1_004_000),
+            &rules,
+        );
+        let edit = Edit::default().enqueue(Arc::new(Acquisition::waiting(LeaseId::random())));
+        tokio::time::advance(std::time::Duration::from_secs(1)).await;
+        let now = Timestamp(1_006_000);
+        watchers.observe(&Arc::new(Snapshot { record: step(record, &edit, now, &rules), now }));
+        assert!(matches!(watching.take(), Some(Told::Change(ChangeKind::Granted, _))));
+        assert!(watching.take().is_none());
     }
 }

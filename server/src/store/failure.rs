@@ -16,6 +16,9 @@ pub(super) enum Failure {
     Unknown(String),
     /// Nothing was changed, and it will not be done, however often it is asked.
     Refused(String),
+    /// One of the records cannot be written, and the store does not say which. What was asked for the others may have
+    /// been done.
+    Record(String),
 }
 
 impl Failure {
@@ -33,9 +36,11 @@ impl Failure {
 
     pub(super) fn into_cause(self) -> String {
         match self {
-            Self::NotApplied(cause) | Self::Late(cause) | Self::Unknown(cause) | Self::Refused(cause) => {
-                cause
-            }
+            Self::NotApplied(cause)
+            | Self::Late(cause)
+            | Self::Unknown(cause)
+            | Self::Refused(cause)
+            | Self::Record(cause) => cause,
         }
     }
 }
@@ -46,7 +51,9 @@ impl From<Failure> for StoreError {
             Failure::NotApplied(cause) | Failure::Late(cause) => {
                 Self::Unavailable { outcome: Outcome::NotApplied, cause }
             }
-            Failure::Unknown(cause) => Self::Unavailable { outcome: Outcome::Unknown, cause },
+            Failure::Unknown(cause) | Failure::Record(cause) => {
+                Self::Unavailable { outcome: Outcome::Unknown, cause }
+            }
             Failure::Refused(cause) => Self::Refused { cause },
         }
     }
@@ -68,7 +75,8 @@ impl Effects {
     ) -> Result<T, Failure> {
         let is_possible = match &reply {
             Ok(answer) => is_change(answer),
-            Err(Failure::Unknown(_)) => true,
+            // One record could not be written; the others of the same command may have been.
+            Err(Failure::Unknown(_) | Failure::Record(_)) => true,
             Err(Failure::NotApplied(_) | Failure::Late(_) | Failure::Refused(_)) => false,
         };
         self.0.fetch_or(is_possible, Ordering::Relaxed);
@@ -111,11 +119,12 @@ mod tests {
         Late,
         Refused,
         Unknown,
+        Record,
     }
 
     impl Reply {
         fn may_have_changed(self) -> bool {
-            matches!(self, Self::Changed | Self::Unknown)
+            matches!(self, Self::Changed | Self::Unknown | Self::Record)
         }
 
         fn result(self) -> Result<bool, Failure> {
@@ -126,6 +135,7 @@ mod tests {
                 Self::Late => Err(Failure::Late("late".to_owned())),
                 Self::Refused => Err(Failure::refused("refused")),
                 Self::Unknown => Err(Failure::unknown("unknown")),
+                Self::Record => Err(Failure::Record("a record".to_owned())),
             }
         }
     }
@@ -139,6 +149,7 @@ mod tests {
             Reply::Late,
             Reply::Refused,
             Reply::Unknown,
+            Reply::Record,
         ]);
         prop::collection::vec(prop::collection::vec(reply, 1..4), 1..5)
     }

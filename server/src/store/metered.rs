@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{FeedEvent, FeedState, ListQuery, Outcome, Page, StartError, Store, StoreError};
+use super::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, StartError, Store, StoreError, report};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 use crate::meter::{Histogram, Meter, Present};
 
@@ -45,7 +45,7 @@ enum Operation {
 }
 
 const OPERATIONS: [&str; 5] = ["commit", "read", "list", "purge", "check"];
-const KINDS: [&str; 3] = ["not_applied", "unknown", "refused"];
+const KINDS: [&str; 4] = ["not_applied", "unknown", "refused", "unreadable"];
 
 impl<S: Store> Metered<S> {
     /// Counts what is asked of `store` from here on.
@@ -68,14 +68,34 @@ impl<S: Store> Metered<S> {
     }
 
     fn note<T>(&self, operation: Operation, answer: Result<T, StoreError>) -> Result<T, StoreError> {
-        answer.inspect_err(|error| {
-            let kind = match error {
-                StoreError::Unavailable { outcome: Outcome::NotApplied, .. } => 0,
-                StoreError::Unavailable { outcome: Outcome::Unknown, .. } => 1,
-                StoreError::Refused { .. } => 2,
-            };
-            self.errors[operation as usize][kind].inc();
-        })
+        answer.inspect_err(|error| self.count(operation, error))
+    }
+
+    /// Counts the failures for single keys too.
+    fn note_each(
+        &self,
+        operation: Operation,
+        answer: Result<Vec<ForKey>, StoreError>,
+    ) -> Result<Vec<ForKey>, StoreError> {
+        let answers = self.note(operation, answer)?;
+        for error in answers.iter().filter_map(|answer| answer.as_ref().err()) {
+            self.count(operation, error);
+        }
+        Ok(answers)
+    }
+
+    /// Logs some of those about single records as well.
+    fn count(&self, operation: Operation, error: &StoreError) {
+        let kind = match error {
+            StoreError::Unavailable { outcome: Outcome::NotApplied, .. } => 0,
+            StoreError::Unavailable { outcome: Outcome::Unknown, .. } => 1,
+            StoreError::Refused { .. } => 2,
+            StoreError::Unreadable { .. } => {
+                report(error);
+                3
+            }
+        };
+        self.errors[operation as usize][kind].inc();
     }
 }
 
@@ -84,21 +104,21 @@ impl<S: Store> Store for Metered<S> {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         self.keys.counted(batch.len());
         let _in_flight = Present::of(&self.batches);
         let sent_at = Instant::now();
         let answer = self.store.commit(batch, deadline).await;
         self.durations.took(sent_at.elapsed());
-        self.note(Operation::Commit, answer)
+        self.note_each(Operation::Commit, answer)
     }
 
     fn batches(&self) -> usize {
         self.store.batches()
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
-        self.note(Operation::Read, self.store.read(keys).await)
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
+        self.note_each(Operation::Read, self.store.read(keys).await)
     }
 
     async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {

@@ -6,6 +6,7 @@ pub mod embedded;
 mod failure;
 mod metered;
 pub mod mongo;
+mod unreadable;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use uuid::Uuid;
 
 use failure::{Effects, Failure};
 pub(crate) use metered::Metered;
+pub(crate) use unreadable::report;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
 
@@ -33,42 +35,47 @@ pub trait Store: Send + Sync + 'static {
     /// Repeats the batch after failures until `deadline` has passed; edits are idempotent. Must not be dropped
     /// part-way by a caller that goes on using the keys.
     ///
+    /// A record that cannot be read, or an edit that cannot be applied to its record, fails the answer for its key
+    /// with [`StoreError::Unreadable`]. The other edits of the batch are applied.
+    ///
     /// # Errors
     /// [`StoreError`]; what it says of the outcome holds for every edit of the batch.
     fn commit(
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
 
     /// How many batches are worth having in flight at once. One leaves the store idle between two of them; with each more,
     /// batches get smaller, and most of what a small one costs is its overhead.
     fn batches(&self) -> usize;
 
-    /// The records of those of the `keys` that have one, in any order. For what the engine decides: these reads have
-    /// the same share of the store as commits.
+    /// The records of those of the `keys` that have one, in any order. A record that cannot be read is returned as
+    /// [`StoreError::Unreadable`], which names its key. For what the engine decides: these reads have the same share of the
+    /// store as commits.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
-    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<Snapshot>, StoreError>> + Send;
+    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
 
     /// The key's record, if it has one, for callers who look at it. However many look, commits do not wait for them.
     ///
     /// # Errors
-    /// [`StoreError`] if the store does not answer in time.
+    /// [`StoreError`] if the store does not answer in time, or the record cannot be read.
     fn inspect(&self, key: Key) -> impl Future<Output = Result<Option<Snapshot>, StoreError>> + Send {
-        async { Ok(self.read(vec![key]).await?.into_iter().next()) }
+        async { self.read(vec![key]).await?.into_iter().next().transpose() }
     }
 
-    /// One page of records in the order of their keys; shorter than asked if the records are large. Neither commits nor
-    /// [`Self::inspect`] wait for those who list.
+    /// One page of records in the order of their keys; shorter than asked if the records are large. Records that cannot
+    /// be read are left out and logged. Neither commits nor [`Self::inspect`] wait for those who list.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn list(&self, query: ListQuery) -> impl Future<Output = Result<Page, StoreError>> + Send;
 
     /// Forgets keys that nobody has held, waited for or kept blocked for `free_for`, and returns how many. A lease counts
-    /// as held until it may be taken over, a place in line until it lapses.
+    /// as held until it may be taken over, a place in line until it lapses. Keeps a record of which it cannot tell
+    /// whether somebody holds its key.
     ///
     /// # Errors
     /// [`StoreError`]; what was forgotten by then stays so.
@@ -133,6 +140,9 @@ pub trait Store: Send + Sync + 'static {
     fn is_shared(&self) -> bool;
 }
 
+/// The record of one key among many, or why there is none: one record's trouble is not that of the others.
+pub type ForKey = Result<Snapshot, StoreError>;
+
 /// What a store tells of changes. A hint: it may come late or twice, and says when it may have missed some.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FeedEvent {
@@ -177,7 +187,7 @@ pub struct ListQuery {
 pub struct Page {
     /// The records.
     pub snapshots: Vec<Snapshot>,
-    /// Whether others follow.
+    /// Whether others follow. Then the page holds one record at least, so that the next page has a key to begin after.
     pub more: bool,
 }
 
@@ -208,6 +218,16 @@ pub enum StoreError {
     #[error("the store refused: {cause}")]
     Refused {
         /// The refusal, for logs.
+        cause: String,
+    },
+    /// The record of this key cannot be read, or the edit cannot be applied to it. Other keys are not affected, and
+    /// asking again will not help before someone has mended or deleted the record. Whether the edit took effect is not
+    /// known: what cannot be read may have been written before.
+    #[error("the record of {key:?} cannot be read or written: {cause}")]
+    Unreadable {
+        /// Whose record it is.
+        key: Key,
+        /// What is wrong with it, for logs.
         cause: String,
     },
 }

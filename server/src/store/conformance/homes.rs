@@ -6,6 +6,8 @@ use std::panic::panic_any;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use mongodb::bson::spec::BinarySubtype;
+use mongodb::bson::{Binary, DateTime, Document, doc};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -16,7 +18,7 @@ use super::wrongs::Wrong;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
-use crate::store::{FeedEvent, FeedState, ListQuery, Page, Store, StoreError, makes_record};
+use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreError, makes_record};
 
 /// Who applies the edits of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +38,39 @@ pub(super) enum Home {
 pub(super) struct Unanswered(pub(super) StoreError);
 
 /// Either store, at instants that the test chooses.
-#[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
 pub(super) enum TestStore {
     Embedded(EmbeddedStore, #[expect(dead_code, reason = "removes the folder in the end")] Arc<TempDir>),
     MongoDb(MongoStore),
+}
+
+/// What is wrong with a record. The embedded store has one way for all: bytes that are no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Damage {
+    /// No expression about holders can be computed.
+    HoldersAreText,
+    HolderIsText,
+    TokenIsText,
+    BlockIsText,
+    /// It is written, and cannot be read after that.
+    UnknownReason,
+}
+
+impl Damage {
+    fn fields(self) -> Document {
+        match self {
+            Self::HoldersAreText => doc! { "holders": "none" },
+            Self::HolderIsText => doc! { "holders": ["somebody"] },
+            Self::TokenIsText => doc! { "token": "7" },
+            Self::BlockIsText => doc! { "blocked_until": "soon" },
+            Self::UnknownReason => {
+                let now = DateTime::from_millis(0);
+                let id = Binary { subtype: BinarySubtype::Uuid, bytes: vec![7; 16] };
+                doc! { "departures": [{ "id": id, "reason": "bored", "at": now }] }
+            }
+        }
+    }
 }
 
 /// Applies batches.
@@ -118,7 +147,11 @@ impl Applier {
                 store.set_clock(now);
                 let committed = wait_for(store.commit(Arc::new(batch), Duration::from_secs(30)));
                 let snapshots = committed.unwrap_or_else(|error| panic_any(Unanswered(error)));
-                snapshots.into_iter().map(|snapshot| snapshot.record).collect()
+                let record = |answer: ForKey| match answer {
+                    Ok(snapshot) => snapshot.record,
+                    Err(error) => panic_any(Unanswered(error)),
+                };
+                snapshots.into_iter().map(record).collect()
             }
         }
     }
@@ -143,6 +176,14 @@ fn specified(
 }
 
 impl TestStore {
+    /// Makes the record of `key` one that cannot be read or written, in one of several ways.
+    pub(super) fn damage(&self, key: &Key, way: Damage) {
+        match self {
+            Self::Embedded(store, _) => store.damage(key),
+            Self::MongoDb(store) => wait_for(store.damage(key, way.fields())),
+        }
+    }
+
     /// Stops the store's clock at `now`.
     pub(super) fn set_clock(&mut self, now: Timestamp) {
         match self {
@@ -157,7 +198,7 @@ impl Store for TestStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         match self {
             Self::Embedded(store, _) => store.commit(batch, deadline).await,
             Self::MongoDb(store) => store.commit(batch, deadline).await,
@@ -171,10 +212,17 @@ impl Store for TestStore {
         }
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         match self {
             Self::Embedded(store, _) => store.read(keys).await,
             Self::MongoDb(store) => store.read(keys).await,
+        }
+    }
+
+    async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
+        match self {
+            Self::Embedded(store, _) => store.inspect(key).await,
+            Self::MongoDb(store) => store.inspect(key).await,
         }
     }
 

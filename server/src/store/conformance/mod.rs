@@ -12,6 +12,9 @@ mod differential;
 /// Commits, reads and listings.
 pub(super) mod reading;
 
+/// One record that cannot be read or written, among others.
+mod unreadable;
+
 /// Forgetting what nobody needs.
 mod purging;
 

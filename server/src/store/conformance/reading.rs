@@ -8,7 +8,7 @@ use rstest::rstest;
 
 use super::homes::{Home, TestStore, wait_for};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, State, Timestamp, Ttl};
-use crate::store::{ListQuery, Page, Store};
+use crate::store::{ForKey, ListQuery, Page, Store, StoreError};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
 pub(super) const NOW: Timestamp = Timestamp(1_700_000_000_000);
@@ -44,7 +44,12 @@ pub(super) fn empty(home: Home) -> TestStore {
 }
 
 pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("a commit")
+    all_of(wait_for(store.commit(Arc::new(batch), PATIENCE)))
+}
+
+/// The records of an answer in which none is missing.
+pub(in crate::store) fn all_of(answer: Result<Vec<ForKey>, StoreError>) -> Vec<Snapshot> {
+    answer.and_then(|answers| answers.into_iter().collect()).expect("an answer for every key")
 }
 
 /// Leases of these names, all held.
@@ -106,7 +111,7 @@ fn only_an_arrival_makes_a_record(#[values(Home::Embedded, Home::MongoDb)] home:
 #[rstest]
 fn a_read_finds_what_there_is(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
     let store = holding(home, &["a", "b"]);
-    let mut found = wait_for(store.read(vec![key("b"), key("none"), key("a")])).expect("a read");
+    let mut found = all_of(wait_for(store.read(vec![key("b"), key("none"), key("a")])));
     found.sort_by(|one, other| one.record.key.cmp(&other.record.key));
     assert_eq!(found.iter().map(|one| one.record.key.as_str()).collect::<Vec<_>>(), ["a", "b"]);
     assert!(found.iter().all(|one| one.now == NOW && one.record.holders.len() == 1));

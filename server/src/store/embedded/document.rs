@@ -15,8 +15,8 @@ use crate::lease::{
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the record of {key:?} cannot be read: {what}")]
 pub(super) struct Unreadable {
-    key: Key,
-    what: String,
+    pub(super) key: Key,
+    pub(super) what: String,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -247,7 +247,8 @@ impl Ledger {
             };
             batch.push((key, edit));
         }
-        for snapshot in self.home().commit(&batch)? {
+        for answer in self.home().commit(&batch)? {
+            let snapshot = answer.expect("a record that can be read");
             self.acknowledged.insert(snapshot.record.key.clone(), snapshot.record);
         }
         Ok(())
@@ -516,7 +517,7 @@ fn answers(home: &Home, batches: &[(&[&str], bool)]) -> Vec<Option<Vec<Key>>> {
     together(home, group.collect());
     let answers = receivers.into_iter().map(|mut receiver| receiver.try_recv().ok()?.ok());
     answers
-        .map(|snapshots| Some(snapshots?.into_iter().map(|snapshot| snapshot.record.key).collect()))
+        .map(|answers| answers?.into_iter().map(|answer| Some(answer.ok()?.record.key)).collect())
         .collect()
 }
 

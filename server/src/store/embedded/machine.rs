@@ -13,7 +13,7 @@ use super::clock::{Anchor, Clock, Readings};
 use super::file::DataFile;
 use super::{EmbeddedStore, Rules, Store};
 use crate::lease::{Edit, FencingToken, Holder, LeaseId, Record, Timestamp, Ttl};
-use crate::store::conformance::reading::{ask, asking, key};
+use crate::store::conformance::reading::{all_of, ask, asking, key};
 
 const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 /// Of every lease here.
@@ -247,8 +247,7 @@ async fn start(folder: &Path, machine: &Machine) -> EmbeddedStore {
 
 async fn apply(store: &EmbeddedStore, name: &str, edit: Edit) -> Record {
     let batch = Arc::new(vec![(key(name), edit)]);
-    let snapshots = store.commit(batch, Duration::from_secs(60)).await.expect("a commit");
-    snapshots.into_iter().next().expect("a record").record
+    all_of(store.commit(batch, Duration::from_secs(60)).await).pop().expect("a record").record
 }
 
 /// Asks for the key without waiting.
@@ -331,8 +330,7 @@ async fn a_boot_renews_those_who_held_and_nobody_else() {
     machine.boot(3_600_000);
     let store = start(folder.path(), &machine).await;
     let now = Timestamp(machine.state().wall);
-    let look =
-        async |name: &str| store.read(vec![key(name)]).await.expect("a read").pop().expect("a record").record;
+    let look = async |name: &str| all_of(store.read(vec![key(name)]).await).pop().expect("a record").record;
     let after = look("held").await;
     let renewed = Holder { expires_at: now + TTL, ..before.holders[0].clone() };
     assert_eq!(after, Record { holders: vec![renewed], rev: before.rev + 1, ..before });
@@ -347,7 +345,7 @@ async fn a_boot_renews_those_who_held_and_nobody_else() {
     drop(store);
     machine.pass(10_000);
     let store = start(folder.path(), &machine).await;
-    let again = store.read(vec![key("held")]).await.expect("a read").pop().expect("a record");
+    let again = all_of(store.read(vec![key("held")]).await).pop().expect("a record");
     assert_eq!((again.record.holders[0].expires_at, again.now), (now + TTL, now + Duration::from_secs(10)));
 }
 

@@ -33,7 +33,7 @@ use readers::Readers;
 use writer::{Home, Unstarted, Writer};
 
 use super::failure::{Effects, Failure};
-use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
+use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report};
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
 /// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
@@ -95,6 +95,12 @@ impl EmbeddedStore {
         self.home().set_clock(now);
     }
 
+    /// Leaves bytes that are no record where the record of `key` is.
+    #[cfg(test)]
+    pub(crate) fn damage(&self, key: &Key) {
+        self.home().damage(key);
+    }
+
     /// Reads what has been committed, on a thread of `readers`.
     async fn reading<T: Send + 'static>(
         &self,
@@ -123,7 +129,7 @@ impl Store for EmbeddedStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         let effects = Effects::default();
         let attempt = async |batch| effects.note(self.writer.commit(&batch, deadline).await, |_| true);
         repeat(batch, deadline, &self.repetitions, &effects, attempt).await
@@ -133,12 +139,12 @@ impl Store for EmbeddedStore {
         BATCHES
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let read = move |home: &Home, tables: &Tables| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
                 if let Some(bytes) = tables.records.get(key.as_str())? {
-                    found.push(home.snapshot(&key, bytes.value())?);
+                    found.push(home.snapshot(&key, bytes.value()).map_err(StoreError::from));
                 }
             }
             Ok(found)
@@ -209,7 +215,7 @@ fn page(home: &Home, tables: &Tables, query: &ListQuery) -> Result<Page, Failure
     if query.include_free {
         for entry in tables.records.range(start..)? {
             let (name, value) = entry?;
-            if !page.take(name.value(), value.value())? {
+            if !page.take(name.value(), value.value()) {
                 break;
             }
         }
@@ -217,7 +223,7 @@ fn page(home: &Home, tables: &Tables, query: &ListQuery) -> Result<Page, Failure
         for entry in tables.in_use.range(start..)? {
             let (name, _) = entry?;
             let Some(value) = tables.records.get(name.value())? else { continue };
-            if !page.take(name.value(), value.value())? {
+            if !page.take(name.value(), value.value()) {
                 break;
             }
         }
@@ -235,28 +241,34 @@ struct Filling<'a> {
 
 impl Filling<'_> {
     /// Takes the next record if it belongs on the page, and says whether there can be more on it.
-    fn take(&mut self, name: &str, value: &[u8]) -> Result<bool, Failure> {
+    fn take(&mut self, name: &str, value: &[u8]) -> bool {
         let Self { query, page, .. } = self;
         if !name.starts_with(&query.prefix) {
-            return Ok(false);
+            return false;
         }
-        let key = Key::try_from(name).map_err(Failure::refused)?;
+        // No call can name what is no key, so there is nobody to tell.
+        let Ok(key) = Key::try_from(name) else { return true };
         if query.after.as_ref() == Some(&key) {
-            return Ok(true);
+            return true;
         }
-        let snapshot = self.home.snapshot(&key, value)?;
+        let Some(snapshot) = readable(self.home, &key, value) else { return true };
         let record = &snapshot.record;
         if record.token == FencingToken::default() || (!query.include_free && record.is_free(snapshot.now)) {
-            return Ok(true);
+            return true;
         }
         page.more = page.snapshots.len() == query.limit || self.bytes > PAGE_BYTES;
         if page.more {
-            return Ok(false);
+            return false;
         }
         self.bytes += value.len();
         page.snapshots.push(snapshot);
-        Ok(true)
+        true
     }
+}
+
+/// The record of `key`. One that cannot be read is reported and left out.
+fn readable(home: &Home, key: &Key, bytes: &[u8]) -> Option<Snapshot> {
+    home.snapshot(key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
 }
 
 /// Keys looked at, and forgotten, in one go.
@@ -272,11 +284,12 @@ fn forgettable(
     let mut keys = Vec::new();
     for (seen, entry) in tables.records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
-        let key = Key::try_from(name.value()).map_err(Failure::refused)?;
-        if seen == PURGE_PAGE {
+        // No call can name what is no key, so there is nobody to tell.
+        let Ok(key) = Key::try_from(name.value()) else { continue };
+        if seen >= PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
-        let Snapshot { record, now } = home.snapshot(&key, value.value())?;
+        let Some(Snapshot { record, now }) = readable(home, &key, value.value()) else { continue };
         let may_go = record.is_forgettable(now, free_for, home.rules().grace);
         if may_go || record.is_free(now) && tables.in_use.get(key.as_str())?.is_some() {
             keys.push(key);
@@ -333,7 +346,7 @@ mod tests {
             listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
         }
         tokio::task::yield_now().await;
-        assert_eq!(store.read(vec![key("x")]).await.expect("a read"), []);
+        assert!(store.read(vec![key("x")]).await.expect("a read").is_empty());
         let batch = vec![(key("x"), ask(asking(LeaseId::random())))];
         store.commit(Arc::new(batch), DAY).await.expect("a commit");
         assert!(store.inspect(key("x")).await.expect("a read").is_some());

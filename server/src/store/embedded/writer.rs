@@ -21,7 +21,7 @@ use super::facts::{IN_USE, RECORDS, note_latest};
 use super::file::{self, Known, Medium, OpenError};
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::failure::Failure;
-use crate::store::{makes_record, vacant};
+use crate::store::{ForKey, StoreError, makes_record, vacant};
 
 /// Orders that may await the writer. The engine has no more than a few batches in flight; those that have been given
 /// up are passed over.
@@ -65,14 +65,15 @@ enum Order {
 pub(super) struct Commit {
     pub(super) batch: Arc<Vec<(Key, Edit)>>,
     pub(super) until: Duration,
-    pub(super) reply: Reply<Vec<Snapshot>>,
+    pub(super) reply: Reply<Vec<ForKey>>,
 }
 
 pub(super) type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 
-impl From<document::Unreadable> for Failure {
+impl From<document::Unreadable> for StoreError {
     fn from(unreadable: document::Unreadable) -> Self {
-        Self::refused(unreadable)
+        let document::Unreadable { key, what: cause } = unreadable;
+        Self::Unreadable { key, cause }
     }
 }
 
@@ -153,7 +154,7 @@ impl Home {
     }
 
     /// A stored record as it is now.
-    pub(super) fn snapshot(&self, key: &Key, bytes: &[u8]) -> Result<Snapshot, Failure> {
+    pub(super) fn snapshot(&self, key: &Key, bytes: &[u8]) -> Result<Snapshot, document::Unreadable> {
         Ok(Snapshot { record: document::decode(key, bytes)?, now: self.now() })
     }
 
@@ -161,7 +162,16 @@ impl Home {
     pub(super) fn look(&self, key: &Key) -> Result<Option<Record>, Failure> {
         let records = self.database()?.begin_read()?.open_table(RECORDS)?;
         let found = records.get(key.as_str())?;
-        found.map(|bytes| Ok(document::decode(key, bytes.value())?)).transpose()
+        found.map(|bytes| document::decode(key, bytes.value()).map_err(Failure::refused)).transpose()
+    }
+
+    #[cfg(test)]
+    pub(super) fn damage(&self, key: &Key) {
+        let damaged = self.transact(|transaction| {
+            transaction.open_table(RECORDS)?.insert(key.as_str(), b"no record".as_slice())?;
+            Ok(((), Changed::Something))
+        });
+        damaged.expect("a commit");
     }
 
     #[cfg(test)]
@@ -240,11 +250,11 @@ impl Home {
         }
     }
 
-    /// Applies every edit at one instant.
+    /// Applies every edit at one instant, but for those of records that cannot be read.
     pub(super) fn commit<'a>(
         &self,
         edits: impl IntoIterator<Item = &'a (Key, Edit)>,
-    ) -> Result<Vec<Snapshot>, Failure> {
+    ) -> Result<Vec<ForKey>, Failure> {
         self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
             let mut in_use = transaction.open_table(IN_USE)?;
@@ -255,12 +265,19 @@ impl Home {
             for (key, edit) in edits {
                 let mut place = records.get_mut(key.as_str())?;
                 let known = match &place {
-                    Some(place) => Some(document::decode(key, place.value())?),
-                    None => makes_record(edit).then(|| Record::vacant(key.clone())),
+                    Some(place) => document::decode(key, place.value()).map(Some),
+                    None => Ok(makes_record(edit).then(|| Record::vacant(key.clone()))),
                 };
-                let Some(record) = known else {
-                    snapshots.push(vacant(key));
-                    continue;
+                let record = match known {
+                    Ok(Some(record)) => record,
+                    Ok(None) => {
+                        snapshots.push(Ok(vacant(key)));
+                        continue;
+                    }
+                    Err(unreadable) => {
+                        snapshots.push(Err(unreadable.into()));
+                        continue;
+                    }
                 };
                 let (is_taken, is_blocked) = (record.is_taken(), record.blocked_until.is_some());
                 let record = step(record, edit, now, &self.rules);
@@ -280,7 +297,7 @@ impl Home {
                     }
                 }
                 changed = Changed::Something;
-                snapshots.push(Snapshot { record, now });
+                snapshots.push(Ok(Snapshot { record, now }));
             }
             Ok((snapshots, changed))
         })
@@ -296,8 +313,9 @@ impl Home {
             let mut changed = Changed::Nothing;
             for key in keys {
                 let Some(bytes) = records.get(key.as_str())? else { continue };
-                let record = document::decode(key, bytes.value())?;
+                let record = document::decode(key, bytes.value());
                 drop(bytes);
+                let Ok(record) = record else { continue };
                 let is_forgettable = record.is_forgettable(now, free_for, self.rules.grace);
                 if is_forgettable {
                     records.remove(key.as_str())?;
@@ -374,7 +392,7 @@ impl Writer {
         &self,
         batch: &Arc<Vec<(Key, Edit)>>,
         patience: Duration,
-    ) -> Result<Vec<Snapshot>, Failure> {
+    ) -> Result<Vec<ForKey>, Failure> {
         let (batch, until) = (Arc::clone(batch), self.home.up() + patience);
         self.order(patience, |reply| Order::Commit(Commit { batch, until, reply })).await
     }

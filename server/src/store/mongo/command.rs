@@ -37,6 +37,8 @@ impl Failure {
         match Self::from_code(code, cause) {
             // The clock is read once for all statements, so all of them are late.
             failure @ Self::Late(_) => failure,
+            // Says nothing of the others.
+            failure @ Self::Record(_) => failure,
             failure if is_first && AT_THE_DOOR.contains(&code) => failure,
             other => Self::Unknown(other.into_cause()),
         }
@@ -66,10 +68,15 @@ impl Failure {
             10107 | 13435 | 13436 | 10058 => Self::NotApplied(cause),
             // DuplicateKey: someone else inserted the record first.
             11000 => Self::NotApplied(cause),
-            // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, document too large,
-            // CannotCreateCollection, a document that validation rejects, CommandNotSupported,
-            // CommandNotSupportedOnView, OptionNotSupportedOnView.
-            13 | 18 | 73 | 59 | 10334 | 17419 | 17420 | 662 | 121 | 115 | 166 | 167 => Self::Refused(cause),
+            // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, CannotCreateCollection, a document
+            // that validation rejects, CommandNotSupported, CommandNotSupportedOnView, OptionNotSupportedOnView.
+            13 | 18 | 73 | 59 | 662 | 121 | 115 | 166 | 167 => Self::Refused(cause),
+            // StaleConfig on a sharded cluster, whose number is as high as those below.
+            46841 => Self::Unknown(cause),
+            // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, BSONObjectTooLarge, and the numbered locations
+            // in the server's code at which an expression fails: a field of a document has a type that the pipeline
+            // cannot work with, or a document would become too large.
+            2 | 9 | 14 | 15 | 22 | 10334 | 15000.. => Self::Record(cause),
             // Everything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
             // have struck half-way through a batch.
             _ => Self::Unknown(cause),
@@ -211,6 +218,8 @@ pub(super) fn brief(error: &Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Outcome;
+    use crate::store::failure::Effects;
 
     #[test]
     fn a_reply_that_says_ok_may_hold_a_failure() {
@@ -231,12 +240,21 @@ mod tests {
     fn an_error_of_a_statement_proves_that_nothing_changed_only_at_the_door_of_the_first() {
         assert!(matches!(failed(0, 0, 13), Err(Failure::Refused(_))));
         assert!(matches!(failed(0, 0, 10107), Err(Failure::NotApplied(_))));
-        for code in [13, 10107, 13435, 121, 17419, 189, 91] {
+        for code in [13, 10107, 13435, 121, 189, 91] {
             assert!(matches!(failed(1, 0, code), Err(Failure::Unknown(_))), "{code} in a second statement");
             assert!(matches!(failed(0, 1, code), Err(Failure::Unknown(_))), "{code} after a change");
         }
-        for code in [121, 17419, 189, 112, 50] {
+        for code in [121, 189, 112, 50] {
             assert!(matches!(failed(0, 0, code), Err(Failure::Unknown(_))), "{code} may come half-way");
+        }
+        for (index, n) in [(0, 0), (0, 1), (1, 0)] {
+            for code in [2, 10334, 17419] {
+                let failure = failed(index, n, code);
+                assert!(matches!(failure, Err(Failure::Record(_))), "{code} is one record's");
+                let effects = Effects::default();
+                drop(effects.note(failure, |_| false));
+                assert_eq!(effects.outcome(), Outcome::Unknown, "{code} says nothing of the other records");
+            }
         }
         for (index, n) in [(0, 0), (1, 0)] {
             assert!(matches!(failed(index, n, 241), Err(Failure::Late(_))), "all statements have one time");

@@ -13,7 +13,7 @@ use super::{MongoStore, document, index, pipeline};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot, Timestamp};
 use crate::store::failure::{Effects, Failure};
-use crate::store::{makes_record, vacant};
+use crate::store::{ForKey, StoreError, makes_record, vacant};
 
 /// Keys of which more are not remembered to have a line.
 const LINES: usize = 10_000;
@@ -57,7 +57,7 @@ impl MongoStore {
         &self,
         batch: &[(Key, Edit)],
         effects: &Effects,
-    ) -> Result<Vec<Snapshot>, Failure> {
+    ) -> Result<Vec<ForKey>, Failure> {
         let done = match self.once(batch, effects).await {
             Err(Failure::Late(cause)) => {
                 // If that is true, the limit of the next command is a later one. If not, the clock was misjudged.
@@ -67,26 +67,61 @@ impl MongoStore {
             }
             done => done,
         };
-        let snapshots = done?;
-        self.lines.note(&snapshots);
-        Ok(snapshots)
+        let answers = match done {
+            Err(Failure::Record(cause)) => self.apart(batch, cause, effects).await?,
+            answers => answers?,
+        };
+        self.lines.note(answers.iter().flatten());
+        Ok(answers)
     }
 
     pub(super) async fn once(
         &self,
         batch: &[(Key, Edit)],
         effects: &Effects,
-    ) -> Result<Vec<Snapshot>, Failure> {
-        match batch {
-            [] => Ok(Vec::new()),
-            [(key, edit)] => Ok(vec![self.alone(key, edit, effects).await?]),
-            _ => self.together(batch, effects).await,
+    ) -> Result<Vec<ForKey>, Failure> {
+        Ok(match batch {
+            [] => Vec::new(),
+            [(key, edit)] => vec![self.alone(key, edit, effects).await?],
+            _ => self.together(batch, effects).await?,
+        })
+    }
+
+    /// Applies a batch in which one edit at least cannot be applied: finds out which, and applies the others.
+    ///
+    /// Such a record can most often not be read either, which one command tells of all. Otherwise the batch is halved
+    /// until the edit stands alone.
+    async fn apart(
+        &self,
+        batch: &[(Key, Edit)],
+        cause: String,
+        effects: &Effects,
+    ) -> Result<Vec<ForKey>, Failure> {
+        if let [(key, _)] = batch {
+            return Ok(vec![Err(StoreError::Unreadable { key: key.clone(), cause })]);
         }
+        let found = self.find_edited(&names(batch)).await?;
+        let mut unreadable: HashMap<Key, StoreError> =
+            found.into_iter().filter_map(|(key, edited)| Some((key, edited.err()?))).collect();
+        if unreadable.is_empty() {
+            let (first, second) = batch.split_at(batch.len() / 2);
+            let mut answers = Box::pin(self.attempt(first, effects)).await?;
+            answers.extend(Box::pin(self.attempt(second, effects)).await?);
+            return Ok(answers);
+        }
+        let rest: Vec<_> = batch.iter().filter(|(key, _)| !unreadable.contains_key(key)).cloned().collect();
+        let mut answers = Box::pin(self.attempt(&rest, effects)).await?.into_iter();
+        let missing = || Failure::unknown("an answer is missing");
+        let answer = |(key, _): &(Key, Edit)| match unreadable.remove(key) {
+            Some(error) => Ok(Err(error)),
+            None => answers.next().ok_or_else(missing),
+        };
+        batch.iter().map(answer).collect()
     }
 
     /// A single edit: one round trip. A touch takes a second if someone waits of whom this daemon did not know. Other
     /// edits never risk the second: a waiter may be waiting for that very release.
-    async fn alone(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<Snapshot, Failure> {
+    async fn alone(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
         let batch = [(key.clone(), edit.clone())];
         if edit.only_touches() && self.lines.has_none_at(key) {
             let commands = self.commands().await?;
@@ -98,7 +133,7 @@ impl MongoStore {
         let commands = self.commands().await?;
         let (filter, stages) = (doc! { "_id": key.as_str() }, commands.stages(&batch));
         let found = self.find_and_modify(filter, stages, makes_record(edit), effects).await?;
-        Ok(found.unwrap_or_else(|| vacant(key)))
+        Ok(found.unwrap_or_else(|| Ok(vacant(key))))
     }
 
     async fn find_and_modify(
@@ -107,7 +142,7 @@ impl MongoStore {
         stages: Vec<Document>,
         upsert: bool,
         effects: &Effects,
-    ) -> Result<Option<Snapshot>, Failure> {
+    ) -> Result<Option<ForKey>, Failure> {
         let collection = self.collection.clone();
         let mut concern = self.concern.clone();
         concern.w_timeout = Some(ATTEMPT);
@@ -123,9 +158,13 @@ impl MongoStore {
         };
         let reply = effects.note(self.runner.run(command).await, Option::is_some);
         let Some(document) = reply? else { return Ok(None) };
-        let Edited { snapshot, .. } = document::edited(&document).map_err(Failure::refused)?;
-        self.learn_time(snapshot.now, sent, BootInstant::now());
-        Ok(Some(snapshot))
+        match document::edited(&document) {
+            Ok(Edited { snapshot, .. }) => {
+                self.learn_time(snapshot.now, sent, BootInstant::now());
+                Ok(Some(Ok(snapshot)))
+            }
+            Err(foreign) => Ok(foreign.into_unreadable().map(Err)),
+        }
     }
 
     /// Many edits: one command that writes and one that reads. Edits that those did not reach follow in another round:
@@ -133,7 +172,7 @@ impl MongoStore {
     ///
     /// Each command leaves a mark of its own in the records, and only the mark says that an edit was made: how many
     /// records a command matched is no proof, since a sharded cluster may count one twice.
-    async fn together(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<Snapshot>, Failure> {
+    async fn together(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<ForKey>, Failure> {
         let (quick, others) = self.lines.split(batch);
         let mut found = self.round(&quick, &others, effects).await?;
         let mut left = left(batch, &found);
@@ -149,11 +188,17 @@ impl MongoStore {
         // Another daemon writes to these, and may have done so between the two commands. One that returns the record it
         // has made leaves no such doubt.
         for (key, edit) in left {
-            let snapshot = self.alone(&key, &edit, effects).await?;
-            found.insert(key, Found { snapshot, is_ours: true });
+            let answer = match self.alone(&key, &edit, effects).await {
+                Err(Failure::Record(cause)) => Err(StoreError::Unreadable { key: key.clone(), cause }),
+                answer => answer?,
+            };
+            found.insert(key, answer.map(|snapshot| Found { snapshot, is_ours: true }));
         }
-        let snapshot = |key| found.remove(key).map_or_else(|| vacant(key), |found| found.snapshot);
-        Ok(batch.iter().map(|(key, _)| key).map(snapshot).collect())
+        let answer = |key| match found.remove(key) {
+            Some(found) => found.map(|found| found.snapshot),
+            None => Ok(vacant(key)),
+        };
+        Ok(batch.iter().map(|(key, _)| key).map(answer).collect())
     }
 
     /// Applies edits with which nobody comes, at keys where nobody waits, and others of any kind; then reads the records.
@@ -162,7 +207,7 @@ impl MongoStore {
         quick: &[(Key, Edit)],
         others: &[(Key, Edit)],
         effects: &Effects,
-    ) -> Result<HashMap<Key, Found>, Failure> {
+    ) -> Result<HashMap<Key, Result<Found, StoreError>>, Failure> {
         let commands = self.commands().await?;
         let mut statements = Vec::new();
         if !quick.is_empty() {
@@ -177,12 +222,13 @@ impl MongoStore {
         effects.note(self.runner.write(&self.database, update, &self.concern).await, |n| *n > 0)?;
         let received = BootInstant::now();
         let edited = self.find_edited(&names(quick.iter().chain(others))).await?;
-        let found: HashMap<Key, Found> =
-            edited.into_iter().map(|(key, edited)| (key, Found::of(edited, commands.mark))).collect();
-        if let Some(ours) = found.values().find(|found| found.is_ours) {
+        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, commands.mark));
+        let found: HashMap<Key, Result<Found, StoreError>> =
+            edited.into_iter().map(|(key, edited)| (key, found(edited))).collect();
+        if let Some(ours) = found.values().flatten().find(|found| found.is_ours) {
             self.learn_time(ours.snapshot.now, sent, received);
         }
-        self.lines.note(found.values().map(|found| &found.snapshot));
+        self.lines.note(found.values().flatten().map(|found| &found.snapshot));
         Ok(found)
     }
 
@@ -224,17 +270,21 @@ impl Found {
     }
 }
 
-/// Which edits are not known to have been made.
-pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Found>) -> Edits {
+/// Which edits are not known to have been made, at keys whose records can be read.
+pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
     batch.iter().filter(|(key, edit)| is_left(key, edit, found)).cloned().collect()
 }
 
-fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Found>) -> bool {
-    found.get(key).map_or_else(|| makes_record(edit), |found| !found.is_ours)
+fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
+    match found.get(key) {
+        Some(Ok(found)) => !found.is_ours,
+        Some(Err(_)) => false,
+        None => makes_record(edit),
+    }
 }
 
 /// Empty documents for edits that make records: an update of many makes none.
-fn blanks(left: &[(Key, Edit)], found: &HashMap<Key, Found>) -> Vec<Bson> {
+fn blanks(left: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Vec<Bson> {
     let missing = left.iter().map(|(key, _)| key).filter(|key| !found.contains_key(*key));
     missing.map(|key| doc! { "_id": key.as_str() }.into()).collect()
 }

@@ -13,7 +13,7 @@ use super::commit::{Found, left};
 use super::document::Edited;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
-use crate::store::conformance::reading::{ask, asking, key};
+use crate::store::conformance::reading::{all_of, ask, asking, key};
 use crate::store::failure::{Effects, Failure};
 use crate::store::{ListQuery, Outcome, Store, StoreError};
 
@@ -32,7 +32,7 @@ async fn two() -> [MongoStore; 2] {
 }
 
 async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    store.commit(Arc::new(batch), PATIENCE).await.expect("a commit")
+    all_of(store.commit(Arc::new(batch), PATIENCE).await)
 }
 
 #[rstest]
@@ -137,7 +137,7 @@ async fn a_batch_of_which_a_part_was_done_is_not_told_as_not_applied(
     let told = outcome(&store, batch).await;
     assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{told}");
     fail_point(mongod.uri(), "off", doc! {}).await;
-    let found = store.read(vec![key("job")]).await.expect("a read");
+    let found = all_of(store.read(vec![key("job")]).await);
     assert_eq!(found[0].record.holders, [], "the release took effect");
 }
 
@@ -172,7 +172,7 @@ async fn a_command_that_comes_late_changes_nothing(#[case] new: usize, #[case] h
     let hold = |(key, id): &(Key, LeaseId)| (key.clone(), ask(asking(*id)));
     commit(&store, holders.iter().map(hold).collect()).await;
     let keys = || holders.iter().map(|(key, _)| key.clone()).collect();
-    let before = store.read(keys()).await.expect("a read");
+    let before = all_of(store.read(keys()).await);
 
     store.check().await.expect("a primary, which tells its time");
     store.store_clock.shift(-HOUR);
@@ -183,7 +183,7 @@ async fn a_command_that_comes_late_changes_nothing(#[case] new: usize, #[case] h
     assert!(matches!(late, Err(Failure::Late(_))), "{late:?}");
     assert_eq!(effects.outcome(), Outcome::NotApplied);
     let records = |found: Vec<Snapshot>| found.into_iter().map(|one| one.record).collect::<Vec<_>>();
-    assert_eq!(records(store.read(keys()).await.expect("a read")), records(before));
+    assert_eq!(records(all_of(store.read(keys()).await)), records(before));
     let all = ListQuery { prefix: "new/".into(), after: None, limit: 10, include_free: true };
     assert_eq!(store.list(all).await.expect("a listing").snapshots, []);
 
@@ -212,9 +212,10 @@ async fn an_edit_counts_as_made_only_by_the_mark_in_its_record() {
     let batch = arrivals(3);
     commit(&store, batch.clone()).await;
     let edited = async || store.find_edited(&["new/0", "new/1", "new/2"]).await.expect("a read");
-    let mark = edited().await[&key("new/0")].mark.expect("a mark");
-    let found = |edited: HashMap<Key, Edited>, mark| {
-        edited.into_iter().map(|(key, edited)| (key, Found::of(edited, mark))).collect()
+    let mark = edited().await[&key("new/0")].as_ref().ok().and_then(|edited| edited.mark).expect("a mark");
+    let found = |edited: HashMap<Key, Result<Edited, StoreError>>, mark| {
+        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, mark));
+        edited.into_iter().map(|(key, edited)| (key, found(edited))).collect()
     };
     assert_eq!(left(&batch, &found(edited().await, mark)), []);
     let other = mark.wrapping_add(1);

@@ -33,6 +33,7 @@ use crate::lease::{
     Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Record,
     Snapshot, Timestamp, Ttl, Waiter,
 };
+use crate::store::StoreError;
 
 /// A document that is not a record of ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,6 +41,17 @@ use crate::lease::{
 pub(super) struct Foreign {
     key: String,
     field: &'static str,
+}
+
+impl Foreign {
+    /// What callers for its key are answered; `None` if no call can name it.
+    pub(super) fn into_unreadable(self) -> Option<StoreError> {
+        let key = Key::try_from(self.key.as_str()).ok()?;
+        Some(StoreError::Unreadable {
+            key,
+            cause: format!("field {} is missing or of another type", self.field),
+        })
+    }
 }
 
 /// The fields with the instant of the latest edit and the command that made it.
@@ -119,18 +131,20 @@ pub(super) fn request(acquisition: &Acquisition) -> Document {
 
 /// Reads a document got with [`projection`].
 pub(super) fn snapshot(document: &RawDocument) -> Result<Snapshot, Foreign> {
-    let root = Fields { document, key: "?" };
+    let record = record(document)?;
+    let root = Fields { document, key: record.key.as_str() };
     let now = root.date(NOW)?;
-    Ok(Snapshot { record: record(document)?, now })
+    Ok(Snapshot { record, now })
 }
 
 /// Reads a whole document, as it was when it was edited last. One that has been made and not edited yet holds nothing that
 /// its instant could matter to.
 pub(super) fn edited(document: &RawDocument) -> Result<Edited, Foreign> {
-    let root = Fields { document, key: "?" };
     let record = record(document)?;
+    let root = Fields { document, key: record.key.as_str() };
     let now = root.maybe(EDITED_AT, date)?.unwrap_or(Timestamp(0));
-    Ok(Edited { snapshot: Snapshot { record, now }, mark: root.maybe(MARK, RawBsonRef::as_i64)? })
+    let mark = root.maybe(MARK, RawBsonRef::as_i64)?;
+    Ok(Edited { snapshot: Snapshot { record, now }, mark })
 }
 
 fn record(document: &RawDocument) -> Result<Record, Foreign> {

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Feed, Location, MongoStore, Pace, daemons};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, Timestamp};
-use crate::store::conformance::reading::{ask, asking, key};
+use crate::store::conformance::reading::{all_of, ask, asking, key};
 use crate::store::conformance::wrongs::Wrong;
 use crate::store::{FeedEvent, FeedState, Store};
 
@@ -137,7 +137,7 @@ fn marker() -> Key {
 }
 
 async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    store.commit(Arc::new(batch), PATIENCE).await.expect("a commit")
+    all_of(store.commit(Arc::new(batch), PATIENCE).await)
 }
 
 async fn lease(store: &MongoStore, key: &Key) {

@@ -99,10 +99,11 @@ pub(super) fn note_use(now: &Bson) -> Document {
     doc! { "$set": { IN_USE: in_use(now) } }
 }
 
+/// A record that has something else in place of a list counts as in use, and does not fail the marking of the others.
 fn in_use(now: &Bson) -> Document {
     let used = doc! { "$or": [
-        { "$gt": [{ "$size": { "$ifNull": ["$holders", []] } }, 0] },
-        { "$gt": [{ "$size": { "$ifNull": ["$waiters", []] } }, 0] },
+        { "$ne": [{ "$ifNull": ["$holders", []] }, []] },
+        { "$ne": [{ "$ifNull": ["$waiters", []] }, []] },
         { "$gt": ["$blocked_until", now.clone()] },
     ] };
     doc! { "$cond": [used, true, "$$REMOVE"] }

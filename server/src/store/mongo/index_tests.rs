@@ -122,11 +122,14 @@ async fn records_without_the_field_are_found_when_the_index_is_made() {
     let location = location(throwaway_mongodb::shared().await.expect("a MongoDB for tests"));
     let store = store_at(&location).await;
     hold(&store, &["held"]).await;
-    put(&store, vec![free("free", NOW)]).await;
+    let damaged = doc! { "_id": "damaged", "holders": "somebody" };
+    put(&store, vec![free("free", NOW), damaged]).await;
     store.collection.drop_index(IN_USE).await.expect("an index");
     let unset = doc! { "$unset": { IN_USE: "" } };
     store.collection.update_many(doc! {}, unset).await.expect("an update");
-    assert_eq!(listed(&store_at(&location).await).await, ["held"]);
+    let store = store_at(&location).await;
+    assert_eq!(listed(&store).await, ["held"]);
+    assert_eq!(marked(&store).await, ["damaged", "held"], "what cannot be read may be in use");
 }
 
 /// Which records the index has.

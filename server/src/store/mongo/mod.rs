@@ -48,7 +48,7 @@ use reading::Inspection;
 use uri::Printer;
 
 use super::failure::{Effects, Failure};
-use super::{FeedEvent, FeedState, ListQuery, Page, StartError, Store, StoreError, repeat};
+use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
@@ -172,6 +172,22 @@ impl MongoStore {
         Ok(hello)
     }
 
+    /// Gives the document of `key` these fields, as somebody else may who writes to the collection.
+    #[cfg(test)]
+    pub(super) async fn damage(&self, key: &Key, fields: Document) {
+        let update = doc! { "$set": fields };
+        let damaged = self.collection.update_one(doc! { "_id": key.as_str() }, update).upsert(true).await;
+        damaged.expect("an update");
+    }
+
+    /// Makes the document of `key` one that cannot grow any more, as MongoDB has no larger ones.
+    #[cfg(test)]
+    pub(super) async fn fill(&self, key: &Key) {
+        let found = self.collection.find_one(doc! { "_id": key.as_str() }).await.expect("a read");
+        let size = found.expect("a document").as_bytes().len();
+        self.damage(key, doc! { "filler": "x".repeat(16 * 1024 * 1024 - size - 64) }).await;
+    }
+
     /// Stops the clock at `now`, also if that is earlier.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: Timestamp) {
@@ -184,7 +200,7 @@ impl Store for MongoStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<Snapshot>, StoreError> {
+    ) -> Result<Vec<ForKey>, StoreError> {
         let effects = Effects::default();
         let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects).await;
         repeat(batch, deadline, &self.repetitions, &effects, attempt).await
@@ -194,15 +210,15 @@ impl Store for MongoStore {
         BATCHES
     }
 
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<Snapshot>, StoreError> {
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let names: Vec<&str> = keys.iter().map(Key::as_str).collect();
-        let snapshots = self.find(&names).await?;
-        self.lines.note(&snapshots);
-        Ok(snapshots)
+        let answers = self.find(&names).await?;
+        self.lines.note(answers.iter().flatten());
+        Ok(answers)
     }
 
     async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
-        Ok(self.find_one(&key).await?)
+        self.find_one(&key).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
@@ -332,9 +348,10 @@ impl From<ConnectError> for StartError {
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::NotApplied(cause) | Failure::Late(cause) | Failure::Unknown(cause) => {
-                Self::Unreachable(cause)
-            }
+            Failure::NotApplied(cause)
+            | Failure::Late(cause)
+            | Failure::Unknown(cause)
+            | Failure::Record(cause) => Self::Unreachable(cause),
             // Where a server's code is known, `check` says more.
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }

@@ -90,7 +90,12 @@ impl MongoStore {
         let granted_at = doc! { "$convert": {
             "input": { "$ifNull": ["$token", 0_i64] }, "to": "date", "onError": self.clock.clone(),
         } };
+        let is_blocked_until = doc! { "$in": [{ "$type": "$blocked_until" }, ["missing", "null", "date"]] };
         let all = doc! { "$and": [
+            all_with_dates("holders", "expires_at"),
+            all_with_dates("waiters", "expires_at"),
+            all_with_dates("departures", "at"),
+            is_blocked_until,
             { "$cond": [
                 never_granted,
                 before(last.clone(), unused_for.min(NEVER_GRANTED)),
@@ -99,17 +104,14 @@ impl MongoStore {
             before(doc! { "$max": "$holders.expires_at" }.into(), unused_for.saturating_add(self.rules.grace)),
             before(granted_at.into(), unused_for),
         ] };
-        doc! {
-            "_id": range,
-            "holders": only_with_dates("expires_at"),
-            "waiters": only_with_dates("expires_at"),
-            "departures": only_with_dates("at"),
-            "$expr": all,
-        }
+        doc! { "_id": range, "$expr": all }
     }
 }
 
-/// A list in which no entry is without the instant that it should have.
-fn only_with_dates(field: &str) -> Document {
-    doc! { "$not": { "$elemMatch": { field: { "$not": { "$type": "date" } } } } }
+/// Whether this is a list, or absent, in which no entry is without the instant that it should have.
+fn all_with_dates(list: &str, instant: &str) -> Document {
+    let list = doc! { "$ifNull": [format!("${list}"), []] };
+    let has_date = doc! { "$eq": [{ "$type": format!("$$this.{instant}") }, "date"] };
+    let have_dates = doc! { "$allElementsTrue": [{ "$map": { "input": list.clone(), "in": has_date } }] };
+    doc! { "$cond": [{ "$isArray": [list] }, have_dates, false] }
 }

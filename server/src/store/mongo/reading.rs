@@ -14,7 +14,7 @@ use super::index::IN_USE;
 use super::{Location, MongoStore, Unusable, document};
 use crate::lease::{Key, Snapshot};
 use crate::store::failure::Failure;
-use crate::store::{ListQuery, Page};
+use crate::store::{ForKey, ListQuery, Page, StoreError, report};
 
 /// Callers that look at a key at once; more wait for their turn, in the order in which they came.
 const GETS: usize = 16;
@@ -49,30 +49,37 @@ impl Inspection {
 
 impl MongoStore {
     /// The key's record, for a caller who looks at it.
-    pub(super) async fn find_one(&self, key: &Key) -> Result<Option<Snapshot>, Failure> {
+    pub(super) async fn find_one(&self, key: &Key) -> Result<Option<Snapshot>, StoreError> {
         let Inspection { collection, gets, .. } = &self.inspection;
         let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(1) };
         let found = found(collection, gets, by_name(&[key.as_str()]), read).await?;
-        Ok(read_all(&found.documents)?.into_iter().next())
+        read_each(&found.documents).into_iter().next().transpose()
     }
 
     /// The records of those of the keys that have one, in any order.
-    pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<Snapshot>, Failure> {
+    pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<ForKey>, Failure> {
         let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(names.len()) };
-        read_all(&found(&self.collection, &self.runner, by_name(names), read).await?.documents)
+        let found = found(&self.collection, &self.runner, by_name(names), read).await?;
+        Ok(read_each(&found.documents))
     }
 
     /// Records that have just been edited: as they were right after, or after a later edit.
-    pub(super) async fn find_edited(&self, names: &[&str]) -> Result<HashMap<Key, Edited>, Failure> {
+    pub(super) async fn find_edited(
+        &self,
+        names: &[&str],
+    ) -> Result<HashMap<Key, Result<Edited, StoreError>>, Failure> {
         let found = found(&self.collection, &self.runner, by_name(names), Read::of(names.len())).await?;
-        let edited = |document: &RawDocumentBuf| {
-            let edited = document::edited(document).map_err(Failure::refused)?;
-            Ok((edited.snapshot.record.key.clone(), edited))
+        let edited = |document: &RawDocumentBuf| match document::edited(document) {
+            Ok(edited) => Some((edited.snapshot.record.key.clone(), Ok(edited))),
+            Err(foreign) => {
+                let unreadable = foreign.into_unreadable()?;
+                Some((Key::try_from(document.get_str("_id").ok()?).ok()?, Err(unreadable)))
+            }
         };
-        found.documents.iter().map(edited).collect()
+        Ok(found.documents.iter().filter_map(edited).collect())
     }
 
-    /// One page of records in the order of their keys.
+    /// One page of records in the order of their keys. Those that cannot be read are reported and left out.
     pub(super) async fn page(&self, query: &ListQuery) -> Result<Page, Failure> {
         let by_index = !query.include_free && self.index.is_there();
         let found = match self.pages(query, by_index).await {
@@ -84,9 +91,16 @@ impl MongoStore {
             }
             found => found?,
         };
-        let mut snapshots = read_all(&found.documents)?;
-        let more = found.cut || snapshots.len() > query.limit;
-        snapshots.truncate(query.limit);
+        let more = found.cut || found.documents.len() > query.limit;
+        let shown = &found.documents[..found.documents.len().min(query.limit)];
+        let answers = read_each(shown).into_iter();
+        let snapshots: Vec<_> = answers.filter_map(|answer| answer.inspect_err(report).ok()).collect();
+        if more && snapshots.is_empty() {
+            // Nothing in this page can be read, so there is no key that the next one could begin after.
+            let last = shown.last().and_then(|last| last.get_str("_id").ok()?.try_into().ok());
+            let after = last.ok_or_else(|| Failure::refused("a page of documents that are no records"))?;
+            return Box::pin(self.page(&ListQuery { after: Some(after), ..query.clone() })).await;
+        }
         Ok(Page { snapshots, more })
     }
 
@@ -194,8 +208,12 @@ struct Found {
     cut: bool,
 }
 
-fn read_all(documents: &[RawDocumentBuf]) -> Result<Vec<Snapshot>, Failure> {
-    documents.iter().map(|document| document::snapshot(document).map_err(Failure::refused)).collect()
+fn read_each(documents: &[RawDocumentBuf]) -> Vec<ForKey> {
+    let read = |document: &RawDocumentBuf| match document::snapshot(document) {
+        Ok(snapshot) => Some(Ok(snapshot)),
+        Err(foreign) => foreign.into_unreadable().map(Err),
+    };
+    documents.iter().filter_map(read).collect()
 }
 
 fn by_name(names: &[&str]) -> Document {

@@ -1,0 +1,70 @@
+//! Whose turn it is: callers share the store command by command, whatever each of them queues.
+//!
+//! Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each command gets a number when it is queued, the
+//! *round*: one more than the latest round of its caller, or than the round that is being committed, whichever is
+//! greater. Commands are committed in the order of their rounds. So a caller that queues 10,000 commands has them in
+//! 10,000 rounds, and the single command of another caller is in the next one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The rounds between two commands of a caller.
+const STEP: u64 = 256;
+
+/// Someone who takes turns with others: a keepalive stream, or all unary calls of one connection. Clones are the same
+/// caller.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    latest: Arc<AtomicU64>,
+    step: u64,
+}
+
+impl Caller {
+    /// A caller that has queued nothing yet.
+    pub(crate) fn new() -> Self {
+        Self { latest: Arc::default(), step: STEP }
+    }
+
+    /// The daemon itself, which looks after the calls in line of all callers. Its commands cost it almost no turns:
+    /// places in line must be refreshed in time, and it queues no more than a thousand keys at once.
+    pub(super) fn daemon() -> Self {
+        Self { latest: Arc::default(), step: 1 }
+    }
+
+    /// The round that its next command would get while `current` is being committed.
+    pub(super) fn next_round(&self, current: u64) -> u64 {
+        self.latest.load(Ordering::Relaxed).max(current) + self.step
+    }
+
+    /// Takes that round. To be called under the committer's lock.
+    pub(super) fn take_round(&self, current: u64) -> u64 {
+        let round = self.next_round(current);
+        self.latest.store(round, Ordering::Relaxed);
+        round
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_command_goes_before_the_rest_of_many() {
+        let (greedy, modest) = (Caller::new(), Caller::new());
+        let mut rounds: Vec<(u64, &str)> = (0..1000).map(|_| (greedy.take_round(0), "greedy")).collect();
+        // Ten of the greedy caller's commands have been committed when the other one comes.
+        let current = rounds[9].0;
+        rounds.push((modest.take_round(current), "modest"));
+        rounds.sort_unstable();
+        let place = rounds.iter().position(|(_, who)| *who == "modest").expect("a place");
+        assert!((10..=11).contains(&place), "{place}");
+    }
+
+    #[test]
+    fn a_caller_that_was_quiet_has_saved_up_nothing() {
+        let (quiet, busy) = (Caller::new(), Caller::new());
+        quiet.take_round(0);
+        let current = (0..500).map(|_| busy.take_round(0)).max().expect("rounds");
+        assert_eq!(quiet.take_round(current), busy.take_round(current));
+    }
+}

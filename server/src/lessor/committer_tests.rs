@@ -1,0 +1,297 @@
+//! Who is committed when, over an embedded store that is slow, or panics, when it is told to.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::yield_now;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use super::committer::UNANSWERED;
+use super::part::Part;
+use super::{Begin, Bounds, Call, CallError, Caller, Lessor, Origin, Touched, WatchEvent};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules};
+use crate::meter::Meter;
+use crate::store::embedded::EmbeddedStore;
+use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
+
+const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The keys of a batch, and how many leases each edit touched.
+type Batch = Vec<(Key, usize)>;
+
+/// An embedded store, one batch at a time.
+#[derive(Debug, Clone)]
+struct Gated {
+    store: EmbeddedStore,
+    /// A batch needs a permit.
+    gate: Arc<Semaphore>,
+    batches: Arc<Mutex<Vec<Batch>>>,
+    panics: Arc<AtomicBool>,
+    _folder: Arc<TempDir>,
+}
+
+impl Gated {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        Self {
+            store: EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder"),
+            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS / 2)),
+            batches: Arc::default(),
+            panics: Arc::default(),
+            _folder: Arc::new(folder),
+        }
+    }
+
+    /// An engine over it, with room for so many commands.
+    fn engine(&self, queued_commands: usize) -> Lessor<Self> {
+        let bounds = Bounds { call: PATIENCE, queued_commands, ..Bounds::default() };
+        let (draining, tasks) = (CancellationToken::new(), TaskTracker::new());
+        Lessor::start(self.clone(), bounds, draining, &mut Meter::default(), &tasks)
+    }
+
+    /// Lets no batch through until this is dropped.
+    async fn close(&self) -> tokio::sync::OwnedSemaphorePermit {
+        let all = u32::try_from(self.gate.available_permits()).unwrap_or(u32::MAX);
+        self.gate.forget_permits(self.gate.available_permits() - all as usize);
+        Arc::clone(&self.gate).acquire_many_owned(all).await.expect("a gate")
+    }
+
+    /// How many batches there have been, and in which of them the key was.
+    fn batches_of(&self, key: &Key) -> (usize, Vec<usize>) {
+        let batches = self.batches.lock().expect("batches");
+        let with_it =
+            batches.iter().enumerate().filter(|(_, keys)| keys.iter().any(|(other, _)| other == key));
+        (batches.len(), with_it.map(|(number, _)| number).collect())
+    }
+}
+
+impl Store for Gated {
+    async fn commit(
+        &self,
+        batch: Arc<Vec<(Key, Edit)>>,
+        deadline: Duration,
+    ) -> Result<Vec<ForKey>, StoreError> {
+        let touched = batch.iter().map(|(key, edit)| (key.clone(), edit.touched().len())).collect();
+        self.batches.lock().expect("batches").push(touched);
+        let _permit = self.gate.acquire().await.expect("a gate");
+        assert!(!self.panics.swap(false, Ordering::SeqCst), "a batch is to panic");
+        self.store.commit(batch, deadline).await
+    }
+
+    fn batches(&self) -> usize {
+        1
+    }
+
+    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
+        self.store.read(keys).await
+    }
+
+    async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
+        self.store.list(query).await
+    }
+
+    async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
+        self.store.purge(free_for).await
+    }
+
+    async fn check(&self) -> Result<(), StoreError> {
+        self.store.check().await
+    }
+
+    fn id(&self) -> Uuid {
+        self.store.id()
+    }
+
+    fn rules(&self) -> Rules {
+        RULES
+    }
+
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn repetitions(&self) -> u64 {
+        0
+    }
+
+    async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
+
+    fn feed_state(&self) -> FeedState {
+        FeedState::Off
+    }
+
+    fn is_shared(&self) -> bool {
+        false
+    }
+}
+
+fn key(name: &str) -> Key {
+    Key::try_from(name).expect("a key")
+}
+
+fn ask(name: &str, id: LeaseId) -> Call {
+    let acquisition =
+        Acquisition { wait: false, mode: Mode::Shared, shared_limit: 9, ..Acquisition::waiting(id) };
+    Call { key: key(name), acquisition, origin: Origin::Caller, wait: Duration::ZERO }
+}
+
+/// Waits until the condition holds.
+async fn until(condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            yield_now().await;
+        }
+    };
+    timeout(PATIENCE, wait).await.expect("it holds in time");
+}
+
+/// One caller touches all these, and another one a single lease of `key` when they are queued. Returns in which batch
+/// after that its touch was.
+async fn waits_for(store: &Gated, queued_commands: usize, many: Vec<(Key, LeaseId)>, key: &Key) -> usize {
+    let engine = store.engine(queued_commands);
+    let closed = store.close().await;
+    let greedy = engine.on_behalf_of(Caller::new());
+    let count = many.len().min(queued_commands);
+    let crowd = tokio::spawn(async move { greedy.touch_all(many.iter()).await });
+    until(|| engine.committer.queued() == count && store.batches_of(key).0 == 1).await;
+    let before = 1;
+    let modest = engine.on_behalf_of(Caller::new());
+    let touch = tokio::spawn({
+        let key = key.clone();
+        async move { modest.touch(key, LeaseId::random()).await }
+    });
+    let has_come = || engine.committer.queued() > count || engine.committer.entering() > 1;
+    until(has_come).await;
+    drop(closed);
+    touch.await.expect("no panic").expect("an answer");
+    let (_, with_it) = store.batches_of(key);
+    crowd.await.expect("no panic").expect("answers");
+    with_it.into_iter().find(|number| *number >= before).expect("a batch with it") - before
+}
+
+fn strangers(count: usize, name: impl Fn(usize) -> String) -> Vec<(Key, LeaseId)> {
+    (0..count).map(|number| (key(&name(number)), LeaseId::random())).collect()
+}
+
+#[tokio::test]
+async fn a_lone_touch_is_in_the_next_batch_whatever_another_caller_has_queued() {
+    let store = Gated::new().await;
+    let many = strangers(20_000, |number| format!("many/{number}"));
+    assert_eq!(waits_for(&store, usize::MAX / 2, many, &key("lone")).await, 0);
+}
+
+#[tokio::test]
+async fn a_lone_touch_waits_for_one_edit_of_its_key_at_most() {
+    let store = Gated::new().await;
+    let many = strangers(20_000, |_| "crowded".to_owned());
+    assert!(waits_for(&store, usize::MAX / 2, many, &key("crowded")).await <= 1);
+    let batches = store.batches.lock().expect("batches");
+    let largest = batches.iter().flatten().map(|(_, touched)| *touched).max();
+    assert!(largest <= Some(2048), "{largest:?}");
+}
+
+#[tokio::test]
+async fn a_lone_touch_is_let_in_first_when_there_is_room() {
+    let store = Gated::new().await;
+    let many = strangers(20_000, |number| format!("many/{number}"));
+    assert!(waits_for(&store, 5000, many, &key("lone")).await <= 1);
+}
+
+#[tokio::test]
+async fn who_gives_up_waiting_for_room_leaves_none_taken() {
+    let store = Gated::new().await;
+    let engine = store.engine(10);
+    let closed = store.close().await;
+    let calls: Vec<_> = strangers(50, |number| format!("{number}"))
+        .into_iter()
+        .map(|(key, id)| {
+            let engine = engine.on_behalf_of(Caller::new());
+            tokio::spawn(async move { engine.touch(key, id).await })
+        })
+        .collect();
+    until(|| engine.committer.entering() == 40).await;
+    calls.iter().skip(5).for_each(tokio::task::JoinHandle::abort);
+    until(|| engine.committer.entering() == 0).await;
+    drop(closed);
+    engine.settle().await;
+    assert_eq!(engine.committer.queued(), 0);
+    let lone = engine.touch(key("lone"), LeaseId::random()).await;
+    assert_eq!(lone.expect("an answer"), Touched::Lost(None));
+}
+
+#[tokio::test]
+async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let id = LeaseId::random();
+    engine.acquire(ask("job", id)).await.expect("a grant");
+    for _ in 0..3 {
+        store.panics.store(true, Ordering::SeqCst);
+        let failed = engine.touch(key("job"), id).await.expect_err("a panic");
+        let unknown = StoreError::Unavailable { outcome: Outcome::Unknown, cause: String::new() };
+        assert!(
+            matches!(&failed, CallError::Store(StoreError::Unavailable { outcome: Outcome::Unknown, .. })),
+            "{failed:?} is not like {unknown:?}"
+        );
+    }
+    assert!(matches!(engine.touch(key("job"), id).await, Ok(Touched::Kept(_))));
+    timeout(PATIENCE, engine.settle()).await.expect("no batch counts as in flight");
+    assert_eq!(engine.committer.queued(), 0);
+}
+
+#[tokio::test]
+async fn what_ended_calls_leave_behind_is_bounded() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    for number in 0..UNANSWERED + 5000 {
+        engine.committer.tidy(&engine.caller, key(&format!("{number}")), Part::Cancel(LeaseId::random()));
+    }
+    assert_eq!(engine.committer.unanswered(), UNANSWERED);
+    drop(closed);
+    timeout(PATIENCE, engine.settle()).await.expect("it is committed");
+    assert_eq!(engine.committer.unanswered(), 0);
+    engine.committer.tidy(&engine.caller, key("later"), Part::Cancel(LeaseId::random()));
+    assert_eq!(engine.committer.unanswered(), 1, "there is room again");
+}
+
+#[tokio::test]
+async fn a_damaged_record_is_the_trouble_of_its_own_leases() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let leases = strangers(5, |number| format!("{number}"));
+    for (key, id) in &leases {
+        engine.acquire(ask(key.as_str(), *id)).await.expect("a grant");
+    }
+    store.store.damage(&leases[2].0);
+
+    let touched = engine.touch_all(leases.iter()).await.expect("answers");
+    for (position, touched) in touched.into_iter().enumerate() {
+        match touched {
+            Touched::Unreadable => assert_eq!(position, 2),
+            Touched::Kept(_) => assert_ne!(position, 2),
+            Touched::Lost(reason) => panic!("{position}: {reason:?}"),
+        }
+    }
+    let unreadable = |error: CallError| matches!(error, CallError::Store(StoreError::Unreadable { .. }));
+    let damaged = || leases[2].0.clone();
+    assert!(unreadable(engine.get(damaged()).await.expect_err("a record")));
+    assert!(unreadable(engine.touch(damaged(), leases[2].1).await.expect_err("a touch")));
+    assert!(unreadable(engine.release(damaged(), leases[2].1, false).await.expect_err("a release")));
+    assert!(unreadable(engine.revoke(damaged(), None).await.expect_err("a revocation")));
+    assert!(unreadable(engine.acquire(ask("2", LeaseId::random())).await.expect_err("an acquire")));
+
+    let mut watch = engine.watch(String::new(), Begin::WithSnapshot).await.expect("a watch");
+    let mut shown = Vec::new();
+    while let WatchEvent::Snapshot(snapshot) = watch.next().await {
+        shown.push(snapshot.record.key.clone());
+    }
+    assert_eq!(shown, ["0", "1", "3", "4"].map(key));
+}

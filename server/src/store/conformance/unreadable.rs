@@ -1,0 +1,137 @@
+//! One record that cannot be read or written, among others: it is the trouble of its own key.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rstest::rstest;
+
+use super::homes::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
+use super::homes::{Home, TestStore, wait_for};
+use super::reading::{NOW, ask, asking, commit, empty, free, key};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, Timestamp};
+use crate::store::{ForKey, ListQuery, Store, StoreError};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Keys around a damaged one in the order of keys, each held by the lease with the same position.
+fn with_a_damaged_one(home: Home, damage: Damage) -> (TestStore, Vec<Key>, Vec<LeaseId>) {
+    let store = empty(home);
+    let keys: Vec<Key> = (0..9).map(|number| key(&format!("{number}"))).collect();
+    let ids: Vec<LeaseId> = keys.iter().map(|_| LeaseId::random()).collect();
+    commit(&store, keys.iter().cloned().zip(ids.iter().map(|id| ask(asking(*id)))).collect());
+    store.damage(&keys[DAMAGED], damage);
+    (store, keys, ids)
+}
+
+const DAMAGED: usize = 4;
+
+/// Checks that all answers but that for the damaged key are records which its lease holds.
+fn assert_apart(answers: &[ForKey], keys: &[Key], ids: &[LeaseId]) {
+    assert_eq!(answers.len(), keys.len());
+    for ((answer, key), id) in answers.iter().zip(keys).zip(ids) {
+        match answer {
+            Ok(snapshot) => {
+                assert_eq!(snapshot.record.key, *key);
+                assert_eq!(snapshot.record.holders[0].id, *id);
+            }
+            Err(StoreError::Unreadable { key: named, .. }) => assert_eq!((key, named), (&keys[DAMAGED], key)),
+            Err(error) => panic!("{key}: {error}"),
+        }
+    }
+    assert!(answers[DAMAGED].is_err());
+}
+
+#[rstest]
+fn a_batch_is_applied_without_the_edit_that_cannot_be(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(HoldersAreText, TokenIsText, UnknownReason)] damage: Damage,
+) {
+    let (mut store, keys, ids) = with_a_damaged_one(home, damage);
+    let edits = [Edit::touch as fn(Edit, LeaseId) -> Edit, |edit, id| edit.enqueue(Arc::new(asking(id)))];
+    for (round, edit) in edits.into_iter().enumerate() {
+        store.set_clock(Timestamp(NOW.0 + 10));
+        let batch = keys.iter().cloned().zip(ids.iter().map(|id| edit(Edit::default(), *id))).collect();
+        let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers");
+        assert_apart(&answers, &keys, &ids);
+        let least = i64::try_from(round).expect("two rounds") + 2;
+        assert!(answers.iter().flatten().all(|snapshot| snapshot.record.rev >= least), "each was applied");
+    }
+    // Alone as well.
+    let alone = vec![(keys[DAMAGED].clone(), Edit::default().touch(ids[DAMAGED]))];
+    let answers = wait_for(store.commit(Arc::new(alone), PATIENCE)).expect("an answer");
+    assert!(matches!(&answers[..], [Err(StoreError::Unreadable { .. })]), "{answers:?}");
+}
+
+#[test]
+fn an_edit_for_which_a_document_has_no_room_fails_alone() {
+    let store = empty(Home::MongoDb);
+    let TestStore::MongoDb(mongodb) = &store else { panic!("it is MongoDB") };
+    let keys: Vec<Key> = (0..9).map(|number| key(&format!("{number}"))).collect();
+    let ids: Vec<LeaseId> = keys.iter().map(|_| LeaseId::random()).collect();
+    commit(&store, keys.iter().cloned().zip(ids.iter().map(|id| ask(asking(*id)))).collect());
+    wait_for(mongodb.fill(&keys[DAMAGED]));
+    let joins = || ask(Acquisition { wait: true, ..asking(LeaseId::random()) });
+    let batch = keys.iter().map(|key| (key.clone(), joins())).collect();
+    let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers");
+    assert_apart(&answers, &keys, &ids);
+    assert!(answers.iter().flatten().all(|snapshot| snapshot.record.waiters.len() == 1));
+    // What needs no room goes on.
+    let touch = |(key, id): (&Key, &LeaseId)| (key.clone(), Edit::default().touch(*id));
+    assert_eq!(commit(&store, keys.iter().zip(&ids).map(touch).collect()).len(), keys.len());
+}
+
+#[rstest]
+fn a_read_and_a_listing_show_the_others(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(HoldersAreText, TokenIsText, UnknownReason)] damage: Damage,
+) {
+    let (store, keys, ids) = with_a_damaged_one(home, damage);
+    let mut answers = wait_for(store.read(keys.clone())).expect("a read");
+    answers.sort_by_key(|answer| match answer {
+        Ok(snapshot) => snapshot.record.key.clone(),
+        Err(StoreError::Unreadable { key, .. }) => key.clone(),
+        Err(error) => panic!("{error}"),
+    });
+    assert_apart(&answers, &keys, &ids);
+
+    let shown = wait_for(store.inspect(keys[0].clone())).expect("a look");
+    assert_eq!(shown.map(|snapshot| snapshot.record.holders[0].id), Some(ids[0]));
+    let shown = wait_for(store.inspect(keys[DAMAGED].clone()));
+    assert!(matches!(shown, Err(StoreError::Unreadable { .. })), "{shown:?}");
+
+    for limit in [1, 3, 100] {
+        for include_free in [false, true] {
+            let mut query = ListQuery { prefix: String::new(), after: None, limit, include_free };
+            let mut listed = Vec::new();
+            loop {
+                let page = wait_for(store.list(query.clone())).expect("a page");
+                query.after = page.snapshots.last().map(|snapshot| snapshot.record.key.clone());
+                listed.extend(page.snapshots.into_iter().map(|snapshot| snapshot.record.key));
+                if !page.more {
+                    break;
+                }
+                assert!(query.after.is_some(), "a page with others after it has a last key");
+            }
+            listed.push(keys[DAMAGED].clone());
+            listed.sort();
+            assert_eq!(listed, keys);
+        }
+    }
+}
+
+#[rstest]
+fn a_purge_forgets_the_others(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(HoldersAreText, HolderIsText, TokenIsText, BlockIsText)] damage: Damage,
+) {
+    let mut store = empty(home);
+    for name in ["a", "b", "c"] {
+        free(&store, name, asking(LeaseId::random()));
+    }
+    store.damage(&key("b"), damage);
+    store.set_clock(Timestamp(NOW.0 + 61_000));
+    let purged = wait_for(store.purge(Duration::from_secs(60))).expect("a purge");
+    let left = wait_for(store.read(["a", "b", "c"].map(key).into())).expect("a read");
+    assert_eq!(purged, 2);
+    assert!(matches!(&left[..], [Err(StoreError::Unreadable { .. })]), "it stays: {left:?}");
+}
