@@ -5,7 +5,7 @@ use std::sync::Arc;
 use redb::backends::InMemoryBackend;
 use redb::{
     Database, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError,
-    TableHandle, WriteTransaction,
+    WriteTransaction,
 };
 use uuid::Uuid;
 
@@ -17,9 +17,6 @@ use crate::store::failure::Failure;
 
 /// Records by key.
 pub(super) const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
-/// The keys that are held, waited for or blocked: a listing goes by these. A block ends by time alone, so a key may stay
-/// here for a while after that. Absent from files that an earlier version laid out, until this one opens them.
-pub(super) const IN_USE: TableDefinition<'_, &str, ()> = TableDefinition::new("in use");
 /// Numbers about the whole.
 const FACTS: TableDefinition<'_, &str, i64> = TableDefinition::new("leased");
 /// Names of the whole. Absent from files that an earlier version laid out, until this one opens them.
@@ -48,8 +45,6 @@ pub(super) struct Facts {
     pub(super) store: Option<Uuid>,
     pub(super) latest: Timestamp,
     pub(super) anchor: Option<Anchor>,
-    /// Whether the keys in use are kept.
-    keeps_in_use: bool,
 }
 
 /// Why a database is not one of ours.
@@ -93,7 +88,6 @@ impl Facts {
             store: name(&reading, STORE)?.and_then(|store| store.parse().ok()),
             latest: Timestamp(fact(LATEST)?.unwrap_or(0)),
             anchor,
-            keeps_in_use: reading.list_tables()?.any(|table| table.name() == IN_USE.name()),
         })
     }
 
@@ -110,13 +104,10 @@ impl Facts {
     ) -> Result<Uuid, Failure> {
         let store = self.store.unwrap_or_else(Uuid::new_v4);
         let is_anchored = self.anchor.as_ref() == Some(anchor);
-        if self.store.is_some() && is_anchored && self.keeps_in_use {
+        if self.store.is_some() && is_anchored {
             return Ok(store);
         }
         let transaction = database.begin_write()?;
-        if !self.keeps_in_use {
-            mark_in_use(&transaction)?;
-        }
         if !is_anchored {
             renew(&transaction, self.latest, now, rules)?;
         }
@@ -132,20 +123,6 @@ impl Facts {
         transaction.commit()?;
         Ok(store)
     }
-}
-
-/// Fills the table of the keys in use.
-fn mark_in_use(transaction: &WriteTransaction) -> Result<(), Failure> {
-    let mut in_use = transaction.open_table(IN_USE)?;
-    for entry in transaction.open_table(RECORDS)?.iter()? {
-        let (name, bytes) = entry?;
-        let record =
-            Key::try_from(name.value()).ok().and_then(|key| document::decode(&key, bytes.value()).ok());
-        if record.is_none_or(|record| !record.is_free(Timestamp(i64::MIN))) {
-            in_use.insert(name.value(), ())?;
-        }
-    }
-    Ok(())
 }
 
 /// Notes in a transaction what the clock shows at its commit.
@@ -178,7 +155,6 @@ fn fill(memory: &Arc<dyn StorageBackend>) -> Result<(), redb::Error> {
     let database = Database::builder().create_with_backend(disk)?;
     let writing = database.begin_write()?;
     writing.open_table(RECORDS)?;
-    writing.open_table(IN_USE)?;
     writing.open_table(FACTS)?.insert(FORMAT, THIS_FORMAT)?;
     writing.open_table(NAMES)?.insert(STORE, Uuid::new_v4().to_string().as_str())?;
     writing.commit()?;

@@ -10,6 +10,7 @@ mod facts;
 #[cfg(test)]
 mod faults;
 mod file;
+mod in_use;
 #[cfg(test)]
 mod machine;
 mod readers;
@@ -26,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use clock::{Host, Readings};
-use facts::{IN_USE, RECORDS};
+use facts::RECORDS;
 pub use file::OpenError;
 use file::{DataFile, Medium};
 use readers::Readers;
@@ -105,24 +106,19 @@ impl EmbeddedStore {
     async fn reading<T: Send + 'static>(
         &self,
         readers: &Readers,
-        read: impl FnOnce(&Home, &Tables) -> Result<T, Failure> + Send + 'static,
+        read: impl FnOnce(&Home, &Records) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
         let home = Arc::clone(self.home());
         let work = move || {
-            let reading = home.database()?.begin_read()?;
-            let tables =
-                Tables { records: reading.open_table(RECORDS)?, in_use: reading.open_table(IN_USE)? };
-            read(&home, &tables)
+            let records = home.database()?.begin_read()?.open_table(RECORDS)?;
+            read(&home, &records)
         };
         Ok(readers.run(work).await?)
     }
 }
 
 /// What is committed, as of one commit.
-struct Tables {
-    records: ReadOnlyTable<&'static str, &'static [u8]>,
-    in_use: ReadOnlyTable<&'static str, ()>,
-}
+type Records = ReadOnlyTable<&'static str, &'static [u8]>;
 
 impl Store for EmbeddedStore {
     async fn commit(
@@ -140,10 +136,10 @@ impl Store for EmbeddedStore {
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
-        let read = move |home: &Home, tables: &Tables| {
+        let read = move |home: &Home, records: &Records| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
-                if let Some(bytes) = tables.records.get(key.as_str())? {
+                if let Some(bytes) = records.get(key.as_str())? {
                     found.push(home.snapshot(&key, bytes.value()).map_err(StoreError::from));
                 }
             }
@@ -153,14 +149,14 @@ impl Store for EmbeddedStore {
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.reading(&self.pages, move |home, tables| page(home, tables, &query)).await
+        self.reading(&self.pages, move |home, records| page(home, records, &query)).await
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
         let mut purged = 0;
         let mut from = None;
         loop {
-            let read = move |home: &Home, tables: &Tables| forgettable(home, tables, from, free_for);
+            let read = move |home: &Home, records: &Records| forgettable(home, records, from, free_for);
             let (keys, next) = self.reading(&self.pages, read).await?;
             // The writer looks again: a key may have been leased since.
             purged += self.writer.forget(keys, free_for).await?;
@@ -209,24 +205,21 @@ impl From<OpenError> for StartError {
     }
 }
 
-fn page(home: &Home, tables: &Tables, query: &ListQuery) -> Result<Page, Failure> {
+fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
     let mut page = Filling { query, home, page: Page::default(), bytes: 0 };
     if query.include_free {
-        for entry in tables.records.range(start..)? {
+        for entry in records.range(start..)? {
             let (name, value) = entry?;
             if !page.take(name.value(), value.value()) {
                 break;
             }
         }
     } else {
-        for entry in tables.in_use.range(start..)? {
-            let (name, _) = entry?;
-            let Some(value) = tables.records.get(name.value())? else { continue };
-            if !page.take(name.value(), value.value()) {
-                break;
-            }
-        }
+        home.in_use().walk(start, |key| {
+            let Some(value) = records.get(key.as_str())? else { return Ok(true) };
+            Ok(page.take(key.as_str(), value.value()))
+        })?;
     }
     Ok(page.page)
 }
@@ -277,12 +270,12 @@ const PURGE_PAGE: usize = 1000;
 /// Some keys that may be forgotten or are not in use any more, and where to look for more.
 fn forgettable(
     home: &Home,
-    tables: &Tables,
+    records: &Records,
     from: Option<Key>,
     free_for: Duration,
 ) -> Result<(Vec<Key>, Option<Key>), Failure> {
     let mut keys = Vec::new();
-    for (seen, entry) in tables.records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
+    for (seen, entry) in records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
         // No call can name what is no key, so there is nobody to tell.
         let Ok(key) = Key::try_from(name.value()) else { continue };
@@ -291,7 +284,7 @@ fn forgettable(
         }
         let Some(Snapshot { record, now }) = readable(home, &key, value.value()) else { continue };
         let may_go = record.is_forgettable(now, free_for, home.rules().grace);
-        if may_go || record.is_free(now) && tables.in_use.get(key.as_str())?.is_some() {
+        if may_go || (record.is_free(now) && home.in_use().contains(&key)) {
             keys.push(key);
         }
     }
@@ -301,8 +294,6 @@ fn forgettable(
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-
-    use redb::ReadableTable;
 
     use super::*;
     use crate::lease::{Acquisition, LeaseId, Timestamp};
@@ -342,7 +333,7 @@ mod tests {
         let mut listings = Vec::new();
         for _ in 0..3 * PAGE_READERS {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
-            let work = move |_: &Home, _: &Tables| Ok(gate.lock().expect("no panic").recv().is_err());
+            let work = move |_: &Home, _: &Records| Ok(gate.lock().expect("no panic").recv().is_err());
             listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
         }
         tokio::task::yield_now().await;
@@ -396,16 +387,17 @@ mod tests {
         let page = store.list(query).await.expect("a listing");
         let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
         assert_eq!(shown, held);
-        assert_eq!(in_use(&store).await, held, "what a listing goes through");
+        assert_eq!(in_use(&store), held, "what a listing goes through");
     }
 
-    async fn in_use(store: &EmbeddedStore) -> Vec<Key> {
-        let read = |_: &Home, tables: &Tables| {
-            let names = tables.in_use.iter()?.map(|entry| Ok(entry?.0.value().to_owned()));
-            names.collect::<Result<Vec<_>, Failure>>()
-        };
-        let names = store.reading(&store.pages, read).await.expect("a read");
-        names.iter().map(|name| key(name)).collect()
+    fn in_use(store: &EmbeddedStore) -> Vec<Key> {
+        let mut keys = Vec::new();
+        let walked = store.home().in_use().walk("", |key| {
+            keys.push(key.clone());
+            Ok(true)
+        });
+        walked.expect("keys");
+        keys
     }
 
     #[tokio::test]
@@ -421,35 +413,32 @@ mod tests {
             let release = Edit::default().release(id);
             store.commit(Arc::new(vec![(key(name), release)]), DAY).await.expect("a commit");
         }
-        assert_eq!(in_use(&store).await, [key("again"), key("blocked")]);
+        assert_eq!(in_use(&store), [key("again"), key("blocked")]);
         store.set_clock(now + Duration::from_secs(6));
         assert_eq!(store.purge(DAY).await.expect("a purge"), 0);
-        assert_eq!(in_use(&store).await, []);
+        assert_eq!(in_use(&store), []);
         let batch = vec![(key("again"), ask(asking(LeaseId::random())))];
         store.commit(Arc::new(batch), DAY).await.expect("a commit");
-        assert_eq!(in_use(&store).await, [key("again")]);
+        assert_eq!(in_use(&store), [key("again")]);
     }
 
     #[tokio::test]
-    async fn a_file_without_the_keys_in_use_gets_them() {
+    async fn a_file_that_is_opened_again_has_its_keys_in_use() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
         let batch = vec![(key("held"), ask(asking(LeaseId::random())))];
         store.commit(Arc::new(batch), DAY).await.expect("a commit");
+        let settled = vec![(key("free"), Edit::default().release(LeaseId::random()))];
+        store.commit(Arc::new(settled), DAY).await.expect("a commit");
         drop(store);
-        let path = folder.path().join(file::FILE);
         // The file is closed some time after the last clone has gone.
-        let database = loop {
-            match redb::Database::open(&path) {
-                Ok(database) => break database,
-                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        let store = loop {
+            match EmbeddedStore::open(folder.path(), RULES).await {
+                Ok(store) => break store,
+                Err(OpenError::InUse(_)) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(error) => panic!("{error}"),
             }
         };
-        let writing = database.begin_write().expect("a transaction");
-        assert!(writing.delete_table(IN_USE).expect("a table"));
-        writing.commit().expect("a commit");
-        drop(database);
-        let store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
-        assert_eq!(in_use(&store).await, [key("held")]);
+        assert_eq!(in_use(&store), [key("held")]);
     }
 }

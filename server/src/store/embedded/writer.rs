@@ -17,8 +17,9 @@ use uuid::Uuid;
 use super::clock::{Clock, Readings};
 use super::disk::Unsynced;
 use super::document;
-use super::facts::{IN_USE, RECORDS, note_latest};
+use super::facts::{RECORDS, note_latest};
 use super::file::{self, Known, Medium, OpenError};
+use super::in_use::InUse;
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::failure::Failure;
 use crate::store::{ForKey, StoreError, makes_record, vacant};
@@ -32,6 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What writer and readers share.
 #[derive(Debug)]
 pub(super) struct Home {
+    in_use: InUse,
     medium: Box<dyn Medium>,
     rules: Rules,
     store: Uuid,
@@ -109,7 +111,12 @@ impl Home {
         let store = facts
             .settle(&database, clock.anchor(), now, &rules)
             .map_err(|failure| OpenError::Failed(medium.path().to_owned(), failure.into_cause()))?;
+        let in_use = InUse::default();
+        in_use
+            .read(&database)
+            .map_err(|failure| OpenError::Failed(medium.path().to_owned(), failure.into_cause()))?;
         Ok(Self {
+            in_use,
             medium,
             rules,
             store,
@@ -137,6 +144,10 @@ impl Home {
         let open = open.ok_or_else(|| Failure::not_applied("the file is being opened anew"))?;
         self.medium.find().map_err(Failure::not_applied)?;
         Ok(open)
+    }
+
+    pub(super) fn in_use(&self) -> &InUse {
+        &self.in_use
     }
 
     pub(super) fn now(&self) -> Timestamp {
@@ -204,6 +215,7 @@ impl Home {
             (clock.anchor().clone(), clock.now())
         };
         facts.settle(&database, &anchor, now, &self.rules)?;
+        self.in_use.read(&database)?;
         Ok(Arc::clone(self.slot().insert(Arc::new(database))))
     }
 
@@ -255,11 +267,11 @@ impl Home {
         &self,
         edits: impl IntoIterator<Item = &'a (Key, Edit)>,
     ) -> Result<Vec<ForKey>, Failure> {
-        self.transact(|transaction| {
+        let (snapshots, freed) = self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
-            let mut in_use = transaction.open_table(IN_USE)?;
             let mut changed = Changed::Nothing;
             let now = self.now();
+            let mut freed = Vec::new();
             let mut snapshots = Vec::new();
             let mut bytes = Vec::new();
             for (key, edit) in edits {
@@ -282,8 +294,12 @@ impl Home {
                 let (is_taken, is_blocked) = (record.is_taken(), record.blocked_until.is_some());
                 let record = step(record, edit, now, &self.rules);
                 match record.is_free(now) {
-                    true if is_taken || is_blocked => drop(in_use.remove(key.as_str())?),
-                    false if !is_taken => drop(in_use.insert(key.as_str(), ())?),
+                    true if is_taken || is_blocked => freed.push(key),
+                    false if !is_taken => {
+                        self.in_use.insert(key);
+                        // Freed a moment ago, by an edit whose caller has given up.
+                        freed.retain(|freed| *freed != key);
+                    }
                     _ => {}
                 }
                 bytes.clear();
@@ -299,17 +315,19 @@ impl Home {
                 changed = Changed::Something;
                 snapshots.push(Ok(Snapshot { record, now }));
             }
-            Ok((snapshots, changed))
-        })
+            Ok(((snapshots, freed), changed))
+        })?;
+        self.in_use.remove(freed);
+        Ok(snapshots)
     }
 
     /// Forgets those of the keys that nobody has used for long, and takes those that are free from the keys in use.
     fn forget(&self, keys: &[Key], free_for: Duration) -> Result<u64, Failure> {
-        self.transact(|transaction| {
+        let (forgotten, freed) = self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
-            let mut in_use = transaction.open_table(IN_USE)?;
             let now = self.now();
             let mut forgotten = 0;
+            let mut freed = Vec::new();
             let mut changed = Changed::Nothing;
             for key in keys {
                 let Some(bytes) = records.get(key.as_str())? else { continue };
@@ -320,14 +338,16 @@ impl Home {
                 if is_forgettable {
                     records.remove(key.as_str())?;
                     forgotten += 1;
-                }
-                if is_forgettable || record.is_free(now) {
-                    in_use.remove(key.as_str())?;
                     changed = Changed::Something;
                 }
+                if is_forgettable || record.is_free(now) {
+                    freed.push(key);
+                }
             }
-            Ok((forgotten, changed))
-        })
+            Ok(((forgotten, freed), changed))
+        })?;
+        self.in_use.remove(freed);
+        Ok(forgotten)
     }
 
     /// Turns a panic, of which redb has some for damage that it meets on the way, into a failure.
