@@ -305,7 +305,7 @@ async fn a_stream_that_is_refused_half_way_counts_with_its_code(#[values(Embedde
     let before = scrape(&daemon).await;
     let mut stream = KeepAlive::open(&mut daemon.client().await).await;
     // More than a stream bears.
-    stream.send(&vec![leased_client::v1::LeaseRef::default(); 100_001]).await;
+    stream.send(&vec![leased_client::v1::LeaseRef::default(); 12_501]).await;
     assert_eq!(stream.next().await.unwrap_err().code(), Code::ResourceExhausted);
     let refused: Move<'_> = ("leased_calls_total", &[("code", "RESOURCE_EXHAUSTED")], 1.0);
     moved(&daemon, &before, &[refused, ("leased_calls_total", &[], 1.0)]).await;

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::future::IntoFuture;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -106,7 +107,7 @@ impl Acquire {
     /// Stands in line for as long as it takes, through daemons that restart or are away.
     ///
     /// A daemon ends a call after an hour. The next one, with the same lease id, begins half a minute before that and keeps the
-    /// place. A daemon whose `--max-wait` is less than an hour refuses these calls with [`Error::Invalid`].
+    /// place, if the same daemon is asked; at another one it may end up at the end of the line. A daemon whose `--max-wait` is less than an hour refuses these calls with [`Error::Invalid`].
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -254,13 +255,14 @@ impl Acquire {
         unknown: &mut Unknown<'_>,
         until: Option<Instant>,
     ) -> Result<(AcquireResponse, Moment), Error> {
+        let sends = AtomicUsize::new(0);
         let answer = match until {
-            Some(until) => self.ask(until).await,
-            None => self.ask_for_ever().await,
+            Some(until) => self.ask(until, &sends).await,
+            None => self.ask_for_ever(&sends).await,
         };
         let Answer { body: response, sent_at } = answer.inspect_err(|error| {
-            // What is refused leaves nothing behind.
-            if error.is_refusal() {
+            // What is refused leaves nothing behind; but one that was sent before may have been granted, or be so yet.
+            if error.is_refusal() && sends.load(Ordering::Relaxed) == 1 {
                 unknown.lease = None;
             }
         })?;
@@ -280,10 +282,11 @@ impl Acquire {
     }
 
     /// One call, and its repetitions, until it is answered.
-    async fn ask(&self, until: Instant) -> Result<Answer<AcquireResponse>, Error> {
+    async fn ask(&self, until: Instant, sends: &AtomicUsize) -> Result<Answer<AcquireResponse>, Error> {
         let endpoints = &self.client.shared().endpoints;
         let purpose = if self.wait == Some(Duration::ZERO) { Purpose::Calls } else { Purpose::Waits };
         let call = endpoints.call_waiting(purpose, until, self.request.clone(), |channel, mut request| {
+            sends.fetch_add(1, Ordering::Relaxed);
             request.get_mut().wait = until.saturating_duration_since(Instant::now()).try_into().ok();
             async move { LeaseServiceClient::new(channel).acquire(request).await }
         });
@@ -292,10 +295,10 @@ impl Acquire {
 
     /// One call after the other with the same id, each of which begins before the one before it ends: so there always is one
     /// that keeps the place in line.
-    async fn ask_for_ever(&self) -> Result<Answer<AcquireResponse>, Error> {
+    async fn ask_for_ever(&self, sends: &AtomicUsize) -> Result<Answer<AcquireResponse>, Error> {
         let mut calls = FuturesUnordered::new();
         loop {
-            calls.push(self.ask(Instant::now() + LONGEST_CALL));
+            calls.push(self.ask(Instant::now() + LONGEST_CALL, sends));
             let next = sleep(LONGEST_CALL - OVERLAP);
             tokio::pin!(next);
             loop {

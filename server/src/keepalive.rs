@@ -41,7 +41,9 @@ const RETRY: Duration = Duration::from_millis(200);
 const MESSAGE_BYTES: usize = 512 * 1024;
 /// Leases of one message. No message that may be read has as many well-formed ones, so this bounds what malformed ones
 /// cost.
-const MESSAGE_LEASES: usize = 100_000;
+const MESSAGE_LEASES: usize = 12_500;
+/// Refused leases of one message that are told why in a sentence.
+const SENTENCES: usize = 100;
 
 /// What a stream is answered.
 pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
@@ -258,6 +260,8 @@ impl<S: Store> Stream<S> {
                     None => (RefusalReason::LimitExceeded, past_stream_leases(most)),
                 },
             };
+            // The reason says it as well. A sentence for each of thousands would be most of what such a message costs.
+            let message = if refused.len() < SENTENCES { message } else { String::new() };
             refused.push(wire::refused(take(lease), reason, message));
             false
         });

@@ -28,7 +28,7 @@ pub fn end_the_process() {
         let message = message(panic.payload());
         let place = panic.location().map_or_else(|| "somewhere".to_owned(), ToString::to_string);
         if CONTAINED.get() {
-            tracing::error!(message, place, "a panic ended a call or a connection");
+            tracing::error!(message, place, "a panic ended a call, a connection or a batch");
             return;
         }
         tracing::error!(message, place, "a panic ends the daemon");
@@ -67,21 +67,26 @@ pub(crate) fn contain<F>(work: F) -> Contained<F> {
     Contained { work }
 }
 
+/// Runs `work` on this thread so that its panic is its result.
+pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
+    let before = CONTAINED.replace(true);
+    let done = catch_unwind(AssertUnwindSafe(work));
+    CONTAINED.set(before);
+    done.map_err(|_| {
+        CAUGHT.fetch_add(1, Ordering::Relaxed);
+        Panicked
+    })
+}
+
 impl<F: Future> Future for Contained<F> {
     type Output = Result<F::Output, Panicked>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let work = self.project().work;
-        let before = CONTAINED.replace(true);
         // The future is not polled again after a panic.
-        let polled = catch_unwind(AssertUnwindSafe(|| work.poll(context)));
-        CONTAINED.set(before);
-        match polled {
+        match contained(|| work.poll(context)) {
             Ok(polled) => polled.map(Ok),
-            Err(_) => {
-                CAUGHT.fetch_add(1, Ordering::Relaxed);
-                Poll::Ready(Err(Panicked))
-            }
+            Err(panicked) => Poll::Ready(Err(panicked)),
         }
     }
 }
@@ -102,5 +107,7 @@ mod tests {
         assert_eq!(contain(work).await, Err::<(), _>(Panicked));
         assert!(!CONTAINED.get(), "what comes next on this thread is not contained");
         assert!(caught() > before);
+        assert_eq!(contained(|| -> () { panic!("in a test") }), Err(Panicked));
+        assert!(!CONTAINED.get());
     }
 }

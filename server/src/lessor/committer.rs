@@ -8,11 +8,9 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
-use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::yield_now;
@@ -22,6 +20,7 @@ use super::caller::Caller;
 use super::part::{Gathered, Part};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
+use crate::panics::contain;
 use crate::store::{ForKey, Outcome, Store, StoreError};
 
 /// Keys in one batch.
@@ -395,7 +394,7 @@ impl<S: Store> Committer<S> {
             let answered = taken.answered();
             // Whatever panics in here has been logged where it did. Those who were not answered hear that the outcome is
             // unknown, as their senders are gone; the keys are free for the next batch.
-            let _ = AssertUnwindSafe(self.commit(&mut taken)).catch_unwind().await;
+            let _ = contain(self.commit(&mut taken)).await;
             self.state().landed(&taken.keys, answered);
         }
         self.idle.notify_waiters();

@@ -361,9 +361,8 @@ mod tests {
             sizes.push(std::fs::metadata(folder.path().join(file::FILE)).expect("the file").len());
         }
         println!("{keys} keys a round; the file after each, in bytes: {sizes:?}");
-        // Pages that the first rounds have freed are used again.
-        let (first, later) = sizes.split_at(2);
-        assert!(later.iter().max() <= first.iter().max(), "{sizes:?}");
+        let most = sizes.iter().max().expect("rounds");
+        assert!(*most <= sizes[0] * 2, "{sizes:?}");
     }
 
     /// Twenty thousand keys, all free but for two of them.

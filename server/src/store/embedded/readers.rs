@@ -1,11 +1,11 @@
 //! Threads that read. They are made at the start and take what is asked in its order.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, io, thread};
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::panics::contained;
 use crate::store::failure::Failure;
 
 /// Reads that may await a thread; whoever comes later waits until there is room.
@@ -43,7 +43,7 @@ impl Readers {
         let (reply, answer) = oneshot::channel();
         let job = move || {
             if !reply.is_closed() {
-                let done = catch_unwind(AssertUnwindSafe(work));
+                let done = contained(work);
                 let panicked = |_| Err(Failure::not_applied("the store panicked while it read"));
                 // Whoever has gone hears nothing.
                 let _ = reply.send(done.unwrap_or_else(panicked));

@@ -1,6 +1,5 @@
 //! The thread that writes: one transaction for all the batches that wait for it, and the file opened anew after a failure.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +20,7 @@ use super::facts::{RECORDS, note_latest};
 use super::file::{self, Known, Medium, OpenError};
 use super::in_use::InUse;
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
+use crate::panics::contained;
 use crate::store::failure::Failure;
 use crate::store::{ForKey, StoreError, makes_record, vacant};
 
@@ -256,7 +256,7 @@ impl Home {
     fn close(&self, failure: &Failure) {
         let database = self.slot().take();
         // A database that a panic left half way may panic again as it closes.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
+        let _ = contained(|| drop(database));
         if !self.fails.swap(true, Ordering::Relaxed) {
             tracing::error!(?failure, "the file takes no writes; trying again with every commit");
         }
@@ -352,7 +352,7 @@ impl Home {
 
     /// Turns a panic, of which redb has some for damage that it meets on the way, into a failure.
     fn guarded<T>(&self, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
-        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        contained(work).unwrap_or_else(|_| {
             let failure = Failure::Unknown("the store panicked".to_owned());
             self.close(&failure);
             Err(failure)

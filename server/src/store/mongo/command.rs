@@ -71,7 +71,7 @@ impl Failure {
             // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, CannotCreateCollection, a document
             // that validation rejects, CommandNotSupported, CommandNotSupportedOnView, OptionNotSupportedOnView.
             13 | 18 | 73 | 59 | 662 | 121 | 115 | 166 | 167 => Self::Refused(cause),
-            // StaleConfig on a sharded cluster, whose number is as high as those below.
+            // ClientMarkedKilled, whose number is as high as those below.
             46841 => Self::Unknown(cause),
             // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, BSONObjectTooLarge, and the numbered locations
             // in the server's code at which an expression fails: a field of a document has a type that the pipeline

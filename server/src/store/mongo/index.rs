@@ -36,7 +36,7 @@ impl Index {
 }
 
 impl MongoStore {
-    /// Makes the index unless it is there. Without it everything works, so a failure is but a warning.
+    /// Makes the index unless it is there. Without it everything works, so a failure is only a warning.
     pub(super) async fn make_index(&self) {
         if self.index.is_there() {
             return;
@@ -60,18 +60,23 @@ impl MongoStore {
             "name": IN_USE,
             "partialFilterExpression": { IN_USE: true },
         };
-        let create = doc! { "createIndexes": self.collection.name(), "indexes": [index] };
-        let database = self.database.clone();
-        let reply = self.runner.run(async move { database.run_command(create).await }).await?;
-        let count = |when| reply.get_i32(when).ok();
-        if count("numIndexesBefore") != count("numIndexesAfter") {
-            // Records of a version that did not keep the field.
+        if !self.has_index().await? {
+            // Records of a version that did not keep the field, first: once the index is there listings go by it.
             let mut pages = Pages::default();
             while let Some(range) = pages.next(self).await? {
                 self.mark_in_use(range).await?;
             }
         }
+        let create = doc! { "createIndexes": self.collection.name(), "indexes": [index] };
+        let database = self.database.clone();
+        self.runner.run(async move { database.run_command(create).await }).await?;
         Ok(())
+    }
+
+    async fn has_index(&self) -> Result<bool, Failure> {
+        let collection = self.collection.clone();
+        let names = self.runner.run(async move { collection.list_index_names().await }).await?;
+        Ok(names.iter().any(|name| name == IN_USE))
     }
 
     async fn mark_in_use(&self, range: Document) -> Result<(), Failure> {
