@@ -25,7 +25,8 @@ pub enum Reason {
     /// `waiter`, `min_hold`, `limit`); `owner`, `token` and `remaining_ms` are the holder's; `waiter` is the owner of the one
     /// that comes first, where that is the reason; `position` (callers ahead) if the call stood in line.
     LeaseHeld,
-    /// The lease is not held, or not any more, or its id was released before it was granted. Metadata: `loss` (`displaced`, `released`, `revoked`) where known.
+    /// The lease is not held any more, was never held, or its id was released before the grant. Metadata: `loss`
+    /// (`displaced`, `released`, `revoked`) where known.
     LeaseLost,
     /// The key was never leased, or was forgotten since.
     KeyUnknown,

@@ -59,7 +59,7 @@ impl KeepAlive {
         parts.into_iter().flatten().map(|result| (result.lease.unwrap(), result.outcome.unwrap())).collect()
     }
 
-    /// The same, with the results as they came.
+    /// Sends one message and returns the results of its answer, part by part.
     pub(crate) async fn touch_in_parts(&mut self, leases: &[LeaseRef]) -> Vec<Vec<KeepAliveResult>> {
         let sequence = self.send(leases).await;
         let mut parts = Vec::new();

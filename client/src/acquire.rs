@@ -146,7 +146,8 @@ impl Acquire {
         self
     }
 
-    /// Holds the key together with other shared holders, while fewer than `limit` do; 0 for any number.
+    /// Holds the key together with other shared holders, no more than `limit` in all for as long as this lease is held; 0 for any
+    /// number.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {

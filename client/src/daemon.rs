@@ -49,7 +49,7 @@ struct Inner {
     connections: [Vec<Connection>; 3],
     /// How many connections were ever made.
     made: u64,
-    /// Whether it has answered since the last failure, and so said which store it serves unless it is of an earlier version.
+    /// Whether the daemon has answered since its last failure, and so said which store it serves unless it is of an earlier version.
     is_known: bool,
     store: Option<String>,
     barred: Option<(Instant, Error)>,
@@ -110,7 +110,7 @@ impl Daemon {
         }
     }
 
-    /// Notes which store it serves, if it tells, and whether that is news.
+    /// Notes the store that the daemon names, and returns whether it is another than before.
     pub(crate) fn tells(&self, store: Option<&str>) -> bool {
         let mut inner = self.inner();
         inner.is_known = true;
@@ -121,7 +121,7 @@ impl Daemon {
         is_news
     }
 
-    /// Whoever answers at this address next may be another, over another store.
+    /// Forgets that the daemon is known: another one, over another store, may answer at this address next.
     pub(crate) fn forget(&self) {
         self.inner().is_known = false;
     }
@@ -139,7 +139,7 @@ impl Daemon {
         self.inner().barred = Some((Instant::now() + BARRED, error));
     }
 
-    /// It is of use after all.
+    /// Lets the daemon be asked again.
     pub(crate) fn unbar(&self) {
         self.inner().barred = None;
     }

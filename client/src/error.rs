@@ -29,7 +29,7 @@ const DOMAIN: &str = "leased";
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Someone else holds the key, also after the wait.
+    /// The key could not be had, also after the wait.
     #[error("{0}")]
     Held(HeldBy),
     /// The lease is gone.
@@ -100,7 +100,7 @@ pub enum Error {
         /// The id of the store behind that one.
         other_store: String,
     },
-    /// Another answer of the daemon: not allowed, or a defect.
+    /// Another answer of the daemon, such as a damaged record, a lack of rights, or a defect.
     #[error("the daemon answered {}: {}", .0.code(), .0.message())]
     Status(#[source] Status),
 }
@@ -129,7 +129,7 @@ impl Error {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HeldBy {
-    /// The holder's label; empty if nobody holds the key and it is blocked for a while yet.
+    /// The holder's label; empty if the holder has none, or if nobody holds the key.
     pub owner: String,
     /// The holder's token, or the last one granted.
     pub token: FencingToken,
@@ -137,13 +137,18 @@ pub struct HeldBy {
     pub remaining: Duration,
     /// How many stood before the caller, if it stood in line.
     pub position: Option<u64>,
+    /// What stands in the way, as the daemon names it: `holder`, `limit`, `waiter` or `min_hold`; empty if an older daemon
+    /// does not say.
+    pub blocked_by: String,
 }
 
 impl std::fmt::Display for HeldBy {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.owner.as_str() {
-            "" => formatter.write_str("held by another"),
-            owner => write!(formatter, "held by {owner}"),
+        match (self.blocked_by.as_str(), self.owner.as_str()) {
+            ("min_hold", _) => formatter.write_str("kept taken by a min_hold"),
+            ("waiter", _) => formatter.write_str("another came before"),
+            (_, "") => formatter.write_str("held by another"),
+            (_, owner) => write!(formatter, "held by {owner}"),
         }
     }
 }
@@ -184,6 +189,7 @@ impl Failure {
                 token: FencingToken::new(entry("token").parse().unwrap_or_default()),
                 remaining: Duration::from_millis(number("remaining_ms").unwrap_or_default()),
                 position: number("position"),
+                blocked_by: entry("blocked_by"),
             }),
             Some(Reason::LeaseLost) => Error::Lost(Loss::named(&entry("loss"))),
             Some(Reason::KeyUnknown) => Error::KeyUnknown,

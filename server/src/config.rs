@@ -41,8 +41,8 @@ pub struct Args {
     #[arg(long, env = "LEASED_DATA_DIR", value_name = "DIR", default_value = "./leased-data")]
     data_dir: PathBuf,
 
-    /// Keep the leases in this MongoDB replica set instead, for any number of daemons. Options of the URI hold but those
-    /// that would make leases unsafe, which are refused.
+    /// Keep the leases in this MongoDB (a replica set or a sharded cluster) instead, for any number of daemons. Options of
+    /// the URI apply, except those that would make leases unsafe: these are refused.
     #[arg(long, env = "LEASED_MONGODB_URI", value_name = "URI", hide_env_values = true)]
     mongodb_uri: Option<Secret>,
 
@@ -127,12 +127,13 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_STREAM_LEASES", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_stream_leases: usize,
 
-    /// Leases that all keepalive streams together may carry; those past it are touched when they are named, and not carried.
+    /// Leases that all keepalive streams together carry. A lease past that is touched by each message that names it, and
+    /// not carried.
     #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
     max_leases: usize,
 
-    /// Messages a second that get a commit of their own, if they need one, on a keepalive stream; beyond that, after a
-    /// burst of four seconds' worth, messages wait a moment and share one.
+    /// Messages a second that a keepalive stream may send before they wait and share a commit; bursts of four seconds'
+    /// worth are let through.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     max_stream_rate: u32,
 }
@@ -231,7 +232,7 @@ pub struct Limits {
     pub streams: u32,
     /// Leases that a keepalive stream carries.
     pub stream_leases: usize,
-    /// Sustained keepalive messages a second on a stream.
+    /// Messages a second of a stream that get a commit of their own.
     pub stream_rate: u32,
     /// Whether streams are answered from memory for leases touched a moment ago.
     pub coalesce_touches: bool,

@@ -4,7 +4,8 @@
 //! caller goes away the task ends, the leases run out in their time, and nobody has anything to clean up.
 //!
 //! A lease touched a moment ago is answered from memory, and one that is lost is told at once, unasked. A lease that the
-//! stream may not name is refused by itself: no message of a caller's, short of one too large to read, costs it the stream.
+//! stream may not name is refused by itself. Only a message past `MAX_MESSAGE_BYTES` or `MESSAGE_LEASES` costs a caller its
+//! stream.
 
 use std::collections::HashMap;
 use std::mem::take;
@@ -80,12 +81,12 @@ impl Messages {
 
 /// Messages that wait until the stream may commit again.
 ///
-/// They are read all the same: left unread, many short ones are an attack to h2, which ends the connection
-/// (`too_many_data_frames`).
+/// The messages are read all the same: h2 takes many small frames that nobody reads for an attack and ends the
+/// connection (`too_many_data_frames`).
 #[derive(Debug)]
 struct Group {
     messages: Messages,
-    /// Those that the messages name, one message after the other.
+    /// The leases that the messages name, one message after the other.
     leases: Vec<Arc<Carriage>>,
     /// How many leases of the messages are refused.
     refused: usize,
@@ -416,7 +417,7 @@ impl Pace {
         Self { interval: Duration::from_secs(1) / rate, due: Instant::now() }
     }
 
-    /// When the next message may be read.
+    /// When the next message or group may be committed.
     fn ready_at(&self) -> Instant {
         self.due.checked_sub(Duration::from_secs(BURST.into())).unwrap_or(self.due)
     }

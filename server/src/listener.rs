@@ -181,7 +181,8 @@ where
     S::Future: Send,
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
-    /// Serves one connection until either side ends it. Its unary calls take turns with those of others as one caller. In a drain it lives for as long as it has calls.
+    /// Serves one connection until either side ends it; in a drain, for as long as it has calls. The unary calls of a
+    /// connection take turns as one caller.
     pub(crate) async fn serve<T>(self, stream: T, slot: Slot)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,

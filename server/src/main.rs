@@ -81,7 +81,7 @@ fn process() -> Result<(), Failure> {
     ended
 }
 
-/// Its threads stay for as long as the process does.
+/// Makes a runtime whose threads stay for as long as the process does.
 fn runtime() -> std::io::Result<Runtime> {
     runtime::Builder::new_multi_thread()
         .enable_all()
@@ -90,8 +90,8 @@ fn runtime() -> std::io::Result<Runtime> {
         .build()
 }
 
-/// Starts all threads for blocking work, such as looking up names. In a moment without threads (a limit on processes), to
-/// need one more would be a panic.
+/// Starts all threads for blocking work, such as looking up names: tokio panics if it needs one more when the system has
+/// none to give.
 fn start_threads(runtime: &Runtime) -> Result<(), Failure> {
     let (here, started) = mpsc::channel();
     let gate = Arc::new(RwLock::new(()));
@@ -204,7 +204,7 @@ async fn too_late(shutdown: &CancellationToken) {
     sleep(LAST_TRY).await;
 }
 
-/// Not to be dropped part-way: whoever has joined has to leave.
+/// Joins the store's other daemons. Must not be dropped part-way, since a daemon that has joined has to leave.
 async fn joined<S: Store>(started: Result<S, StartError>) -> Result<S, StartError> {
     let store = started?;
     if let Err(error) = store.join().await {

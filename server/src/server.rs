@@ -105,7 +105,7 @@ pub async fn run<S: Store>(
     serve(connections(grpc), http, store, config, shutdown).await
 }
 
-/// The same with connections that come from anywhere.
+/// Serves connections that come from anywhere, as [`run`] does.
 ///
 /// # Errors
 /// As [`run`].
@@ -134,8 +134,7 @@ where
     tasks.spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
     let calls = CountCalls::new(&mut meter);
     let open = meter.gauge("leased_connections", "Connections that are open");
-    let refused =
-        ("leased_connections_refused", "Connections that were closed because as many as may be were open");
+    let refused = ("leased_connections_refused", "Connections closed because as many as allowed were open");
     let [grpc_refused, http_refused] = meter.by(refused, "port", ["grpc", "http"], Counter::default);
     meter.ask(Standing { lessor: lessor.clone(), health: health.clone(), limits: config.limits });
     meter.ask(Process);

@@ -28,7 +28,8 @@ pub(crate) fn oversized() -> Status {
 }
 
 /// What is said of a key whose record is damaged.
-const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must mend or delete it, and the daemon's log says why";
+const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must mend or delete it, and \
+                          the daemon's log says why";
 
 pub(crate) fn limit_exceeded(limit: &str, value: usize) -> Status {
     let message = format!("past the limit {limit} of {value}");

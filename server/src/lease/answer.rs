@@ -21,7 +21,7 @@ pub enum Standing<'a> {
     Holder(&'a Holder),
     /// It stands in line, behind this many others whose places have not lapsed.
     Waiter(usize),
-    /// It is over, this way.
+    /// The id is over, for this reason.
     Departed(Reason),
     /// Nothing is known of it: refused, gone, or never there.
     Unknown,
@@ -36,7 +36,7 @@ pub enum Obstacle<'a> {
     Holder,
     /// As many share the key as the smallest limit among theirs and the acquisition's own allows.
     Limit(u32),
-    /// It would fit, but this one came before.
+    /// The acquisition would fit, but this waiter came before.
     Waiter(&'a Waiter),
 }
 

@@ -72,7 +72,7 @@ impl Acquisition {
 pub struct Edit {
     touch: Distinct<LeaseId>,
     release: Distinct<LeaseId>,
-    /// Those of `release` that may still be asked for.
+    /// The released ids that a command may still ask for.
     given_up: Distinct<LeaseId>,
     revoke: Distinct<LeaseId>,
     unblock: Distinct<Timestamp>,

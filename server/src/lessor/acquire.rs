@@ -98,7 +98,7 @@ pub enum Obstruction {
     MinHold,
     /// Somebody holds the key.
     Holder,
-    /// So many share the key as the smallest limit allows.
+    /// As many share the key as the smallest limit allows.
     Limit {
         /// How many.
         holders: usize,
@@ -107,7 +107,7 @@ pub enum Obstruction {
     },
     /// Somebody came before.
     Waiter {
-        /// That one's label.
+        /// The label of the one who came before.
         owner: String,
     },
 }

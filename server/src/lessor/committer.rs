@@ -291,7 +291,7 @@ impl<S: Store> Committer<S> {
         receiver.await.unwrap_or_else(|_| Err(lost()))
     }
 
-    /// Commits many parts. The answers stand in the order of `parts`; parts that have become moot have none.
+    /// Commits many parts. The answers stand in the order of `parts`; parts that have become obsolete have none.
     pub(super) async fn submit_each(
         self: &Arc<Self>,
         caller: &Caller,

@@ -93,7 +93,10 @@ impl Counts {
             takeovers: meter
                 .counter("leased_takeovers", "Grants that displaced a holder whose time was over"),
             releases: meter.counter("leased_releases", "Leases given back"),
-            revocations: meter.counter("leased_revocations", "Leases taken away by an operator"),
+            revocations: meter.counter(
+                "leased_revocations",
+                "Leases taken away, and min_hold blocks ended, by an operator",
+            ),
             touches: meter.by(touches, "source", SOURCES, Counter::default),
             losses: meter.by(losses, "reason", LOSSES, Counter::default),
             carried: meter.gauge("leased_carried_leases", "Held leases that streams carry"),

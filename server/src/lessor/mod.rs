@@ -172,7 +172,7 @@ impl<S: Store> Lessor<S> {
         Self { committer, audience, caller: Caller::new(), bounds, draining: Arc::new(draining) }
     }
 
-    /// The same engine, asked by `caller`, who takes turns with others.
+    /// This engine as `caller` asks it, who takes turns with other callers.
     #[must_use]
     pub(crate) fn on_behalf_of(&self, caller: Caller) -> Self {
         Self { caller, ..self.clone() }
@@ -257,7 +257,8 @@ impl<S: Store> Lessor<S> {
     /// has been released.
     ///
     /// "Every holder" means those at the time of the call, found by a read: an edit that meant whoever holds when it
-    /// is committed could not be repeated after an unknown outcome. So does the block.
+    /// is committed could not be repeated after an unknown outcome. The block
+    /// is named by its end for the same reason.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.

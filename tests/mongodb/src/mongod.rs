@@ -21,7 +21,7 @@ impl Mongod {
         Self::start_with(&[]).await
     }
 
-    /// The same with more arguments for `mongod`, under which it still answers without TLS and without a password.
+    /// Starts a server with more arguments for `mongod`, under which it still answers without TLS and without a password.
     ///
     /// # Errors
     /// As [`Self::start`].

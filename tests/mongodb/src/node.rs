@@ -52,7 +52,7 @@ impl Node {
         Self::launch_with(kind, &[]).await
     }
 
-    /// The same with more arguments for `mongod`, under which it still answers without TLS and without a password.
+    /// Starts a server with more arguments for `mongod`, under which it still answers without TLS and without a password.
     pub(crate) async fn launch_with(kind: Kind, more: &[&str]) -> Result<Self> {
         let program = spawn_blocking(locate::mongod).await??;
         let give_up = Instant::now() + PATIENCE;

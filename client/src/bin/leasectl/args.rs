@@ -139,12 +139,13 @@ pub(crate) enum Command {
         #[arg(default_value = "", hide_default_value = true)]
         prefix: String,
     },
-    /// Take a lease away from its holder, or from every holder of the key.
+    /// Take leases away from their holders, and end the block of a --min-hold.
     Revoke {
         /// The key.
         key: String,
 
-        /// Only the lease with this token; without it, every holder's. Not read from the environment, where a command
+        /// Only the lease with this token, or the block that it left if it is the last one granted; without it, every
+        /// holder's lease and the block. Not read from the environment, where a command
         /// that runs under a lease finds its own token.
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
         token: Option<i64>,
@@ -189,7 +190,8 @@ pub(crate) struct Wish {
     #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_delimiter = '\n', value_parser = parse_label)]
     pub(crate) metadata: Vec<(String, String)>,
 
-    /// Hold the key together with other shared holders, while fewer than N do; without N, any number.
+    /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held; without N,
+    /// any number.
     #[arg(long, env = "LEASED_SHARED", value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     pub(crate) shared: Option<u32>,
 

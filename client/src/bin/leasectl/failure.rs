@@ -167,9 +167,13 @@ fn sentence_of(error: &Error) -> String {
 
 fn held(by: &HeldBy) -> String {
     let left = crate::table::duration(by.remaining);
-    match by.owner.as_str() {
-        "" => format!("the key is blocked for {left} yet (--min-hold); wait longer with --wait"),
-        owner => {
+    match (by.blocked_by.as_str(), by.owner.as_str()) {
+        ("min_hold", _) => format!("the key is blocked for {left} yet (--min-hold); wait longer with --wait"),
+        ("waiter", _) => "another came before, and waits for the key; wait as well with --wait".to_owned(),
+        (_, "") => format!(
+            "the key is held, for {left} yet unless touched; wait longer with --wait, or see `leasectl get`"
+        ),
+        (_, owner) => {
             let owner = crate::table::plain(owner);
             format!(
                 "the key is held by {owner}, for {left} yet unless touched; wait longer with --wait, or see `leasectl get`"

@@ -99,7 +99,7 @@ impl Clock {
                 ?ahead,
                 ?behind,
                 "the host's clock was set since the machine was started, or is behind the latest commit; leases go by \
-                 the store's clock, which differs from it until the machine is started again"
+                 the store's clock, and the two differ until the machine is started again"
             );
         }
         Self {

@@ -119,7 +119,7 @@ impl MongoStore {
         batch.iter().map(answer).collect()
     }
 
-    /// A single edit: one round trip. A touch takes a second if someone waits of whom this daemon did not know. Other
+    /// A single edit: one round trip. A touch takes a second if the key has waiters that this daemon did not know of. Other
     /// edits never risk the second: a waiter may be waiting for that very release.
     async fn alone(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
         let batch = [(key.clone(), edit.clone())];
@@ -168,7 +168,7 @@ impl MongoStore {
     }
 
     /// Many edits: one command that writes and one that reads. Edits that those did not reach follow in another round:
-    /// someone waits of whom this daemon did not know, or there is no record yet.
+    /// the key has waiters that this daemon did not know of, or there is no record yet.
     ///
     /// Each command leaves a mark of its own in the records, and only the mark says that an edit was made: how many
     /// records a command matched is no proof, since a sharded cluster may count one twice.
