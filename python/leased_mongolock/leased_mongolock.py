@@ -59,6 +59,9 @@ _SERVICE_CONFIG = {
     ]
 }
 
+# Says with a release that the acquire before it had no answer and may still be on its way.
+_UNANSWERED = (("grpc-previous-rpc-attempts", "1"),)
+
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
@@ -215,7 +218,8 @@ class MongoLock:
                 return False
             # It may have been granted all the same. If that cannot be mended now, its time runs out.
             with contextlib.suppress(grpc.RpcError):
-                self._leased.Release(pb.ReleaseRequest(lease=self._ref(key, lock)), timeout=PATIENCE)
+                request = pb.ReleaseRequest(lease=self._ref(key, lock))
+                self._leased.Release(request, timeout=PATIENCE, metadata=_UNANSWERED)
             raise
         lock.token = granted.fencing_token
         # A grant from the line may be old by now.
