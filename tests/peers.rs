@@ -42,7 +42,7 @@ async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
     let mut silent = Vec::new();
     for _ in 0..8 {
         let mut stream = TcpStream::connect(daemon.grpc).await.unwrap();
-        // Half of them begin to speak. The daemon greets whom it takes in.
+        // Half of the connections send a part of the preface. The daemon greets each that it accepts.
         if silent.len() % 2 == 0 {
             stream.write_all(&PREFACE[..16]).await.unwrap();
         }

@@ -364,3 +364,30 @@ async fn a_wait_without_end_is_one_call_after_the_other() {
     }
     assert!(peer.attempts("release").is_empty());
 }
+
+/// The first of two tries may have been granted, whatever the second one is told.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_settles_an_acquire_only_if_that_was_sent_once() {
+    let peer = Peer::numbered(0);
+    let Reach::Dial(dial) = peer.source().reach else { panic!("a peer in memory") };
+    let client = crate::Client::builder().endpoint_with("daemon-0", move || dial()).connect_lazily().unwrap();
+    peer.be(Manner::Full);
+    assert!(matches!(client.acquire("key").await, Err(Error::QueueFull)));
+    peer.be(Manner::Up);
+    client.settle().await;
+    assert!(peer.attempts("release").is_empty(), "sent once, and refused");
+
+    peer.be(Manner::Down);
+    let sent = peer.attempts("acquire").len();
+    let full = async {
+        while peer.attempts("acquire").len() == sent {
+            sleep(Duration::from_millis(1)).await;
+        }
+        peer.be(Manner::Full);
+    };
+    let (refused, ()) = tokio::join!(client.acquire("key").into_future(), full);
+    assert!(matches!(refused, Err(Error::QueueFull)), "{refused:?}");
+    peer.be(Manner::Up);
+    client.settle().await;
+    assert_eq!(peer.attempts("release"), [Some("1".to_owned())]);
+}

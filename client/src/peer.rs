@@ -34,6 +34,8 @@ pub(crate) enum Manner {
     Up,
     /// That it cannot.
     Down,
+    /// That the line of the key is full.
+    Full,
     /// Not at all.
     Silent,
     /// As a server of something else.
@@ -135,6 +137,7 @@ impl Peer {
         match manner {
             Manner::Up | Manner::Panicking => Ok(self.told(answer)),
             Manner::Down => Err(Status::unavailable("down")),
+            Manner::Full => Err(leased_proto::Reason::QueueFull.status("full", [])),
             Manner::Silent => std::future::pending().await,
             Manner::Stranger => Err(Status::unimplemented("what?")),
         }

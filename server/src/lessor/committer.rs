@@ -537,7 +537,7 @@ impl State {
         self.leave(parts);
     }
 
-    /// Takes note that so many parts have left the queue, and admits those for whom there is room now.
+    /// Counts `parts` out of the queue, and lets in the callers for which there is room now.
     fn leave(&mut self, parts: usize) {
         self.queued -= parts;
         while let Some(next) = self.entering.first_entry() {

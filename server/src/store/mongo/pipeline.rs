@@ -314,7 +314,7 @@ impl Held {
     }
 }
 
-/// The `holders`, those touched of whom `which` is true, and changed beside that.
+/// The `holders`. Those for which `which` is true are renewed, with `change` made to them as well.
 fn renewed(holders: impl Into<Bson>, which: Document, mut change: Document, now: &Bson) -> Bson {
     let until = doc! { "$max": ["$$h.expires_at", { "$add": [now.clone(), "$$h.ttl"] }] };
     change.insert("expires_at", until);
