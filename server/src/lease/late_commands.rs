@@ -1,5 +1,5 @@
 //! Commands that come late, more than once and in any order: a lease id yields at most one token, and one that has been
-//! released never holds or waits again.
+//! released never holds or waits again. In the end nobody holds or waits who does not know of it.
 //!
 //! Callers do what docs/semantics.md asks of them: they choose an id for each acquisition, repeat a call without an answer
 //! as a repetition, and release what they gave up as given up. The network and the store do what they like, but no command
@@ -64,6 +64,9 @@ struct Client {
     called_at: i64,
     /// Commands sent that ask for the id; only the latest one's answer is heard.
     asks: u32,
+    asked_at: i64,
+    /// It released the id without knowing whether it holds.
+    gives_up: bool,
     token: Option<FencingToken>,
     settled: bool,
 }
@@ -77,6 +80,8 @@ struct Command {
 
 struct World {
     step: Step,
+    /// Whether a daemon settles an id that it asked for more than once and refuses.
+    settles_refused: bool,
     record: Record,
     now: i64,
     clients: HashMap<u8, Client>,
@@ -102,8 +107,15 @@ fn acquisition(number: u8, repeated: bool) -> Arc<Acquisition> {
 
 impl World {
     fn new(step: Step) -> Self {
-        let record = Record::vacant(Key::try_from("key").expect("a key"));
-        Self { step, record, now: START, clients: HashMap::new(), under_way: Vec::new(), strangers: 0 }
+        Self {
+            step,
+            settles_refused: true,
+            record: Record::vacant(Key::try_from("key").expect("a key")),
+            now: START,
+            clients: HashMap::new(),
+            under_way: Vec::new(),
+            strangers: 0,
+        }
     }
 
     fn client(&mut self, who: u8) -> &mut Client {
@@ -116,8 +128,10 @@ impl World {
 
     /// Sends a command that asks for the id. The first is none that was repeated.
     fn ask(&mut self, who: u8, repeated: bool) {
+        let now = self.now;
         let client = self.client(who);
         client.asks += 1;
+        client.asked_at = now;
         let (number, repeated) = (client.asks, repeated || client.asks > 1);
         self.send(Edit::default().enqueue(acquisition(who, repeated)), Some((who, number)));
     }
@@ -146,6 +160,11 @@ impl World {
         self.record.waiters.iter().map(|waiter| waiter.acquisition.id)
     }
 
+    fn play(mut self, events: &[Event]) -> Result<(), TestCaseError> {
+        events.iter().try_for_each(|event| self.take(event))?;
+        self.end()
+    }
+
     fn take(&mut self, event: &Event) -> Result<(), TestCaseError> {
         let now = self.now;
         match *event {
@@ -165,7 +184,8 @@ impl World {
             }
             Event::Arrive(which, heard) if !self.under_way.is_empty() => {
                 let Command { edit, sent_at, answers } = self.under_way.remove(which % self.under_way.len());
-                if now <= sent_at + UNDER_WAY {
+                // What nobody waits for is sent until it is answered.
+                if answers.is_none() || now <= sent_at + UNDER_WAY {
                     self.apply(&edit)?;
                     if let Some((who, number)) = answers.filter(|_| heard) {
                         self.hear(who, number);
@@ -179,20 +199,21 @@ impl World {
                 }
             }
             Event::Release(who) => {
-                let state = std::mem::replace(&mut self.client(who).state, Caller::Over);
-                match state {
-                    Caller::Idle => self.client(who).state = Caller::Idle,
-                    Caller::Holds => self.send(Edit::default().release(id(who)), None),
-                    Caller::Asks | Caller::Waits => self.send(Edit::default().give_up(id(who)), None),
-                    // Again, as after an answer that was lost.
-                    Caller::Over => self.send(Edit::default().release(id(who)), None),
+                // Again, as after an answer that was lost, it says the same.
+                let client = self.client(who);
+                client.gives_up |= matches!(client.state, Caller::Asks | Caller::Waits);
+                if client.state != Caller::Idle {
+                    client.state = Caller::Over;
+                    let edit = Edit::default();
+                    let edit = if client.gives_up { edit.give_up(id(who)) } else { edit.release(id(who)) };
+                    self.send(edit, None);
                 }
             }
             Event::Cancel(who) => {
-                let client = self.client(who);
-                if client.state == Caller::Waits {
-                    client.state = Caller::Over;
-                    self.send(Edit::default().cancel(id(who)), None);
+                // Its turn may come at this very moment, which the answer tells.
+                let Client { state, asks, .. } = *self.client(who);
+                if state == Caller::Waits {
+                    self.send(Edit::default().cancel(id(who)), Some((who, asks)));
                 }
             }
             Event::Rejoin(who) => {
@@ -234,7 +255,41 @@ impl World {
                 Standing::Waiter(_) => Caller::Waits,
                 Standing::Departed(_) | Standing::Unknown => Caller::Over,
             };
+            if client.state == Caller::Over {
+                self.refuse(who);
+            }
         }
+    }
+
+    /// A daemon that refuses settles the id, if it asked for it more than once and the earlier commands may still come.
+    fn refuse(&mut self, who: u8) {
+        let (now, settles) = (self.now, self.settles_refused);
+        let Client { asks, asked_at, .. } = *self.client(who);
+        if settles && asks > 1 && now <= asked_at + UNDER_WAY {
+            self.send(Edit::default().give_up(id(who)), None);
+        }
+    }
+
+    /// Has all commands take effect that still can, those last that settle ids: daemons and callers send them until they
+    /// are answered. Then whoever wants nothing more has nothing.
+    fn end(&mut self) -> Result<(), TestCaseError> {
+        let under_way = std::mem::take(&mut self.under_way);
+        let (asks, others): (Vec<_>, Vec<_>) =
+            under_way.into_iter().partition(|command| command.answers.is_some());
+        for Command { edit, sent_at, .. } in asks {
+            if self.now <= sent_at + UNDER_WAY {
+                self.apply(&edit)?;
+            }
+        }
+        for Command { edit, .. } in others {
+            self.apply(&edit)?;
+        }
+        let held = |id| self.record.holders.iter().any(|holder| holder.id == id);
+        let waits = |id| self.waiting().any(|waiting| waiting == id);
+        for (who, Client { state, .. }) in &self.clients {
+            prop_assert!(*state != Caller::Over || !(held(id(*who)) || waits(id(*who))), "{who} is a ghost");
+        }
+        Ok(())
     }
 }
 
@@ -258,8 +313,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 }
 
 fn play(events: &[Event], step: Step) -> Result<(), TestCaseError> {
-    let mut world = World::new(step);
-    events.iter().try_for_each(|event| world.take(event))
+    World::new(step).play(events)
 }
 
 #[test]
@@ -329,4 +383,13 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
         assert!(play(&history, step).is_ok(), "{rule}");
         assert!(play(&history, broken).is_err(), "nobody misses this rule: {rule}");
     }
+
+    const HOLDER: u8 = 0;
+    const TRY: u8 = 3;
+    let holds = [Call(HOLDER), Ask(HOLDER), Arrive(0, true)];
+    let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, true), Release(HOLDER), Arrive(1, false)];
+    let history = [&holds[..], &refused].concat();
+    assert!(play(&history, step).is_ok());
+    let careless = World { settles_refused: false, ..World::new(step) };
+    assert!(careless.play(&history).is_err(), "nobody misses that refused ids are settled");
 }

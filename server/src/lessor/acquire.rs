@@ -11,8 +11,8 @@ use super::line::Entry;
 use super::part::Part;
 use super::{CallError, Lessor};
 use crate::lease::{
-    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, Mode, Obstacle, Reason, Snapshot, Standing,
-    Timestamp, Ttl,
+    Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MEMORY, Mode, Obstacle, Reason, Snapshot,
+    Standing, Timestamp, Ttl,
 };
 use crate::store::Store;
 
@@ -139,10 +139,13 @@ impl<S: Store> Lessor<S> {
             id,
             origin,
             entry,
+            repeated_at: None,
             leaves: false,
+            settles: false,
             open: true,
         };
 
+        let repetitions = self.store().repetitions();
         let first = loop {
             let snapshot = self.commit(key.clone(), Part::Acquire(Arc::clone(&acquisition))).await?;
             // Neither admitted nor kept out: someone deleted the record in between.
@@ -154,6 +157,9 @@ impl<S: Store> Lessor<S> {
                 break snapshot;
             }
         };
+        if self.store().repetitions() != repetitions {
+            attempt.repeated_at = Some(Instant::now());
+        }
         match first.standing(id) {
             Standing::Waiter(_) if waits && !first.conflicts(&acquisition) => {
                 let wait = self.counts().wait();
@@ -163,7 +169,7 @@ impl<S: Store> Lessor<S> {
             }
             standing => {
                 let answer = self.answer(&first, standing, &acquisition);
-                attempt.close();
+                attempt.answered(&answer);
                 Ok(answer)
             }
         }
@@ -191,11 +197,17 @@ impl<S: Store> Lessor<S> {
             biased;
             snapshot = entry.told() => {
                 let answer = match snapshot.standing(id) {
+                    // A call with this id and another mode took the place when it was lost.
+                    Standing::Holder(_) if snapshot.conflicts(acquisition) => Acquired::IdReused,
                     Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
                     Standing::Departed(reason) => Acquired::Lost(reason),
-                    Standing::Waiter(_) | Standing::Unknown => Acquired::QueueFull,
+                    Standing::Waiter(_) | Standing::Unknown => {
+                        // It has lost its place, and asked for a new one in vain.
+                        attempt.repeated_at = Some(Instant::now());
+                        Acquired::QueueFull
+                    }
                 };
-                attempt.close();
+                attempt.answered(&answer);
                 Ok(answer)
             }
             () = sleep_until(until) => self.leave(attempt, acquisition).await,
@@ -226,14 +238,16 @@ impl<S: Store> Lessor<S> {
             return Ok(Acquired::Held(refusal));
         }
         let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?;
-        attempt.close();
-        Ok(match snapshot.standing(id) {
+        let answer = match snapshot.standing(id) {
+            Standing::Holder(_) if snapshot.conflicts(asked) => Acquired::IdReused,
             Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
             Standing::Departed(reason) => Acquired::Lost(reason),
             Standing::Waiter(_) | Standing::Unknown => {
                 Acquired::Held(self.refusal(&snapshot, asked, last_position))
             }
-        })
+        };
+        attempt.answered(&answer);
+        Ok(answer)
     }
 
     /// The answer to a call that does not begin to wait.
@@ -315,20 +329,36 @@ struct Attempt<S: Store> {
     id: LeaseId,
     origin: Origin,
     entry: Option<Entry>,
+    /// When the id was last asked for by what may not be the only command to do so, of which one may still be under way:
+    /// the first commit, if the store repeated some batch meanwhile, or one for a new place.
+    repeated_at: Option<Instant>,
     /// It has left, and nobody else keeps its place.
     leaves: bool,
+    /// Its id is to be settled, whoever chose it.
+    settles: bool,
     open: bool,
 }
 
 impl<S: Store> Attempt<S> {
-    /// The call has its answer; nothing is to be cleaned up.
+    /// The call has its answer. A refusal must stay one: an earlier attempt that is applied yet would make a lease that
+    /// nobody knows of.
+    fn answered(&mut self, answer: &Acquired) {
+        let is_refused = matches!(answer, Acquired::Held(_) | Acquired::QueueFull);
+        self.settles = is_refused && self.repeated_at.is_some_and(|at| at.elapsed() < MEMORY);
+        self.open = self.settles;
+    }
+
+    /// Nothing is to be cleaned up.
     fn close(&mut self) {
         self.open = false;
     }
 
     /// Goes first, and gives up the place then: as long as the call stands here its place is kept, and taken anew.
     fn leave_line(&mut self) {
-        self.leaves |= self.entry.take().is_some_and(|entry| !entry.leave());
+        if let Some(entry) = self.entry.take() {
+            self.repeated_at = entry.rejoined_at().or(self.repeated_at);
+            self.leaves |= !entry.leave();
+        }
     }
 }
 
@@ -339,6 +369,7 @@ impl<S: Store> Drop for Attempt<S> {
         }
         self.leave_line();
         let part = match self.origin {
+            _ if self.settles => Part::GiveUp(self.id),
             Origin::Daemon => Part::GiveUp(self.id),
             Origin::Caller if self.leaves => Part::Cancel(self.id),
             Origin::Caller => return,

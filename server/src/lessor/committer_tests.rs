@@ -1,155 +1,21 @@
-//! Who is committed when, over an embedded store that is slow, or panics, when it is told to.
+//! Who is committed when, and what becomes of the others when a batch fails.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tempfile::TempDir;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::yield_now;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use uuid::Uuid;
 
 use super::committer::UNANSWERED;
+use super::gated::{Gated, PATIENCE, key, until};
 use super::part::Part;
-use super::{Begin, Bounds, Call, CallError, Caller, Lessor, Origin, Touched, WatchEvent};
-use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules};
-use crate::meter::Meter;
-use crate::store::embedded::EmbeddedStore;
-use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
-
-const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The keys of a batch, and how many leases each edit touched.
-type Batch = Vec<(Key, usize)>;
-
-/// An embedded store, one batch at a time.
-#[derive(Debug, Clone)]
-struct Gated {
-    store: EmbeddedStore,
-    /// A batch needs a permit.
-    gate: Arc<Semaphore>,
-    batches: Arc<Mutex<Vec<Batch>>>,
-    panics: Arc<AtomicBool>,
-    _folder: Arc<TempDir>,
-}
-
-impl Gated {
-    async fn new() -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        Self {
-            store: EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder"),
-            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS / 2)),
-            batches: Arc::default(),
-            panics: Arc::default(),
-            _folder: Arc::new(folder),
-        }
-    }
-
-    /// An engine over it, with room for so many commands.
-    fn engine(&self, queued_commands: usize) -> Lessor<Self> {
-        let bounds = Bounds { call: PATIENCE, queued_commands, ..Bounds::default() };
-        let (draining, tasks) = (CancellationToken::new(), TaskTracker::new());
-        Lessor::start(self.clone(), bounds, draining, &mut Meter::default(), &tasks)
-    }
-
-    /// Lets no batch through until this is dropped.
-    async fn close(&self) -> tokio::sync::OwnedSemaphorePermit {
-        let all = u32::try_from(self.gate.available_permits()).unwrap_or(u32::MAX);
-        self.gate.forget_permits(self.gate.available_permits() - all as usize);
-        Arc::clone(&self.gate).acquire_many_owned(all).await.expect("a gate")
-    }
-
-    /// How many batches there have been, and in which of them the key was.
-    fn batches_of(&self, key: &Key) -> (usize, Vec<usize>) {
-        let batches = self.batches.lock().expect("batches");
-        let with_it =
-            batches.iter().enumerate().filter(|(_, keys)| keys.iter().any(|(other, _)| other == key));
-        (batches.len(), with_it.map(|(number, _)| number).collect())
-    }
-}
-
-impl Store for Gated {
-    async fn commit(
-        &self,
-        batch: Arc<Vec<(Key, Edit)>>,
-        deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
-        let touched = batch.iter().map(|(key, edit)| (key.clone(), edit.touched().len())).collect();
-        self.batches.lock().expect("batches").push(touched);
-        let _permit = self.gate.acquire().await.expect("a gate");
-        assert!(!self.panics.swap(false, Ordering::SeqCst), "a batch is to panic");
-        self.store.commit(batch, deadline).await
-    }
-
-    fn batches(&self) -> usize {
-        1
-    }
-
-    async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
-        self.store.read(keys).await
-    }
-
-    async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.store.list(query).await
-    }
-
-    async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
-        self.store.purge(free_for).await
-    }
-
-    async fn check(&self) -> Result<(), StoreError> {
-        self.store.check().await
-    }
-
-    fn id(&self) -> Uuid {
-        self.store.id()
-    }
-
-    fn rules(&self) -> Rules {
-        RULES
-    }
-
-    fn name(&self) -> &'static str {
-        "gated"
-    }
-
-    fn repetitions(&self) -> u64 {
-        0
-    }
-
-    async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
-
-    fn feed_state(&self) -> FeedState {
-        FeedState::Off
-    }
-
-    fn is_shared(&self) -> bool {
-        false
-    }
-}
-
-fn key(name: &str) -> Key {
-    Key::try_from(name).expect("a key")
-}
+use super::{Begin, Call, CallError, Caller, Origin, Touched, WatchEvent};
+use crate::lease::{Acquisition, Key, LeaseId, Mode};
+use crate::store::{Outcome, StoreError};
 
 fn ask(name: &str, id: LeaseId) -> Call {
     let acquisition =
         Acquisition { wait: false, mode: Mode::Shared, shared_limit: 9, ..Acquisition::waiting(id) };
     Call { key: key(name), acquisition, origin: Origin::Caller, wait: Duration::ZERO }
-}
-
-/// Waits until the condition holds.
-async fn until(condition: impl Fn() -> bool) {
-    let wait = async {
-        while !condition() {
-            yield_now().await;
-        }
-    };
-    timeout(PATIENCE, wait).await.expect("it holds in time");
 }
 
 /// One caller touches all these, and another one a single lease of `key` when they are queued. Returns in which batch

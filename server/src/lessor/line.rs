@@ -53,8 +53,8 @@ struct Waiting {
 struct Calls {
     acquisition: Arc<Acquisition>,
     presence: Arc<Presence>,
-    /// The place was taken anew, by a command that may have been delayed.
-    rejoined: bool,
+    /// When the place was taken anew, by a command that may have been delayed.
+    rejoined_at: Option<Instant>,
     calls: Vec<WaitingCall>,
 }
 
@@ -87,6 +87,11 @@ impl Entry {
     /// The record as last seen.
     pub(super) fn latest(&self) -> Option<Arc<Snapshot>> {
         self.line.state().keys.get(&self.key)?.latest.clone()
+    }
+
+    /// When the call's place was taken anew, if it was lost.
+    pub(super) fn rejoined_at(&self) -> Option<Instant> {
+        self.line.state().keys.get(&self.key)?.calls.get(&self.id)?.rejoined_at
     }
 
     /// Takes the call out, and says whether others wait on with its id, as after a client's reconnect.
@@ -327,17 +332,21 @@ impl Waiting {
 impl Calls {
     fn new(acquisition: &Arc<Acquisition>) -> Self {
         let acquisition = Arc::clone(acquisition);
-        Self { acquisition, presence: Arc::new(Presence), rejoined: false, calls: Vec::new() }
+        Self { acquisition, presence: Arc::new(Presence), rejoined_at: None, calls: Vec::new() }
     }
 
     /// A call that rejoined claims its lease by asking for it again, which notes in the record that it was asked for more
     /// than once: the command that was delayed must not get another lease when this one is over.
     fn claim(&mut self, id: LeaseId) -> Part {
-        if self.rejoined { self.rejoin() } else { Part::Claim(id, Arc::downgrade(&self.presence)) }
+        if self.rejoined_at.is_some() {
+            self.rejoin()
+        } else {
+            Part::Claim(id, Arc::downgrade(&self.presence))
+        }
     }
 
     fn rejoin(&mut self) -> Part {
-        self.rejoined = true;
+        self.rejoined_at = Some(Instant::now());
         Part::Rejoin(Arc::clone(&self.acquisition), Arc::downgrade(&self.presence))
     }
 }

@@ -4,6 +4,8 @@
 //! commit returned. A call that waits has its place in the record; [`line`](mod@line) only remembers whom to tell.
 
 mod acquire;
+#[cfg(test)]
+mod acquire_tests;
 mod agenda;
 mod audience;
 mod caller;
@@ -19,6 +21,8 @@ mod committer;
 #[cfg(test)]
 mod committer_tests;
 mod counts;
+#[cfg(test)]
+mod gated;
 mod known;
 mod line;
 mod pace;

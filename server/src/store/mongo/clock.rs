@@ -139,6 +139,9 @@ impl Limit {
     ///
     /// The number that it fails to read is made of the record's key: of a constant the server would see as it parses the
     /// stage that it is none. In time, the stage comes to nothing before the first record is read.
+    ///
+    /// On a sharded cluster the router reads its clock for the shards. So the limit bounds how late a command reaches the
+    /// router; from there on the cluster's own time limits do (`maxTimeMS`).
     pub(super) fn stage(self) -> Document {
         let late = doc! { "$gt": ["$$NOW", DateTime::from_millis(self.0.0)] };
         let refuse = doc! { "$toInt": { "$concat": ["the command came too late for ", "$_id"] } };

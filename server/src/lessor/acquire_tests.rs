@@ -1,0 +1,86 @@
+//! What becomes of an acquire that was refused, or whose id another call uses.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rstest::rstest;
+use tokio::time::timeout;
+
+use super::gated::{Gated, PATIENCE, key, until};
+use super::{Acquired, Call, CallError, Lessor, Origin};
+use crate::lease::{Acquisition, Edit, LeaseId, Mode, State};
+use crate::store::Store;
+
+fn ask(id: LeaseId, origin: Origin, wait: Duration) -> Call {
+    let acquisition = Acquisition { wait: !wait.is_zero(), ..Acquisition::waiting(id) };
+    Call { key: key("job"), acquisition, origin, wait }
+}
+
+async fn state(engine: &Lessor<Gated>) -> State {
+    engine.get(key("job")).await.expect("an answer").expect("a record").state()
+}
+
+/// An acquire that is sent twice, since the first attempt stalls, and refused. When the first attempt is applied at last,
+/// the key is free.
+#[rstest]
+#[tokio::test]
+async fn a_refusal_stays_one_when_an_attempt_comes_late(
+    #[values(Origin::Daemon, Origin::Caller)] origin: Origin,
+    #[values(Duration::ZERO, Duration::from_millis(50))] wait: Duration,
+) {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let holder = LeaseId::random();
+    engine.acquire(ask(holder, Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    store.stalls.store(true, Ordering::SeqCst);
+    let refused = engine.acquire(ask(LeaseId::random(), origin, wait)).await;
+    assert!(matches!(refused, Ok(Acquired::Held(_))), "{refused:?}");
+    engine.release(key("job"), holder, false).await.expect("an answer");
+    engine.settle().await;
+
+    store.deliver_stalled().await;
+    assert_eq!(state(&engine).await, State::Free, "nobody knows of the lease");
+}
+
+/// No more is written for the many refusals that were sent once.
+#[tokio::test]
+async fn a_refusal_that_was_sent_once_costs_no_second_commit() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    engine.acquire(ask(LeaseId::random(), Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    let refused = engine.acquire(ask(LeaseId::random(), Origin::Daemon, Duration::ZERO)).await;
+    assert!(matches!(refused, Ok(Acquired::Held(_))), "{refused:?}");
+    engine.settle().await;
+    assert_eq!(store.batches_of(&key("job")).0, 2);
+}
+
+#[tokio::test]
+async fn a_call_whose_place_is_taken_with_another_mode_is_not_told_that_it_was_granted() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let [holder, id] = [(); 2].map(|()| LeaseId::random());
+    engine.acquire(ask(holder, Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    let wait = |mode| {
+        let mut call = ask(id, Origin::Caller, PATIENCE);
+        call.acquisition.mode = mode;
+        let engine = engine.clone();
+        tokio::spawn(async move { engine.acquire(call).await })
+    };
+    let exclusive = wait(Mode::Exclusive);
+    until(|| store.batches_of(&key("job")).0 == 2).await;
+    engine.settle().await;
+    // Its place lapses, or a daemon that it was at before gives it up.
+    let gone = vec![(key("job"), Edit::default().cancel(id))];
+    store.commit(gone.into(), PATIENCE).await.expect("a commit");
+    let shared = wait(Mode::Shared);
+    until(|| store.batches_of(&key("job")).0 == 4).await;
+    engine.settle().await;
+
+    engine.release(key("job"), holder, false).await.expect("an answer");
+    let answer = |call: tokio::task::JoinHandle<Result<Acquired, CallError>>| async {
+        timeout(PATIENCE, call).await.expect("an answer in time").expect("no panic").expect("an answer")
+    };
+    let shared = answer(shared).await;
+    assert!(matches!(&shared, Acquired::Granted(grant) if grant.mode == Mode::Shared), "{shared:?}");
+    assert_eq!(answer(exclusive).await, Acquired::IdReused);
+}
