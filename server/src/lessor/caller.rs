@@ -25,8 +25,8 @@ impl Caller {
         Self { latest: Arc::default(), step: STEP }
     }
 
-    /// The daemon itself, which looks after the calls in line of all callers. Its commands cost it almost no turns:
-    /// places in line must be refreshed in time, and it queues no more than a thousand keys at once.
+    /// The daemon itself, which looks after the calls in line of all callers, a lot of keys at a time. Its commands cost it
+    /// almost no turns: places in line must be refreshed in time.
     pub(super) fn daemon() -> Self {
         Self { latest: Arc::default(), step: 1 }
     }

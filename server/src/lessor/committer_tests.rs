@@ -101,11 +101,9 @@ async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
     for _ in 0..3 {
         store.panics.store(true, Ordering::SeqCst);
         let failed = engine.touch(key("job"), id).await.expect_err("a panic");
-        let unknown = StoreError::Unavailable { outcome: Outcome::Unknown, cause: String::new() };
-        assert!(
-            matches!(&failed, CallError::Store(StoreError::Unavailable { outcome: Outcome::Unknown, .. })),
-            "{failed:?} is not like {unknown:?}"
-        );
+        let unknown =
+            |error: &StoreError| matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. });
+        assert!(matches!(&failed, CallError::Store(error) if unknown(error)), "{failed:?}");
     }
     assert!(matches!(engine.touch(key("job"), id).await, Ok(Touched::Kept(_))));
     timeout(PATIENCE, engine.settle()).await.expect("no batch counts as in flight");
@@ -113,18 +111,40 @@ async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
 }
 
 #[tokio::test]
+async fn a_touch_does_not_wait_for_all_whose_turn_has_come() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    engine.committer.submit_nudges(vec![key("first")]);
+    until(|| store.batches_of(&key("first")).0 == 1).await;
+    let crowd = strangers(5000, |number| format!("many/{number}"));
+    engine.committer.submit_nudges(crowd.into_iter().map(|(key, _)| key).collect());
+    let touch = engine.touch(key("lone"), LeaseId::random());
+    let open = async {
+        until(|| engine.committer.queued() == 1).await;
+        drop(closed);
+    };
+    let (touched, ()) = tokio::join!(touch, open);
+    touched.expect("an answer");
+    assert_eq!(store.batches_of(&key("lone")).1, [1], "in the next batch");
+}
+
+#[tokio::test]
 async fn what_ended_calls_leave_behind_is_bounded() {
     let store = Gated::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
+    let leave = |name: &str| {
+        engine.committer.submit_unanswered(&engine.caller, [(key(name), Part::Cancel(LeaseId::random()))]);
+    };
     for number in 0..UNANSWERED + 5000 {
-        engine.committer.tidy(&engine.caller, key(&format!("{number}")), Part::Cancel(LeaseId::random()));
+        leave(&format!("{number}"));
     }
     assert_eq!(engine.committer.unanswered(), UNANSWERED);
     drop(closed);
     timeout(PATIENCE, engine.settle()).await.expect("it is committed");
     assert_eq!(engine.committer.unanswered(), 0);
-    engine.committer.tidy(&engine.caller, key("later"), Part::Cancel(LeaseId::random()));
+    leave("later");
     assert_eq!(engine.committer.unanswered(), 1, "there is room again");
 }
 

@@ -21,6 +21,8 @@ use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreEr
 const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A batch as the store is given it.
+type Edits = Arc<Vec<(Key, Edit)>>;
 /// The keys of a batch, and how many leases each edit touched.
 pub(super) type Batch = Vec<(Key, usize)>;
 
@@ -35,7 +37,7 @@ pub(super) struct Gated {
     pub(super) panics: Arc<AtomicBool>,
     /// The first attempt at the next batch stalls on its way, and the batch is repeated.
     pub(super) stalls: Arc<AtomicBool>,
-    stalled: Arc<Mutex<Vec<Arc<Vec<(Key, Edit)>>>>>,
+    stalled: Arc<Mutex<Vec<Edits>>>,
     repetitions: Arc<AtomicU64>,
     _folder: Arc<TempDir>,
 }
@@ -45,7 +47,7 @@ impl Gated {
         let folder = tempfile::tempdir().expect("a folder");
         Self {
             store: EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder"),
-            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS / 2)),
+            gate: Arc::new(Semaphore::new(1)),
             batches: Arc::default(),
             panics: Arc::default(),
             stalls: Arc::default(),
@@ -64,9 +66,7 @@ impl Gated {
 
     /// Lets no batch through until this is dropped.
     pub(super) async fn close(&self) -> OwnedSemaphorePermit {
-        let all = u32::try_from(self.gate.available_permits()).unwrap_or(u32::MAX);
-        self.gate.forget_permits(self.gate.available_permits() - all as usize);
-        Arc::clone(&self.gate).acquire_many_owned(all).await.expect("a gate")
+        Arc::clone(&self.gate).acquire_owned().await.expect("a gate")
     }
 
     /// How many batches there have been, and in which of them the key was.
@@ -88,11 +88,7 @@ impl Gated {
 }
 
 impl Store for Gated {
-    async fn commit(
-        &self,
-        batch: Arc<Vec<(Key, Edit)>>,
-        deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    async fn commit(&self, batch: Edits, deadline: Duration) -> Result<Vec<ForKey>, StoreError> {
         let touched = batch.iter().map(|(key, edit)| (key.clone(), edit.touched().len())).collect();
         self.batches.lock().expect("batches").push(touched);
         let _permit = self.gate.acquire().await.expect("a gate");
