@@ -111,7 +111,7 @@ async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
 }
 
 #[tokio::test]
-async fn a_touch_does_not_wait_for_all_whose_turn_has_come() {
+async fn touches_do_not_wait_for_all_whose_turn_has_come() {
     let store = Gated::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
@@ -119,14 +119,16 @@ async fn a_touch_does_not_wait_for_all_whose_turn_has_come() {
     until(|| store.batches_of(&key("first")).0 == 1).await;
     let crowd = strangers(5000, |number| format!("many/{number}"));
     engine.committer.submit_nudges(crowd.into_iter().map(|(key, _)| key).collect());
-    let touch = engine.touch(key("lone"), LeaseId::random());
+    let leases = strangers(100, |number| format!("lease/{number}"));
     let open = async {
-        until(|| engine.committer.queued() == 1).await;
+        until(|| engine.committer.queued() == 100).await;
         drop(closed);
     };
-    let (touched, ()) = tokio::join!(touch, open);
-    touched.expect("an answer");
-    assert_eq!(store.batches_of(&key("lone")).1, [1], "in the next batch");
+    let (touched, ()) = tokio::join!(engine.touch_all(leases.iter()), open);
+    touched.expect("answers");
+    for (key, _) in &leases {
+        assert_eq!(store.batches_of(key).1, [1], "in the next batch");
+    }
 }
 
 #[tokio::test]
