@@ -30,9 +30,11 @@ type Batch = Vec<(Key, usize)>;
 #[derive(Debug, Clone)]
 struct Gated {
     store: EmbeddedStore,
-    /// A batch needs a permit.
+    /// A batch needs a permit, and so does a page.
     gate: Arc<Semaphore>,
     batches: Arc<Mutex<Vec<Batch>>>,
+    /// The prefixes of the pages that were asked for.
+    pages: Arc<Mutex<Vec<String>>>,
     panics: Arc<AtomicBool>,
     _folder: Arc<TempDir>,
 }
@@ -44,6 +46,7 @@ impl Gated {
             store: EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder"),
             gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS / 2)),
             batches: Arc::default(),
+            pages: Arc::default(),
             panics: Arc::default(),
             _folder: Arc::new(folder),
         }
@@ -51,7 +54,10 @@ impl Gated {
 
     /// An engine over it, with room for so many commands.
     fn engine(&self, queued_commands: usize) -> Lessor<Self> {
-        let bounds = Bounds { call: PATIENCE, queued_commands, ..Bounds::default() };
+        self.engine_within(Bounds { call: PATIENCE, queued_commands, ..Bounds::default() })
+    }
+
+    fn engine_within(&self, bounds: Bounds) -> Lessor<Self> {
         let (draining, tasks) = (CancellationToken::new(), TaskTracker::new());
         Lessor::start(self.clone(), bounds, draining, &mut Meter::default(), &tasks)
     }
@@ -94,6 +100,8 @@ impl Store for Gated {
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
+        self.pages.lock().expect("pages").push(query.prefix.clone());
+        let _permit = self.gate.acquire().await.expect("a gate");
         self.store.list(query).await
     }
 
@@ -224,6 +232,47 @@ async fn who_gives_up_waiting_for_room_leaves_none_taken() {
     assert_eq!(engine.committer.queued(), 0);
     let lone = engine.touch(key("lone"), LeaseId::random()).await;
     assert_eq!(lone.expect("an answer"), Touched::Lost(None));
+}
+
+#[tokio::test]
+async fn touches_that_wait_for_their_turn_longer_than_a_call_may_take_are_made_once() {
+    let store = Gated::new().await;
+    let engine = store.engine_within(Bounds { call: Duration::from_secs(1), ..Bounds::default() });
+    let closed = store.close().await;
+    let many = strangers(3000, |number| format!("many/{number}"));
+    let last = many[2999].0.clone();
+    let stream = engine.on_behalf_of(Caller::new());
+    let touches = tokio::spawn(async move { stream.touch_all(many.iter()).await });
+    until(|| engine.committer.queued() == 3000).await;
+    // This call came later, and it is told that there is no answer in time.
+    engine.touch(key("lone"), LeaseId::random()).await.expect_err("the store is silent");
+    drop(closed);
+    assert_eq!(touches.await.expect("no panic").expect("answers").len(), 3000);
+    let (_, with_it) = store.batches_of(&last);
+    assert_eq!(with_it.len(), 1, "{with_it:?}");
+}
+
+#[tokio::test]
+async fn most_pages_of_one_caller_do_not_go_before_that_of_another() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    let list = |caller: &Caller, prefix: &str| {
+        let engine = engine.on_behalf_of(caller.clone());
+        let query = ListQuery { prefix: prefix.to_owned(), after: None, limit: 1, include_free: false };
+        tokio::spawn(async move { engine.list(query).await })
+    };
+    let (greedy, modest) = (Caller::new(), Caller::new());
+    let mut lists: Vec<_> = (0..250).map(|_| list(&greedy, "many")).collect();
+    lists.push(list(&modest, "lone"));
+    let place = || store.pages.lock().expect("pages").iter().position(|prefix| prefix == "lone");
+    until(|| place().is_some()).await;
+    assert!(place() <= Some(4), "{:?}", place());
+    drop(closed);
+    for list in lists {
+        list.await.expect("no panic").expect("a page");
+    }
+    assert_eq!(store.pages.lock().expect("pages").len(), 251);
 }
 
 #[tokio::test]
