@@ -39,6 +39,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Calls are repeated here. What repeats them in gRPC takes out the header of UNANSWERED.
+    ("grpc.enable_retries", 0),
 ]
 
 # The clock of this file. Where there is one that goes on while the machine sleeps, that one.
