@@ -8,9 +8,9 @@ use tokio::time::timeout;
 use super::committer::UNANSWERED;
 use super::gated::{Gated, PATIENCE, key, until};
 use super::part::Part;
-use super::{Begin, Call, CallError, Caller, Origin, Touched, WatchEvent};
+use super::{Begin, Bounds, Call, CallError, Caller, Origin, Touched, WatchEvent};
 use crate::lease::{Acquisition, Key, LeaseId, Mode};
-use crate::store::{Outcome, StoreError};
+use crate::store::{ListQuery, Outcome, StoreError};
 
 fn ask(name: &str, id: LeaseId) -> Call {
     let acquisition =
@@ -90,6 +90,47 @@ async fn who_gives_up_waiting_for_room_leaves_none_taken() {
     assert_eq!(engine.committer.queued(), 0);
     let lone = engine.touch(key("lone"), LeaseId::random()).await;
     assert_eq!(lone.expect("an answer"), Touched::Lost(None));
+}
+
+#[tokio::test]
+async fn touches_that_wait_for_their_turn_longer_than_a_call_may_take_are_made_once() {
+    let store = Gated::new().await;
+    let engine = store.engine_within(Bounds { call: Duration::from_secs(1), ..Bounds::default() });
+    let closed = store.close().await;
+    let many = strangers(3000, |number| format!("many/{number}"));
+    let last = many[2999].0.clone();
+    let stream = engine.on_behalf_of(Caller::new());
+    let touches = tokio::spawn(async move { stream.touch_all(many.iter()).await });
+    until(|| engine.committer.queued() == 3000).await;
+    // This call came later, and it is told that there is no answer in time.
+    engine.touch(key("lone"), LeaseId::random()).await.expect_err("the store is silent");
+    drop(closed);
+    assert_eq!(touches.await.expect("no panic").expect("answers").len(), 3000);
+    let (_, with_it) = store.batches_of(&last);
+    assert_eq!(with_it.len(), 1, "{with_it:?}");
+}
+
+#[tokio::test]
+async fn most_pages_of_one_caller_do_not_go_before_that_of_another() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    let list = |caller: &Caller, prefix: &str| {
+        let engine = engine.on_behalf_of(caller.clone());
+        let query = ListQuery { prefix: prefix.to_owned(), after: None, limit: 1, include_free: false };
+        tokio::spawn(async move { engine.list(query).await })
+    };
+    let (greedy, modest) = (Caller::new(), Caller::new());
+    let mut lists: Vec<_> = (0..250).map(|_| list(&greedy, "many")).collect();
+    lists.push(list(&modest, "lone"));
+    let place = || store.pages.lock().expect("pages").iter().position(|prefix| prefix == "lone");
+    until(|| place().is_some()).await;
+    assert!(place() <= Some(4), "{:?}", place());
+    drop(closed);
+    for list in lists {
+        list.await.expect("no panic").expect("a page");
+    }
+    assert_eq!(store.pages.lock().expect("pages").len(), 251);
 }
 
 #[tokio::test]

@@ -30,9 +30,11 @@ pub(super) type Batch = Vec<(Key, usize)>;
 #[derive(Debug, Clone)]
 pub(super) struct Gated {
     pub(super) store: EmbeddedStore,
-    /// A batch needs a permit.
+    /// A batch needs a permit, and so does a page.
     gate: Arc<Semaphore>,
     pub(super) batches: Arc<Mutex<Vec<Batch>>>,
+    /// The prefixes of the pages that were asked for.
+    pub(super) pages: Arc<Mutex<Vec<String>>>,
     /// The next batch does.
     pub(super) panics: Arc<AtomicBool>,
     /// The first attempt at the next batch stalls on its way, and the batch is repeated.
@@ -49,6 +51,7 @@ impl Gated {
             store: EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder"),
             gate: Arc::new(Semaphore::new(1)),
             batches: Arc::default(),
+            pages: Arc::default(),
             panics: Arc::default(),
             stalls: Arc::default(),
             stalled: Arc::default(),
@@ -59,7 +62,10 @@ impl Gated {
 
     /// An engine over it, with room for so many commands.
     pub(super) fn engine(&self, queued_commands: usize) -> Lessor<Self> {
-        let bounds = Bounds { call: PATIENCE, queued_commands, ..Bounds::default() };
+        self.engine_within(Bounds { call: PATIENCE, queued_commands, ..Bounds::default() })
+    }
+
+    pub(super) fn engine_within(&self, bounds: Bounds) -> Lessor<Self> {
         let (draining, tasks) = (CancellationToken::new(), TaskTracker::new());
         Lessor::start(self.clone(), bounds, draining, &mut Meter::default(), &tasks)
     }
@@ -111,6 +117,8 @@ impl Store for Gated {
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
+        self.pages.lock().expect("pages").push(query.prefix.clone());
+        let _permit = self.gate.acquire().await.expect("a gate");
         self.store.list(query).await
     }
 
