@@ -151,7 +151,7 @@ impl Client {
     /// ```
     pub async fn touch(&self, key: &str, id: LeaseId) -> Result<Duration, Error> {
         let lease = LeaseRef { key: key.to_owned(), lease_id: id.reveal() };
-        Ok(span(self.shared.touch(lease).await?.body.remaining))
+        Ok(span(touch(&self.shared.endpoints, lease).await?.body.remaining))
     }
 
     /// Gives back a lease that no guard keeps alive.
@@ -269,10 +269,10 @@ impl Client {
         background.reopen();
     }
 
-    /// Gives a lease back without anybody waiting, for as long as it may last.
-    pub(crate) fn release_in_background(&self, lease: LeaseRef, ttl: Duration, acquired: Acquired) {
+    /// Gives a lease back without anybody waiting, for as long as it may stand in the way.
+    pub(crate) fn release_in_background(&self, lease: LeaseRef, lasts: Duration, acquired: Acquired) {
         let shared = Arc::clone(&self.shared);
-        let patience = ttl.min(LONGEST_RELEASE);
+        let patience = lasts.min(LONGEST_RELEASE);
         let release = async move {
             let Ok(_turn) = shared.releases.acquire().await else { return };
             while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone(), acquired).await {
@@ -306,15 +306,16 @@ pub(crate) enum Acquired {
     Unanswered,
 }
 
-impl Shared {
-    pub(crate) async fn touch(&self, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
-        let request = TouchRequest { lease: Some(lease) };
-        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
-            LeaseServiceClient::new(channel).touch(request).await
-        });
-        call.await
-    }
+/// Touches a lease by a call of its own.
+pub(crate) async fn touch(endpoints: &Endpoints, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
+    let request = TouchRequest { lease: Some(lease) };
+    let call = endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
+        LeaseServiceClient::new(channel).touch(request).await
+    });
+    call.await
+}
 
+impl Shared {
     pub(crate) async fn release(&self, lease: LeaseRef, acquired: Acquired) -> Result<(), Error> {
         let request = ReleaseRequest { lease: Some(lease) };
         let call = self.endpoints.call(Purpose::Upkeep, request, |channel, mut request| async move {

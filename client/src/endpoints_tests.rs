@@ -400,6 +400,9 @@ async fn a_wait_without_end_is_one_call_after_the_other() {
         assert_eq!(peer.shared.waiting.load(Ordering::Relaxed), 2, "call {calls} overlaps the one before it");
     }
     assert!(peer.attempts("release").is_empty());
+    // Each but the first repeats what the one before it asked for.
+    let expected = [None, Some("1"), Some("2"), Some("3")].map(|before| before.map(str::to_owned));
+    assert_eq!(peer.attempts("acquire"), expected);
 }
 
 /// The first of two tries may have been granted, whatever the second one is told.
@@ -426,6 +429,38 @@ async fn a_refusal_settles_an_acquire_only_if_that_was_sent_once() {
     peer.be(Manner::Up);
     client.settle().await;
     assert_eq!(peer.attempts("release"), [Some("1".to_owned())]);
+}
+
+/// The place in line lasts for a while without its caller, and the lease may be granted meanwhile.
+#[tokio::test(start_paused = true)]
+async fn an_acquire_that_waited_is_given_back_for_longer_than_its_ttl() {
+    let peer = Peer::numbered(0);
+    let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
+    let ttl = Duration::from_secs(2);
+    let acquire = client.acquire("key").ttl(ttl).wait(Duration::from_secs(600)).into_future();
+    timeout(Duration::from_secs(60), acquire).await.expect_err("it waits");
+    peer.be(Manner::Down);
+    sleep(ttl + Duration::from_secs(15)).await;
+    let before = peer.attempts("release").len();
+    peer.be(Manner::Up);
+    client.settle().await;
+    assert_eq!(peer.attempts("release").len(), before + 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_never_asked_for_is_not_given_back() {
+    let peers = peers(2);
+    let client = Peer::client(&peers, TIMEOUT);
+    peers.iter().for_each(|peer| peer.be(Manner::Down));
+    let failed = client.acquire("key").await;
+    assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
+    assert!(
+        peers.iter().all(|peer| peer.attempts("acquire").is_empty()),
+        "neither was known to be one of ours"
+    );
+    peers.iter().for_each(|peer| peer.be(Manner::Up));
+    client.settle().await;
+    assert!(peers.iter().all(|peer| peer.attempts("release").is_empty()));
 }
 
 #[test]
