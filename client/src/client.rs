@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::acquire::Acquire;
 use crate::builder::Builder;
 use crate::daemon::Purpose;
-use crate::endpoints::{Answer, Endpoints, PREVIOUS_ATTEMPTS};
+use crate::endpoints::{Answer, Endpoints, PREVIOUS_ATTEMPTS, Pauses};
 use crate::error::Error;
 use crate::holdings::{Holdings, watch_deadlines};
 use crate::id::LeaseId;
@@ -275,8 +275,10 @@ impl Client {
         let patience = lasts.min(LONGEST_RELEASE);
         let release = async move {
             let Ok(_turn) = shared.releases.acquire().await else { return };
+            let mut pauses = Pauses::default();
             while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone(), acquired).await {
                 tracing::debug!(key = lease.key, cause, "a lease could not be given back yet");
+                sleep(pauses.next(1, None)).await;
             }
         };
         self.shared

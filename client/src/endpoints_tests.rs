@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::Ipv6Addr;
 
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
-use leased_proto::v1::{AcquireRequest, GetRequest, ReleaseRequest};
+use leased_proto::v1::{AcquireRequest, GetRequest, LeaseRef, ReleaseRequest};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
@@ -461,6 +461,28 @@ async fn what_was_never_asked_for_is_not_given_back() {
     peers.iter().for_each(|peer| peer.be(Manner::Up));
     client.settle().await;
     assert!(peers.iter().all(|peer| peer.attempts("release").is_empty()));
+}
+
+#[tokio::test]
+async fn a_lease_that_cannot_be_given_back_yet_is_not_tried_without_a_pause() {
+    let peer = Peer::numbered(0);
+    // Shorter than the first pause between two tries of one call, so that each call is one try.
+    let client = Peer::client(std::slice::from_ref(&peer), FIRST_PAUSE / 2);
+    peer.be(Manner::Down);
+    let lease = LeaseRef { key: "key".to_owned(), lease_id: String::new() };
+    let start = Instant::now();
+    client.release_in_background(lease, Duration::from_secs(60), crate::client::Acquired::Known);
+    while peer.attempts("release").len() < 4 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    // Three pauses, each twice as long as the one before and shorter by a quarter at most.
+    assert!(start.elapsed() >= FIRST_PAUSE * 7 * 3 / 4, "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_timeout_of_zero_is_refused() {
+    let builder = crate::Client::builder().timeout(Duration::ZERO).endpoint(crate::DEFAULT_ENDPOINT).unwrap();
+    assert!(matches!(builder.connect_lazily(), Err(Error::Invalid(_))));
 }
 
 #[test]

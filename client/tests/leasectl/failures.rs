@@ -62,6 +62,7 @@ fn wrong_usage_is_2() {
         (&["touch", "a/key"], "ID"),
         (&["touch", "a/key", "nonsense"], "UUID"),
         (&["--endpoint=nonsense", "ls"], "endpoint"),
+        (&["--timeout=0", "ls"], "--timeout"),
         (&["--output=xml", "ls"], "--output"),
     ] {
         assert_says(&daemon.end(arguments), 2, &[named]);
