@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::net::Ipv6Addr;
 
+use futures_util::StreamExt;
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::{AcquireRequest, GetRequest, LeaseRef, ReleaseRequest};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
+use crate::WatchEvent;
 use crate::peer::{Manner, Peer};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -483,6 +485,30 @@ async fn a_lease_that_cannot_be_given_back_yet_is_not_tried_without_a_pause() {
 async fn a_timeout_of_zero_is_refused() {
     let builder = crate::Client::builder().timeout(Duration::ZERO).endpoint(crate::DEFAULT_ENDPOINT).unwrap();
     assert!(matches!(builder.connect_lazily(), Err(Error::Invalid(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_passes_over_a_daemon_of_another_store() {
+    let peers = peers(2);
+    peers.iter().zip(STORES).for_each(|(peer, store)| peer.serve_store(store));
+    let client = Peer::client(&peers, TIMEOUT);
+    let [ours, other] = in_turn(&client.shared().endpoints, &peers);
+    other.be(Manner::Down);
+    client.get("key").await.unwrap();
+    ours.be(Manner::Down);
+    other.be(Manner::Up);
+    let mut events = client.watch("").stream();
+    let up = async {
+        while other.attempts("watch").is_empty() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        ours.be(Manner::Up);
+    };
+    let told = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
+    let (told, ()) = tokio::join!(told, up);
+    assert!(matches!(&told[0], WatchEvent::Interrupted { .. }), "{told:?}");
+    assert_eq!(told[1], WatchEvent::SnapshotEnd);
+    assert_eq!(other.attempts("watch").len(), 1);
 }
 
 #[test]
