@@ -220,7 +220,8 @@ impl Client {
     /// Takes the lease of `key` with this token away from its holder, or from every holder if there is no token, and returns
     /// how many were taken: those of which a daemon said so. `reason` goes to the daemon's log.
     ///
-    /// A lease granted later is not meant, even if the call has to be repeated because its answer was lost.
+    /// A block that a [`min_hold`](Acquire::min_hold) has left ends as well, and counts as one: without a token, or with that of
+    /// the latest grant. A lease granted later is not meant, even if the call has to be repeated because its answer was lost.
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unavailable`]. Part of several leases may have been taken then.
@@ -236,7 +237,11 @@ impl Client {
             Some(token) => vec![token],
             // A call that means whoever holds could not be repeated: it would meet the next holder.
             None => match self.get(key).await {
-                Ok(info) => info.holders.iter().map(|holder| holder.token).collect(),
+                // The block goes last: it is named by the token of the latest grant, once nobody holds that.
+                Ok(info) => {
+                    let block = info.blocked_until.map(|_| info.token);
+                    info.holders.iter().map(|holder| holder.token).chain(block).collect()
+                }
                 Err(Error::KeyUnknown) => Vec::new(),
                 Err(error) => return Err(error),
             },

@@ -138,6 +138,30 @@ fn an_operator_takes_a_lease_away() {
 }
 
 #[test]
+fn a_revocation_without_a_token_ends_the_block_as_well() {
+    let daemon = Daemon::start();
+    let revoke = |key: &str| daemon.json(&["revoke", key, "--reason=test"])["revoked"].clone();
+    assert_eq!(daemon.end(&["run", "a/key", "--min-hold=1h", "--", "true"]).code, Some(0));
+    assert!(daemon.json(&["get", "a/key"])["blocked_until"].is_string());
+    assert_eq!(revoke("a/key"), 1);
+    assert!(daemon.json(&["get", "a/key"])["blocked_until"].is_null());
+    daemon.json(&["acquire", "a/key", "--wait=0"]);
+
+    // One holds still, and another has left a block, in either order of their grants.
+    let run = ["run", "b/key", "--shared", "--min-hold=1h", "--", "true"];
+    daemon.json(&["acquire", "b/key", "--shared"]);
+    assert_eq!(daemon.end(&run).code, Some(0));
+    assert_eq!(revoke("b/key"), 2);
+    daemon.json(&["acquire", "b/key", "--wait=0"]);
+
+    let early = daemon.json(&["acquire", "c/key", "--shared", "--min-hold=1h"]);
+    daemon.json(&["acquire", "c/key", "--shared"]);
+    daemon.json(&["release", "c/key", early["lease_id"].as_str().unwrap()]);
+    assert_eq!(revoke("c/key"), 2);
+    daemon.json(&["acquire", "c/key", "--wait=0"]);
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let daemon = Daemon::start();
     for number in 0..3 {
