@@ -32,6 +32,12 @@ fn held_by_another_is_75_and_names_the_holder() {
     let held = daemon.end(&["run", "b/key", "--min-hold=60s", "--", "true"]);
     assert_eq!(held.code, Some(0), "{held:?}");
     assert_says(&daemon.end(&["acquire", "b/key", "--wait=0"]), 75, &["blocked", "--min-hold"]);
+
+    daemon.json(&["acquire", "c/key", "--shared"]);
+    let mut second = daemon.leasectl(&["acquire", "c/key", "--owner=second"]);
+    let _second = Process::spawn(second.stdout(Stdio::null()));
+    daemon.until_key("c/key", |key| !key["waiters"].as_array().unwrap().is_empty());
+    assert_says(&daemon.end(&["acquire", "c/key", "--shared", "--wait=0"]), 75, &["second came before"]);
 }
 
 /// The first signal leaves the line, which no daemon can be told.
