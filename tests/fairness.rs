@@ -75,7 +75,7 @@ async fn hold(client: &mut Leases, key: &str) -> LeaseRef {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ids_that_nobody_knows_on_one_key_delay_no_honest_touch(#[values(Embedded, MongoDb)] home: Home) {
+async fn ids_that_nobody_knows_on_one_key_fail_no_honest_touch(#[values(Embedded, MongoDb)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let (same, other) = (hold(&mut client, "crowded").await, hold(&mut client, "other").await);
@@ -86,7 +86,7 @@ async fn ids_that_nobody_knows_on_one_key_delay_no_honest_touch(#[values(Embedde
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_of_many_keys_delay_no_honest_touch(#[values(Embedded, MongoDb)] home: Home) {
+async fn streams_of_many_keys_fail_no_honest_touch(#[values(Embedded, MongoDb)] home: Home) {
     let daemon = Daemon::start(home).await;
     let mut client = daemon.client().await;
     let other = hold(&mut client, "other").await;

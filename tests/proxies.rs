@@ -1,4 +1,4 @@
-//! leased behind proxies, with the configurations that docs/proxies.md shows.
+//! leased behind proxies, with the configurations that docs/proxies.md shows but for ports and folders.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -6,8 +6,9 @@ use std::process::{Child, Command, Stdio};
 
 use leased_client::v1::keep_alive_result::Outcome;
 use leased_client::v1::lease_service_client::LeaseServiceClient;
+use rstest::rstest;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep;
 use tonic::transport::Endpoint;
 use uuid::Uuid;
@@ -71,7 +72,7 @@ struct Running {
 }
 
 impl Running {
-    /// Before the daemon, with the configuration of the page.
+    /// Before the daemon, with the configuration of the page but for ports and folders.
     async fn start(proxy: Proxy, daemon: &Daemon) -> Self {
         let page = std::fs::read_to_string(tools::root().join("docs/proxies.md")).unwrap();
         let block =
@@ -110,6 +111,33 @@ impl Drop for Running {
 #[tokio::test]
 async fn a_long_wait_and_a_long_stream_pass_each_proxy() {
     tokio::join!(passes(Nginx), passes(Haproxy), passes(Envoy));
+}
+
+/// More than nginx and envoy let through by default: 512 connections and 1,024 calls.
+#[rstest]
+#[case::nginx(Nginx, 3)]
+#[case::haproxy(Haproxy, 6)]
+#[case::envoy(Envoy, 6)]
+#[tokio::test]
+async fn many_calls_that_wait_pass_each_proxy(#[case] proxy: Proxy, #[case] connections: usize) {
+    const CALLS: usize = 200;
+    let daemon = Daemon::start(Embedded).await;
+    let running = Running::start(proxy, &daemon).await;
+    let mut direct = daemon.client().await;
+    let mut waiting = JoinSet::new();
+    for number in 0..connections {
+        let key = format!("job/{number}");
+        direct.get_lease(ask(&key).ttl(secs(600))).await.unwrap();
+        let client = running.client().await;
+        for _ in 0..CALLS {
+            let (mut client, asked) = (client.clone(), ask(&key).wait(secs(600)));
+            waiting.spawn(async move { client.get_lease(asked).await });
+        }
+        tokio::select! {
+            () = line_of(&mut direct, &key, CALLS) => {}
+            Some(ended) = waiting.join_next() => panic!("{:?}", ended.unwrap()),
+        }
+    }
 }
 
 /// A wait longer than the minute after which nginx gives up by default, and a stream of more than a megabyte that then says

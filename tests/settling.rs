@@ -13,8 +13,8 @@ use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, eventually, line_of, ms,
-    named, refusal, secs,
+    Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, eventually, line_of, named,
+    refusal, secs,
 };
 
 /// A call that waits with an id of its own, and stands in line alone when this returns.
@@ -147,14 +147,16 @@ async fn releases_of_many_that_share_a_key_are_all_answered_when_the_first_reply
     let fail = |times: i32, data| doc! { "configureFailPoint": "failCommand", "mode": { "times": times }, "data": data };
     // While one edit is under way the others gather for the next.
     let block = doc! { "failCommands": ["findAndModify"], "blockConnection": true, "blockTimeMS": 500 };
-    admin.run_command(fail(1, block)).await.unwrap();
+    let before = admin.run_command(fail(1, block)).await.unwrap().get_i32("count").unwrap();
     let mut releases = JoinSet::new();
     let mut release = |lease| {
         let mut client = client.clone();
         releases.spawn(async move { client.give_back(&lease).await })
     };
     release(leases.pop().unwrap());
-    tokio::time::sleep(ms(100)).await;
+    let is_blocked =
+        doc! { "waitForFailPoint": "failCommand", "timesEntered": before + 1, "maxTimeMS": 60_000 };
+    admin.run_command(is_blocked).await.unwrap();
     let error = doc! { "code": 64, "errmsg": "waiting for replication timed out" };
     let lose = doc! { "failCommands": ["findAndModify"], "writeConcernError": error };
     admin.run_command(fail(1, lose)).await.unwrap();

@@ -14,10 +14,11 @@ use leased_proto::v1::{AcquireRequest, AcquireResponse, LeaseRef, Mode};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
+use crate::DEFAULT_TTL;
 use crate::belief::{deadline, largest_margin, margin};
-use crate::client::{Acquired, Client, MAX_LEASES};
+use crate::client::{Acquired, Client, MAX_LEASES, touch};
 use crate::daemon::Purpose;
-use crate::endpoints::Answer;
+use crate::endpoints::{Answer, PREVIOUS_ATTEMPTS};
 use crate::error::Error;
 use crate::holding::Holding;
 use crate::info::span;
@@ -29,11 +30,14 @@ use crate::token::FencingToken;
 const LONGEST_CALL: Duration = Duration::from_secs(3600);
 /// How long before its end the next call begins.
 const OVERLAP: Duration = Duration::from_secs(30);
+/// How long after its last word a waiter may still be granted the key: its daemon notices that the connection is silent, or is gone
+/// itself and the place in line runs out after 15 s.
+const PLACE: Duration = Duration::from_secs(20);
 
 /// A wish for a lease; await it to have it.
 ///
-/// Without [`wait`](Self::wait) it is tried once. Dropping the future part-way leaves no lease and no place in line behind, at
-/// the latest when the TTL is over.
+/// Without [`wait`](Self::wait) it is tried once. When the future is dropped part-way, the lease or the place in line is given
+/// back in the background. If no daemon can be told, a place in line lasts for some 15 s, and a lease for its TTL.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -107,7 +111,8 @@ impl Acquire {
     /// Stands in line for as long as it takes, through daemons that restart or are away.
     ///
     /// A daemon ends a call after an hour. The next one, with the same lease id, begins half a minute before that and keeps the
-    /// place, if the same daemon is asked; at another one it may end up at the end of the line. A daemon whose `--max-wait` is less than an hour refuses these calls with [`Error::Invalid`].
+    /// place, if the same daemon is asked; at another one it may end up at the end of the line. A daemon whose `--max-wait` is less
+    /// than an hour refuses these calls with [`Error::Invalid`].
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -237,8 +242,11 @@ impl Acquire {
         let id = Uuid::new_v4();
         self.request.lease_id = id.to_string();
         let lease = LeaseRef { key: self.request.key.clone(), lease_id: self.request.lease_id.clone() };
-        let mut unknown = Unknown { client: &self.client, lease: Some(lease), ttl: self.ttl };
-        let (response, deadline) = self.granted(&mut unknown, until).await.inspect_err(|error| {
+        let sends = AtomicUsize::new(0);
+        let place = if self.wait == Some(Duration::ZERO) { Duration::ZERO } else { PLACE };
+        let lasts = self.ttl.unwrap_or(DEFAULT_TTL).saturating_add(place);
+        let mut unknown = Unknown { client: &self.client, lease: Some(lease), lasts, sends: Some(&sends) };
+        let (response, deadline) = self.granted(&mut unknown, &sends, until).await.inspect_err(|error| {
             // The daemon says that there is no lease.
             if matches!(error, Error::Lost(_)) {
                 unknown.lease = None;
@@ -254,12 +262,12 @@ impl Acquire {
     async fn granted(
         &self,
         unknown: &mut Unknown<'_>,
+        sends: &AtomicUsize,
         until: Option<Instant>,
     ) -> Result<(AcquireResponse, Moment), Error> {
-        let sends = AtomicUsize::new(0);
         let answer = match until {
-            Some(until) => self.ask(until, &sends).await,
-            None => self.ask_for_ever(&sends).await,
+            Some(until) => self.ask(until, sends).await,
+            None => self.ask_for_ever(sends).await,
         };
         let Answer { body: response, sent_at } = answer.inspect_err(|error| {
             // What is refused leaves nothing behind; but one that was sent before may have been granted, or be so yet.
@@ -268,7 +276,7 @@ impl Acquire {
             }
         })?;
         let (ttl, margin) = self.times(&response);
-        unknown.ttl = Some(ttl);
+        unknown.lasts = ttl;
         self.check_margin(ttl)?;
         // Daemons of an earlier version do not say how much is left.
         let lasts = response.remaining.map_or(ttl, |remaining| span(Some(remaining)).min(ttl));
@@ -276,7 +284,7 @@ impl Acquire {
         // A grant that is half over would be due at once.
         if response.waited || deadline(sent_at, lasts, Duration::ZERO).remaining() < ttl / 2 {
             let lease = response.lease.clone().unwrap_or_default();
-            let Answer { body: touched, sent_at } = self.client.shared().touch(lease).await?;
+            let Answer { body: touched, sent_at } = touch(&self.client.shared().endpoints, lease).await?;
             believed_until = deadline(sent_at, span(touched.remaining), margin);
         }
         Ok((response, believed_until))
@@ -287,7 +295,11 @@ impl Acquire {
         let endpoints = &self.client.shared().endpoints;
         let purpose = if self.wait == Some(Duration::ZERO) { Purpose::Calls } else { Purpose::Waits };
         let call = endpoints.call_waiting(purpose, until, self.request.clone(), |channel, mut request| {
-            sends.fetch_add(1, Ordering::Relaxed);
+            // Also those that belong to another call with the same id.
+            let before = sends.fetch_add(1, Ordering::Relaxed);
+            if before > 0 {
+                request.metadata_mut().insert(PREVIOUS_ATTEMPTS, before.into());
+            }
             request.get_mut().wait = until.saturating_duration_since(Instant::now()).try_into().ok();
             async move { LeaseServiceClient::new(channel).acquire(request).await }
         });
@@ -341,14 +353,22 @@ impl IntoFuture for Acquire {
 pub(crate) struct Unknown<'a> {
     pub(crate) client: &'a Client,
     pub(crate) lease: Option<LeaseRef>,
-    pub(crate) ttl: Option<Duration>,
+    /// How long it may stand in the way of others.
+    pub(crate) lasts: Duration,
+    /// How often it was asked for; `None` if it is known to have been granted.
+    pub(crate) sends: Option<&'a AtomicUsize>,
 }
 
 impl Drop for Unknown<'_> {
     fn drop(&mut self) {
+        let acquired = match self.sends.map(|sends| sends.load(Ordering::Relaxed)) {
+            // No daemon has ever heard of it.
+            Some(0) => return,
+            Some(_) => Acquired::Unanswered,
+            None => Acquired::Known,
+        };
         if let Some(lease) = self.lease.take() {
-            let ttl = self.ttl.unwrap_or(crate::DEFAULT_TTL);
-            self.client.release_in_background(lease, ttl, Acquired::Unanswered);
+            self.client.release_in_background(lease, self.lasts, acquired);
         }
     }
 }

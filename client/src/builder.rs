@@ -133,7 +133,8 @@ impl Builder {
         self
     }
 
-    /// How long a call may take, with all its repetitions, beyond the time it waits in line; 5 s if not given.
+    /// How long a call may take, with all its repetitions, beyond the time it waits in line: more than nothing, and 5 s if not
+    /// given.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -149,8 +150,8 @@ impl Builder {
     /// The client, once a daemon has answered.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without an endpoint, [`Error::NotLeased`] if something else answers at all of them,
-    /// [`Error::DifferentStores`] if they do not belong together, and [`Error::Unavailable`] if nobody answers in time.
+    /// [`Error::Invalid`] without an endpoint or with a timeout of zero, [`Error::NotLeased`] if something else answers at all of
+    /// them, [`Error::DifferentStores`] if they do not belong together, and [`Error::Unavailable`] if nobody answers in time.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -167,7 +168,7 @@ impl Builder {
     /// The client at once: its first call connects. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without an endpoint.
+    /// [`Error::Invalid`] without an endpoint or with a timeout of zero.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -179,6 +180,10 @@ impl Builder {
     pub fn connect_lazily(self) -> Result<Client, Error> {
         if self.sources.is_empty() {
             return Err(Error::Invalid("a client needs an endpoint".to_owned()));
+        }
+        if self.timeout.is_zero() {
+            let wrong = "a timeout of zero leaves no time for an answer; give a longer one";
+            return Err(Error::Invalid(wrong.to_owned()));
         }
         let owner = self.owner.unwrap_or_else(default_owner);
         Ok(Client::start(Endpoints::new(self.sources, self.timeout), owner))

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::acquire::Acquire;
 use crate::builder::Builder;
 use crate::daemon::Purpose;
-use crate::endpoints::{Answer, Endpoints, PREVIOUS_ATTEMPTS};
+use crate::endpoints::{Answer, Endpoints, PREVIOUS_ATTEMPTS, Pauses};
 use crate::error::Error;
 use crate::holdings::{Holdings, watch_deadlines};
 use crate::id::LeaseId;
@@ -151,7 +151,7 @@ impl Client {
     /// ```
     pub async fn touch(&self, key: &str, id: LeaseId) -> Result<Duration, Error> {
         let lease = LeaseRef { key: key.to_owned(), lease_id: id.reveal() };
-        Ok(span(self.shared.touch(lease).await?.body.remaining))
+        Ok(span(touch(&self.shared.endpoints, lease).await?.body.remaining))
     }
 
     /// Gives back a lease that no guard keeps alive.
@@ -220,7 +220,8 @@ impl Client {
     /// Takes the lease of `key` with this token away from its holder, or from every holder if there is no token, and returns
     /// how many were taken: those of which a daemon said so. `reason` goes to the daemon's log.
     ///
-    /// A lease granted later is not meant, even if the call has to be repeated because its answer was lost.
+    /// A block that a [`min_hold`](Acquire::min_hold) has left ends as well, and counts as one: without a token, or with that of
+    /// the latest grant. A lease granted later is not meant, even if the call has to be repeated because its answer was lost.
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unavailable`]. Part of several leases may have been taken then.
@@ -236,7 +237,11 @@ impl Client {
             Some(token) => vec![token],
             // A call that means whoever holds could not be repeated: it would meet the next holder.
             None => match self.get(key).await {
-                Ok(info) => info.holders.iter().map(|holder| holder.token).collect(),
+                // The block goes last: it is named by the token of the latest grant, once nobody holds that.
+                Ok(info) => {
+                    let block = info.blocked_until.map(|_| info.token);
+                    info.holders.iter().map(|holder| holder.token).chain(block).collect()
+                }
                 Err(Error::KeyUnknown) => Vec::new(),
                 Err(error) => return Err(error),
             },
@@ -269,14 +274,16 @@ impl Client {
         background.reopen();
     }
 
-    /// Gives a lease back without anybody waiting, for as long as it may last.
-    pub(crate) fn release_in_background(&self, lease: LeaseRef, ttl: Duration, acquired: Acquired) {
+    /// Gives a lease back without anybody waiting, for as long as it may stand in the way.
+    pub(crate) fn release_in_background(&self, lease: LeaseRef, lasts: Duration, acquired: Acquired) {
         let shared = Arc::clone(&self.shared);
-        let patience = ttl.min(LONGEST_RELEASE);
+        let patience = lasts.min(LONGEST_RELEASE);
         let release = async move {
             let Ok(_turn) = shared.releases.acquire().await else { return };
+            let mut pauses = Pauses::default();
             while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone(), acquired).await {
                 tracing::debug!(key = lease.key, cause, "a lease could not be given back yet");
+                sleep(pauses.next(1, None)).await;
             }
         };
         self.shared
@@ -306,15 +313,16 @@ pub(crate) enum Acquired {
     Unanswered,
 }
 
-impl Shared {
-    pub(crate) async fn touch(&self, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
-        let request = TouchRequest { lease: Some(lease) };
-        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
-            LeaseServiceClient::new(channel).touch(request).await
-        });
-        call.await
-    }
+/// Touches a lease by a call of its own.
+pub(crate) async fn touch(endpoints: &Endpoints, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
+    let request = TouchRequest { lease: Some(lease) };
+    let call = endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
+        LeaseServiceClient::new(channel).touch(request).await
+    });
+    call.await
+}
 
+impl Shared {
     pub(crate) async fn release(&self, lease: LeaseRef, acquired: Acquired) -> Result<(), Error> {
         let request = ReleaseRequest { lease: Some(lease) };
         let call = self.endpoints.call(Purpose::Upkeep, request, |channel, mut request| async move {

@@ -83,19 +83,31 @@ impl Daemon {
 
     /// A connection with room for one more call; a new one if there is none.
     pub(crate) fn slot(self: &Arc<Self>, purpose: Purpose) -> Slot {
+        if let Some(slot) = self.free(&mut self.inner(), purpose) {
+            return slot;
+        }
+        // Without the lock: this may be a user's code, which takes as long as it likes.
+        let channel = (self.dial)();
         let mut inner = self.inner();
-        let free = |connection: &&mut Connection| connection.uses < CALLS;
-        // The first with room, so that the last ones fall idle.
-        if let Some(connection) = inner.connections[purpose as usize].iter_mut().find(free) {
-            connection.uses += 1;
-            let (channel, number) = (connection.channel.clone(), connection.number);
-            return Slot { daemon: Arc::clone(self), channel, purpose, number };
+        // Somebody else may have been faster.
+        if let Some(slot) = self.free(&mut inner, purpose) {
+            return slot;
         }
         inner.made += 1;
-        let (channel, number) = ((self.dial)(), inner.made);
+        let number = inner.made;
         let connection = Connection { number, channel: channel.clone(), uses: 1, idle_since: Instant::now() };
         inner.connections[purpose as usize].push(connection);
         Slot { daemon: Arc::clone(self), channel, purpose, number }
+    }
+
+    /// A connection that is there and has room for one more call.
+    fn free(self: &Arc<Self>, inner: &mut Inner, purpose: Purpose) -> Option<Slot> {
+        // The first with room, so that the last ones fall idle.
+        let connection =
+            inner.connections[purpose as usize].iter_mut().find(|connection| connection.uses < CALLS)?;
+        connection.uses += 1;
+        let (channel, number) = (connection.channel.clone(), connection.number);
+        Some(Slot { daemon: Arc::clone(self), channel, purpose, number })
     }
 
     /// Closes connections that nobody has used for a while. The daemon that is asked first keeps one for upkeep and one for calls.
@@ -180,5 +192,32 @@ impl Drop for Slot {
 impl fmt::Debug for Daemon {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Daemon").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
+mod tests {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tonic::transport::Endpoint;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_connection_that_is_being_made() {
+        let dialled: Arc<OnceLock<Arc<Daemon>>> = Arc::default();
+        let calls = Arc::new(AtomicUsize::new(0));
+        let (daemon, count) = (Arc::clone(&dialled), Arc::clone(&calls));
+        let dial = move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            assert!(daemon.get().unwrap().inner.try_lock().is_ok(), "others use its connections meanwhile");
+            Endpoint::from_static("http://127.0.0.1:1").connect_lazy()
+        };
+        let daemon = dialled.get_or_init(|| Arc::new(Daemon::new("one".to_owned(), 0, Arc::new(dial))));
+        let slots: Vec<Slot> = (0..=CALLS).map(|_| daemon.slot(Purpose::Calls)).collect();
+        assert_eq!((daemon.count(Purpose::Calls), calls.load(Ordering::Relaxed)), (2, 2));
+        drop(slots);
     }
 }

@@ -4,6 +4,7 @@
 //! among all daemons, by chance: it asks the first, turns to the next when that fails, and comes back to the first after some
 //! minutes, so that the clients of a fleet are spread over all daemons again after any of them has been away.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,6 +63,34 @@ pub(crate) struct Answer<T> {
     pub(crate) sent_at: Moment,
 }
 
+/// How a try failed that another one may follow.
+#[derive(Debug, Default)]
+struct Failed {
+    /// What was wrong, unless nobody said anything in time.
+    cause: Option<String>,
+    /// What a daemon said, if one did.
+    source: Option<Status>,
+    /// The pause that it asked for.
+    asked: Option<Duration>,
+}
+
+impl Failed {
+    /// Of a try that `status` is the end of.
+    fn at(failure: Failure, status: Status) -> Self {
+        let (cause, asked) = match failure {
+            Failure::Useless(error) | Failure::Final(error) => (error.to_string(), None),
+            Failure::Passing(asked) => (cause(&status), asked),
+        };
+        Self { cause: Some(cause), source: Some(status), asked }
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { cause: Some(error.to_string()), ..Self::default() }
+    }
+}
+
 /// All daemons that a client may ask, of which one is preferred until it fails.
 pub(crate) struct Endpoints {
     names: Vec<String>,
@@ -99,8 +128,8 @@ struct State {
     preferred: usize,
     /// The store that leases are from, and a daemon that has said so.
     store: Option<(String, String)>,
-    /// Why the last look-up of a name found nothing.
-    unknown_name: Option<String>,
+    /// A name whose last look-up found nothing, and why.
+    unknown_name: Option<(String, String)>,
 }
 
 impl Endpoints {
@@ -165,8 +194,10 @@ impl Endpoints {
     /// Why nobody has said anything.
     fn silence(&self) -> String {
         let state = self.state();
-        let unknown = state.unknown_name.clone().filter(|_| state.daemons.is_empty());
-        unknown.unwrap_or_else(|| "it does not answer in time".to_owned())
+        match &state.unknown_name {
+            Some((host, error)) if state.daemons.is_empty() => format!("{host}: {error}"),
+            _ => "it does not answer in time".to_owned(),
+        }
     }
 
     /// Whether this is the daemon to ask.
@@ -200,18 +231,21 @@ impl Endpoints {
 
     /// Turns to another daemon and another connection, unless this is an answer.
     pub(crate) fn turn_away(&self, slot: &Slot, failure: &Failure) {
-        match failure {
-            Failure::Final(_) => return,
-            Failure::Passing(_) => slot.daemon.unbar(),
-            Failure::Useless(error) => {
-                tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint is of no use");
-                slot.daemon.bar(error.clone());
-            }
+        if let Failure::Final(_) = failure {
+            return;
         }
         // It may be the connection; nobody knows. And whoever answers next may be another.
         slot.retire();
         slot.daemon.forget();
-        self.avoid(&slot.daemon);
+        if let Failure::Useless(error) = failure {
+            tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint is of no use");
+            // Only the daemon that is asked can be avoided, and one that is barred is not asked.
+            self.avoid(&slot.daemon);
+            slot.daemon.bar(error.clone());
+        } else {
+            slot.daemon.unbar();
+            self.avoid(&slot.daemon);
+        }
     }
 
     /// Sends `request` until someone answers or [`timeout`](Self::timeout) is over.
@@ -253,44 +287,39 @@ impl Endpoints {
             // A daemon that is silent leaves time for two others.
             let patience = self.timeout / u32::try_from(self.len().min(3)).unwrap_or(1);
             let late = after(Instant::now().max(until), patience).min(give_up);
-            let (cause, source, asked) = 'tried: {
-                let daemon = match timeout_at(late, self.prepared(purpose)).await {
-                    Ok(Ok(daemon)) => daemon,
-                    Ok(Err(cause)) => break 'tried (Some(cause), None, None),
-                    Err(_) => break 'tried (None, None, None),
-                };
-                let slot = daemon.slot(purpose);
-                let sent_at = Moment::now();
-                let sent = send(slot.channel.clone(), attempt(request.clone(), attempts));
-                attempts += 1;
-                match timeout_at(late, sent).await {
-                    Ok(Ok(response)) => match self.meet(&daemon, response.metadata()) {
-                        Ok(()) => return Ok(Answer { body: response.into_inner(), sent_at }),
-                        Err(error) => {
-                            let cause = error.to_string();
-                            self.turn_away(&slot, &Failure::Useless(error));
-                            (Some(cause), None, None)
+            // Nobody waits in line at a daemon that is not asked yet.
+            let soon = after(Instant::now(), patience).min(give_up);
+            let failed = match self.prepared(purpose, soon).await {
+                Ok(daemon) => {
+                    let slot = daemon.slot(purpose);
+                    let sent_at = Moment::now();
+                    let sent = send(slot.channel.clone(), attempt(request.clone(), attempts));
+                    attempts += 1;
+                    match timeout_at(late, sent).await {
+                        Ok(Ok(response)) => match self.meet_at(&slot, response.metadata()) {
+                            Ok(()) => return Ok(Answer { body: response.into_inner(), sent_at }),
+                            Err(error) => error.into(),
+                        },
+                        Ok(Err(status)) => match self.fail(&slot, &status) {
+                            Failure::Final(error) => return Err(error),
+                            failure => Failed::at(failure, status),
+                        },
+                        Err(_) => {
+                            self.turn_away(&slot, &Failure::Passing(None));
+                            Failed::default()
                         }
-                    },
-                    Ok(Err(status)) => match self.fail(&slot, &status) {
-                        Failure::Final(error) => return Err(error),
-                        Failure::Useless(error) => (Some(error.to_string()), Some(status), None),
-                        Failure::Passing(asked) => (Some(cause(&status)), Some(status), asked),
-                    },
-                    Err(_) => {
-                        self.turn_away(&slot, &Failure::Passing(None));
-                        (None, None, None)
                     }
                 }
+                Err(failed) => failed,
             };
-            tracing::debug!(cause, "a call failed");
-            if let Some(cause) = cause {
-                said = Some((cause, source));
+            tracing::debug!(cause = failed.cause, "a call failed");
+            if let Some(cause) = failed.cause {
+                said = Some((cause, failed.source));
             }
             if let Some(error) = self.useless() {
                 return Err(error);
             }
-            let pause = pauses.next(self.len(), asked);
+            let pause = pauses.next(self.len(), failed.asked);
             if after(Instant::now(), pause) >= give_up {
                 let (cause, source) = said.unwrap_or_else(|| (self.silence(), None));
                 let cause = self.with_barred(cause);
@@ -300,15 +329,19 @@ impl Endpoints {
         }
     }
 
-    /// The daemon to ask, if it is known not to serve another store than the others.
+    /// The daemon to ask, if it is known not to serve another store than the others. It has until `late` to say so.
     ///
     /// # Errors
     /// Why it is not asked.
-    async fn prepared(&self, purpose: Purpose) -> Result<Arc<Daemon>, String> {
-        let daemon = self.pick().await?;
+    async fn prepared(&self, purpose: Purpose, late: Instant) -> Result<Arc<Daemon>, Failed> {
+        let daemon = match timeout_at(late, self.pick()).await {
+            Ok(Ok(daemon)) => daemon,
+            Ok(Err(cause)) => return Err(Failed { cause: Some(cause), ..Failed::default() }),
+            Err(_) => return Err(Failed::default()),
+        };
         // Upkeep is about leases that another store does not have, and its answers tell whose they are.
         if purpose != Purpose::Upkeep && self.len() > 1 && !daemon.is_known() {
-            self.look(&daemon).await?;
+            self.look(&daemon, late).await?;
         }
         Ok(daemon)
     }
@@ -357,30 +390,35 @@ impl Endpoints {
         }
     }
 
+    /// Notes which store an answer at `slot` comes from, and turns to another daemon if it is another one.
+    ///
+    /// # Errors
+    /// [`Error::DifferentStores`].
+    pub(crate) fn meet_at(&self, slot: &Slot, answer: &MetadataMap) -> Result<(), Error> {
+        self.meet(&slot.daemon, answer)
+            .inspect_err(|error| self.turn_away(slot, &Failure::Useless(error.clone())))
+    }
+
     /// Asks all daemons once which store they serve, as far as they answer soon.
     ///
     /// # Errors
     /// [`Error::DifferentStores`] if two of them serve different ones.
     pub(crate) async fn compare(&self) -> Result<(), Error> {
-        let compare = async || {
-            let mut look_ups = self.look_ups.subscribe();
-            let _ = look_ups
-                .wait_for(|()| self.resolving.iter().all(|name| name.is_looked_up.load(Ordering::Relaxed)))
-                .await;
-            if self.len() > 1 {
-                join_all(self.all_but(Daemon::is_known).iter().map(|daemon| self.look(daemon))).await;
-            }
-        };
         let once = || async {
-            let _ = timeout(COMPARING, compare()).await;
+            let mut look_ups = self.look_ups.subscribe();
+            let looked_up = look_ups
+                .wait_for(|()| self.resolving.iter().all(|name| name.is_looked_up.load(Ordering::Relaxed)));
+            let _ = timeout(COMPARING, looked_up).await;
+            if self.len() > 1 {
+                self.look_at_all(self.all_but(Daemon::is_known)).await;
+            }
         };
         self.compared.get_or_init(once).await;
         if !self.is_mixed.load(Ordering::Relaxed) {
             return Ok(());
         }
         // The endpoint that was wrong may have been mended.
-        let daemons = self.all_but(|_| false);
-        let _ = timeout(COMPARING, join_all(daemons.iter().map(|daemon| self.look(daemon)))).await;
+        self.look_at_all(self.all_but(|_| false)).await;
         let mixed = self.mixed();
         self.is_mixed.store(mixed.is_some(), Ordering::Relaxed);
         mixed.map_or(Ok(()), Err)
@@ -395,30 +433,38 @@ impl Endpoints {
         self.compare().await
     }
 
-    /// Asks a daemon whether it serves, and notes what it says of itself.
+    /// Asks daemons all at once which store they serve.
+    async fn look_at_all(&self, daemons: Vec<Arc<Daemon>>) {
+        let late = Instant::now() + COMPARING;
+        join_all(daemons.iter().map(|daemon| self.look(daemon, late))).await;
+    }
+
+    /// Asks a daemon whether it serves, and notes what it says of itself. Turns to another one if it says nothing until `late`,
+    /// or for too long.
     ///
     /// # Errors
     /// Why it is not to be asked.
-    async fn look(&self, daemon: &Arc<Daemon>) -> Result<(), String> {
+    async fn look(&self, daemon: &Arc<Daemon>, late: Instant) -> Result<(), Failed> {
         let slot = daemon.slot(Purpose::Upkeep);
-        let failure = match timeout(LOOKING, health(slot.channel.clone())).await {
-            Ok(Ok(response)) => match self.meet(daemon, response.metadata()) {
-                Ok(()) => {
-                    daemon.unbar();
-                    return Ok(());
+        let late = late.min(Instant::now() + LOOKING);
+        match timeout_at(late, health(slot.channel.clone())).await {
+            Ok(Ok(response)) => {
+                self.meet_at(&slot, response.metadata())?;
+                daemon.unbar();
+                Ok(())
+            }
+            Ok(Err(status)) => {
+                let failure = self.fail(&slot, &status);
+                if let Failure::Final(_) = failure {
+                    // It is no answer to what was to be asked.
+                    self.turn_away(&slot, &Failure::Passing(None));
                 }
-                Err(error) => Failure::Useless(error),
-            },
-            Ok(Err(status)) => match self.fail(&slot, &status) {
-                Failure::Useless(error) | Failure::Final(error) => return Err(error.to_string()),
-                Failure::Passing(_) => return Err(cause(&status)),
-            },
-            Err(_) => Failure::Passing(None),
-        };
-        self.turn_away(&slot, &failure);
-        match failure {
-            Failure::Useless(error) | Failure::Final(error) => Err(error.to_string()),
-            Failure::Passing(_) => Err("it does not answer in time".to_owned()),
+                Err(Failed::at(failure, status))
+            }
+            Err(_) => {
+                self.turn_away(&slot, &Failure::Passing(None));
+                Err(Failed::default())
+            }
         }
     }
 
@@ -460,19 +506,27 @@ impl Endpoints {
         let mut failures = self.failures.subscribe();
         loop {
             failures.mark_unchanged();
-            match look_up(name.host.clone(), name.port).await {
-                Ok(addresses) => self.found(name, addresses),
-                // The addresses from before are the best there is.
-                Err(error) => {
-                    tracing::debug!(name = name.host, %error, "the name was not found");
-                    self.state().unknown_name = Some(format!("{}: {error}", name.host));
-                }
-            }
-            name.is_looked_up.store(true, Ordering::Relaxed);
-            self.look_ups.send_replace(());
+            self.looked_up(name, look_up(name.host.clone(), name.port).await);
             let _ = timeout(NAMES_LAST, failures.changed()).await;
             sleep(BETWEEN_LOOK_UPS).await;
         }
+    }
+
+    /// Takes in what a look-up has found.
+    fn looked_up(&self, name: &Resolving, found: io::Result<Vec<SocketAddr>>) {
+        match found {
+            Ok(addresses) => {
+                self.found(name, addresses);
+                self.state().unknown_name.take_if(|(host, _)| *host == name.host);
+            }
+            // The addresses from before are the best there is.
+            Err(error) => {
+                tracing::debug!(name = name.host, %error, "the name was not found");
+                self.state().unknown_name = Some((name.host.clone(), error.to_string()));
+            }
+        }
+        name.is_looked_up.store(true, Ordering::Relaxed);
+        self.look_ups.send_replace(());
     }
 
     /// Daemons at addresses that are new are added, those at addresses that are gone are not asked any more.
@@ -531,7 +585,7 @@ impl Endpoints {
                 state.daemons[..state.preferred.min(state.daemons.len())].to_vec()
             };
             for daemon in before {
-                if self.look(&daemon).await.is_ok() {
+                if self.look(&daemon, Instant::now() + LOOKING).await.is_ok() {
                     let mut state = self.state();
                     if let Some(position) = state.position(&daemon) {
                         state.preferred = position;

@@ -1,12 +1,15 @@
 //! Which daemon is asked, on a paused clock and over a network in memory.
 
 use std::collections::HashMap;
+use std::net::Ipv6Addr;
 
+use futures_util::StreamExt;
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
-use leased_proto::v1::{AcquireRequest, GetRequest, ReleaseRequest};
+use leased_proto::v1::{AcquireRequest, GetRequest, LeaseRef, ReleaseRequest};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
+use crate::WatchEvent;
 use crate::peer::{Manner, Peer};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -51,6 +54,13 @@ async fn stand_in_line(endpoints: &Endpoints) {
 /// Whom the client would ask.
 fn preferred(endpoints: &Endpoints) -> String {
     endpoints.state().pick().unwrap().name.clone()
+}
+
+/// The one that the client would ask, and another.
+fn in_turn<'a>(endpoints: &Endpoints, peers: &'a [Peer]) -> [&'a Peer; 2] {
+    let first = preferred(endpoints);
+    let (first, rest): (Vec<&Peer>, Vec<&Peer>) = peers.iter().partition(|peer| peer.name() == first);
+    [first[0], rest[0]]
 }
 
 #[test]
@@ -116,14 +126,45 @@ async fn a_daemon_that_is_silent_leaves_time_for_two_others() {
     let (endpoints, _task) = of(&peers);
     get(&endpoints).await.unwrap();
     for _ in 0..2 {
-        let silent = preferred(&endpoints);
-        peers
-            .iter()
-            .find(|peer| silent.ends_with(&peer.shared.number.to_string()))
-            .unwrap()
-            .be(Manner::Silent);
+        in_turn(&endpoints, &peers)[0].be(Manner::Silent);
         get(&endpoints).await.unwrap();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_is_silent_from_the_start_is_turned_away_from() {
+    let peers = peers(2);
+    let (endpoints, _task) = of(&peers);
+    in_turn(&endpoints, &peers)[0].be(Manner::Silent);
+    get(&endpoints).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_look_at_all_daemons_turns_away_from_one_that_is_silent() {
+    let peers = peers(2);
+    let (endpoints, _task) = of(&peers);
+    let [silent, other] = in_turn(&endpoints, &peers);
+    silent.be(Manner::Silent);
+    endpoints.compare().await.unwrap();
+    assert_eq!(preferred(&endpoints), other.name());
+    let start = Instant::now();
+    get(&endpoints).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+}
+
+/// It is looked at now and then, and asked nothing else.
+#[tokio::test(start_paused = true)]
+async fn somebody_else_who_was_found_out_is_not_tried_again_by_calls() {
+    let peers = peers(2);
+    let (endpoints, _task) = of(&peers);
+    let [stranger, other] = in_turn(&endpoints, &peers);
+    stranger.be(Manner::Stranger);
+    for _ in 0..10 {
+        release(&endpoints).await.unwrap();
+        sleep(Duration::from_secs(31)).await;
+    }
+    assert_eq!(stranger.attempts("release").len(), 1);
+    assert_eq!(other.attempts("release").len(), 10);
 }
 
 #[tokio::test(start_paused = true)]
@@ -353,8 +394,7 @@ async fn a_name_whose_look_up_fails_keeps_the_addresses_that_it_had() {
 #[tokio::test(start_paused = true)]
 async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {
     let peer = Peer::numbered(0);
-    let Reach::Dial(dial) = peer.source().reach else { panic!("a peer in memory") };
-    let client = crate::Client::builder().endpoint_with("daemon-0", move || dial()).connect_lazily().unwrap();
+    let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     let acquire = client.acquire("key").wait(Duration::from_secs(600)).into_future();
     timeout(Duration::from_secs(60), acquire).await.expect_err("it waits");
     client.settle().await;
@@ -365,12 +405,11 @@ async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {
     assert_eq!(peer.attempts("release")[1], None, "one that was granted");
 }
 
-/// The first call ends with its hour, and the one after it has begun by then.
+/// The first call ends with its hour, that the key is held, and the one after it has begun by then.
 #[tokio::test(start_paused = true)]
 async fn a_wait_without_end_is_one_call_after_the_other() {
     let peer = Peer::numbered(0);
-    let Reach::Dial(dial) = peer.source().reach else { panic!("a peer in memory") };
-    let client = crate::Client::builder().endpoint_with("daemon-0", move || dial()).connect_lazily().unwrap();
+    let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     let waits = client.acquire("key").wait_forever().into_future();
     tokio::pin!(waits);
     timeout(Duration::from_secs(10), &mut waits).await.expect_err("it waits");
@@ -379,14 +418,16 @@ async fn a_wait_without_end_is_one_call_after_the_other() {
         assert_eq!(peer.shared.waiting.load(Ordering::Relaxed), 2, "call {calls} overlaps the one before it");
     }
     assert!(peer.attempts("release").is_empty());
+    // Each but the first repeats what the one before it asked for.
+    let expected = [None, Some("1"), Some("2"), Some("3")].map(|before| before.map(str::to_owned));
+    assert_eq!(peer.attempts("acquire"), expected);
 }
 
 /// The first of two tries may have been granted, whatever the second one is told.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_settles_an_acquire_only_if_that_was_sent_once() {
     let peer = Peer::numbered(0);
-    let Reach::Dial(dial) = peer.source().reach else { panic!("a peer in memory") };
-    let client = crate::Client::builder().endpoint_with("daemon-0", move || dial()).connect_lazily().unwrap();
+    let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     peer.be(Manner::Full);
     assert!(matches!(client.acquire("key").await, Err(Error::QueueFull)));
     peer.be(Manner::Up);
@@ -406,4 +447,109 @@ async fn a_refusal_settles_an_acquire_only_if_that_was_sent_once() {
     peer.be(Manner::Up);
     client.settle().await;
     assert_eq!(peer.attempts("release"), [Some("1".to_owned())]);
+}
+
+/// The place in line lasts for a while without its caller, and the lease may be granted meanwhile.
+#[tokio::test(start_paused = true)]
+async fn an_acquire_that_waited_is_given_back_for_longer_than_its_ttl() {
+    let peer = Peer::numbered(0);
+    let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
+    let ttl = Duration::from_secs(2);
+    let acquire = client.acquire("key").ttl(ttl).wait(Duration::from_secs(600)).into_future();
+    timeout(Duration::from_secs(60), acquire).await.expect_err("it waits");
+    peer.be(Manner::Down);
+    sleep(ttl + Duration::from_secs(15)).await;
+    let before = peer.attempts("release").len();
+    peer.be(Manner::Up);
+    client.settle().await;
+    assert_eq!(peer.attempts("release").len(), before + 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_never_asked_for_is_not_given_back() {
+    let peers = peers(2);
+    let client = Peer::client(&peers, TIMEOUT);
+    peers.iter().for_each(|peer| peer.be(Manner::Down));
+    let failed = client.acquire("key").await;
+    assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
+    assert!(
+        peers.iter().all(|peer| peer.attempts("acquire").is_empty()),
+        "neither was known to be one of ours"
+    );
+    peers.iter().for_each(|peer| peer.be(Manner::Up));
+    client.settle().await;
+    assert!(peers.iter().all(|peer| peer.attempts("release").is_empty()));
+}
+
+#[tokio::test]
+async fn a_lease_that_cannot_be_given_back_yet_is_not_tried_without_a_pause() {
+    let peer = Peer::numbered(0);
+    // Shorter than the first pause between two tries of one call, so that each call is one try.
+    let client = Peer::client(std::slice::from_ref(&peer), FIRST_PAUSE / 2);
+    peer.be(Manner::Down);
+    let lease = LeaseRef { key: "key".to_owned(), lease_id: String::new() };
+    let start = Instant::now();
+    client.release_in_background(lease, Duration::from_secs(60), crate::client::Acquired::Known);
+    while peer.attempts("release").len() < 4 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    // Three pauses, each twice as long as the one before and shorter by a quarter at most.
+    assert!(start.elapsed() >= FIRST_PAUSE * 7 * 3 / 4, "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_timeout_of_zero_is_refused() {
+    let builder = crate::Client::builder().timeout(Duration::ZERO).endpoint(crate::DEFAULT_ENDPOINT).unwrap();
+    assert!(matches!(builder.connect_lazily(), Err(Error::Invalid(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_passes_over_a_daemon_of_another_store() {
+    let peers = peers(2);
+    peers.iter().zip(STORES).for_each(|(peer, store)| peer.serve_store(store));
+    let client = Peer::client(&peers, TIMEOUT);
+    let [ours, other] = in_turn(&client.shared().endpoints, &peers);
+    other.be(Manner::Down);
+    client.get("key").await.unwrap();
+    ours.be(Manner::Down);
+    other.be(Manner::Up);
+    let mut events = client.watch("").stream();
+    let up = async {
+        while other.attempts("watch").is_empty() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        ours.be(Manner::Up);
+    };
+    let told = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
+    let (told, ()) = tokio::join!(told, up);
+    assert!(matches!(&told[0], WatchEvent::Interrupted { .. }), "{told:?}");
+    assert_eq!(told[1], WatchEvent::SnapshotEnd);
+    assert_eq!(other.attempts("watch").len(), 1);
+}
+
+#[test]
+fn a_name_that_is_found_again_is_not_what_is_wrong() {
+    let endpoints = named("leased.example");
+    let name = &endpoints.resolving[0];
+    endpoints.looked_up(name, Err(io::Error::other("no such name")));
+    assert!(endpoints.silence().contains("leased.example: no such name"));
+    endpoints.looked_up(name, Ok(vec!["10.0.0.1:5327".parse().unwrap()]));
+    // All its addresses are gone, for now.
+    endpoints.looked_up(name, Ok(Vec::new()));
+    assert!(!endpoints.silence().contains("leased.example"), "{}", endpoints.silence());
+}
+
+/// The kind of address that the system puts first is tried first.
+#[tokio::test]
+async fn a_name_with_an_address_at_which_nobody_answers_works_by_the_other() {
+    let peer = Peer::numbered(0);
+    let live = peer.listen().await;
+    for _ in 0..4 {
+        let endpoints = named("leased.example");
+        let dead = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), live.port());
+        endpoints.looked_up(&endpoints.resolving[0], Ok(vec![dead, live]));
+        assert!(preferred(&endpoints).ends_with("(::1)"));
+        get(&endpoints).await.unwrap();
+        assert!(preferred(&endpoints).ends_with("(127.0.0.1)"));
+    }
 }

@@ -140,13 +140,16 @@ pub struct HeldBy {
     /// What stands in the way, as the daemon names it: `holder`, `limit`, `waiter` or `min_hold`; empty if an older daemon
     /// does not say.
     pub blocked_by: String,
+    /// The label of the one who came before, if `blocked_by` is `waiter` and it has one.
+    pub waiter: String,
 }
 
 impl std::fmt::Display for HeldBy {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (self.blocked_by.as_str(), self.owner.as_str()) {
             ("min_hold", _) => formatter.write_str("kept taken by a min_hold"),
-            ("waiter", _) => formatter.write_str("another came before"),
+            ("waiter", _) if self.waiter.is_empty() => formatter.write_str("another came before"),
+            ("waiter", _) => write!(formatter, "{} came before", self.waiter),
             (_, "") => formatter.write_str("held by another"),
             (_, owner) => write!(formatter, "held by {owner}"),
         }
@@ -190,6 +193,7 @@ impl Failure {
                 remaining: Duration::from_millis(number("remaining_ms").unwrap_or_default()),
                 position: number("position"),
                 blocked_by: entry("blocked_by"),
+                waiter: entry("waiter"),
             }),
             Some(Reason::LeaseLost) => Error::Lost(Loss::named(&entry("loss"))),
             Some(Reason::KeyUnknown) => Error::KeyUnknown,
@@ -254,6 +258,21 @@ mod tests {
         assert!(matches!(Failure::of(&lost, "there"), Failure::Final(Error::Lost(Loss::Revoked))));
         let wrong = ErrorDetails::with_bad_request_violation("key", "is empty");
         assert!(matches!(of(wrong), Failure::Final(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn who_came_before_is_named() {
+        let said = |waiter: &str| {
+            let entries = [("blocked_by", "waiter"), ("waiter", waiter), ("owner", "reader")];
+            let status =
+                Reason::LeaseHeld.status("held", entries.map(|(name, value)| (name, value.to_owned())));
+            match Failure::of(&status, "there") {
+                Failure::Final(Error::Held(by)) => by.to_string(),
+                _ => panic!("it is held"),
+            }
+        };
+        assert_eq!(said("writer"), "writer came before");
+        assert_eq!(said(""), "another came before");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! All leases that a client holds, and when each is to be touched. No task and no network: the keeper and the watchman ask.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -149,19 +149,28 @@ impl Holdings {
         }
     }
 
-    /// When the next lease is to be touched by a call of its own.
-    pub(crate) fn next_refused(&self) -> Option<Moment> {
+    /// When the next lease is to be touched by a call of its own, leaving out those `under_way`.
+    pub(crate) fn next_refused(&self, under_way: &HashSet<Uuid>) -> Option<Moment> {
         let inner = self.inner();
-        inner.entries.values().filter(|entry| entry.is_refused).map(|entry| entry.due).min()
+        let waiting = inner.entries.iter().filter(|(id, entry)| entry.is_refused && !under_way.contains(*id));
+        waiting.map(|(_, entry)| entry.due).min()
     }
 
-    /// Up to `most` leases that are to be touched by calls of their own at `now`.
-    pub(crate) fn take_refused(&self, now: Moment, most: usize) -> Vec<Arc<Holding>> {
+    /// Up to `most` leases that are to be touched by calls of their own at `now`, leaving out those `under_way`.
+    pub(crate) fn take_refused(
+        &self,
+        now: Moment,
+        most: usize,
+        under_way: &HashSet<Uuid>,
+    ) -> Vec<Arc<Holding>> {
         let jitter = jitter();
         let mut inner = self.inner();
-        let due = inner.entries.values_mut().filter(|entry| entry.is_refused && entry.due <= now);
+        let due = inner
+            .entries
+            .iter_mut()
+            .filter(|(id, entry)| entry.is_refused && entry.due <= now && !under_way.contains(*id));
         due.take(most)
-            .map(|entry| {
+            .map(|(_, entry)| {
                 entry.due = now + (entry.holding.ttl / BEATS).mul_f64(jitter);
                 Arc::clone(&entry.holding)
             })
@@ -273,12 +282,16 @@ mod tests {
         holdings.refuse(refused.id);
         let named = |all| holdings.take_due(Moment::now() + TTL, all).messages.concat().len();
         assert_eq!(named(false), 1);
-        let alone = holdings.take_refused(Moment::now(), 9);
+        let none = HashSet::new();
+        let alone = holdings.take_refused(Moment::now(), 9, &none);
         assert_eq!((alone.len(), alone[0].id), (1, refused.id));
-        let next = holdings.next_refused().unwrap() - Moment::now();
+        let next = holdings.next_refused(&none).unwrap() - Moment::now();
         assert!(next > TTL / 4 && next <= TTL / 3, "{next:?}");
+        let under_way = HashSet::from([refused.id]);
+        assert!(holdings.next_refused(&under_way).is_none());
+        assert!(holdings.take_refused(Moment::now() + TTL, 9, &under_way).is_empty());
         assert_eq!(named(true), 2);
-        assert!(holdings.next_refused().is_none());
+        assert!(holdings.next_refused(&none).is_none());
     }
 
     #[tokio::test(start_paused = true)]

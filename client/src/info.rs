@@ -65,6 +65,8 @@ pub struct HolderInfo {
     pub token: FencingToken,
     /// Whether it is alone.
     pub mode: Mode,
+    /// If it shares the key: how many may hold it while this one does, itself included; 0 for any number.
+    pub shared_limit: u32,
     /// How long a touch lasts.
     pub ttl: Duration,
     /// How long it holds unless it touches.
@@ -85,6 +87,8 @@ pub struct WaiterInfo {
     pub owner: String,
     /// Whether it wants the key alone.
     pub mode: Mode,
+    /// If it would share the key: how many may hold it then, itself included; 0 for any number.
+    pub shared_limit: u32,
     /// Since when it stands in line, by the store's clock.
     pub since: SystemTime,
 }
@@ -111,6 +115,7 @@ impl From<v1::Holder> for HolderInfo {
         Self {
             token: FencingToken::new(holder.fencing_token),
             mode: Mode::from(holder.mode()),
+            shared_limit: holder.shared_limit,
             ttl: span(holder.ttl),
             remaining: span(holder.remaining),
             acquired_at: time(holder.acquire_time),
@@ -123,7 +128,12 @@ impl From<v1::Holder> for HolderInfo {
 
 impl From<v1::Waiter> for WaiterInfo {
     fn from(waiter: v1::Waiter) -> Self {
-        Self { mode: Mode::from(waiter.mode()), since: time(waiter.since), owner: waiter.owner }
+        Self {
+            mode: Mode::from(waiter.mode()),
+            shared_limit: waiter.shared_limit,
+            since: time(waiter.since),
+            owner: waiter.owner,
+        }
     }
 }
 

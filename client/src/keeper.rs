@@ -14,14 +14,14 @@
 //! A stream that breaks changes nothing about the leases: the keeper opens the next one, at whichever daemon answers, and names
 //! all of them in its first message. What an answer confirms counts from before its message was sent.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use leased_proto::v1::keep_alive_result::Outcome;
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
-use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, TouchRequest};
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
@@ -29,6 +29,7 @@ use tonic::{Status, Streaming};
 use uuid::Uuid;
 
 use crate::belief::{Loss, deadline};
+use crate::client::touch;
 use crate::daemon::{Purpose, Slot};
 use crate::endpoints::{Endpoints, Pauses};
 use crate::error::{Error, Failure, cause};
@@ -142,6 +143,10 @@ impl Keeper {
         let (requests, messages) = mpsc::channel(MESSAGES);
         let mut sent = Sent::default();
         self.beat(&requests, &mut sent, true);
+        if !sent.is_any() {
+            // The last lease was given back while a daemon was looked for. Nothing will be answered.
+            return Phase::Idle;
+        }
         let mut stub = LeaseServiceClient::new(slot.channel.clone());
         let opened = stub.keep_alive(ReceiverStream::new(messages));
         let end = match timeout_at(sent.answer_by(), opened).await {
@@ -314,14 +319,19 @@ impl Sent {
 /// Touches by calls of their own the leases that a daemon refused to touch on the stream, for as long as it is polled. A touch
 /// that is refused as well leaves the lease to its deadline.
 pub(crate) async fn touch_refused(holdings: &Holdings, endpoints: &Endpoints) {
-    let mut under_way = FuturesUnordered::new();
+    let mut calls = FuturesUnordered::new();
+    // One call a lease: in an outage a call lasts longer than a short lease takes to be due again.
+    let mut under_way = HashSet::new();
     loop {
-        let room = TOUCHES - under_way.len();
+        let room = TOUCHES - calls.len();
         tokio::select! {
-            Some(()) = under_way.next(), if !under_way.is_empty() => {}
-            () = reached(holdings.next_refused()), if room > 0 => {
-                for holding in holdings.take_refused(Moment::now(), room) {
-                    under_way.push(touch(holdings, endpoints, holding));
+            Some(id) = calls.next(), if !calls.is_empty() => {
+                under_way.remove(&id);
+            }
+            () = reached(holdings.next_refused(&under_way)), if room > 0 => {
+                for holding in holdings.take_refused(Moment::now(), room, &under_way) {
+                    under_way.insert(holding.id);
+                    calls.push(touch_alone(holdings, endpoints, holding));
                 }
             }
             () = holdings.refused.notified() => {}
@@ -329,12 +339,9 @@ pub(crate) async fn touch_refused(holdings: &Holdings, endpoints: &Endpoints) {
     }
 }
 
-async fn touch(holdings: &Holdings, endpoints: &Endpoints, holding: Arc<Holding>) {
-    let request = TouchRequest { lease: Some(holding.lease_ref()) };
-    let call = endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
-        LeaseServiceClient::new(channel).touch(request).await
-    });
-    match call.await {
+/// Touches a lease by a call of its own, and returns its id.
+async fn touch_alone(holdings: &Holdings, endpoints: &Endpoints, holding: Arc<Holding>) -> Uuid {
+    match touch(endpoints, holding.lease_ref()).await {
         Ok(answer) => holding.confirm(deadline(answer.sent_at, span(answer.body.remaining), holding.margin)),
         Err(Error::Lost(loss)) => {
             holdings.remove(holding.id);
@@ -342,6 +349,7 @@ async fn touch(holdings: &Holdings, endpoints: &Endpoints, holding: Arc<Holding>
         }
         Err(error) => holding.refuse(&error.to_string()),
     }
+    holding.id
 }
 
 /// Sleeps until then, or for ever.

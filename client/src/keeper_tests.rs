@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use leased_proto::v1::keep_alive_result::Outcome;
 use leased_proto::v1::{
     self, KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef, LossReason, RefusalReason,
@@ -14,6 +15,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::belief::State;
+use crate::endpoints::{Reach, Source};
 use crate::holding::Holding;
 use crate::holdings::watch_deadlines;
 use crate::peer::{Manner, Opened, Peer};
@@ -61,18 +63,22 @@ impl Rig {
 
     /// A lease that was touched just now.
     fn hold(&self, key: &str) -> Arc<Holding> {
-        let deadline = deadline(Moment::now(), TTL, MARGIN);
-        let holding =
-            Holding::new((key.to_owned(), Uuid::new_v4()), FencingToken::new(1), (TTL, MARGIN), deadline);
-        let holding = Arc::new(holding);
-        self.holdings.insert(Arc::clone(&holding));
-        holding
+        hold(&self.holdings, key, TTL)
     }
 
     /// The next stream, which must come.
     async fn stream(&mut self) -> Opened {
         timeout(Duration::from_secs(7200), self.opened.recv()).await.expect("a stream").unwrap()
     }
+}
+
+/// A lease of this TTL that was touched just now.
+fn hold(holdings: &Holdings, key: &str, ttl: Duration) -> Arc<Holding> {
+    let deadline = deadline(Moment::now(), ttl, MARGIN);
+    let lease = (key.to_owned(), Uuid::new_v4());
+    let holding = Arc::new(Holding::new(lease, FencingToken::new(1), (ttl, MARGIN), deadline));
+    holdings.insert(Arc::clone(&holding));
+    holding
 }
 
 impl Opened {
@@ -403,6 +409,45 @@ async fn a_lease_that_is_refused_everywhere_is_believed_in_until_its_deadline_an
     assert_eq!(holding.trouble(), None);
 }
 
+/// A touch goes on in an outage for longer than the lease takes to be due again.
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_touched_by_one_call_at_a_time() {
+    let mut rig = Rig::start();
+    let holding = hold(&rig.holdings, "key", Duration::from_millis(300));
+    let mut stream = rig.stream().await;
+    let message = stream.heard().await;
+    rig.all(Manner::Silent);
+    stream.say(message.sequence, vec![refused(&holding, RefusalReason::LimitExceeded)]).await;
+    sleep(Duration::from_secs(4)).await;
+    // Each of the daemons was asked once, and is silent.
+    let touches: usize = rig.peers.iter().map(|peer| peer.attempts("touch").len()).sum();
+    assert_eq!(touches, 2);
+
+    rig.all(Manner::Up);
+    assert_eq!(holding.changed(State::Jeopardy).await, State::Held);
+}
+
+/// Nothing would be answered, and that would look like silence.
+#[tokio::test]
+async fn no_stream_is_opened_when_the_last_lease_is_given_back_while_a_daemon_is_looked_for() {
+    let holdings = Arc::new(Holdings::default());
+    let url: tonic::transport::Uri = "http://localhost:1".parse().unwrap();
+    let reach = Reach::Name { url, host: "localhost".to_owned(), port: 1 };
+    let source = Source { name: "http://localhost:1".to_owned(), reach };
+    let endpoints = Arc::new(Endpoints::new(vec![source], Duration::from_secs(5)));
+    let mut keeper = Keeper::new(Arc::clone(&holdings), Arc::clone(&endpoints));
+    let holding = hold(&holdings, "key", TTL);
+    let opening = keeper.opening();
+    tokio::pin!(opening);
+    assert!(opening.as_mut().now_or_never().is_none(), "the name has not been looked up");
+    holdings.remove(holding.id);
+    let opened = tokio::select! {
+        phase = &mut opening => phase,
+        () = endpoints.tend() => panic!("it never ends"),
+    };
+    assert!(matches!(opened, Phase::Idle));
+}
+
 /// Whatever a daemon says lasts, or lasts no time at all.
 #[tokio::test(start_paused = true)]
 async fn no_answer_makes_the_arithmetic_overflow() {
@@ -496,7 +541,7 @@ async fn the_stream_moves_back_to_the_daemon_that_was_left_without_harm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_over_another_store_is_never_asked_about_leases_of_the_first() {
+async fn what_a_daemon_over_another_store_says_is_never_believed() {
     let mut rig = Rig::start();
     rig.peers[0].serve_store("0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02");
     rig.peers[1].serve_store("5d0e63a8-04c7-4a4e-a1cb-0a6a3c5cf1aa");

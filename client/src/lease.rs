@@ -298,8 +298,8 @@ impl Lease {
         }
         self.leave();
         let lease = self.holding.lease_ref();
-        let mut unknown =
-            Unknown { client: &self.client, lease: Some(lease.clone()), ttl: Some(self.holding.ttl) };
+        let (client, lasts) = (&self.client, self.holding.ttl);
+        let mut unknown = Unknown { client, lease: Some(lease.clone()), lasts, sends: None };
         let released = self.client.shared().release(lease, Acquired::Known).await;
         if !matches!(released, Err(Error::Unavailable { .. })) {
             unknown.lease = None;

@@ -44,7 +44,8 @@
 //! Promised, while the clocks of the store's machines differ by no more than its grace: two holders of an exclusive lease never
 //! believe in it at the same time. A holder keeps its lease through an outage of all daemons that is shorter than half of
 //! the TTL. Whoever drops a [`Lease`], or the future that would have acquired one, leaves nothing behind that
-//! outlasts the TTL.
+//! outlasts the TTL; or, if that future waited in line and no daemon can be told, the TTL and some 15 s before it, for which
+//! the place in line lasts.
 //!
 //! Not promised, here or by any other lease service: that a process which is paused at the wrong moment does nothing when it
 //! goes on. Between a look at [`Lease::is_held`] and the write that follows there may lie a pause of minutes. So send

@@ -1,23 +1,29 @@
 //! For tests: a daemon on the other end of a network in memory, which answers as the test has it answer. It works on a paused clock.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use leased_proto::v1::lease_service_server::{LeaseService, LeaseServiceServer};
 use leased_proto::v1::{self, KeepAliveRequest, KeepAliveResponse, LeaseRef};
 use tokio::io::DuplexStream;
+use tokio::net::TcpListener;
 use tokio::sync::mpsc::{self, UnboundedSender, unbounded_channel};
-use tokio::time::Instant;
-use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
+use tokio::time::{Instant, sleep};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnboundedReceiverStream};
+use tonic::transport::server::Router;
 use tonic::transport::{Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
+use crate::client::Client;
 use crate::daemon::Dial;
 use crate::endpoints::{Reach, Source};
+use crate::info::span;
 
 /// A stream as the daemon sees it.
 pub(crate) struct Opened {
@@ -83,6 +89,19 @@ impl Peer {
         Self { shared: Arc::new(shared), opened, refused }
     }
 
+    /// A client of these.
+    pub(crate) fn client(peers: &[Self], timeout: Duration) -> Client {
+        let peers = peers.iter().fold(Client::builder().timeout(timeout), |builder, peer| {
+            let dial = peer.dial();
+            builder.endpoint_with(peer.name(), move || dial())
+        });
+        peers.connect_lazily().unwrap()
+    }
+
+    pub(crate) fn name(&self) -> String {
+        format!("daemon-{}", self.shared.number)
+    }
+
     /// For tests without streams.
     pub(crate) fn numbered(number: usize) -> Self {
         Self::new(number, unbounded_channel().0, unbounded_channel().0)
@@ -103,16 +122,27 @@ impl Peer {
     }
 
     pub(crate) fn source(&self) -> Source {
-        Source { name: format!("daemon-{}", self.shared.number), reach: Reach::Dial(self.dial()) }
+        Source { name: self.name(), reach: Reach::Dial(self.dial()) }
+    }
+
+    fn router(&self) -> Router {
+        Server::builder()
+            .add_service(LeaseServiceServer::new(self.clone()))
+            .add_service(HealthServer::new(self.clone()))
+    }
+
+    /// An address of this machine at which it can be reached as well.
+    pub(crate) async fn listen(&self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(self.router().serve_with_incoming(TcpListenerStream::new(listener)));
+        address
     }
 
     /// A way to it, through memory.
     fn dial(&self) -> Dial {
         let (connections, arriving) = unbounded_channel::<Result<DuplexStream, std::io::Error>>();
-        let router = Server::builder()
-            .add_service(LeaseServiceServer::new(self.clone()))
-            .add_service(HealthServer::new(self.clone()));
-        tokio::spawn(router.serve_with_incoming(UnboundedReceiverStream::new(arriving)));
+        tokio::spawn(self.router().serve_with_incoming(UnboundedReceiverStream::new(arriving)));
         let shared = Arc::clone(&self.shared);
         Arc::new(move || {
             let (connections, shared) = (connections.clone(), Arc::clone(&shared));
@@ -187,16 +217,17 @@ impl LeaseService for Peer {
     async fn acquire(&self, request: Request<v1::AcquireRequest>) -> Calling<v1::AcquireResponse> {
         let body = request.get_ref();
         let lease = LeaseRef { key: body.key.clone(), lease_id: body.lease_id.clone() };
-        let is_waiting = body.wait.is_some_and(|wait| wait.seconds > 0);
+        let wait = span(body.wait);
         let response =
             v1::AcquireResponse { lease: Some(lease), fencing_token: 1, ttl: body.ttl, ..Default::default() };
         let answer = self.answer("acquire", &request, response).await?;
-        if is_waiting {
-            self.shared.waiting.fetch_add(1, Ordering::Relaxed);
-            let _waiting = Waiting(Arc::clone(&self.shared));
-            std::future::pending::<()>().await;
+        if wait.is_zero() {
+            return Ok(answer);
         }
-        Ok(answer)
+        self.shared.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(Arc::clone(&self.shared));
+        sleep(wait).await;
+        Err(leased_proto::Reason::LeaseHeld.status("held", []))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Calling<v1::ReleaseResponse> {
@@ -216,8 +247,13 @@ impl LeaseService for Peer {
         self.answer("list", &request, v1::ListResponse::default()).await
     }
 
-    async fn watch(&self, _: Request<v1::WatchRequest>) -> Calling<Self::WatchStream> {
-        Err(Status::unimplemented(""))
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Calling<Self::WatchStream> {
+        let (events, told) = mpsc::channel(1);
+        let event = Some(v1::watch_response::Event::SnapshotEnd(v1::SnapshotEnd {}));
+        events.send(Ok(v1::WatchResponse { event })).await.map_err(|_| Status::internal("nobody reads"))?;
+        // Open for as long as somebody reads.
+        tokio::spawn(async move { events.closed().await });
+        self.answer("watch", &request, ReceiverStream::new(told)).await
     }
 }
 

@@ -9,7 +9,7 @@ use tonic::{Status, Streaming};
 
 use crate::client::Client;
 use crate::daemon::{Purpose, Slot};
-use crate::endpoints::Pauses;
+use crate::endpoints::{Endpoints, Pauses};
 use crate::error::{Error, Failure, cause};
 use crate::info::KeyInfo;
 
@@ -103,8 +103,11 @@ impl Watch {
 
     /// The events, for as long as they are read; reconnects by itself, and goes on at another daemon.
     ///
-    /// The stream ends after an error, which is none that another try could mend: [`Error::Invalid`],
-    /// [`Error::NotLeased`], [`Error::LimitExceeded`].
+    /// The stream ends after an error, which is one that another try would not mend:
+    ///
+    /// - [`Error::Invalid`], [`Error::LimitExceeded`] and [`Error::Status`], which a daemon has answered;
+    /// - [`Error::NotLeased`], [`Error::DifferentStores`] and [`Error::Status`] (a lack of rights), if all endpoints are of no use.
+    ///   One among others is passed over.
     #[must_use]
     pub fn stream(self) -> BoxStream<'static, Result<WatchEvent, Error>> {
         let watching = Watching { watch: self, open: None, pauses: Pauses::default(), interrupted: false };
@@ -124,19 +127,22 @@ struct Watching {
     interrupted: bool,
 }
 
-/// A watch at a daemon, or how it failed there if one could be asked.
-type Begun = Result<(Slot, Streaming<WatchResponse>), (Option<Slot>, Status)>;
+/// Why there is no watch: what it means, and what to tell people.
+struct Broken {
+    failure: Failure,
+    cause: String,
+}
 
 impl Watching {
     async fn next(&mut self) -> Result<WatchEvent, Error> {
         loop {
-            let (slot, status) = match self.open.take() {
-                None => match self.begin().await? {
-                    Ok((slot, events)) => {
-                        self.open = Some((slot, events));
+            let broken = match self.open.take() {
+                None => match self.begin().await {
+                    Ok(open) => {
+                        self.open = Some(open);
                         continue;
                     }
-                    Err((slot, status)) => (slot, status),
+                    Err(broken) => broken,
                 },
                 Some((slot, mut events)) => match events.message().await {
                     Ok(Some(response)) => {
@@ -149,54 +155,61 @@ impl Watching {
                             None => continue,
                         }
                     }
-                    Ok(None) => (Some(slot), Status::unavailable("the daemon ended the watch")),
-                    Err(status) => (Some(slot), status),
+                    Ok(None) => self.broken(&slot, &Status::unavailable("the daemon ended the watch")),
+                    Err(status) => self.broken(&slot, &status),
                 },
             };
-            if let Some(interrupted) = self.fail(slot.as_ref(), &status).await? {
+            if let Some(interrupted) = self.go_on(broken).await? {
                 return Ok(interrupted);
             }
         }
     }
 
     /// Opens a watch at the daemon to ask.
-    ///
-    /// # Errors
-    /// [`Error::DifferentStores`].
-    async fn begin(&self) -> Result<Begun, Error> {
-        let endpoints = &self.watch.client.shared().endpoints;
+    async fn begin(&self) -> Result<(Slot, Streaming<WatchResponse>), Broken> {
+        let endpoints = self.endpoints();
         let Ok(Ok(daemon)) = timeout(endpoints.timeout(), endpoints.pick()).await else {
-            return Ok(Err((None, Status::unavailable("no address is known"))));
+            return Err(Broken { failure: Failure::Passing(None), cause: "no address is known".to_owned() });
         };
         let slot = daemon.slot(Purpose::Calls);
         let mut stub = LeaseServiceClient::new(slot.channel.clone());
         match timeout(endpoints.timeout(), stub.watch(self.watch.request.clone())).await {
-            Ok(Ok(response)) => {
-                endpoints.meet(&daemon, response.metadata())?;
-                Ok(Ok((slot, response.into_inner())))
-            }
-            Ok(Err(status)) => Ok(Err((Some(slot), status))),
-            Err(_) => Ok(Err((Some(slot), Status::unavailable("it does not answer in time")))),
+            Ok(Ok(response)) => match endpoints.meet_at(&slot, response.metadata()) {
+                Ok(()) => Ok((slot, response.into_inner())),
+                Err(error) => Err(Broken { cause: error.to_string(), failure: Failure::Useless(error) }),
+            },
+            Ok(Err(status)) => Err(self.broken(&slot, &status)),
+            Err(_) => Err(self.broken(&slot, &Status::unavailable("it does not answer in time"))),
         }
     }
 
-    /// Turns to another daemon. Tells of an outage once.
-    async fn fail(&mut self, slot: Option<&Slot>, status: &Status) -> Result<Option<WatchEvent>, Error> {
-        let endpoints = &self.watch.client.shared().endpoints;
-        let asked = match slot.map(|slot| endpoints.fail(slot, status)) {
-            Some(Failure::Final(error)) => return Err(error),
-            Some(Failure::Passing(asked)) => asked,
-            Some(Failure::Useless(error)) => match endpoints.useless() {
+    fn endpoints(&self) -> &Endpoints {
+        &self.watch.client.shared().endpoints
+    }
+
+    /// Turns to another daemon, unless this is an answer.
+    fn broken(&self, slot: &Slot, status: &Status) -> Broken {
+        Broken { failure: self.endpoints().fail(slot, status), cause: cause(status) }
+    }
+
+    /// Tells of an outage once, and waits before the next try.
+    ///
+    /// # Errors
+    /// The answer, or that there is no endpoint to go on at.
+    async fn go_on(&mut self, broken: Broken) -> Result<Option<WatchEvent>, Error> {
+        let asked = match broken.failure {
+            Failure::Final(error) => return Err(error),
+            Failure::Passing(asked) => asked,
+            Failure::Useless(error) => match self.endpoints().useless() {
                 Some(_) => return Err(error),
                 None => None,
             },
-            None => None,
         };
         if !self.interrupted {
             self.interrupted = true;
-            return Ok(Some(WatchEvent::Interrupted { cause: cause(status) }));
+            return Ok(Some(WatchEvent::Interrupted { cause: broken.cause }));
         }
-        let daemons = endpoints.len();
+        let daemons = self.endpoints().len();
         sleep(self.pauses.next(daemons, asked)).await;
         Ok(None)
     }

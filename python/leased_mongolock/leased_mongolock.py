@@ -208,25 +208,28 @@ class MongoLock:
         )
         lock.touched = _now()
         try:
-            granted = self._leased.Acquire(request, timeout=wait + PATIENCE)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.ALREADY_EXISTS:
-                return False
-            if error.code() == grpc.StatusCode.NOT_FOUND:
-                # Granted, the answer got lost, and another took the key when its time was over.
+            try:
+                granted = self._leased.Acquire(request, timeout=wait + PATIENCE)
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.ALREADY_EXISTS:
+                    return False
+                if error.code() == grpc.StatusCode.NOT_FOUND:
+                    # Granted, the answer got lost, and another took the key when its time was over.
+                    lock.id = str(uuid.uuid4())
+                    return False
+                raise
+            lock.token = granted.fencing_token
+            # A grant from the line may be old by now.
+            if granted.waited and not self._touch(key, owner, lock):
                 lock.id = str(uuid.uuid4())
                 return False
-            # It may have been granted all the same. If that cannot be mended now, its time runs out.
+            return True
+        except BaseException:
+            # It may be held all the same, and the caller goes away. If that cannot be mended now, its time runs out.
             with contextlib.suppress(grpc.RpcError):
                 request = pb.ReleaseRequest(lease=self._ref(key, lock))
                 self._leased.Release(request, timeout=PATIENCE, metadata=_UNANSWERED)
             raise
-        lock.token = granted.fencing_token
-        # A grant from the line may be old by now.
-        if granted.waited and not self._touch(key, owner, lock):
-            lock.id = str(uuid.uuid4())
-            return False
-        return True
 
     def _touch(self, key, owner, lock, timeout=PATIENCE):
         """False if the lock is lost, which is then forgotten."""

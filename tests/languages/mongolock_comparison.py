@@ -11,8 +11,10 @@ import threading
 import time
 import uuid
 
+import grpc
 import leased_mongolock
 import mongolock
+from leased.v1 import lease_pb2 as pb
 
 PATIENCE = 30.0
 
@@ -245,6 +247,39 @@ def notices_a_silent_connection(endpoint):
     one.touch("silent", "a")
 
 
+class Away(grpc.RpcError):
+    def code(self):
+        return grpc.StatusCode.UNAVAILABLE
+
+
+def gives_back_what_it_cannot_touch(endpoint):
+    """A grant from the line is touched before it counts. Whatever ends that, nothing is left behind."""
+    one, two = leased_mongolock.MongoLock(endpoint), leased_mongolock.MongoLock(endpoint)
+    for failure in (Away, KeyboardInterrupt):
+        key = f"ended by {failure.__name__}"
+
+        def fail(*_, failure=failure, **__):
+            raise failure
+
+        def release(key=key):
+            until(lambda: one._leased.Get(pb.GetRequest(key=key)).lease.waiters)
+            one.release(key, "a")
+
+        assert one.lock(key, "a", expire=60)
+        later = threading.Thread(target=release)
+        later.start()
+        touch, two._leased.Touch = two._leased.Touch, fail
+        try:
+            two.lock(key, "b", timeout=PATIENCE, expire=60)
+            raise AssertionError("it was granted")
+        except failure:
+            pass
+        finally:
+            two._leased.Touch = touch
+        later.join()
+        assert not two.is_locked(key) and two.fencing_token(key, "b") is None
+
+
 def main():
     uri, endpoint = sys.argv[1:]
     database = f"leased-test-mongolock-{uuid.uuid4().hex[:8]}"
@@ -273,6 +308,7 @@ def main():
     renews_by_the_original_duration(endpoint)
     takes_what_the_constructor_of_mongolock_takes(endpoint)
     notices_a_silent_connection(endpoint)
+    gives_back_what_it_cannot_touch(endpoint)
 
 
 main()

@@ -53,19 +53,32 @@ fn a_key_is_shown_with_its_holder_and_its_line() {
     assert_eq!(names(&key), ["blocked_until", "holders", "key", "state", "token", "waiters"]);
     assert_eq!((&key["key"], &key["state"]), (&json!("a/key"), &json!("held")));
     let holder = &key["holders"][0];
-    let expected =
-        ["acquired_at", "expires_at", "metadata", "mode", "owner", "remaining_ms", "token", "ttl_ms"];
+    let expected = [
+        "acquired_at",
+        "expires_at",
+        "metadata",
+        "mode",
+        "owner",
+        "remaining_ms",
+        "shared_limit",
+        "token",
+        "ttl_ms",
+    ];
     assert_eq!(names(holder), expected);
+    assert_eq!(holder["shared_limit"], Value::Null);
     assert_eq!((&holder["owner"], &holder["mode"]), (&json!("first"), &json!("exclusive")));
     assert_eq!(holder["metadata"], json!({ "build": "12", "why": "a=b" }));
     assert_eq!((&holder["ttl_ms"], &holder["token"]), (&json!(30_000), &key["token"]));
     assert!(holder["acquired_at"].as_str().unwrap().ends_with('Z'), "{holder}");
     let waiter = &key["waiters"][0];
-    assert_eq!(names(waiter), ["mode", "owner", "since"]);
+    assert_eq!(names(waiter), ["mode", "owner", "shared_limit", "since"]);
     assert_eq!((&waiter["owner"], &waiter["mode"]), (&json!("second"), &json!("shared")));
+    assert_eq!(waiter["shared_limit"], 2);
 
     let text = daemon.end(&["get", "a/key"]).stdout;
-    for shown in ["a/key  held  token ", "first", "build=12 why=a=b", "30s", "PLACE", "second", "shared"] {
+    for shown in
+        ["a/key  held  token ", "first", "build=12 why=a=b", "30s", "PLACE", "second", "shared, at most 2"]
+    {
         assert!(text.contains(shown), "{shown}: {text}");
     }
 }
@@ -135,6 +148,30 @@ fn an_operator_takes_a_lease_away() {
     assert_eq!(revoked, json!({ "key": "a/key", "revoked": 1 }));
     let lost = daemon.end(&["touch", "a/key", acquired["lease_id"].as_str().unwrap()]);
     assert_eq!((lost.code, lost.stderr.contains("revoked")), (Some(73), true));
+}
+
+#[test]
+fn a_revocation_without_a_token_ends_the_block_as_well() {
+    let daemon = Daemon::start();
+    let revoke = |key: &str| daemon.json(&["revoke", key, "--reason=test"])["revoked"].clone();
+    assert_eq!(daemon.end(&["run", "a/key", "--min-hold=1h", "--", "true"]).code, Some(0));
+    assert!(daemon.json(&["get", "a/key"])["blocked_until"].is_string());
+    assert_eq!(revoke("a/key"), 1);
+    assert!(daemon.json(&["get", "a/key"])["blocked_until"].is_null());
+    daemon.json(&["acquire", "a/key", "--wait=0"]);
+
+    // One holds still, and another has left a block, in either order of their grants.
+    let run = ["run", "b/key", "--shared", "--min-hold=1h", "--", "true"];
+    daemon.json(&["acquire", "b/key", "--shared"]);
+    assert_eq!(daemon.end(&run).code, Some(0));
+    assert_eq!(revoke("b/key"), 2);
+    daemon.json(&["acquire", "b/key", "--wait=0"]);
+
+    let early = daemon.json(&["acquire", "c/key", "--shared", "--min-hold=1h"]);
+    daemon.json(&["acquire", "c/key", "--shared"]);
+    daemon.json(&["release", "c/key", early["lease_id"].as_str().unwrap()]);
+    assert_eq!(revoke("c/key"), 2);
+    daemon.json(&["acquire", "c/key", "--wait=0"]);
 }
 
 #[test]

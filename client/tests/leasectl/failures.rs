@@ -2,10 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::Instant;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::support::{Daemon, Ended, end, leasectl};
+use crate::support::{Daemon, Ended, PATIENCE, Process, end, leasectl, until};
 
 /// It ended so, with one sentence.
 fn assert_says(ended: &Ended, code: i32, words: &[&str]) {
@@ -29,6 +32,33 @@ fn held_by_another_is_75_and_names_the_holder() {
     let held = daemon.end(&["run", "b/key", "--min-hold=60s", "--", "true"]);
     assert_eq!(held.code, Some(0), "{held:?}");
     assert_says(&daemon.end(&["acquire", "b/key", "--wait=0"]), 75, &["blocked", "--min-hold"]);
+
+    daemon.json(&["acquire", "c/key", "--shared"]);
+    let mut second = daemon.leasectl(&["acquire", "c/key", "--owner=second"]);
+    let _second = Process::spawn(second.stdout(Stdio::null()));
+    daemon.until_key("c/key", |key| !key["waiters"].as_array().unwrap().is_empty());
+    assert_says(&daemon.end(&["acquire", "c/key", "--shared", "--wait=0"]), 75, &["second came before"]);
+}
+
+/// The first signal leaves the line, which no daemon can be told.
+#[test]
+fn a_second_signal_ends_a_wait_that_nobody_can_be_told_of() {
+    let daemon = Daemon::start();
+    daemon.json(&["acquire", "a/key"]);
+    let mut wait = daemon.leasectl(&["--timeout=600s", "run", "a/key", "--ttl=1h", "--", "true"]);
+    let mut wait = Process::spawn(wait.stderr(Stdio::null()));
+    daemon.until_key("a/key", |key| !key["waiters"].as_array().unwrap().is_empty());
+    daemon.stop();
+    let start = Instant::now();
+    // Two of the same that come at once count as one.
+    until(|| {
+        if wait.is_running() {
+            wait.signal(Signal::INT);
+        }
+        !wait.is_running()
+    });
+    assert!(start.elapsed() < PATIENCE / 2, "not only because it has been tried for a minute");
+    assert_eq!(wait.end().signal, Some(Signal::INT.as_raw()));
 }
 
 #[test]
@@ -62,6 +92,7 @@ fn wrong_usage_is_2() {
         (&["touch", "a/key"], "ID"),
         (&["touch", "a/key", "nonsense"], "UUID"),
         (&["--endpoint=nonsense", "ls"], "endpoint"),
+        (&["--timeout=0", "ls"], "--timeout"),
         (&["--output=xml", "ls"], "--output"),
     ] {
         assert_says(&daemon.end(arguments), 2, &[named]);

@@ -6,9 +6,10 @@ use std::process::{Command, Stdio};
 use crate::support::{Daemon, Ended, Process, leasectl};
 
 /// Plays a person at a terminal: takes pairs of what to wait for on the screen and what to type then, and runs the rest
-/// of its arguments there. Its exit code is theirs; `^C` and `^Z` stand for those keys.
+/// of its arguments there. Its exit code is theirs; `^C` and `^Z` stand for those keys, and what begins with `!` is not typed but
+/// run elsewhere.
 const PERSON: &str = r#"
-import fcntl, os, pty, re, select, signal, struct, sys, termios, time
+import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
 count = int(sys.argv[1])
 script = [(sys.argv[2 + 2 * i], sys.argv[3 + 2 * i]) for i in range(count)]
 child, screen = pty.fork()
@@ -21,8 +22,11 @@ fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
 seen, everything, end = b'', b'', time.monotonic() + 40
 while True:
     while script and re.search(script[0][0].encode(), seen):
-        seen = b''
-        os.write(screen, script.pop(0)[1].replace('^C', '\x03').replace('^Z', '\x1a').encode())
+        seen, typed = b'', script.pop(0)[1]
+        if typed.startswith('!'):
+            subprocess.run(typed[1:], shell=True, check=True, stdout=subprocess.DEVNULL)
+        else:
+            os.write(screen, typed.replace('^C', '\x03').replace('^Z', '\x1a').encode())
     if time.monotonic() > end:
         print('WAITED IN VAIN FOR', script, 'AFTER', everything)
         sys.exit(99)
@@ -166,11 +170,11 @@ fn a_wait_is_shown_with_the_holder_the_place_and_the_time() {
 fn a_wait_without_end_has_no_time_at_which_it_gives_up() {
     let daemon = Daemon::start();
     let held = daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
-    let release = format!("leasectl release a/key {} > /dev/null", held["lease_id"].as_str().unwrap());
-    let script = format!("(sleep 2; {release}) & leasectl run a/key --wait forever -- echo ru''ns");
-    let ended = at_terminal(&daemon, &[], &["sh", "-c", &script]);
+    let release = format!("!leasectl release a/key {}", held["lease_id"].as_str().unwrap());
+    let command = ["leasectl", "run", "a/key", "--wait", "forever", "--", "echo", "runs"];
+    let shown = "held by the-holder, place 1 of 1 in line";
+    let ended = at_terminal(&daemon, &[(shown, release.as_str())], &command);
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    assert!(ended.stdout.contains("held by the-holder, place 1 of 1 in line"), "{ended:?}");
     assert!(!ended.stdout.contains("giving up") && ended.stdout.contains("runs"), "{ended:?}");
 }
 
@@ -180,11 +184,10 @@ fn a_wait_leaves_nothing_on_the_screen() {
     let daemon = Daemon::start();
     let key = "k".repeat(300);
     let held = daemon.json(&["acquire", &key, "--owner=the-holder"]);
-    let release = format!("leasectl release {key} {} > /dev/null", held["lease_id"].as_str().unwrap());
-    let script = format!("(sleep 2; {release}) & leasectl run {key} -- echo ru''ns");
-    let ended = at_terminal(&daemon, &[], &["sh", "-c", &script]);
+    let release = format!("!leasectl release {key} {}", held["lease_id"].as_str().unwrap());
+    let command = ["leasectl", "run", &key, "--", "echo", "runs"];
+    let ended = at_terminal(&daemon, &[("waiting for kkk", release.as_str())], &command);
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    assert!(ended.stdout.contains("waiting for kkk"), "{ended:?}");
     assert!(!ended.stdout.contains("\x1b[1A"), "it has wrapped: {ended:?}");
     let after = ended.stdout.rsplit("\x1b[2K").next().unwrap();
     assert_eq!(after.trim(), "runs", "{ended:?}");

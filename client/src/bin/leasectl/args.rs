@@ -70,8 +70,8 @@ pub(crate) struct Connection {
     #[arg(value_delimiter = ',')]
     pub(crate) endpoint: Vec<String>,
 
-    /// How long a call may take, with all its repetitions, beyond the time it waits in line.
-    #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    /// How long a call may take, with all its repetitions, beyond the time it waits in line; more than 0.
+    #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
 }
 
@@ -232,6 +232,15 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         Ok(duration) if duration <= YEAR => Ok(duration),
         Ok(_) => Err("that is longer than a year".to_owned()),
         Err(error) => Err(format!("{error}; a duration looks like 30s, 1m30s or 250ms")),
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match parse_duration(text) {
+        Ok(timeout) if timeout.is_zero() => {
+            Err("it must be more than 0, or nobody can answer in time".to_owned())
+        }
+        parsed => parsed,
     }
 }
 

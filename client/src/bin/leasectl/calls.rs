@@ -30,7 +30,7 @@ pub(crate) async fn acquire(client: &Client, wish: Wish, output: &mut Output) ->
         // Without the id nobody could give it back.
         Err(failure) => {
             drop(lease);
-            client.settle().await;
+            wanted::settle(client, &mut signals).await?;
             Err(failure)
         }
     }

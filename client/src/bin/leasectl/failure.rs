@@ -172,7 +172,11 @@ fn held(by: &HeldBy) -> String {
     let left = crate::table::duration(by.remaining);
     match (by.blocked_by.as_str(), by.owner.as_str()) {
         ("min_hold", _) => format!("the key is blocked for {left} yet (--min-hold); wait longer with --wait"),
-        ("waiter", _) => "another came before, and waits for the key; wait as well with --wait".to_owned(),
+        ("waiter", _) => {
+            let who =
+                if by.waiter.is_empty() { "another".to_owned() } else { crate::table::plain(&by.waiter) };
+            format!("{who} came before, and waits for the key; wait as well with --wait")
+        }
         (_, "") => format!(
             "the key is held, for {left} yet unless touched; wait longer with --wait, or see `leasectl get`"
         ),

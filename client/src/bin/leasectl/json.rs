@@ -71,6 +71,7 @@ struct Holder<'a> {
     owner: &'a str,
     token: i64,
     mode: &'static str,
+    shared_limit: Option<u32>,
     ttl_ms: u64,
     remaining_ms: u64,
     acquired_at: String,
@@ -82,6 +83,7 @@ struct Holder<'a> {
 struct Waiter<'a> {
     owner: &'a str,
     mode: &'static str,
+    shared_limit: Option<u32>,
     since: String,
 }
 
@@ -114,6 +116,7 @@ impl<'a> From<&'a HolderInfo> for Holder<'a> {
             owner: &info.owner,
             token: info.token.get(),
             mode: mode(info.mode),
+            shared_limit: shared_limit(info.mode, info.shared_limit),
             ttl_ms: milliseconds(info.ttl),
             remaining_ms: milliseconds(info.remaining),
             acquired_at: time(info.acquired_at),
@@ -125,7 +128,12 @@ impl<'a> From<&'a HolderInfo> for Holder<'a> {
 
 impl<'a> From<&'a WaiterInfo> for Waiter<'a> {
     fn from(info: &'a WaiterInfo) -> Self {
-        Self { owner: &info.owner, mode: mode(info.mode), since: time(info.since) }
+        Self {
+            owner: &info.owner,
+            mode: mode(info.mode),
+            shared_limit: shared_limit(info.mode, info.shared_limit),
+            since: time(info.since),
+        }
     }
 }
 
@@ -157,6 +165,11 @@ pub(crate) fn mode(mode: Mode) -> &'static str {
         Mode::Shared => "shared",
         _ => "exclusive",
     }
+}
+
+/// The limit of one who shares. Without sharing there is none.
+fn shared_limit(mode: Mode, limit: u32) -> Option<u32> {
+    (mode == Mode::Shared).then_some(limit)
 }
 
 /// The word for a change.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use comfy_table::{Cell, ContentArrangement, Table, presets::NOTHING};
 use humantime::format_duration;
-use leased_client::{HolderInfo, KeyInfo, WaiterInfo};
+use leased_client::{HolderInfo, KeyInfo, Mode, WaiterInfo};
 
 use crate::json::{mode, state, time};
 
@@ -88,7 +88,7 @@ fn holder_row(holder: &HolderInfo) -> [String; 7] {
     let labels: Vec<String> = holder.metadata.iter().map(label).collect();
     [
         plain(&holder.owner),
-        mode(holder.mode).to_owned(),
+        mode_and_limit(holder.mode, holder.shared_limit),
         holder.token.to_string(),
         duration(holder.remaining),
         duration(holder.ttl),
@@ -98,7 +98,16 @@ fn holder_row(holder: &HolderInfo) -> [String; 7] {
 }
 
 fn waiter_row((index, waiter): (usize, &WaiterInfo)) -> [String; 4] {
-    [(index + 1).to_string(), plain(&waiter.owner), mode(waiter.mode).to_owned(), time(waiter.since)]
+    let mode = mode_and_limit(waiter.mode, waiter.shared_limit);
+    [(index + 1).to_string(), plain(&waiter.owner), mode, time(waiter.since)]
+}
+
+/// How a key is held, and by how many at most if it is shared.
+fn mode_and_limit(held: Mode, limit: u32) -> String {
+    match (held, limit) {
+        (Mode::Shared, 1..) => format!("{}, at most {limit}", mode(held)),
+        _ => mode(held).to_owned(),
+    }
 }
 
 /// A duration as people write it, no finer than they need: milliseconds below ten seconds, else seconds.

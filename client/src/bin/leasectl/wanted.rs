@@ -61,8 +61,17 @@ pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) ->
         never = show(client, &wish.key, &owner, until) => match never {},
     };
     // The place in line, or the lease that was granted just now.
-    client.settle().await;
-    Err(Failure::Signal(signal))
+    let second = settle(client, signals).await.err();
+    Err(second.unwrap_or(Failure::Signal(signal)))
+}
+
+/// Waits until what was dropped has been given back, unless a signal ends that: then it runs out by itself.
+pub(crate) async fn settle(client: &Client, signals: &mut Signals) -> Result<(), Failure> {
+    tokio::select! {
+        biased;
+        () = client.settle() => Ok(()),
+        signal = signals.next() => Err(Failure::Signal(signal)),
+    }
 }
 
 /// A command that `run` has started would wait for the lease that it runs under.
