@@ -258,7 +258,7 @@ impl Store for MongoStore {
         let farewell = tokio::spawn(async move {
             Daemons::new(&store).depart().await;
             // The driver panics when a command meets a client that has been shut down.
-            tokio::join!(store.runner.end(), store.feed.errands.end());
+            tokio::join!(store.runner.end(), store.feed.errands.end(), store.index.end());
             store.database.client().clone().shutdown().await;
         });
         if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
