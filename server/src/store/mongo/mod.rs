@@ -34,6 +34,7 @@ use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::WriteConcern;
 use mongodb::{Client, Collection, Database};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -202,7 +203,8 @@ impl Store for MongoStore {
         deadline: Duration,
     ) -> Result<Vec<ForKey>, StoreError> {
         let effects = Effects::default();
-        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects).await;
+        let until = Instant::now() + deadline;
+        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects, until).await;
         repeat(batch, deadline, &self.repetitions, &effects, attempt).await
     }
 
