@@ -248,7 +248,8 @@ struct Found {
 fn names_no_index(error: &Error) -> bool {
     match error.kind.as_ref() {
         ErrorKind::Command(command) => match command.code {
-            BAD_VALUE => command.message.contains("hint"),
+            // The message repeats the query, and so what the caller asked for.
+            BAD_VALUE => command.message.contains("hint provided does not correspond to an existing index"),
             code => code == NO_QUERY_EXECUTION_PLANS,
         },
         _ => false,
