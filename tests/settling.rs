@@ -305,13 +305,13 @@ async fn a_release_that_cannot_be_remembered_is_refused(#[values(Embedded, Mongo
     let daemon = Daemon::start(home).await;
     let client = Arc::new(daemon.client().await);
     let mut releases = JoinSet::new();
-    for _ in 0..1030 {
+    for _ in 0..530 {
         let mut client = Leases::clone(&client);
         releases.spawn(async move { client.give_back(&named("job", Uuid::new_v4())).await.unwrap_err() });
     }
     let mut refused = releases.join_all().await;
     refused.retain(|status| refusal(status, "").0 != Some(Reason::LeaseLost));
-    assert_eq!(refused.len(), 1030 - 1024);
+    assert_eq!(refused.len(), 530 - 512);
     for status in refused {
         assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "settled_ids".to_owned()));
     }

@@ -8,6 +8,7 @@
 use std::ops::Sub;
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 
 /// A point in time on the boot clock. Only the difference of two means anything.
@@ -39,16 +40,26 @@ impl Sub for BootInstant {
     }
 }
 
+/// How long the machine has been up, with the time that it was suspended where the system tells.
+pub(crate) fn since_boot() -> Duration {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const CLOCK: ClockId = ClockId::Boottime;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const CLOCK: ClockId = ClockId::Monotonic;
+    read(CLOCK)
+}
+
+fn read(clock: ClockId) -> Duration {
+    Duration::try_from(clock_gettime(clock)).unwrap_or_default()
+}
+
 /// How long the machine has been suspended since it was started.
 #[cfg(all(not(test), any(target_os = "linux", target_os = "android")))]
 fn suspended() -> Duration {
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use rustix::time::{ClockId, clock_gettime};
-
     static LONGEST: AtomicU64 = AtomicU64::new(0);
-    let read = |clock| Duration::try_from(clock_gettime(clock)).unwrap_or_default();
-    let total = read(ClockId::Boottime);
+    let total = since_boot();
     // Read last: a pause between the two reads makes the difference too small and never too large. Suspension only adds
     // up, so the largest difference seen is the best one, and this clock never goes back.
     let seen = total.saturating_sub(read(ClockId::Monotonic));

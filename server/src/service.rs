@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::Limits;
 use crate::keepalive::{self, Answers};
-use crate::lease::{FencingToken, LASTING_DEPARTURES};
+use crate::lease::{FencingToken, SETTLED_DEPARTURES};
 use crate::lessor::{Caller, Lessor, Released, Touched};
 use crate::request;
 use crate::store::{ListQuery, Store};
@@ -70,7 +70,7 @@ impl<S: Store> LeaseService for Service<S> {
         match lessor.release(key, id, given_up).await.map_err(wire::failed)? {
             Released::Done => Ok(Response::new(ReleaseResponse {})),
             Released::Lost(reason) => Err(wire::lost(reason)),
-            Released::NoRoom => Err(wire::limit_exceeded("settled_ids", LASTING_DEPARTURES)),
+            Released::NoRoom => Err(wire::limit_exceeded("settled_ids", SETTLED_DEPARTURES)),
         }
     }
 

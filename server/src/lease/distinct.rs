@@ -11,7 +11,7 @@ use super::{Acquisition, LeaseId, Timestamp};
 const WALKED: usize = 16;
 
 /// What an entry of a list is called.
-pub(super) trait Named {
+pub(crate) trait Named {
     type Name: Copy + Eq + Hash;
 
     fn name(&self) -> Self::Name;
@@ -43,7 +43,7 @@ impl Named for Arc<Acquisition> {
 
 /// The list. Only its entries count when it is compared.
 #[derive(Debug, Clone)]
-pub(super) struct Distinct<T: Named> {
+pub(crate) struct Distinct<T: Named> {
     entries: Vec<T>,
     /// The position of each entry, if the list is too long to be walked.
     #[expect(

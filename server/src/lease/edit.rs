@@ -182,12 +182,6 @@ impl Edit {
         self.release.has(id)
     }
 
-    /// Whether the departure of this released id is [lasting](Self::lasting) whatever became of it.
-    #[must_use]
-    pub fn lets_last(&self, id: LeaseId) -> bool {
-        self.lasting_ids().has(id)
-    }
-
     /// Whether it takes this lease away.
     #[must_use]
     pub fn revokes(&self, id: LeaseId) -> bool {
@@ -248,11 +242,7 @@ impl Edit {
     /// The released ids whose departures are lasting whatever became of them: those that may still be asked for, and
     /// all of an edit that releases more than a record remembers anyway, since the edit may be sent again.
     #[must_use]
-    pub fn lasting(&self) -> &[LeaseId] {
-        self.lasting_ids()
-    }
-
-    fn lasting_ids(&self) -> &Distinct<LeaseId> {
+    pub(crate) fn lasting(&self) -> &Distinct<LeaseId> {
         if self.release.len() > REMEMBERED_DEPARTURES { &self.release } else { &self.given_up }
     }
 
@@ -284,12 +274,5 @@ impl Edit {
     #[must_use]
     pub fn enqueued(&self) -> &[Arc<Acquisition>] {
         &self.enqueue
-    }
-
-    /// Every id that it is about.
-    pub fn named(&self) -> impl Iterator<Item = LeaseId> {
-        let lists = [&self.touch, &self.release, &self.revoke, &self.cancel, &self.refresh];
-        let asked = self.enqueue.iter().map(|acquisition| acquisition.id);
-        lists.into_iter().flat_map(|list| list.iter().copied()).chain(asked)
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use super::*;
 
@@ -43,6 +43,8 @@ enum Event {
     Revoke(usize),
     /// So many others come and go.
     Crowd(u8),
+    /// So many hundreds of ids that nobody asks for are released.
+    Flood(u8),
     Pass(i64),
 }
 
@@ -229,20 +231,31 @@ impl World {
             }
             Event::Crowd(count) => {
                 for _ in 0..count {
-                    self.strangers += 1;
-                    let mut bytes = [0xff; 16];
-                    bytes[..8].copy_from_slice(&self.strangers.to_be_bytes());
-                    let id = LeaseId::from(bytes);
+                    let id = self.stranger();
                     let asked =
                         Acquisition { mode: Mode::Shared, shared_limit: 1000, ..Acquisition::waiting(id) };
                     self.apply(&Edit::default().enqueue(Arc::new(asked)))?;
                     self.apply(&Edit::default().release(id))?;
                 }
             }
+            Event::Flood(hundreds) => {
+                for _ in 0..hundreds {
+                    let release = (0..100).fold(Edit::default(), |edit, _| edit.release(self.stranger()));
+                    self.apply(&release)?;
+                }
+            }
             Event::Pass(millis) => self.now += millis,
             Event::Arrive(..) => {}
         }
         Ok(())
+    }
+
+    /// An id that no caller here has.
+    fn stranger(&mut self) -> LeaseId {
+        self.strangers += 1;
+        let mut bytes = [0xff; 16];
+        bytes[..8].copy_from_slice(&self.strangers.to_be_bytes());
+        LeaseId::from(bytes)
     }
 
     /// The caller hears what the record says.
@@ -316,21 +329,50 @@ fn play(events: &[Event], step: Step) -> Result<(), TestCaseError> {
     World::new(step).play(events)
 }
 
+/// Plays random histories until there is a ghost.
+fn find_ghost(runner: &mut TestRunner, step: Step) -> Option<String> {
+    match runner.run(&events(), |events| play(&events, step)) {
+        Ok(()) => None,
+        Err(TestError::Fail(why, events)) => Some(format!("{why}\n{events:#?}")),
+        Err(TestError::Abort(why)) => panic!("{why}"),
+    }
+}
+
 #[test]
 fn an_id_has_at_most_one_token_and_one_place_and_none_once_it_is_released() {
     let cases = std::env::var("LEASED_LATE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(2000);
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
-    match TestRunner::new(config).run(&events(), |events| play(&events, step)) {
-        Ok(()) => {}
-        Err(TestError::Fail(why, events)) => panic!("{why}\n{events:#?}"),
-        Err(TestError::Abort(why)) => panic!("{why}"),
+    if let Some(ghost) = find_ghost(&mut TestRunner::new(config), step) {
+        panic!("{ghost}");
+    }
+}
+
+/// Finds them every time: the histories are the same in each run.
+#[test]
+fn random_histories_find_the_ghosts_of_broken_rules() {
+    let broken: [(&str, Step); 2] = [
+        ("departures are forgotten", |mut record, edit, now, rules| {
+            record.departures.clear();
+            step(record, edit, now, rules)
+        }),
+        ("a release that finds nothing settles nothing", |record, edit, now, rules| {
+            let mut after = step(record, edit, now, rules);
+            after.departures.retain(|departure| departure.reason != Reason::Settled);
+            after
+        }),
+    ];
+    for (how, broken) in broken {
+        let config =
+            Config { cases: 2000, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+        assert!(find_ghost(&mut TestRunner::new_with_rng(config, rng), broken).is_some(), "{how}");
     }
 }
 
 /// What each part of the rule is for: a history that has a ghost without it.
 #[test]
 fn without_any_part_of_the_rule_there_is_a_ghost() {
-    use Event::{Arrive, Ask, Call, Crowd, Pass, Release, Revoke};
+    use Event::{Arrive, Ask, Call, Crowd, Flood, Pass, Release, Revoke};
     const WHO: u8 = 1;
     // Of two commands the first is granted the lease, and the other comes when many others have come and gone.
     let twice = |between: &[Event]| {
@@ -340,7 +382,7 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
     let given_up = twice(&[Release(WHO), Arrive(1, false)]);
     let heard = twice(&[Ask(WHO), Arrive(1, true), Release(WHO), Arrive(1, false)]);
     let before_it_comes = vec![Call(WHO), Release(WHO), Arrive(0, false), Ask(WHO), Arrive(0, false)];
-    let broken: [(&str, Vec<Event>, Step); 7] = [
+    let broken: [(&str, Vec<Event>, Step); 8] = [
         ("departures are remembered", given_up.clone(), |mut record, edit, now, rules| {
             record.departures.clear();
             step(record, edit, now, rules)
@@ -366,6 +408,19 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
             }
             after
         }),
+        (
+            "also when others release what nobody uses",
+            twice(&[Flood(11), Revoke(0)]),
+            |mut record, edit, now, rules| {
+                // Ids that were settled count for the whole room alone.
+                for departure in
+                    record.departures.iter_mut().filter(|departure| departure.reason == Reason::Settled)
+                {
+                    departure.reason = Reason::Withdrawn;
+                }
+                step(record, edit, now, rules)
+            },
+        ),
         ("those of what was displaced", twice(&[Pass(1000)]), |record, edit, now, rules| {
             let mut after = step(record, edit, now, rules);
             for departure in &mut after.departures {

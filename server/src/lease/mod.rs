@@ -24,7 +24,7 @@ pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
 pub use record::{Departure, Holder, Mode, NEVER_GRANTED, Reason, Record, Waiter};
 pub use step::{
     LASTING_DEPARTURES, MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,
-    Rules, step,
+    Rules, SETTLED_DEPARTURES, step,
 };
 pub(crate) use time::millis;
 pub use time::{Timestamp, Ttl};

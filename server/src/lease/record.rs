@@ -25,7 +25,7 @@ pub struct Record {
     pub rev: i64,
 }
 
-/// A record of a key that nobody was ever granted is kept no longer than this.
+/// A record of a key that nobody was ever granted is kept for this long, and then until the next purge.
 pub const NEVER_GRANTED: Duration = Duration::from_secs(3600);
 
 /// Who may act on the key together with whom.

@@ -11,8 +11,12 @@ use super::{
 pub const REMEMBERED_DEPARTURES: usize = 8;
 /// How long a record remembers departures that are lasting: longer than any command may be under way.
 pub const MEMORY: Duration = Duration::from_secs(60);
-/// Departures of a record that may be lasting.
+/// A record with this many lasting departures notes no others as lasting. The room is counted once for each edit, so a
+/// single edit of many may go past it.
 pub const LASTING_DEPARTURES: usize = 1024;
+/// How many of the lasting departures may be [`Reason::Settled`]. Anyone can release ids that nobody uses, and the room that
+/// is left belongs to leases that were revoked or displaced: a late command would bring those back.
+pub const SETTLED_DEPARTURES: usize = LASTING_DEPARTURES / 2;
 /// A line this long takes no more.
 pub const MAX_WAITERS: usize = 1024;
 /// A record this large, as [`Record::size`] counts, takes no more.
@@ -36,8 +40,7 @@ pub struct Rules {
 /// the line, while it fits), *finish* (those who came only to try leave; `rev` rises).
 #[must_use]
 pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> Record {
-    let lasting = record.departures.iter().filter(|departure| lasts(departure, now)).count();
-    let room = LASTING_DEPARTURES.saturating_sub(lasting);
+    let room = Room::of(&record, now);
     touch(&mut record, edit, now);
     let mut gone = depart(&mut record, edit, now, room);
     record.blocked_until.take_if(|until| edit.unblocks(*until));
@@ -50,6 +53,26 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
     record.waiters.retain(|waiter| waiter.acquisition.wait);
     record.rev += 1;
     record
+}
+
+/// How many more departures a record can note as lasting.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    all: usize,
+    /// Those of ids that are not known.
+    settled: usize,
+}
+
+impl Room {
+    fn of(record: &Record, now: Timestamp) -> Self {
+        let (mut lasting, mut settled) = (0, 0);
+        for departure in record.departures.iter().filter(|departure| lasts(departure, now)) {
+            lasting += 1;
+            settled += usize::from(departure.reason == Reason::Settled);
+        }
+        let all = LASTING_DEPARTURES.saturating_sub(lasting);
+        Self { all, settled: all.min(SETTLED_DEPARTURES.saturating_sub(settled)) }
+    }
 }
 
 /// Extends what is held. Never shortens: the clock may have stepped back.
@@ -70,27 +93,26 @@ fn renew(holder: &mut Holder, now: Timestamp) {
 /// A released id that is not known is noted too, while there is room: an acquire with it that comes later must find it
 /// settled. Most departures are lasting. The exception is the common one, a holder that was asked for once and gives
 /// its lease back: no other command can name its id.
-fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: usize) -> Vec<Departure> {
+fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: Room) -> Vec<Departure> {
     let released = take(&mut record.holders, |holder| edit.releases(holder.id));
     let revoked = take(&mut record.holders, |holder| edit.revokes(holder.id));
     let is_withdrawn = |waiter: &mut Waiter| edit.releases(waiter.acquisition.id);
     let withdrawn: Vec<Waiter> = record.waiters.extract_if(.., is_withdrawn).collect();
-    // Without a `min_hold` there is nothing to wait for, and a clock that stepped back must not make it so.
+    // A holder without a `min_hold` blocks nobody, also if its `acquired_at` is ahead of a clock that stepped back.
     let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
     let held_for = held_for.map(|holder| Some(holder.acquired_at + holder.min_hold));
     record.blocked_until = held_for.chain([record.blocked_until]).max().flatten();
 
-    let note = |id, reason, lasting: bool| Departure { id, reason, at: now, lasting: lasting && room > 0 };
+    let note =
+        |id, reason, lasting: bool| Departure { id, reason, at: now, lasting: lasting && room.all > 0 };
     let mut gone: Vec<Departure> =
         revoked.iter().map(|holder| note(holder.id, Reason::Revoked, true)).collect();
-    gone.extend(
-        released
-            .iter()
-            .map(|Holder { id, repeated, .. }| note(*id, Reason::Released, *repeated || edit.lets_last(*id))),
-    );
+    gone.extend(released.iter().map(|Holder { id, repeated, .. }| {
+        note(*id, Reason::Released, *repeated || edit.lasting().has(*id))
+    }));
     gone.extend(withdrawn.iter().map(|waiter| note(waiter.acquisition.id, Reason::Withdrawn, true)));
     let known = |id: LeaseId| gone.iter().chain(&record.departures).any(|departure| departure.id == id);
-    let unknown = edit.released().iter().filter(|id| !known(**id)).take(room);
+    let unknown = edit.released().iter().filter(|id| !known(**id)).take(room.settled);
     let settled: Vec<Departure> = unknown.map(|id| note(*id, Reason::Settled, true)).collect();
     gone.extend(settled);
     gone
@@ -143,7 +165,7 @@ fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp,
 
 /// Admits from the head of the line while it fits, and returns the holders whose place was taken. A head that fits
 /// but whose place has lapsed leaves instead.
-fn admit(record: &mut Record, now: Timestamp, grace: Duration, room: usize) -> Vec<Departure> {
+fn admit(record: &mut Record, now: Timestamp, grace: Duration, room: Room) -> Vec<Departure> {
     let mut left_line = 0;
     let mut displaced = Vec::new();
     for waiter in &record.waiters {
@@ -159,7 +181,8 @@ fn admit(record: &mut Record, now: Timestamp, grace: Duration, room: usize) -> V
         record.holders.push(grant(&waiter.acquisition, record.token, now));
     }
     record.waiters.drain(..left_line);
-    let note = |Holder { id, .. }| Departure { id, reason: Reason::Displaced, at: now, lasting: room > 0 };
+    let note =
+        |Holder { id, .. }| Departure { id, reason: Reason::Displaced, at: now, lasting: room.all > 0 };
     displaced.into_iter().map(note).collect()
 }
 

@@ -240,7 +240,7 @@ fn applying_an_edit_again_at_once_gives_the_same_answers() {
         let before = Snapshot { record: moment.before.clone(), now: moment.now };
         let conflicts =
             |id| moment.edit.enqueued().iter().any(|asked| asked.id == id && before.conflicts(asked));
-        for id in moment.edit.named().filter(|id| !conflicts(*id)) {
+        for id in (0..=IDS + 1).map(id).filter(|id| moment.edit.names(*id) && !conflicts(*id)) {
             match (first.standing(id), second.standing(id)) {
                 // Whoever tried in vain has left the line, and may have been all that kept the next one out; and who
                 // comes in then takes the place of those whose time is over.

@@ -30,6 +30,7 @@ impl Failure {
         Self::Unknown(cause.to_string())
     }
 
+    #[cfg(test)]
     pub(super) fn refused(cause: impl ToString) -> Self {
         Self::Refused(cause.to_string())
     }

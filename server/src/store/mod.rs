@@ -87,8 +87,8 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError`] if it cannot.
     fn check(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// Which store it is: the same for every daemon on the same records and after every restart, and another for any
-    /// other store. So callers notice when they are given daemons of two.
+    /// Identifies the store: every daemon on the same records has this id, also after a restart, and any other store has
+    /// another one. Callers compare the ids of their daemons, and so notice daemons of different stores.
     fn id(&self) -> Uuid;
 
     /// Makes this daemon known to the others on the same records. To be called before anyone is served.

@@ -37,6 +37,15 @@ pub(super) enum Home {
 #[derive(Debug)]
 pub(super) struct Unanswered(pub(super) StoreError);
 
+impl Unanswered {
+    /// Whether an edit left a record that cannot be read, which a wrong rule may do. Whatever else a store fails with says
+    /// nothing of the rules: that it is away, or that the database cannot compute the pipeline.
+    pub(super) fn is_of_a_record(&self) -> bool {
+        let Self(error) = self;
+        matches!(error, StoreError::Unreadable { cause, .. } if cause.ends_with("is missing or of another type"))
+    }
+}
+
 /// Either store, at instants that the test chooses.
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
@@ -133,25 +142,28 @@ async fn mongodb(collection: &str, rules: Rules) -> MongoStore {
 }
 
 impl Applier {
-    /// Applies the batch at `now` and returns the records after it.
+    /// Applies the batch at `now` and returns the records after it. Panics with [`Unanswered`] if there is none.
     pub(super) fn apply(&mut self, batch: Vec<(Key, Edit)>, now: Timestamp) -> Vec<Record> {
+        self.try_apply(batch, now).unwrap_or_else(|unanswered| panic_any(unanswered))
+    }
+
+    /// Applies the batch at `now` and returns the records after it.
+    pub(super) fn try_apply(
+        &mut self,
+        batch: Vec<(Key, Edit)>,
+        now: Timestamp,
+    ) -> Result<Vec<Record>, Unanswered> {
         match self {
             Self::Step { records, rules, wrong } => {
                 let step = wrong.map_or(step as Step, Wrong::step);
-                batch
-                    .into_iter()
-                    .map(|(key, edit)| specified(records, step, key, &edit, now, rules))
-                    .collect()
+                let record = |(key, edit)| specified(records, step, key, &edit, now, rules);
+                Ok(batch.into_iter().map(record).collect())
             }
             Self::Store(store) => {
                 store.set_clock(now);
-                let committed = wait_for(store.commit(Arc::new(batch), Duration::from_secs(30)));
-                let snapshots = committed.unwrap_or_else(|error| panic_any(Unanswered(error)));
-                let record = |answer: ForKey| match answer {
-                    Ok(snapshot) => snapshot.record,
-                    Err(error) => panic_any(Unanswered(error)),
-                };
-                snapshots.into_iter().map(record).collect()
+                let answers = wait_for(store.commit(Arc::new(batch), Duration::from_secs(30)));
+                let record = |answer: ForKey| answer.map(|snapshot| snapshot.record).map_err(Unanswered);
+                answers.map_err(Unanswered)?.into_iter().map(record).collect()
             }
         }
     }

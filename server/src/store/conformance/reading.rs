@@ -93,19 +93,34 @@ fn a_batch_is_answered_in_its_order_at_one_instant(#[values(Home::Embedded, Home
 }
 
 #[rstest]
-fn only_an_arrival_makes_a_record(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+fn an_arrival_and_a_release_make_a_record_and_a_touch_or_a_nudge_makes_none(
+    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(false, true)] together: bool,
+) {
     let store = empty(home);
     let stranger = LeaseId::random();
-    let edits = [Edit::default(), Edit::default().touch(stranger), Edit::default().release(stranger)];
-    let batch = edits.into_iter().enumerate().map(|(number, edit)| (key(&format!("{number}")), edit));
-    let mut batch: Vec<_> = batch.collect();
-    batch.insert(1, (key("real"), ask(asking(LeaseId::random()))));
-    let answers = commit(&store, batch);
-    assert_eq!(
-        answers.iter().map(|answer| answer.state()).collect::<Vec<_>>(),
-        [State::Free, State::Held, State::Free, State::Free]
-    );
-    assert_eq!(names(&list(&store, ListQuery { include_free: true, ..all() })), ["real"]);
+    let edits = [
+        ("nudge", Edit::default()),
+        ("arrival", ask(asking(LeaseId::random()))),
+        ("touch", Edit::default().touch(stranger)),
+        ("release", Edit::default().release(stranger)),
+        ("cancel", Edit::default().cancel(stranger).refresh(stranger).revoke(stranger)),
+    ];
+    let batch: Vec<_> = edits.into_iter().map(|(name, edit)| (key(name), edit)).collect();
+    let keys = batch.iter().map(|(key, _)| key.clone()).collect();
+    let answers = if together {
+        commit(&store, batch)
+    } else {
+        batch.into_iter().flat_map(|one| commit(&store, vec![one])).collect()
+    };
+    let states = answers.iter().map(Snapshot::state).collect::<Vec<_>>();
+    assert_eq!(states, [State::Free, State::Held, State::Free, State::Free, State::Free]);
+    let mut made: Vec<Key> =
+        all_of(wait_for(store.read(keys))).into_iter().map(|one| one.record.key).collect();
+    made.sort();
+    assert_eq!(made, [key("arrival"), key("release")]);
+    let listed = list(&store, ListQuery { include_free: true, ..all() });
+    assert_eq!(names(&listed), ["arrival"], "a key that was never granted is not shown");
 }
 
 #[rstest]

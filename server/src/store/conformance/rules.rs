@@ -9,7 +9,8 @@ use rstest::rstest;
 use super::homes::{Applier, Home};
 use crate::lease::{
     Acquisition, Edit, FencingToken, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, Mode,
-    Obstacle, REMEMBERED_DEPARTURES, Reason, Record, Rules, Snapshot, Standing, State, Timestamp, Ttl,
+    Obstacle, REMEMBERED_DEPARTURES, Reason, Record, Rules, SETTLED_DEPARTURES, Snapshot, Standing, State,
+    Timestamp, Ttl,
 };
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(15_000) };
@@ -439,21 +440,42 @@ pub(super) fn a_release_that_comes_before_its_acquire_settles_the_id_for_a_minut
 }
 
 #[rstest]
-pub(super) fn a_record_remembers_so_many_settled_ids_and_no_more(
+pub(super) fn releases_that_find_nothing_leave_half_of_the_memory_to_leases_that_are_taken_away(
     #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
 ) {
     let mut desk = Desk::at(home);
-    let names: Vec<String> = (0..LASTING_DEPARTURES + 10).map(|number| number.to_string()).collect();
+    let names: Vec<String> = (0..SETTLED_DEPARTURES + 10).map(|number| number.to_string()).collect();
     desk.release_all(&names).release_all(&names);
-    let (settled, refused) = names.split_at(LASTING_DEPARTURES);
+    let (settled, refused) = names.split_at(SETTLED_DEPARTURES);
     assert!(settled.iter().all(|name| desk.departed(name) == Some(Reason::Settled)));
     assert!(refused.iter().all(|name| desk.departed(name).is_none()));
     desk.ask(asking("a")).ask(asking("b")).release("b").release("a");
     assert_eq!(desk.departed("b"), Some(Reason::Withdrawn), "what was there always goes");
-    assert_eq!(desk.record.departures.len(), LASTING_DEPARTURES + 2);
+    desk.ask(asking("c")).apply(&Edit::default().revoke(id("c"))).others(2 * REMEMBERED_DEPARTURES);
+    assert_eq!(desk.departed("c"), Some(Reason::Revoked), "remembered longer than others");
+    desk.ask(asking("c"));
+    assert!(desk.holders().is_empty(), "a ghost");
     desk.passes(60_000).release(&refused[0]);
     assert_eq!(desk.departed(&refused[0]), Some(Reason::Settled), "there is room again");
     assert_eq!(desk.record.departures.len(), REMEMBERED_DEPARTURES);
+}
+
+#[rstest]
+pub(super) fn a_record_whose_memory_is_full_settles_no_id_and_still_lets_holders_go(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    let names: Vec<String> = (0..LASTING_DEPARTURES).map(|number| number.to_string()).collect();
+    let wait = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(asking(name))));
+    desk.apply(&wait).release_all(&names).release("unknown");
+    assert_eq!(desk.departed("unknown"), None);
+    desk.ask(asking("a")).ask(asking("b")).release("b").release("a");
+    assert_eq!((desk.departed("a"), desk.departed("b")), (Some(Reason::Released), Some(Reason::Withdrawn)));
+    assert_eq!(desk.record.departures.len(), LASTING_DEPARTURES + 2);
+    assert_eq!(
+        desk.record.departures.iter().filter(|departure| departure.lasting).count(),
+        LASTING_DEPARTURES
+    );
 }
 
 #[rstest]

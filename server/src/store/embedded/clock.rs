@@ -10,8 +10,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::time::{ClockId, clock_gettime};
-
+use crate::boot_instant::since_boot;
 use crate::lease::{Timestamp, millis};
 
 /// A difference between the store's clock and the host's that is worth a line in the log.
@@ -41,11 +40,7 @@ impl Readings for Host {
     }
 
     fn up(&self) -> Duration {
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        const CLOCK: ClockId = ClockId::Boottime;
-        #[cfg(not(any(target_os = "linux", target_os = "android")))]
-        const CLOCK: ClockId = ClockId::Monotonic;
-        Duration::try_from(clock_gettime(CLOCK)).unwrap_or_default()
+        since_boot()
     }
 
     fn boot(&self) -> Option<String> {

@@ -1,6 +1,7 @@
 //! The tables of the file, and what it says of itself: its format, its identity, and its clock.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use redb::backends::InMemoryBackend;
 use redb::{
@@ -13,7 +14,6 @@ use super::clock::Anchor;
 use super::disk::{Disk, Unsynced};
 use super::document;
 use crate::lease::{Key, Record, Rules, Timestamp};
-use crate::store::failure::Failure;
 
 /// Records by key.
 pub(super) const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
@@ -52,6 +52,7 @@ pub(super) struct Facts {
 pub(super) enum Stranger {
     Foreign(&'static str),
     Newer,
+    Damaged(&'static str),
     Failed(redb::Error),
 }
 
@@ -84,8 +85,9 @@ impl Facts {
             (Some(up), Some(time), Some(boot)) => Some(Anchor { boot, up, time: Timestamp(time) }),
             _ => None,
         };
+        let store = name(&reading, STORE)?.map(|store| store.parse());
         Ok(Self {
-            store: name(&reading, STORE)?.and_then(|store| store.parse().ok()),
+            store: store.transpose().map_err(|_| Stranger::Damaged("its identity is no UUID"))?,
             latest: Timestamp(fact(LATEST)?.unwrap_or(0)),
             anchor,
         })
@@ -101,7 +103,7 @@ impl Facts {
         anchor: &Anchor,
         now: Timestamp,
         rules: &Rules,
-    ) -> Result<Uuid, Failure> {
+    ) -> Result<Uuid, redb::Error> {
         let store = self.store.unwrap_or_else(Uuid::new_v4);
         let is_anchored = self.anchor.as_ref() == Some(anchor);
         if self.store.is_some() && is_anchored {
@@ -126,7 +128,7 @@ impl Facts {
 }
 
 /// Notes in a transaction what the clock shows at its commit.
-pub(super) fn note_latest(transaction: &WriteTransaction, now: Timestamp) -> Result<(), Failure> {
+pub(super) fn note_latest(transaction: &WriteTransaction, now: Timestamp) -> Result<(), redb::Error> {
     transaction.open_table(FACTS)?.insert(LATEST, now.0)?;
     Ok(())
 }
@@ -162,13 +164,14 @@ fn fill(memory: &Arc<dyn StorageBackend>) -> Result<(), redb::Error> {
 }
 
 /// Touches every holder and refreshes every place, except those that had lapsed by the latest commit already: nobody
-/// believes in these, and a lease that ended long ago must not take its key again.
+/// believes in these, and a lease that ended long ago must not take its key again. What a `min_hold` had left then it has
+/// left again.
 fn renew(
     transaction: &WriteTransaction,
     latest: Timestamp,
     now: Timestamp,
     rules: &Rules,
-) -> Result<(), Failure> {
+) -> Result<(), redb::Error> {
     let mut records = transaction.open_table(RECORDS)?;
     let mut from = String::new();
     loop {
@@ -207,6 +210,19 @@ fn renew_record(record: &mut Record, latest: Timestamp, now: Timestamp, rules: &
             *expires_at = now + lasts;
             changed = true;
         }
+    }
+    // How long the machine was off is not known: the wall clock may be what jumped. So none of that time counts. A file of
+    // an earlier version may not say when its latest commit was.
+    let jumped = if latest > Timestamp(0) { now - latest } else { Duration::ZERO };
+    for holder in &mut record.holders {
+        if !holder.min_hold.is_zero() && holder.acquired_at + holder.min_hold > latest {
+            holder.min_hold += jumped;
+            changed = true;
+        }
+    }
+    if let Some(until) = record.blocked_until.as_mut().filter(|until| **until > latest) {
+        *until = *until + jumped;
+        changed = true;
     }
     record.rev += i64::from(changed);
     changed

@@ -89,6 +89,20 @@ impl OpenError {
         }
     }
 
+    /// What redb says of a file that is known to be ours.
+    pub(super) fn redb(path: &Path, error: redb::Error) -> Self {
+        match error {
+            redb::Error::Io(error) => Self::storage(path, StorageError::Io(error)),
+            redb::Error::Corrupted(what) => Self::Damaged(path.to_owned(), what),
+            // A table that is missing, or is not what it was made as.
+            redb::Error::TableDoesNotExist(_)
+            | redb::Error::TableTypeMismatch { .. }
+            | redb::Error::TableIsMultimap(_)
+            | redb::Error::TypeDefinitionChanged { .. } => Self::Damaged(path.to_owned(), error.to_string()),
+            other => Self::Failed(path.to_owned(), other.to_string()),
+        }
+    }
+
     fn database(path: &Path, error: DatabaseError) -> Self {
         match error {
             DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
@@ -280,7 +294,8 @@ pub(super) fn open(
     let facts = Facts::read(&database).map_err(|stranger| match stranger {
         Stranger::Foreign(what) => OpenError::Foreign(path.to_owned(), what.to_owned()),
         Stranger::Newer => OpenError::Newer(path.to_owned()),
-        Stranger::Failed(error) => OpenError::Failed(path.to_owned(), error.to_string()),
+        Stranger::Damaged(what) => OpenError::Damaged(path.to_owned(), what.to_owned()),
+        Stranger::Failed(error) => OpenError::redb(path, error),
     })?;
     if let Some(known) = known {
         // Numbers of files are used again, and a volume may have been set back to a snapshot.
@@ -329,6 +344,10 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use redb::TableDefinition;
+    use rstest::rstest;
+
+    use super::super::facts::NAMES;
     use super::*;
 
     fn opens(folder: &Path) -> Result<(), OpenError> {
@@ -381,6 +400,57 @@ mod tests {
         std::os::unix::fs::symlink(folder.path().join("volume/leases.redb"), &path).expect("a link");
         assert!(matches!(opens(folder.path()), Err(OpenError::Forbidden(..))));
         assert!(fs::symlink_metadata(&path).expect("the link").is_symlink());
+    }
+
+    /// A redb database in `folder` that says that it is ours, changed by `damage`.
+    fn lay_out(folder: &Path, damage: impl FnOnce(&redb::WriteTransaction)) {
+        opens(folder).expect("a start");
+        let database = Database::open(folder.join(FILE)).expect("a database");
+        let writing = database.begin_write().expect("a transaction");
+        damage(&writing);
+        writing.commit().expect("a commit");
+    }
+
+    #[rstest]
+    #[case::an_identity_that_is_none("its identity", |writing: &redb::WriteTransaction| {
+        let mut names = writing.open_table(NAMES).expect("a table");
+        names.insert("store", "nobody").expect("a name");
+    })]
+    #[case::names_that_are_numbers("names", |writing: &redb::WriteTransaction| {
+        const NUMBERS: TableDefinition<'_, &str, i64> = TableDefinition::new("names");
+        writing.delete_table(NAMES).expect("a table");
+        writing.open_table(NUMBERS).expect("a table");
+    })]
+    fn a_file_of_ours_that_does_not_hold_what_it_should_is_damaged_and_stays_as_it_is(
+        #[case] named: &str,
+        #[case] damage: fn(&redb::WriteTransaction),
+    ) {
+        let folder = tempfile::tempdir().expect("a folder");
+        lay_out(folder.path(), damage);
+        let before = fs::read(folder.path().join(FILE)).expect("the file");
+        let error = opens(folder.path()).expect_err("a damaged file");
+        assert!(matches!(&error, OpenError::Damaged(_, what) if what.contains(named)), "{error}");
+        assert!(fs::read(folder.path().join(FILE)).expect("the file") == before, "it was written to");
+    }
+
+    #[test]
+    fn what_redb_finds_corrupted_is_damaged_wherever_it_is_found() {
+        let path = Path::new("leases.redb");
+        let storage = || StorageError::Corrupted("a page".to_owned());
+        for error in [
+            OpenError::storage(path, storage()),
+            OpenError::redb(path, redb::Error::from(storage())),
+            OpenError::redb(path, redb::Error::from(redb::TableError::Storage(storage()))),
+            OpenError::redb(path, redb::Error::TableDoesNotExist("records".to_owned())),
+            OpenError::redb(path, Error::from(ErrorKind::UnexpectedEof).into()),
+        ] {
+            assert!(matches!(error, OpenError::Damaged(..)), "{error}");
+        }
+        let full = Error::from(ErrorKind::StorageFull);
+        assert!(
+            matches!(OpenError::redb(path, full.into()), OpenError::Failed(..)),
+            "a disk that is full may pass"
+        );
     }
 
     /// A number that is used again, as file systems do.

@@ -24,7 +24,7 @@ pub(super) struct InUse(Mutex<BTreeSet<Key>>);
 
 impl InUse {
     /// Those of the records in `database`. A block ends by time alone, so a key with one counts until a purge or a commit.
-    pub(super) fn read(&self, database: &Database) -> Result<(), Failure> {
+    pub(super) fn read(&self, database: &Database) -> Result<(), redb::Error> {
         let mut keys = BTreeSet::new();
         for entry in database.begin_read()?.open_table(RECORDS)?.iter()? {
             let (name, bytes) = entry?;

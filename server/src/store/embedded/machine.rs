@@ -349,6 +349,40 @@ async fn a_boot_renews_those_who_held_and_nobody_else() {
     assert_eq!((again.record.holders[0].expires_at, again.now), (now + TTL, now + Duration::from_secs(10)));
 }
 
+/// One key is released before the boot and one after it. Less than the `min_hold` has passed for anyone.
+#[rstest]
+#[case::set_ahead(86_400_000)]
+#[case::set_back(-86_400_000)]
+#[case::right(0)]
+#[tokio::test]
+async fn a_boot_ends_no_min_hold(#[case] set_wall: i64) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let machine = Machine::new(None);
+    let store = start(folder.path(), &machine).await;
+    let min_hold = Duration::from_secs(60);
+    let (early, late) = (LeaseId::random(), LeaseId::random());
+    for (name, id) in [("early", early), ("late", late)] {
+        let ttl = Ttl::new(TTL).expect("a TTL");
+        apply(&store, name, ask(crate::lease::Acquisition { ttl, min_hold, ..asking(id) })).await;
+    }
+    machine.pass(20_000);
+    apply(&store, "early", Edit::default().release(early)).await;
+    drop(store);
+    machine.boot(9_000);
+    machine.set_wall(set_wall);
+    let store = start(folder.path(), &machine).await;
+    apply(&store, "late", Edit::default().release(late)).await;
+    machine.pass(39_999);
+    for name in ["early", "late"] {
+        assert_eq!(holders(&apply(&store, name, for_a_while(LeaseId::random())).await), [], "{name}");
+    }
+    machine.pass(1);
+    for name in ["early", "late"] {
+        let next = LeaseId::random();
+        assert_eq!(holders(&apply(&store, name, for_a_while(next)).await), [next], "{name}");
+    }
+}
+
 #[tokio::test]
 async fn where_boots_have_no_names_each_start_counts_as_one() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -37,7 +37,7 @@ use super::failure::{Effects, Failure};
 use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report};
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
-/// The writer takes those that wait in one go, so more of them do not make it write smaller ones.
+/// The writer groups all waiting batches into one transaction, so more batches in flight do not shrink its writes.
 const BATCHES: usize = 4;
 /// Threads that read some keys, and threads that read pages. The first never wait for the second: a page may take
 /// as long as there are free keys to pass over, and the engine looks keys up to do its work.
@@ -382,11 +382,17 @@ mod tests {
         let held = vec![key("key/00003"), key("key/19999")];
         let batch = held.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect();
         store.commit(Arc::new(batch), DAY).await.expect("a commit");
-        let query = ListQuery { prefix: String::new(), after: None, limit: 100, include_free: false };
-        let page = store.list(query).await.expect("a listing");
-        let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
-        assert_eq!(shown, held);
-        assert_eq!(in_use(&store), held, "what a listing goes through");
+        let query =
+            |include_free| ListQuery { prefix: String::new(), after: None, limit: KEYS, include_free };
+        let listed = async |include_free| {
+            let before = store.home().looked_at.load(Ordering::Relaxed);
+            let page = store.list(query(include_free)).await.expect("a listing");
+            let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
+            (shown, store.home().looked_at.load(Ordering::Relaxed) - before)
+        };
+        assert_eq!(listed(false).await, (held, 2));
+        let (shown, looked_at) = listed(true).await;
+        assert!(shown.len() > 2 && looked_at > 2, "what a listing looks at is counted");
     }
 
     fn in_use(store: &EmbeddedStore) -> Vec<Key> {

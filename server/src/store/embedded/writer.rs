@@ -45,6 +45,9 @@ pub(super) struct Home {
     database: Mutex<Option<Arc<Database>>>,
     /// Whether the latest write failed.
     fails: AtomicBool,
+    /// How many stored records readers have looked at.
+    #[cfg(test)]
+    pub(super) looked_at: AtomicI64,
 }
 
 /// Gives orders to the thread, which ends with the last of these.
@@ -108,13 +111,10 @@ impl Home {
         let (database, facts) = file::open(&*medium, &unsynced, None)?;
         let mut clock = Clock::resume(readings, facts.anchor.as_ref(), facts.latest);
         let now = clock.now();
-        let store = facts
-            .settle(&database, clock.anchor(), now, &rules)
-            .map_err(|failure| OpenError::Failed(medium.path().to_owned(), failure.into_cause()))?;
+        let fail = |error| OpenError::redb(medium.path(), error);
+        let store = facts.settle(&database, clock.anchor(), now, &rules).map_err(fail)?;
         let in_use = InUse::default();
-        in_use
-            .read(&database)
-            .map_err(|failure| OpenError::Failed(medium.path().to_owned(), failure.into_cause()))?;
+        in_use.read(&database).map_err(fail)?;
         Ok(Self {
             in_use,
             medium,
@@ -125,6 +125,8 @@ impl Home {
             acknowledged: AtomicI64::new(facts.latest.0),
             database: Mutex::new(Some(Arc::new(database))),
             fails: AtomicBool::new(false),
+            #[cfg(test)]
+            looked_at: AtomicI64::default(),
         })
     }
 
@@ -166,6 +168,8 @@ impl Home {
 
     /// A stored record as it is now.
     pub(super) fn snapshot(&self, key: &Key, bytes: &[u8]) -> Result<Snapshot, document::Unreadable> {
+        #[cfg(test)]
+        self.looked_at.fetch_add(1, Ordering::Relaxed);
         Ok(Snapshot { record: document::decode(key, bytes)?, now: self.now() })
     }
 
@@ -214,8 +218,9 @@ impl Home {
             clock.reach(facts.latest);
             (clock.anchor().clone(), clock.now())
         };
-        facts.settle(&database, &anchor, now, &self.rules)?;
-        self.in_use.read(&database)?;
+        // Neither applies an edit.
+        facts.settle(&database, &anchor, now, &self.rules).map_err(Failure::not_applied)?;
+        self.in_use.read(&database).map_err(Failure::not_applied)?;
         Ok(Arc::clone(self.slot().insert(Arc::new(database))))
     }
 
@@ -231,7 +236,7 @@ impl Home {
             let (value, changed) = write(&transaction)?;
             if changed == Changed::Something {
                 let now = self.now();
-                note_latest(&transaction, now)?;
+                note_latest(&transaction, now).map_err(Failure::not_applied)?;
                 transaction.commit()?;
                 // A file that was removed meanwhile has taken the commit with it.
                 self.medium.find().map_err(Failure::unknown)?;
@@ -242,7 +247,6 @@ impl Home {
         let done = transact();
         drop(database);
         match &done {
-            Err(Failure::Refused(_)) => {}
             Err(failure) => self.close(failure),
             Ok(_) if self.fails.swap(false, Ordering::Relaxed) => {
                 tracing::info!("the file takes writes again")

@@ -17,7 +17,7 @@ use mongodb::bson::{DateTime, Document, doc};
 use tokio::time::Instant;
 
 use crate::boot_instant::BootInstant;
-use crate::lease::Timestamp;
+use crate::lease::{Timestamp, millis};
 
 /// A command does nothing when it reaches the database later than this after it was sent.
 const LATE_AFTER: Duration = Duration::from_secs(10);
@@ -39,7 +39,11 @@ impl Estimate {
     fn of(time: Timestamp, sent: BootInstant, received: BootInstant) -> Self {
         let travelled = received - sent;
         // What is shown is cut to whole milliseconds.
-        Self { at: received, earliest: time.0, latest: time.0.saturating_add(millis(travelled) + 1) }
+        Self {
+            at: received,
+            earliest: time.0,
+            latest: time.0.saturating_add(millis(travelled)).saturating_add(1),
+        }
     }
 
     /// What it comes to at `at`, if that is later.
@@ -49,7 +53,7 @@ impl Estimate {
         Self {
             at: self.at.max(at),
             earliest: self.earliest.saturating_add(millis(passed) - drift),
-            latest: self.latest.saturating_add(millis(passed) + drift),
+            latest: self.latest.saturating_add(millis(passed)).saturating_add(drift),
         }
     }
 
@@ -147,10 +151,6 @@ impl Limit {
         let refuse = doc! { "$toInt": { "$concat": ["the command came too late for ", "$_id"] } };
         doc! { "$set": { "late": { "$cond": [late, refuse, "$$REMOVE"] } } }
     }
-}
-
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
 #[cfg(test)]

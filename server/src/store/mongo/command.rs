@@ -117,6 +117,13 @@ impl Runner {
         self.tasks.close();
     }
 
+    /// Takes all turns, until what is returned is dropped.
+    #[cfg(test)]
+    pub(super) async fn occupy(&self) -> tokio::sync::OwnedSemaphorePermit {
+        let all = u32::try_from(self.most).expect("few tasks");
+        Arc::clone(&self.tasks).acquire_many_owned(all).await.expect("turns")
+    }
+
     /// Runs `command` to its end, and waits for that no longer than an attempt may take.
     pub(super) async fn run<T, F>(&self, command: F) -> Result<T, Failure>
     where

@@ -3,8 +3,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
+use futures_util::{StreamExt, stream};
 use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ReturnDocument;
+use tokio::time::Instant;
 
 use super::clock::Limit;
 use super::command::ATTEMPT;
@@ -15,11 +17,14 @@ use crate::lease::{Edit, Key, Snapshot, Timestamp};
 use crate::store::failure::{Effects, Failure};
 use crate::store::{ForKey, StoreError, makes_record, vacant};
 
-/// Keys of which more are not remembered to have a line.
+/// How many keys with waiters are remembered.
 const LINES: usize = 10_000;
 
 /// Edits left over that are made one by one: another round takes two commands.
 const ALONE: usize = 2;
+
+/// Parts of a batch tried at once when one of its edits cannot be applied.
+const PARTS: usize = 8;
 
 type Edits = Vec<(Key, Edit)>;
 
@@ -52,11 +57,13 @@ impl Lines {
 }
 
 impl MongoStore {
-    /// One try at a batch. The `effects` learn what each command may have changed.
+    /// One try at a batch. The `effects` learn what each command may have changed. No search for an edit that cannot be
+    /// applied goes on after `until`.
     pub(super) async fn attempt(
         &self,
         batch: &[(Key, Edit)],
         effects: &Effects,
+        until: Instant,
     ) -> Result<Vec<ForKey>, Failure> {
         let done = match self.once(batch, effects).await {
             Err(Failure::Late(cause)) => {
@@ -68,7 +75,7 @@ impl MongoStore {
             done => done,
         };
         let answers = match done {
-            Err(Failure::Record(cause)) => self.apart(batch, cause, effects).await?,
+            Err(Failure::Record(cause)) => self.apart(batch, cause, effects, until).await?,
             answers => answers?,
         };
         self.lines.note(answers.iter().flatten());
@@ -89,34 +96,54 @@ impl MongoStore {
 
     /// Applies a batch in which one edit at least cannot be applied: finds out which, and applies the others.
     ///
-    /// Such a record can most often not be read either, which one command tells of all. Otherwise the batch is halved
-    /// until the edit stands alone.
+    /// Most often the record of such an edit cannot be read either, and one command finds all of those. For the rest the
+    /// batch is halved, since MongoDB does not say which record it could not write. The parts of one size are tried
+    /// together, and none once `until` has passed: other batches wait for these keys.
     async fn apart(
         &self,
         batch: &[(Key, Edit)],
         cause: String,
         effects: &Effects,
+        until: Instant,
     ) -> Result<Vec<ForKey>, Failure> {
         if let [(key, _)] = batch {
             return Ok(vec![Err(StoreError::Unreadable { key: key.clone(), cause })]);
         }
         let found = self.find_edited(&names(batch)).await?;
-        let mut unreadable: HashMap<Key, StoreError> =
-            found.into_iter().filter_map(|(key, edited)| Some((key, edited.err()?))).collect();
-        if unreadable.is_empty() {
-            let (first, second) = batch.split_at(batch.len() / 2);
-            let mut answers = Box::pin(self.attempt(first, effects)).await?;
-            answers.extend(Box::pin(self.attempt(second, effects)).await?);
-            return Ok(answers);
-        }
-        let rest: Vec<_> = batch.iter().filter(|(key, _)| !unreadable.contains_key(key)).cloned().collect();
-        let mut answers = Box::pin(self.attempt(&rest, effects)).await?.into_iter();
-        let missing = || Failure::unknown("an answer is missing");
-        let answer = |(key, _): &(Key, Edit)| match unreadable.remove(key) {
-            Some(error) => Ok(Err(error)),
-            None => answers.next().ok_or_else(missing),
+        let unreadable = found.into_iter().filter_map(|(key, edited)| Some((key, Err(edited.err()?))));
+        let mut answers: HashMap<Key, ForKey> = unreadable.collect();
+        let mut parts = if answers.is_empty() {
+            halves(batch)
+        } else {
+            vec![batch.iter().filter(|(key, _)| !answers.contains_key(key)).cloned().collect()]
         };
-        batch.iter().map(answer).collect()
+        while !parts.is_empty() {
+            let tries = parts.into_iter().map(|part| async move {
+                if Instant::now() >= until {
+                    return Err(Failure::unknown(
+                        "one of the records cannot be written, and the time is over",
+                    ));
+                }
+                Ok((self.once(&part, effects).await, part))
+            });
+            let tried: Vec<_> = stream::iter(tries).buffer_unordered(PARTS).collect().await;
+            parts = Vec::new();
+            for tried in tried {
+                match tried? {
+                    (Ok(done), part) => answers.extend(part.into_iter().map(|(key, _)| key).zip(done)),
+                    (Err(Failure::Record(cause)), part) => match &part[..] {
+                        [(key, _)] => {
+                            let error = StoreError::Unreadable { key: key.clone(), cause };
+                            answers.insert(key.clone(), Err(error));
+                        }
+                        _ => parts.extend(halves(&part)),
+                    },
+                    (Err(failure), _) => return Err(failure),
+                }
+            }
+        }
+        let missing = || Failure::unknown("an answer is missing");
+        batch.iter().map(|(key, _)| answers.remove(key).ok_or_else(missing)).collect()
     }
 
     /// A single edit: one round trip. A touch takes a second if the key has waiters that this daemon did not know of. Other
@@ -330,6 +357,11 @@ impl MongoStore {
         }
         stages
     }
+}
+
+fn halves(batch: &[(Key, Edit)]) -> Vec<Edits> {
+    let (first, second) = batch.split_at(batch.len() / 2);
+    vec![first.to_vec(), second.to_vec()]
 }
 
 /// Records at which nobody waits.

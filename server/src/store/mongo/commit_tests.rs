@@ -244,9 +244,24 @@ async fn daemons_that_write_to_the_same_keys_all_the_time_get_their_answers() {
     tokio::join!(rounds(&first), rounds(&second));
 }
 
+#[tokio::test]
+async fn what_the_engine_reads_and_who_looks_at_a_key_do_not_wait_for_those_who_list() {
+    let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
+    let (job, id) = (key("job"), LeaseId::random());
+    commit(&store, vec![(job.clone(), ask(asking(id)))]).await;
+    let all_turns = store.inspection.occupy_lists().await;
+    assert_eq!(all_of(store.read(vec![job.clone()]).await).len(), 1);
+    assert!(store.inspect(job.clone()).await.expect("a look").is_some());
+    commit(&store, vec![(job, Edit::default().touch(id))]).await;
+    let all = ListQuery { prefix: String::new(), after: None, limit: 10, include_free: true };
+    store.list(all.clone()).await.expect_err("there is no turn for a list");
+    drop(all_turns);
+    store.list(all).await.expect("a listing");
+}
+
 /// Each of these lists waits in the server for longer than the test has patience.
 #[tokio::test]
-async fn commits_and_what_the_engine_reads_do_not_wait_for_those_who_list() {
+async fn commits_do_not_wait_for_those_who_list() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let (job, id) = (key("job"), LeaseId::random());

@@ -24,8 +24,8 @@ use uuid::Uuid;
 
 use super::check::Unusable;
 use super::command::ATTEMPT;
-use super::document::long;
 use super::{ConnectError, MongoStore, identity};
+use crate::lease::millis;
 use crate::store::failure::Failure;
 
 /// Daemons looked at; more are not compared with.
@@ -259,7 +259,7 @@ impl Daemons {
             "host": { "$literal": host },
             "pid": i64::from(std::process::id()),
             "version": { "$literal": env!("CARGO_PKG_VERSION") },
-            "grace_ms": long(self.store.rules.grace),
+            "grace_ms": millis(self.store.rules.grace),
             "started_at": { "$ifNull": ["$started_at", "$$NOW"] },
             "seen_at": "$$NOW",
         };
@@ -292,7 +292,7 @@ fn obeyed<'a>(found: &'a [Document], id: &str, grace: Duration) -> Option<&'a Do
     };
     let this_began = found.iter().find(|document| is_named(document, id)).and_then(began)?;
     found.iter().filter(|document| is_daemon(document)).find(|document| {
-        let differs = document.get_i64("grace_ms").is_ok_and(|other| other != long(grace));
+        let differs = document.get_i64("grace_ms").is_ok_and(|other| other != millis(grace));
         differs && began(document).is_some_and(|other| other < this_began)
     })
 }
@@ -306,7 +306,7 @@ fn is_daemon(document: &Document) -> bool {
 }
 
 fn ago(duration: Duration) -> Document {
-    doc! { "$subtract": ["$$NOW", long(duration)] }
+    doc! { "$subtract": ["$$NOW", millis(duration)] }
 }
 
 #[cfg(test)]
@@ -325,7 +325,7 @@ mod tests {
         ) {
             let document = |(number, (began, grace)): (usize, &(i64, u64))| {
                 let now = DateTime::from_millis(*began);
-                let grace_ms = long(Duration::from_secs(*grace));
+                let grace_ms = millis(Duration::from_secs(*grace));
                 doc! { "_id": number.to_string(), "grace_ms": grace_ms, "started_at": now, "seen_at": now }
             };
             let found: Vec<Document> = daemons.iter().enumerate().map(document).collect();

@@ -19,7 +19,7 @@
 //! `in_use` is for listings alone ([`super::index`]): a record that is free does not have it.
 //!
 //! `epoch` is for the change feed alone, and no part of a record as the rules know it: the `rev` of the latest edit that
-//! others should hear of. Any edit but one of mere touches is such, and that one too if it moved the line.
+//! other daemons should hear of. Touches, refreshes and nudges are told only if they moved the line.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,13 +31,12 @@ use mongodb::bson::{Binary, Bson, Document, doc};
 
 use crate::lease::{
     Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Reason, Record,
-    Snapshot, Timestamp, Ttl, Waiter,
+    Snapshot, Timestamp, Ttl, Waiter, millis,
 };
 use crate::store::StoreError;
 
 /// A document that is not a record of ours.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("document {key:?} is not a lease record: field {field} is missing or of another type")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Foreign {
     key: String,
     field: &'static str,
@@ -95,10 +94,6 @@ pub(super) fn reason(reason: Reason) -> &'static str {
     }
 }
 
-pub(super) fn long(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
-}
-
 /// What an arrival brings; the pipeline adds `since` and `expires_at`.
 pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
     let metadata: Vec<Bson> =
@@ -109,8 +104,8 @@ pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
         "metadata": metadata,
         "mode": mode(acquisition.mode),
         "shared_limit": i64::from(acquisition.shared_limit),
-        "ttl": long(acquisition.ttl.get()),
-        "min_hold": long(acquisition.min_hold),
+        "ttl": millis(acquisition.ttl.get()),
+        "min_hold": millis(acquisition.min_hold),
         "size": i64::try_from(acquisition.size()).unwrap_or(i64::MAX),
         "wait": acquisition.wait,
     };

@@ -1,21 +1,26 @@
 //! Listings and purges beside many keys that are of no interest to them.
 
+use std::io::{Read, Seek};
 use std::time::Duration;
 
+use futures_util::TryStreamExt;
 use mongodb::Client;
 use mongodb::bson::{Bson, DateTime, Document, doc};
 use throwaway_mongodb::Mongod;
+use tokio::time::{sleep, timeout};
 
-use super::index::IN_USE;
+use super::index::{IN_USE, Index};
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp};
 use crate::store::conformance::reading::{ask, asking, key};
-use crate::store::{ListQuery, Store};
+use crate::store::failure::Failure;
+use crate::store::{ListQuery, Page, Store};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
 const NOW: i64 = 1_700_000_000_000;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const MANY: usize = 20_000;
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn location(uri: &str) -> Location {
     Location { uri: uri.to_owned(), database: "index".into(), collection: LeaseId::random().reveal() }
@@ -78,43 +83,133 @@ async fn listed(store: &MongoStore) -> Vec<String> {
     page.snapshots.iter().map(|one| one.record.key.as_str().to_owned()).collect()
 }
 
-/// How many documents the server looks at for such a page.
-async fn examined(store: &MongoStore, query: &ListQuery) -> i64 {
-    let find = doc! {
-        "find": store.collection.name(), "filter": store.of_page(query, true), "sort": { "_id": 1 }, "hint": IN_USE,
-        "limit": 101,
+/// Waits until there is an index.
+async fn until_there(store: &MongoStore) {
+    let looking = async {
+        while !store.index.is_there() {
+            sleep(Duration::from_millis(20)).await;
+        }
     };
-    let explain = doc! { "explain": find, "verbosity": "executionStats" };
-    let explained = store.database.run_command(explain).await.expect("an explanation");
-    let stats = explained.get_document("executionStats").expect("statistics");
-    let count = |field| stats.get_i32(field).map(i64::from).expect("a count");
-    count("totalDocsExamined").max(count("totalKeysExamined") - 1)
+    timeout(PATIENCE, looking).await.expect("an index");
 }
 
+/// A number that the server tells.
+fn number(document: &Document, field: &str) -> i64 {
+    match document.get(field) {
+        Some(Bson::Int32(number)) => i64::from(*number),
+        Some(Bson::Int64(number)) => *number,
+        other => panic!("{field}: {other:?}"),
+    }
+}
+
+/// How many documents, and how many entries of indexes, the server has looked at for listings of this store since its
+/// database is profiled.
+async fn examined(uri: &str, store: &MongoStore) -> (i64, i64) {
+    let client = Client::with_uri_str(uri).await.expect("a client");
+    let profile = client.database(store.database.name()).collection::<Document>("system.profile");
+    let which =
+        doc! { "ns": format!("{}.{}", store.database.name(), store.collection.name()), "op": "query" };
+    let finds: Vec<Document> =
+        profile.find(which).await.expect("a profile").try_collect().await.expect("a profile");
+    assert!(!finds.is_empty(), "the server notes what it does");
+    let sum = |field| finds.iter().map(|find| number(find, field)).sum();
+    (sum("docsExamined"), sum("keysExamined"))
+}
+
+/// Asks the server itself what it did for the listings.
 #[tokio::test]
 async fn a_listing_reads_no_more_than_it_shows() {
-    let store = store().await;
-    put_many(throwaway_mongodb::shared().await.expect("a MongoDB for tests"), &store).await;
+    let uri = throwaway_mongodb::shared().await.expect("a MongoDB for tests");
+    let location = Location { database: format!("index-{}", LeaseId::random().reveal()), ..location(uri) };
+    let store = store_at(&location).await;
+    put_many(uri, &store).await;
     let held = ["key/00007", "key/10000", "key/19999", "other"];
     hold(&store, &held).await;
-    assert!(store.index.is_there());
+    until_there(&store).await;
+    store.database.run_command(doc! { "profile": 2 }).await.expect("a profile");
     assert_eq!(listed(&store).await, held);
-    assert!(examined(&store, &all()).await <= 4);
+    // One entry more may be looked at to see that there are no others.
+    let (documents, entries) = examined(uri, &store).await;
+    assert!(documents <= 4 && entries <= 5, "{documents} documents, {entries} entries");
     let some = ListQuery { prefix: "key/1".to_owned(), ..all() };
-    assert!(examined(&store, &some).await <= 2);
+    assert_eq!(store.list(some).await.expect("a listing").snapshots.len(), 2);
+    let (documents, entries) = examined(uri, &store).await;
+    assert!(documents <= 4 + 2 && entries <= 5 + 3, "{documents} documents, {entries} entries");
+    store.database.drop().await.expect("a database of this test");
 }
 
 #[tokio::test]
-async fn a_listing_shows_the_same_when_the_index_is_gone() {
+async fn an_index_that_somebody_dropped_is_made_again_by_the_next_listing() {
     let store = store().await;
     put(&store, (0..10).map(|number| free(&format!("key/{number}"), NOW)).collect()).await;
     hold(&store, &["key/3", "key/5"]).await;
     store.collection.drop_index(IN_USE).await.expect("an index");
     assert_eq!(listed(&store).await, ["key/3", "key/5"]);
-    assert!(!store.index.is_there());
-    store.purge(DAY).await.expect("a purge");
-    assert!(store.index.is_there(), "it is made anew");
+    until_there(&store).await;
     assert_eq!(listed(&store).await, ["key/3", "key/5"]);
+    let names = store.collection.list_index_names().await.expect("names");
+    assert!(names.iter().any(|name| name == IN_USE), "{names:?}");
+}
+
+/// Tells the server what the next commands of a kind come to, and returns how many came to it before.
+async fn fail_point(mongod: &Mongod, mode: impl Into<Bson>, data: Document) -> i64 {
+    let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
+    let command = doc! { "configureFailPoint": "failCommand", "mode": mode.into(), "data": data };
+    let told = client.database("admin").run_command(command).await.expect("a fail point");
+    number(&told, "count")
+}
+
+/// What an election, a limit on the time or a bad request come to says nothing about the index.
+#[tokio::test]
+async fn a_listing_that_fails_for_another_reason_keeps_the_index_and_is_not_tried_without_it() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let store = store_at(&location(mongod.uri())).await;
+    hold(&store, &["held"]).await;
+    until_there(&store).await;
+    // MaxTimeMSExpired, NotWritablePrimary, which the driver tries once more, and BadValue.
+    for (code, tries) in [(50, 1), (10107, 2), (2, 1)] {
+        let data = doc! { "failCommands": ["find"], "errorCode": code };
+        let before = fail_point(&mongod, "alwaysOn", data).await;
+        store.list(all()).await.expect_err("a failure");
+        let after = fail_point(&mongod, "off", doc! {}).await;
+        assert_eq!(after - before, tries, "{code}");
+        assert!(store.index.is_there(), "{code}");
+        assert_eq!(listed(&store).await, ["held"]);
+    }
+}
+
+/// Longer than a command may take.
+#[tokio::test]
+async fn an_index_that_takes_long_to_build_is_used_once_it_is_there() {
+    let mongod = Mongod::start().await.expect("a MongoDB for tests");
+    let data = doc! { "failCommands": ["createIndexes"], "blockConnection": true, "blockTimeMS": 6000 };
+    fail_point(&mongod, doc! { "times": 1 }, data).await;
+    let store = store_at(&location(mongod.uri())).await;
+    assert!(!store.index.is_there(), "the start does not wait for it");
+    hold(&store, &["held"]).await;
+    put_at(mongod.uri(), &store, vec![free("free", NOW)]).await;
+    assert_eq!(listed(&store).await, ["held"]);
+    until_there(&store).await;
+    assert_eq!(listed(&store).await, ["held"]);
+}
+
+/// What is logged after this failure to make an index.
+fn logged(failure: Failure) -> String {
+    let mut file = tempfile::tempfile().expect("a file");
+    let log = tracing_subscriber::fmt().with_writer(file.try_clone().expect("a file")).finish();
+    tracing::subscriber::with_default(log, || Index::default().failed(failure));
+    let mut text = String::new();
+    file.rewind().expect("a file");
+    file.read_to_string(&mut text).expect("text");
+    text
+}
+
+#[test]
+fn only_a_refusal_is_told_as_a_lack_of_rights() {
+    let refused = logged(Failure::refused("not authorized"));
+    assert!(refused.contains("createIndex") && refused.contains("not authorized"), "{refused}");
+    let late = logged(Failure::unknown("no answer within 2.5s"));
+    assert!(late.contains("still being built") && !late.contains("right"), "{late}");
 }
 
 #[tokio::test]
@@ -130,6 +225,30 @@ async fn records_without_the_field_are_found_when_the_index_is_made() {
     let store = store_at(&location).await;
     assert_eq!(listed(&store).await, ["held"]);
     assert_eq!(marked(&store).await, ["damaged", "held"], "what cannot be read may be in use");
+}
+
+/// A page has no record whose key the next one could begin after.
+#[tokio::test]
+async fn documents_that_are_no_records_are_passed_over_whatever_their_names() {
+    let store = store().await;
+    let names = ["a\nb", "a\nc", &"a".repeat(1000), "", "b\u{0}"];
+    let documents = names.map(|name| doc! { "_id": name, IN_USE: true, "token": 5_i64, "holders": [{}] });
+    put(&store, documents.into()).await;
+    hold(&store, &["aa", "z"]).await;
+    for (limit, include_free) in [(1, false), (1, true), (2, false), (100, true)] {
+        let (mut seen, mut query) = (Vec::new(), ListQuery { limit, include_free, ..all() });
+        loop {
+            let page = store.list(query.clone()).await.expect("a page");
+            seen.extend(page.snapshots.into_iter().map(|one| one.record.key));
+            query.after = seen.last().cloned();
+            if !page.more {
+                break;
+            }
+        }
+        assert_eq!(seen, [key("aa"), key("z")], "{limit} a page");
+    }
+    let foreign = ListQuery { prefix: "a\n".to_owned(), limit: 1, ..all() };
+    assert_eq!(store.list(foreign).await.expect("a page"), Page::default());
 }
 
 /// Which records the index has.
@@ -171,18 +290,27 @@ async fn the_index_follows_every_edit_alone_and_in_company() {
 }
 
 #[tokio::test]
-async fn a_user_who_may_not_make_the_index_is_served_without_it() {
+async fn a_user_who_may_not_make_the_index_is_served_without_it_and_uses_that_of_an_administrator() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
-    let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
-    let data = doc! { "failCommands": ["createIndexes"], "errorCode": 13 };
-    let fail = doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data };
-    client.database("admin").run_command(fail).await.expect("a fail point");
+    let refuse = || doc! { "failCommands": ["createIndexes"], "errorCode": 13 };
+    fail_point(&mongod, "alwaysOn", refuse()).await;
     let store = store_at(&location(mongod.uri())).await;
     assert!(!store.index.is_there());
     hold(&store, &["held"]).await;
     put_at(mongod.uri(), &store, vec![free("free", NOW)]).await;
     assert_eq!(listed(&store).await, ["held"]);
     store.purge(DAY).await.expect("a purge");
+    assert!(!store.index.is_there());
+
+    fail_point(&mongod, "off", doc! {}).await;
+    let index =
+        doc! { "key": { "_id": 1, IN_USE: 1 }, "name": IN_USE, "partialFilterExpression": { IN_USE: true } };
+    let create = doc! { "createIndexes": store.collection.name(), "indexes": [index] };
+    store.database.run_command(create).await.expect("an index");
+    fail_point(&mongod, "alwaysOn", refuse()).await;
+    store.purge(DAY).await.expect("a purge");
+    assert!(store.index.is_there());
+    assert_eq!(listed(&store).await, ["held"]);
 }
 
 /// On a server that refuses to read collections from end to end, at that.

@@ -34,6 +34,7 @@ use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::WriteConcern;
 use mongodb::{Client, Collection, Database};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -202,7 +203,8 @@ impl Store for MongoStore {
         deadline: Duration,
     ) -> Result<Vec<ForKey>, StoreError> {
         let effects = Effects::default();
-        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects).await;
+        let until = Instant::now() + deadline;
+        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects, until).await;
         repeat(batch, deadline, &self.repetitions, &effects, attempt).await
     }
 
@@ -258,7 +260,7 @@ impl Store for MongoStore {
         let farewell = tokio::spawn(async move {
             Daemons::new(&store).depart().await;
             // The driver panics when a command meets a client that has been shut down.
-            tokio::join!(store.runner.end(), store.feed.errands.end());
+            tokio::join!(store.runner.end(), store.feed.errands.end(), store.index.end());
             store.database.client().clone().shutdown().await;
         });
         if tokio::time::timeout(FAREWELL, farewell).await.is_err() {

@@ -8,11 +8,11 @@
 
 use mongodb::bson::{Bson, DateTime, Document, doc};
 
-use super::document::{EDITED_AT, MARK, acquisition, long, reason, request, uuid};
+use super::document::{EDITED_AT, MARK, acquisition, reason, request, uuid};
 use super::expression::{bind, filter, literal, map, not};
 use crate::lease::{
     Edit, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,
-    Reason, Rules, Timestamp,
+    Reason, Rules, SETTLED_DEPARTURES, Timestamp, millis,
 };
 
 /// More than any array of a record holds; `$slice` wants a count.
@@ -47,7 +47,7 @@ pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, mark: i
     stages
 }
 
-/// The same, for less, for edits with which nobody comes, at keys where nobody waits: there is nobody to admit.
+/// A cheaper pipeline for edits that enqueue nobody, on keys without waiters: there is nobody to admit.
 pub(super) fn without_line(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<Document> {
     let parts = Parts::of(batch);
     let source = Source::new(batch, &parts);
@@ -126,7 +126,7 @@ enum Line {
     Empty,
 }
 
-/// Which edits of a batch others should hear of: those with more than touches in them.
+/// Which edits of a batch other daemons should hear of: those that do more than touch leases and refresh places.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Loudness {
     All,
@@ -310,7 +310,11 @@ impl Held {
             1 => gone.pop(),
             _ => Some(doc! { "$concatArrays": gone }.into()),
         };
-        Self { stay, gone: all.map(|all| bind(doc! { "room": has_room(now) }, all)), blocked_until }
+        let gone = all.map(|all| {
+            let with_room = bind(doc! { "room": room("$$lasting") }, all);
+            bind(doc! { "lasting": lasting(now) }, with_room)
+        });
+        Self { stay, gone, blocked_until }
     }
 }
 
@@ -335,7 +339,7 @@ fn withdrawn(source: &Source) -> Document {
     doc! { "$in": ["$$left.id", source.list("release")] }
 }
 
-/// The departures of released ids that are not known, as far as there is room.
+/// The departures of released ids that are not known, as far as there is room for them: half of it is for others.
 fn settled(source: &Source, now: &Bson, line: Line) -> Bson {
     let mut known = vec!["$holders.id", "$departures.id"];
     if line == Line::Present {
@@ -344,7 +348,9 @@ fn settled(source: &Source, now: &Bson, line: Line) -> Bson {
     let is_new = doc! { "$not": [{ "$in": ["$$id", "$$known"] }] };
     let unknown =
         bind(doc! { "known": { "$concatArrays": known } }, filter(source.list("release"), "id", is_new));
-    let noted = doc! { "$slice": [unknown, "$$room"] };
+    let settled = filter("$$lasting", "d", doc! { "$eq": ["$$d.reason", reason(Reason::Settled)] });
+    let room = doc! { "$min": ["$$room", room_beside(settled, SETTLED_DEPARTURES)] };
+    let noted = doc! { "$slice": [unknown, room] };
     map(noted, "id", departure("$$id", Reason::Settled, now, true))
 }
 
@@ -357,22 +363,30 @@ fn if_room(condition: impl Into<Bson>) -> Document {
     doc! { "$cond": [condition.into(), true, GONE] }
 }
 
-/// How many departures the record can still note as lasting; zero is false.
-fn has_room(now: &Bson) -> Document {
-    let lasting = filter("$departures", "d", lasts(now));
-    let most = i32::try_from(LASTING_DEPARTURES).unwrap_or(ALL);
-    doc! { "$max": [0, { "$subtract": [most, { "$size": lasting }] }] }
+/// The departures that last.
+fn lasting(now: &Bson) -> Bson {
+    filter("$departures", "d", lasts(now))
+}
+
+/// How many departures a record can still note as lasting; zero is false.
+fn room(lasting: impl Into<Bson>) -> Document {
+    room_beside(lasting, LASTING_DEPARTURES)
+}
+
+fn room_beside(departures: impl Into<Bson>, most: usize) -> Document {
+    let most = i32::try_from(most).unwrap_or(ALL);
+    doc! { "$max": [0, { "$subtract": [most, { "$size": departures.into() }] }] }
 }
 
 /// Whether the departure `$$d` lasts.
 fn lasts(now: &Bson) -> Document {
-    let before = doc! { "$subtract": [now.clone(), long(MEMORY)] };
+    let before = doc! { "$subtract": [now.clone(), millis(MEMORY)] };
     doc! { "$and": ["$$d.lasting", { "$gt": ["$$d.at", before] }] }
 }
 
 /// Cancel, refresh and enqueue.
 fn edit_line(parts: &Parts, source: &Source, rules: &Rules, now: &Bson) -> Document {
-    let until: Bson = doc! { "$add": [now.clone(), long(rules.place)] }.into();
+    let until: Bson = doc! { "$add": [now.clone(), millis(rules.place)] }.into();
     let mut line = Bson::from("$waiters");
     if parts.cancel {
         line = filter(line, "w", not(&doc! { "$in": ["$$w.id", source.list("cancel")] }));
@@ -503,7 +517,8 @@ fn finish(parts: &Parts, source: &Source, rules: &Rules, now: &Bson, mark: i64) 
     let any = doc! { "$gt": [{ "$size": { "$ifNull": ["$admission.granted", []] } }, 0] };
     let live = live(rules, now);
     let leaving = filter("$holders", "h", not(&live));
-    let displaced = map(leaving, "h", departure("$$h.id", Reason::Displaced, now, if_room(has_room(now))));
+    let displaced =
+        map(leaving, "h", departure("$$h.id", Reason::Displaced, now, if_room(room(lasting(now)))));
     let stay = filter("$holders", "h", live);
     let mut gone = Bson::from(doc! { "$cond": [any.clone(), displaced, []] });
     if parts.release || parts.revoke {
@@ -540,7 +555,8 @@ fn remembered(gone: Bson, source: &Source, parts: &Parts, now: &Bson) -> Bson {
     bind(doc! { "gone": gone }, doc! { "$cond": [{ "$eq": ["$$gone", []] }, "$departures", some] })
 }
 
-/// The revision of the latest edit that others should hear of: one with more than touches, or one that moved the line.
+/// The revision of the latest edit that other daemons should hear of: one that does more than touch leases and refresh
+/// places, or one that moved the line.
 fn epoch(loud: Loudness, rev: &Document) -> Bson {
     let moved = doc! { "$gt": ["$admission.left", 0] };
     let told = match loud {
@@ -553,5 +569,5 @@ fn epoch(loud: Loudness, rev: &Document) -> Bson {
 
 /// Whether nobody may take the place of the holder `$$h` yet.
 fn live(rules: &Rules, now: &Bson) -> Document {
-    doc! { "$gt": [{ "$add": ["$$h.expires_at", long(rules.grace)] }, now.clone()] }
+    doc! { "$gt": [{ "$add": ["$$h.expires_at", millis(rules.grace)] }, now.clone()] }
 }

@@ -7,9 +7,9 @@ use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::options::ReadConcern;
 
+use super::MongoStore;
 use super::command::ATTEMPT;
-use super::{MongoStore, document};
-use crate::lease::NEVER_GRANTED;
+use crate::lease::{NEVER_GRANTED, millis};
 use crate::store::failure::Failure;
 
 /// Keys in one page.
@@ -79,7 +79,7 @@ impl MongoStore {
     /// What [`Record::is_forgettable`](crate::lease::Record::is_forgettable) says, as a filter. The instants are compared
     /// and not added to, so that one record with fields of another kind does not stop the purge; and such a record stays.
     pub(super) fn forgettable(&self, range: Document, unused_for: Duration) -> Document {
-        let ago = |duration| doc! { "$subtract": [self.clock.clone(), document::long(duration)] };
+        let ago = |duration| doc! { "$subtract": [self.clock.clone(), millis(duration)] };
         let before = |instant: Bson, duration| doc! { "$lt": [instant, ago(duration)] };
         let never_granted = doc! { "$lte": [{ "$ifNull": ["$token", 0_i64] }, 0_i64] };
         let last = Bson::from(doc! { "$max": [

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use futures_util::TryStreamExt;
 use mongodb::action::Action;
 use mongodb::bson::{Document, RawDocumentBuf, doc};
+use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{ClientOptions, Hint, ReadConcern};
 use mongodb::{Client, Collection};
 
@@ -22,6 +23,10 @@ const GETS: usize = 16;
 const LISTS: usize = 8;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
+/// The server's codes for a hint that names no index: `BadValue`, which has other meanings as well, and
+/// `NoQueryExecutionPlans`.
+const BAD_VALUE: i32 = 2;
+const NO_QUERY_EXECUTION_PLANS: i32 = 291;
 
 /// How callers look at keys: over connections of their own and so many at once, so that commits wait for none of them, and
 /// those who look at one key do not wait for those who list many.
@@ -44,6 +49,12 @@ impl Inspection {
             gets: Runner::with_room_for(GETS),
             lists: Runner::with_room_for(LISTS),
         })
+    }
+
+    /// Takes all turns of those who list, until what is returned is dropped.
+    #[cfg(test)]
+    pub(super) async fn occupy_lists(&self) -> impl Sized {
+        self.lists.occupy().await
     }
 }
 
@@ -81,30 +92,46 @@ impl MongoStore {
 
     /// One page of records in the order of their keys. Those that cannot be read are reported and left out.
     pub(super) async fn page(&self, query: &ListQuery) -> Result<Page, Failure> {
-        let by_index = !query.include_free && self.index.is_there();
-        let found = match self.pages(query, by_index).await {
-            // Somebody may have dropped it.
-            Err(failure) if by_index => {
-                tracing::debug!(cause = failure.into_cause(), "listing without the index");
-                self.index.lose();
-                self.pages(query, false).await?
+        let mut after = query.after.as_ref().map(|key| key.as_str().to_owned());
+        loop {
+            let found = self.found_for_page(query, after.as_deref()).await?;
+            let more = found.cut || found.documents.len() > query.limit;
+            let shown = &found.documents[..found.documents.len().min(query.limit)];
+            let answers = read_each(shown).into_iter();
+            let snapshots: Vec<_> = answers.filter_map(|answer| answer.inspect_err(report).ok()).collect();
+            if !more || !snapshots.is_empty() {
+                return Ok(Page { snapshots, more });
             }
-            found => found?,
-        };
-        let more = found.cut || found.documents.len() > query.limit;
-        let shown = &found.documents[..found.documents.len().min(query.limit)];
-        let answers = read_each(shown).into_iter();
-        let snapshots: Vec<_> = answers.filter_map(|answer| answer.inspect_err(report).ok()).collect();
-        if more && snapshots.is_empty() {
-            // Nothing in this page can be read, so there is no key that the next one could begin after.
-            let last = shown.last().and_then(|last| last.get_str("_id").ok()?.try_into().ok());
-            let after = last.ok_or_else(|| Failure::refused("a page of documents that are no records"))?;
-            return Box::pin(self.page(&ListQuery { after: Some(after), ..query.clone() })).await;
+            // Nothing here can be read, so the caller would have no key that the next page could begin after. The name of
+            // the last document need not be a key: somebody else may have written it.
+            let last = shown.last().and_then(|last| last.get_str("_id").ok());
+            after = Some(last.ok_or_else(|| Failure::unknown("a document has no name"))?.to_owned());
         }
-        Ok(Page { snapshots, more })
     }
 
-    async fn pages(&self, query: &ListQuery, by_index: bool) -> Result<Found, Failure> {
+    /// The documents after `after` for one page. Goes by the index if it is there, and else has it made.
+    async fn found_for_page(&self, query: &ListQuery, after: Option<&str>) -> Result<Found, Failure> {
+        if !query.include_free {
+            if self.index.is_there() {
+                let found = self.find_page(query, after, true).await?;
+                if !found.lacks_index {
+                    return Ok(found);
+                }
+                tracing::debug!("somebody dropped the index {IN_USE}: listing without it");
+                self.index.lose();
+            }
+            // First: without the index, reading may take longer than it may.
+            self.restore_index();
+        }
+        self.find_page(query, after, false).await
+    }
+
+    async fn find_page(
+        &self,
+        query: &ListQuery,
+        after: Option<&str>,
+        by_index: bool,
+    ) -> Result<Found, Failure> {
         let Inspection { collection, lists, .. } = &self.inspection;
         let read = Read {
             projection: Some(document::projection(&self.clock)),
@@ -112,17 +139,17 @@ impl MongoStore {
             hint: by_index.then(|| Hint::Name(IN_USE.to_owned())),
             ..Read::of(query.limit + 1)
         };
-        found(collection, lists, self.of_page(query, by_index), read).await
+        found(collection, lists, self.of_page(query, after, by_index), read).await
     }
 
     /// Which records a listing shows.
-    pub(super) fn of_page(&self, query: &ListQuery, by_index: bool) -> Document {
+    fn of_page(&self, query: &ListQuery, after: Option<&str>, by_index: bool) -> Document {
         let mut range = doc! { "$gte": &query.prefix };
         if let Some(end) = after_prefix(&query.prefix) {
             range.insert("$lt", end);
         }
-        if let Some(after) = &query.after {
-            range.insert("$gt", after.as_str());
+        if let Some(after) = after {
+            range.insert("$gt", after);
         }
         let mut filter = doc! { "_id": range };
         if by_index {
@@ -158,7 +185,8 @@ async fn found(
     // Large records come in several rounds, so that few are read in vain.
     let round = if page.is_some() { limit.min(100) } else { limit };
     let find = async move {
-        let mut cursor = collection
+        let is_hinted = hint.is_some();
+        let cursor = collection
             .find(filter)
             .optional(projection, |find, projection| find.projection(projection))
             .optional(page, |find, _| find.sort(doc! { "_id": 1 }))
@@ -167,7 +195,13 @@ async fn found(
             .batch_size(u32::try_from(round).unwrap_or(u32::MAX).saturating_add(1))
             .max_time(ATTEMPT)
             .read_concern(ReadConcern::majority())
-            .await?;
+            .await;
+        let mut cursor = match cursor {
+            Err(error) if is_hinted && names_no_index(&error) => {
+                return Ok(Found { lacks_index: true, ..Found::default() });
+            }
+            cursor => cursor?,
+        };
         let mut found = Found::default();
         let mut size = 0;
         while let Some(document) = cursor.try_next().await? {
@@ -206,6 +240,20 @@ struct Found {
     documents: Vec<RawDocumentBuf>,
     /// There may be more, past the bytes.
     cut: bool,
+    /// Nothing was looked for: the index to go by is not there.
+    lacks_index: bool,
+}
+
+/// Whether the server says that the hint of a query names no index. Any other failure says nothing of the index.
+fn names_no_index(error: &Error) -> bool {
+    match error.kind.as_ref() {
+        ErrorKind::Command(command) => match command.code {
+            // The message repeats the query, and so what the caller asked for.
+            BAD_VALUE => command.message.contains("hint provided does not correspond to an existing index"),
+            code => code == NO_QUERY_EXECUTION_PLANS,
+        },
+        _ => false,
+    }
 }
 
 fn read_each(documents: &[RawDocumentBuf]) -> Vec<ForKey> {

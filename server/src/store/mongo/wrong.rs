@@ -47,7 +47,11 @@ pub(super) fn put_into(mut stages: Vec<Document>, wrong: Wrong) -> Vec<Document>
             (operator == "$in" && operands.first()? == &"$$left.id".into()).then_some(false.into())
         }),
         Wrong::UnknownReleaseForgotten => replace(&mut stages, |operator, operands| {
-            (operator == "$slice" && operands.last()? == &"$$room".into()).then(|| Bson::Array(Vec::new()))
+            let room = operands.last()?.as_document()?.get_array("$min").ok()?;
+            (operator == "$slice" && room.first()? == &"$$room".into()).then(|| Bson::Array(Vec::new()))
+        }),
+        Wrong::SettledTakeAllRoom => replace(&mut stages, |operator, operands| {
+            (operator == "$min" && operands.first()? == &"$$room".into()).then(|| operands[0].clone())
         }),
         Wrong::LastingForgotten => replace(&mut stages, |operator, operands| {
             (operator == "$and" && operands.first()? == &"$$d.lasting".into()).then_some(false.into())
