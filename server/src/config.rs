@@ -128,7 +128,7 @@ struct LimitArgs {
     max_stream_leases: usize,
 
     /// Leases that all keepalive streams together carry. A lease past that is touched by each message that names it, and
-    /// not carried.
+    /// not carried; a tenth as many may be touched so at once.
     #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
     max_leases: usize,
 
