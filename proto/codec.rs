@@ -12,7 +12,7 @@ const FIRST_BYTES: usize = 512;
 /// Encoded messages that are handed to the connection in one go, in bytes; as tonic has it.
 const YIELD_BYTES: usize = 32 * 1024;
 
-/// The codec of the generated stubs; for others' messages, too.
+/// The codec of the generated stubs. It takes any message of prost.
 #[derive(Debug, Clone)]
 pub struct SmallBuffers<T, U>(PhantomData<(T, U)>);
 

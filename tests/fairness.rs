@@ -4,14 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use leased_client::v1::{LeaseRef, ListRequest, LossReason, RevokeRequest};
+use leased_client::v1::keep_alive_result::Outcome;
+use leased_client::v1::{LeaseRef, ListRequest, LossReason, RefusalReason, RevokeRequest};
 use rstest::rstest;
+use throwaway_mongodb::Mongod;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::keepalive::{KeepAlive, kept, lost};
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, named, secs};
+use crate::keepalive::{KeepAlive, kept, lost, refused};
+use crate::metrics::scrape;
+use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, eventually, named, secs};
 
 /// How large an attack is. `LEASED_ATTACK=full` makes it as large as one that was found to harm, and the test prints what
 /// an honest caller saw of it.
@@ -169,4 +172,34 @@ async fn past_the_limit_of_the_daemon_a_lease_is_touched_and_not_carried(
     kept(&stream.touch(std::slice::from_ref(&new)).await[0].1);
     revoke("d").await;
     assert_eq!(stream.told().await, [(new, LossReason::Revoked)]);
+}
+
+#[tokio::test]
+async fn while_the_store_is_away_leases_that_are_not_carried_are_bounded_and_the_stream_goes_on() {
+    let mongod = Mongod::start().await.unwrap();
+    let daemon = Daemon::over(mongod.uri(), |config| config.limits.bounds.leases = 0).await;
+    let mut client = daemon.client().await;
+    let lease = hold(&mut client, "held").await;
+    let mut streams = [KeepAlive::open(&mut client).await, KeepAlive::open(&mut client).await];
+
+    mongod.pause().unwrap();
+    let strangers: Vec<LeaseRef> =
+        (0..10_000).map(|number| named(&number.to_string(), Uuid::new_v4())).collect();
+    let sequence = streams[0].send(&strangers).await;
+    for stream in &mut streams {
+        let results = stream.touch(std::slice::from_ref(&lease)).await;
+        assert_eq!(refused(&results[0].1), RefusalReason::LimitExceeded);
+    }
+    assert_eq!(scrape(&daemon).await.value("leased_leases_refused_total", &[]), 2.0);
+
+    mongod.resume().unwrap();
+    let answer = streams[0].next().await.unwrap();
+    assert_eq!((answer.sequence, answer.results.len()), (sequence, strangers.len()));
+    for stream in &mut streams {
+        eventually(async || {
+            let results = stream.touch(std::slice::from_ref(&lease)).await;
+            matches!(results[0].1, Outcome::Kept(_)).then_some(())
+        })
+        .await;
+    }
 }

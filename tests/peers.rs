@@ -13,12 +13,14 @@ use prost::Message;
 use rstest::rstest;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
+use uuid::Uuid;
 
 use crate::keepalive::kept;
 use crate::support::exposition::Exposition;
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, PATIENCE, ask, eventually, http, ms, secs,
+    Asking, Calls, Daemon, Embedded, Home, MongoDb, PATIENCE, ask, eventually, http, ms, named, secs,
 };
 
 /// What an HTTP/2 client says first.
@@ -338,6 +340,52 @@ async fn messages_that_never_come_whole_are_past_a_limit() {
         assert_eq!(status["grpc-status"], "8", "{method} {}: {status:?}", said.len());
         assert!(status["grpc-message"].to_str().unwrap().contains("receiving_seconds"), "{status:?}");
     }
+}
+
+/// The largest message, without its last byte.
+fn unfinished() -> Vec<u8> {
+    let mut message = message(4 << 20);
+    message.pop();
+    message
+}
+
+/// Begins a message on a stream of each connection, and returns what the first stream to end is told.
+async fn hold_back<const N: usize>(connections: [&SendRequest<Bytes>; N]) -> (JoinSet<HeaderMap>, String) {
+    let mut holding = JoinSet::new();
+    for calls in connections.map(SendRequest::clone) {
+        holding.spawn(async move { status(&calls, "KeepAlive", None, unfinished(), false).await });
+    }
+    let first = timeout(PATIENCE, holding.join_next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(first["grpc-status"], "8", "{first:?}");
+    (holding, first["grpc-message"].to_str().unwrap().to_owned())
+}
+
+/// A message that does not fit into one frame is answered.
+async fn is_served(daemon: &Daemon) {
+    let leases = (0..1000).map(|number| named(&number.to_string(), Uuid::new_v4())).collect();
+    let message = framed(&KeepAliveRequest { leases, sequence: 1 }.encode_to_vec());
+    let status = status(&connection(daemon).await, "KeepAlive", None, message, true).await;
+    assert_eq!(status["grpc-status"], "0", "{status:?}");
+}
+
+#[tokio::test]
+async fn one_connection_that_holds_messages_back_leaves_room_for_those_of_others() {
+    let daemon = Daemon::start_with(Embedded, |config| config.limits.receiving_bytes = 6 << 20).await;
+    let calls = connection(&daemon).await;
+    let (_holding, refused) = hold_back([&calls; 3]).await;
+    assert!(refused.contains("connection_receiving_bytes"), "{refused}");
+    is_served(&daemon).await;
+    // It may go on itself, too.
+    assert_eq!(status(&calls, "Get", None, message(0), true).await["grpc-status"], "3");
+}
+
+#[tokio::test]
+async fn messages_that_are_held_back_on_many_connections_are_bounded_together() {
+    let daemon = Daemon::start_with(Embedded, |config| config.limits.receiving_bytes = 6 << 20).await;
+    let (one, other) = (connection(&daemon).await, connection(&daemon).await);
+    let (_holding, refused) = hold_back([&one, &other]).await;
+    assert!(refused.contains("receiving_bytes") && !refused.contains("connection"), "{refused}");
+    is_served(&daemon).await;
 }
 
 #[tokio::test]

@@ -17,15 +17,14 @@ use crate::listener::Peer;
 /// The pause after an accept failed, most likely for want of file descriptors.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// A connection that writes for many.
+/// A connection that yields once before each write, so that all answers of a batch leave in one system call.
 ///
-/// Each write first lets those run who are ready: a batch makes many answers at once, and without this the runtime
-/// would turn to the connection after each of them, and each would cost a system call and a packet. When nobody else
-/// is ready the write takes place at once.
+/// A batch makes many answers at once. Without the yield the runtime would turn to the connection after each of them, and
+/// each answer would cost a system call and a packet. If no other task is ready, the write takes place at once.
 #[derive(Debug)]
 pub(crate) struct Batched<T> {
     stream: T,
-    /// Others have been let run before the write that is due.
+    /// Whether it has yielded before the write that is due.
     has_yielded: bool,
     /// Bytes that came in.
     heard: usize,
@@ -48,7 +47,7 @@ impl<T> Batched<T> {
     }
 }
 
-/// Connections of `listener`; those that nobody asks for wait in the system's backlog.
+/// Accepts the connections of `listener`, one for each that is asked for; further ones wait in the system's backlog.
 pub(crate) fn connections(listener: TcpListener) -> impl Stream<Item = TcpStream> {
     stream::unfold(listener, async |listener| Some((accept(&listener).await, listener)))
 }

@@ -15,12 +15,12 @@ use tower::{Layer, Service};
 
 use crate::calls::expected;
 use crate::panics::{Contained, contain};
-use crate::receiving::{Receiving, Room};
+use crate::receiving::{Receiving, Room, Taken};
 use crate::request::grpc_timeout;
 
 /// Bounds the calls that pass.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct BoundCalls(Room);
+#[derive(Debug, Clone)]
+pub(crate) struct BoundCalls(pub(crate) Room);
 
 impl<S> Layer<S> for BoundCalls {
     type Service = Bounded<S>;
@@ -54,7 +54,9 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let deadline = deadline(&request).map(sleep);
         let expected = expected(request.uri().path());
-        let request = request.map(|body| Body::new(Receiving::new(body, expected, self.room.clone())));
+        let connection = request.extensions().get::<Taken>().cloned().unwrap_or_default();
+        let receiving = |body| Body::new(Receiving::new(body, expected, self.room.clone(), connection));
+        let request = request.map(receiving);
         Answer { answer: contain(self.service.call(request)), deadline }
     }
 }
@@ -114,7 +116,8 @@ mod tests {
             Ok::<_, Infallible>(Response::new(Body::empty()))
         });
         let request = Request::builder().header("grpc-timeout", timeout).body(Body::empty());
-        let answer = BoundCalls::default().layer(service).oneshot(request.expect("a request")).await;
+        let bounds = BoundCalls(Room::new(1000));
+        let answer = bounds.layer(service).oneshot(request.expect("a request")).await;
         let answer = answer.expect("an answer");
         Status::from_header_map(answer.headers()).map(|status| status.code())
     }

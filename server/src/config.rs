@@ -19,6 +19,8 @@ use crate::store::mongo::Location;
 pub const DAY: Duration = Duration::from_secs(24 * 3600);
 /// A key is remembered at least this long after its last lease, so that no late message finds it new.
 const MIN_PURGE_AFTER: Duration = Duration::from_secs(3600);
+/// Messages that have not come in whole may have so many bytes, in the whole daemon.
+const RECEIVING_BYTES: usize = 64 * 1024 * 1024;
 
 /// leased grants leases over gRPC: the right to act on a key until a time that keeps moving forward for as long as
 /// its holder touches it.
@@ -128,7 +130,7 @@ struct LimitArgs {
     max_stream_leases: usize,
 
     /// Leases that all keepalive streams together carry. A lease past that is touched by each message that names it, and
-    /// not carried.
+    /// not carried; a tenth as many may be touched so at once.
     #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
     max_leases: usize,
 
@@ -234,6 +236,8 @@ pub struct Limits {
     pub stream_leases: usize,
     /// Messages a second of a stream that get a commit of their own.
     pub stream_rate: u32,
+    /// Bytes of messages that have not come in whole, in the whole daemon.
+    pub receiving_bytes: usize,
     /// Whether streams are answered from memory for leases touched a moment ago.
     pub coalesce_touches: bool,
     /// What the engine keeps.
@@ -320,6 +324,7 @@ fn limits(args: &Args) -> Result<Limits, Contradiction> {
         streams: args.limits.max_streams,
         stream_leases: args.limits.max_stream_leases,
         stream_rate: args.limits.max_stream_rate,
+        receiving_bytes: RECEIVING_BYTES,
         coalesce_touches: args.coalesce_touches,
         bounds: Bounds {
             waiting_calls: args.limits.max_waiting_calls,

@@ -25,7 +25,7 @@ use tonic::{Code, Status, Streaming};
 use crate::boot_instant::BootInstant;
 use crate::bounds::panicked;
 use crate::config::Limits;
-use crate::lessor::{CallError, Carriage, Carrier, Lessor, Loss, Source, Touched};
+use crate::lessor::{CallError, Carriage, Carrier, Full, Lessor, Loss, Source, Touched};
 use crate::panics::contain;
 use crate::request;
 use crate::store::{Store, StoreError};
@@ -54,6 +54,10 @@ type Outcomes = Vec<(Arc<Carriage>, Option<Touched>)>;
 
 /// Messages that shared a commit, and what became of the leases that they name.
 type Answer = (Messages, Result<Outcomes, Status>);
+
+/// What is said of a lease that the daemon has no room for.
+const PAST_LEASES: &str = "the daemon carries as many leases as it may, and is touching as many others as it may; touch \
+                           this one by a call of its own";
 
 /// A message that is not answered yet.
 #[derive(Debug)]
@@ -88,8 +92,6 @@ struct Group {
     messages: Messages,
     /// The leases that the messages name, one message after the other.
     leases: Vec<Arc<Carriage>>,
-    /// How many leases of the messages are refused.
-    refused: usize,
 }
 
 /// Serves one stream until either side ends it.
@@ -124,6 +126,8 @@ struct Stream<S> {
     coalesces: bool,
     pace: Pace,
     waiting: Option<Group>,
+    /// Refused leases of messages that wait or are in flight.
+    refused: usize,
     in_flight: FuturesUnordered<BoxFuture<'static, Answer>>,
 }
 
@@ -136,6 +140,7 @@ impl<S: Store> Stream<S> {
             coalesces: limits.coalesce_touches,
             pace: Pace::new(limits.stream_rate),
             waiting: None,
+            refused: 0,
             in_flight: FuturesUnordered::new(),
         }
     }
@@ -195,11 +200,12 @@ impl<S: Store> Stream<S> {
         Ok(())
     }
 
-    /// Whether another message may wait. Together those that wait name no more leases than a stream may carry, so that a
-    /// group costs no more than one message may.
+    /// Whether another message may be read. Together those that wait name no more leases than a stream may carry, so that a
+    /// group costs no more than one message may. The refused leases of those in flight count too: each takes as much memory
+    /// as a lease that is carried, and no other limit bounds them.
     fn has_room(&self) -> bool {
-        let Some(Group { messages, leases, refused }) = &self.waiting else { return true };
-        leases.len() + refused + messages.others.len() < self.most_leases
+        let waiting = |Group { messages, leases }: &Group| leases.len() + messages.others.len();
+        self.waiting.as_ref().map_or(0, waiting) + self.refused < self.most_leases
     }
 
     /// Checks a message and hands its touches over in one go, or lets it wait. Returns the results if the store need not be
@@ -221,15 +227,15 @@ impl<S: Store> Stream<S> {
         };
         let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused };
         if let Some(group) = &mut self.waiting {
-            group.refused += entry.refused.len();
+            self.refused += entry.refused.len();
             group.messages.others.push(entry);
             group.leases.extend(leases);
             return Ok(None);
         }
         if self.pace.ready_at() > came_at || self.in_flight.len() >= COMMITS {
-            let refused = entry.refused.len();
+            self.refused += entry.refused.len();
             let messages = Messages { first: entry, others: Vec::new() };
-            self.waiting = Some(Group { messages, leases, refused });
+            self.waiting = Some(Group { messages, leases });
             return Ok(None);
         }
         self.pace.spend();
@@ -239,6 +245,7 @@ impl<S: Store> Stream<S> {
             results.extend(entry.refused);
             return Ok(Some(results));
         }
+        self.refused += entry.refused.len();
         let messages = Messages { first: entry, others: Vec::new() };
         self.in_flight.push(Box::pin(touch(self.lessor.clone(), messages, leases, due)));
         Ok(None)
@@ -257,11 +264,12 @@ impl<S: Store> Stream<S> {
                 Err(message) => (RefusalReason::Invalid, message),
                 Ok(_) if bytes > MESSAGE_BYTES => (RefusalReason::LimitExceeded, past_message_bytes()),
                 Ok(name) => match naming.name(name) {
-                    Some(carriage) => {
+                    Ok(carriage) => {
                         leases.push(carriage);
                         return true;
                     }
-                    None => (RefusalReason::LimitExceeded, past_stream_leases(most)),
+                    Err(Full::Stream) => (RefusalReason::LimitExceeded, past_stream_leases(most)),
+                    Err(Full::Daemon) => (RefusalReason::LimitExceeded, PAST_LEASES.to_owned()),
                 },
             };
             // The reason says it as well. A sentence for each of thousands would be most of what such a message costs.
@@ -284,7 +292,7 @@ impl<S: Store> Stream<S> {
     }
 
     /// Hands over the touches of messages that have waited. Returns what to answer if memory has it all.
-    fn begin(&mut self, Group { messages, leases, .. }: Group) -> Option<(Messages, Outcomes)> {
+    fn begin(&mut self, Group { messages, leases }: Group) -> Option<(Messages, Outcomes)> {
         self.pace.spend();
         let due = self.due(&leases);
         if due.is_empty() {
@@ -312,6 +320,7 @@ impl<S: Store> Stream<S> {
         let settled = self.carrier.settle(touched);
         let mut results = settled.iter().map(|(lease, touched)| result(lease, *touched));
         for Message { sequence, came_at, leases, refused } in messages.into_iter() {
+            self.refused -= refused.len();
             let results = results.by_ref().take(leases).chain(refused).collect();
             if !tell(answers, sequence, results).await {
                 return false;
@@ -432,51 +441,45 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use clap::Parser;
     use leased_proto::v1::keep_alive_result::Outcome;
-
+    use tempfile::TempDir;
     use tokio_util::task::TaskTracker;
 
     use super::*;
     use crate::boot_instant::suspend;
     use crate::config::{Args, Config};
-    use crate::lease::{Acquisition, Key, LeaseId, Mode, Rules, Ttl};
+    use crate::lease::{Acquisition, Key, LeaseId, Rules, Ttl};
     use crate::lessor::{Acquired, Bounds, Call, Origin};
     use crate::meter::Meter;
     use crate::store::embedded::EmbeddedStore;
 
     const TTL: Duration = Duration::from_secs(3600);
 
-    fn acquisition(id: LeaseId) -> Acquisition {
-        Acquisition {
-            id,
-            owner: String::new(),
-            metadata: BTreeMap::new(),
-            mode: Mode::Exclusive,
-            shared_limit: 1,
-            ttl: Ttl::new(TTL).expect("an hour"),
-            min_hold: Duration::ZERO,
-            wait: false,
-            repeated: false,
-        }
-    }
-
-    #[tokio::test]
-    async fn what_is_answered_from_memory_counts_the_time_that_the_machine_was_suspended() {
+    /// Over an empty store of its own, which goes with the folder.
+    async fn lessor() -> (Lessor<EmbeddedStore>, TempDir) {
         let folder = tempfile::tempdir().expect("a folder");
         let rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
         let store = EmbeddedStore::open(folder.path(), rules).await.expect("a usable folder");
         let (mut meter, tasks) = (Meter::default(), TaskTracker::new());
-        let lessor = Lessor::start(store, Bounds::default(), CancellationToken::new(), &mut meter, &tasks);
+        (Lessor::start(store, Bounds::default(), CancellationToken::new(), &mut meter, &tasks), folder)
+    }
+
+    fn limits() -> Limits {
+        Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits
+    }
+
+    #[tokio::test]
+    async fn what_is_answered_from_memory_counts_the_time_that_the_machine_was_suspended() {
+        let (lessor, _folder) = lessor().await;
         let (key, id) = (Key::try_from("job").expect("a key"), LeaseId::random());
         let lease = wire::lease_ref(&key, id);
-        let call = Call { key, acquisition: acquisition(id), origin: Origin::Caller, wait: Duration::ZERO };
+        let ttl = Ttl::new(TTL).expect("an hour");
+        let acquisition = Acquisition { ttl, wait: false, ..Acquisition::waiting(id) };
+        let call = Call { key, acquisition, origin: Origin::Caller, wait: Duration::ZERO };
         assert!(matches!(lessor.acquire(call).await, Ok(Acquired::Granted(_))));
 
-        let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
-        let mut stream = Stream::new(lessor, &limits);
+        let mut stream = Stream::new(lessor, &limits());
         let message = || KeepAliveRequest { leases: vec![lease.clone()], sequence: 1 };
         assert!(stream.take(message(), Instant::now()).expect("a message").is_none(), "the store is asked");
         let (_, touched) = stream.in_flight.next().await.expect("an answer");
@@ -490,6 +493,30 @@ mod tests {
 
         suspend(TTL / 20);
         assert!(stream.take(message(), Instant::now()).expect("a message").is_none(), "the store is asked");
+    }
+
+    #[tokio::test]
+    async fn no_message_is_read_while_as_many_leases_are_refused_as_a_stream_may_carry() {
+        let (lessor, _folder) = lessor().await;
+        let mut stream = Stream::new(lessor, &Limits { stream_leases: 3, ..limits() });
+        let stranger = wire::lease_ref(&Key::try_from("job").expect("a key"), LeaseId::random());
+        let message = KeepAliveRequest { leases: vec![stranger, LeaseRef::default()], sequence: 1 };
+        for _ in 0..3 {
+            assert!(stream.has_room());
+            let answer = stream.take(message.clone(), Instant::now()).expect("a message");
+            assert!(answer.is_none(), "the store is asked for one of its leases");
+        }
+        assert!(!stream.has_room(), "three are refused");
+
+        let (answers, mut told) = mpsc::channel(3);
+        for refused in [2, 1, 0] {
+            let (messages, touched) = stream.in_flight.next().await.expect("an answer");
+            let touched = touched.expect("the store answers");
+            assert!(stream.answer(&answers, messages, touched, Source::Store).await);
+            assert_eq!(told.recv().await.expect("an answer").expect("results").results.len(), 2);
+            assert!(stream.has_room());
+            assert_eq!(stream.refused, refused);
+        }
     }
 
     #[tokio::test(start_paused = true)]

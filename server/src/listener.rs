@@ -29,6 +29,7 @@ use crate::config::Limits;
 use crate::lessor::Caller;
 use crate::meter::Present;
 use crate::panics::contain;
+use crate::receiving::Taken;
 
 /// How long a peer may take to say that it speaks HTTP/2.
 const GREETING: Duration = Duration::from_secs(5);
@@ -185,7 +186,7 @@ where
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
     /// Serves one connection until either side ends it; in a drain, for as long as it has calls. The unary calls of a
-    /// connection take turns as one caller.
+    /// connection take turns as one caller, and its messages share what they may take while they come in.
     pub(crate) async fn serve<T>(self, stream: T, slot: Slot)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -194,9 +195,10 @@ where
         let peer = Arc::new(Peer::default());
         let stream = TokioIo::new(Batched::new(stream, Arc::clone(&peer)));
         let http = http2(&self.limits, Calls(Arc::clone(&peer)));
-        let caller = Caller::new();
+        let (caller, receiving) = (Caller::new(), Taken::default());
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(caller.clone());
+            request.extensions_mut().insert(receiving.clone());
             // In a box, which goes when the answer begins: a stream's task would keep the room for it as long as it lives.
             Box::pin(self.service.clone().oneshot(request))
         });

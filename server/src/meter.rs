@@ -1,5 +1,4 @@
-//! What counts: metrics of a name each, registered once and held as handles by those who count. It belongs to one daemon,
-//! and does not know what is counted.
+//! The metrics registry of one daemon. Each metric is registered once; the code that counts keeps a handle to it.
 
 use std::fmt;
 use std::sync::Arc;

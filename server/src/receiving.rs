@@ -1,5 +1,5 @@
-//! What a request may take while it comes in: a message is whole in time, and all messages under way share a bound. What is
-//! whole already is the handler's.
+//! What a request may take while it comes in: a message is whole in time, and all messages under way share a bound, of which
+//! one connection gets a part. What is whole already is the handler's.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,26 +12,43 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 use tonic::codegen::Bytes;
 
-use crate::wire;
+use crate::wire::{MAX_MESSAGE_BYTES, limit_exceeded};
 
 /// How long a message may take to come in, and a request that is one message from its head to its end.
 const TIME: Duration = Duration::from_secs(10);
-/// Bytes of messages under way, in the whole daemon.
-const ROOM: usize = 64 * 1024 * 1024;
 /// A message begins with a flag and its length in four bytes (gRPC over HTTP/2, "Length-Prefixed-Message").
 const PREFIX: usize = 5;
+/// So many connections together may fill the room.
+const SHARES: usize = 16;
 
 /// The room that messages under way share.
 #[derive(Debug, Clone)]
 pub(crate) struct Room {
-    taken: Arc<AtomicUsize>,
+    taken: Taken,
     bytes: usize,
+    /// What one connection may have of it, so that no peer takes it all.
+    share: usize,
     time: Duration,
 }
 
-impl Default for Room {
-    fn default() -> Self {
-        Self { taken: Arc::default(), bytes: ROOM, time: TIME }
+impl Room {
+    /// Room for so many bytes in the whole daemon. A connection may have the largest message in any case.
+    pub(crate) fn new(bytes: usize) -> Self {
+        let share = (bytes / SHARES).max(PREFIX + MAX_MESSAGE_BYTES);
+        Self { taken: Taken::default(), bytes, share, time: TIME }
+    }
+}
+
+/// Bytes of messages under way, of one connection or in the whole daemon. Clones are the same bytes.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Taken(Arc<AtomicUsize>);
+
+impl Taken {
+    /// A message has `now` bytes here, after `before`. Returns how many all messages have.
+    fn shift(&self, before: usize, now: usize) -> usize {
+        let taken = self.0.fetch_add(now, Ordering::Relaxed) + now;
+        self.0.fetch_sub(before, Ordering::Relaxed);
+        taken - before
     }
 }
 
@@ -51,6 +68,8 @@ pub(crate) struct Receiving<B> {
     expected: Expected,
     message: Message,
     room: Room,
+    /// What its connection has of the room.
+    connection: Taken,
     /// What this body has of the room.
     held: usize,
     /// When what is under way began.
@@ -60,9 +79,9 @@ pub(crate) struct Receiving<B> {
 }
 
 impl<B> Receiving<B> {
-    pub(crate) fn new(body: B, expected: Expected, room: Room) -> Self {
+    pub(crate) fn new(body: B, expected: Expected, room: Room, connection: Taken) -> Self {
         let (message, since) = (Message::default(), Instant::now());
-        Self { body, expected, message, room, held: 0, since, timer: None }
+        Self { body, expected, message, room, connection, held: 0, since, timer: None }
     }
 
     /// Takes note of what came in.
@@ -74,10 +93,13 @@ impl<B> Receiving<B> {
             (self.since, self.timer) = (Instant::now(), None);
         }
         let before = std::mem::replace(&mut self.held, held);
-        let taken = self.room.taken.fetch_add(held, Ordering::Relaxed) + held;
-        self.room.taken.fetch_sub(before, Ordering::Relaxed);
-        if held > 0 && taken - before > self.room.bytes {
-            return Err(wire::limit_exceeded("receiving_bytes", self.room.bytes));
+        let Room { taken, bytes, share, .. } = &self.room;
+        let (by_all, by_connection) = (taken.shift(before, held), self.connection.shift(before, held));
+        if held > 0 && by_connection > *share {
+            return Err(limit_exceeded("connection_receiving_bytes", *share));
+        }
+        if held > 0 && by_all > *bytes {
+            return Err(limit_exceeded("receiving_bytes", *bytes));
         }
         Ok(())
     }
@@ -113,7 +135,7 @@ where
             Poll::Ready(None) => Poll::Ready(None),
             Poll::Pending => self.poll_late(context).map(|()| {
                 let seconds = usize::try_from(self.room.time.as_secs()).unwrap_or(usize::MAX);
-                Some(Err(wire::limit_exceeded("receiving_seconds", seconds)))
+                Some(Err(limit_exceeded("receiving_seconds", seconds)))
             }),
         }
     }
@@ -129,7 +151,8 @@ where
 
 impl<B> Drop for Receiving<B> {
     fn drop(&mut self) {
-        self.room.taken.fetch_sub(self.held, Ordering::Relaxed);
+        self.room.taken.shift(self.held, 0);
+        self.connection.shift(self.held, 0);
     }
 }
 
@@ -209,17 +232,21 @@ mod tests {
         }
     }
 
-    /// A body that is fed by hand.
-    type Fed = Receiving<
-        http_body_util::StreamBody<
-            Pin<Box<dyn tokio_stream::Stream<Item = Result<Frame<Bytes>, Status>> + Send>>,
-        >,
-    >;
+    type Frames = Pin<Box<dyn tokio_stream::Stream<Item = Result<Frame<Bytes>, Status>> + Send>>;
 
+    /// A body that is fed by hand.
+    type Fed = Receiving<http_body_util::StreamBody<Frames>>;
+
+    /// A body on a connection of its own.
     fn fed(expected: Expected, room: &Room) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
+        fed_on(&Taken::default(), expected, room)
+    }
+
+    fn fed_on(connection: &Taken, expected: Expected, room: &Room) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
         let (sender, receiver) = mpsc::unbounded_channel::<Vec<u8>>();
         let frames = UnboundedReceiverStream::new(receiver).map(|data| Ok(Frame::data(Bytes::from(data))));
-        (sender, Receiving::new(http_body_util::StreamBody::new(Box::pin(frames)), expected, room.clone()))
+        let body = http_body_util::StreamBody::new(Box::pin(frames) as Frames);
+        (sender, Receiving::new(body, expected, room.clone(), connection.clone()))
     }
 
     async fn next(body: &mut Fed) -> Option<Result<Frame<Bytes>, Status>> {
@@ -228,7 +255,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_request_that_does_not_end_in_time_is_past_a_limit() {
-        let (sender, mut body) = fed(Expected::One, &Room::default());
+        let (sender, mut body) = fed(Expected::One, &Room::new(1000));
         let began = Instant::now();
         sender.send(message(100)).expect("a reader");
         next(&mut body).await.expect("a frame").expect("the message");
@@ -238,7 +265,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_may_rest_between_messages_and_not_in_one() {
-        let (sender, mut body) = fed(Expected::Many, &Room::default());
+        let (sender, mut body) = fed(Expected::Many, &Room::new(1000));
         for _ in 0..3 {
             let rest = tokio::time::timeout(TIME * 10, next(&mut body)).await;
             assert!(rest.is_err(), "nothing is wrong with silence");
@@ -264,7 +291,7 @@ mod tests {
 
     #[tokio::test]
     async fn messages_under_way_share_the_room_and_whole_ones_need_none() {
-        let room = Room { bytes: 1000, ..Room::default() };
+        let room = Room::new(1000);
         let (first, mut holding) = fed(Expected::Many, &room);
         first.send(message(2000)[..900].to_vec()).expect("a reader");
         next(&mut holding).await.expect("a frame").expect("there is room");
@@ -278,6 +305,32 @@ mod tests {
         next(&mut whole).await.expect("a frame").expect("it is whole");
         first.send(message(2000)[900..].to_vec()).expect("a reader");
         next(&mut holding).await.expect("a frame").expect("the rest");
-        assert_eq!(room.taken.load(Ordering::Relaxed), 0);
+        assert_eq!(room.taken.shift(0, 0), 0);
+    }
+
+    #[tokio::test]
+    async fn a_connection_has_its_share_of_the_room_and_the_largest_message_fits() {
+        assert_eq!(Room::new(1 << 30).share, 1 << 26);
+        let room = Room::new(64 << 20);
+        let (one, other) = (Taken::default(), Taken::default());
+        let mut largest = message(MAX_MESSAGE_BYTES);
+        let last = largest.split_off(largest.len() - 1);
+        let (first, mut holding) = fed_on(&one, Expected::Many, &room);
+        first.send(largest).expect("a reader");
+        next(&mut holding).await.expect("a frame").expect("there is room");
+
+        let (second, mut same) = fed_on(&one, Expected::Many, &room);
+        second.send(message(2000)[..200].to_vec()).expect("a reader");
+        let status = next(&mut same).await.expect("a frame").expect_err("no room");
+        assert!(status.message().contains("connection_receiving_bytes"), "{status:?}");
+        drop(same);
+        let (third, mut another) = fed_on(&other, Expected::Many, &room);
+        third.send(message(2000)[..200].to_vec()).expect("a reader");
+        next(&mut another).await.expect("a frame").expect("it has a share of its own");
+
+        first.send(last).expect("a reader");
+        next(&mut holding).await.expect("a frame").expect("the rest");
+        drop(another);
+        assert_eq!([one, other, room.taken].map(|taken| taken.shift(0, 0)), [0; 3]);
     }
 }

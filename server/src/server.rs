@@ -32,6 +32,7 @@ use crate::lessor::Lessor;
 use crate::listener::{Grpc, serve_all};
 use crate::meter::Meter;
 use crate::process::Process;
+use crate::receiving::Room;
 use crate::request::MAX_REQUEST_BYTES;
 use crate::service::Service;
 use crate::stamp::Stamp;
@@ -154,7 +155,7 @@ where
         service: ServiceBuilder::new()
             .layer(calls)
             .layer(stamp)
-            .layer(BoundCalls::default())
+            .layer(BoundCalls(Room::new(config.limits.receiving_bytes)))
             .map_response(oversize as fn(_) -> _)
             .service(route(service, reporter)?),
         limits: config.limits,

@@ -157,7 +157,7 @@ impl<S: Store> AdminService for Service<S> {
         let token = (request.fencing_token > 0).then_some(FencingToken(request.fencing_token));
         let revoked = lessor.revoke(key, token).await.map_err(wire::failed)?;
         let RevokeRequest { key, fencing_token, reason } = request;
-        // As strings, which both formats escape: a line break of the caller's must not begin a line of the log.
+        // As strings, which both formats quote: what a caller says must not look like a field of its own.
         tracing::info!(key = &*key, fencing_token, reason = &*reason, revoked, "revoked");
         Ok(Response::new(RevokeResponse { revoked: i32::try_from(revoked).unwrap_or(i32::MAX) }))
     }

@@ -1,4 +1,5 @@
-//! Keys by when something is due for each: entered, awaited, and taken in lots. It knows not what is due.
+//! A schedule of keys: each is entered for an instant, and those that are due are taken out in lots. What is to be done for
+//! a key is the caller's business.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Touched;
+use super::carried::Place;
 use super::carrier::Inbox;
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Holder, Key, LeaseId, Reason, Snapshot, Standing};
@@ -21,6 +22,7 @@ pub(crate) struct Carriage {
     since: BootInstant,
     inbox: Arc<Inbox>,
     state: Mutex<State>,
+    _place: Place,
 }
 
 #[derive(Debug, Default)]
@@ -73,8 +75,13 @@ impl Renewal {
 }
 
 impl Carriage {
-    pub(super) fn new(lease: (Key, LeaseId), since: BootInstant, inbox: &Arc<Inbox>) -> Arc<Self> {
-        Arc::new(Self { lease, since, inbox: Arc::clone(inbox), state: Mutex::default() })
+    pub(super) fn new(
+        lease: (Key, LeaseId),
+        since: BootInstant,
+        place: Place,
+        inbox: &Arc<Inbox>,
+    ) -> Arc<Self> {
+        Arc::new(Self { lease, since, inbox: Arc::clone(inbox), state: Mutex::default(), _place: place })
     }
 
     /// Key and id.

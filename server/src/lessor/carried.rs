@@ -5,6 +5,7 @@
 //! commit of this daemon that showed the lease held.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::carriage::{Carriage, Fate};
@@ -23,16 +24,43 @@ const PORTION: usize = 1000;
 #[derive(Debug)]
 pub(super) struct Carried {
     pub(super) counts: Arc<Counts>,
-    /// How many may be carried at once.
-    most: usize,
-    state: Mutex<State>,
+    /// For leases that are carried.
+    room: Room,
+    /// For leases that messages under way touch, and that are not carried.
+    passing_room: Room,
+    keys: Mutex<Keys>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    keys: HashMap<Key, OnKey>,
-    /// How many are carried.
-    leases: usize,
+type Keys = HashMap<Key, OnKey>;
+
+/// Bounds how many leases there are in memory. Each has a place until nothing refers to it any more, be it a stream, a
+/// message under way or a loss that is not told yet.
+#[derive(Debug)]
+struct Room {
+    most: usize,
+    taken: Arc<AtomicUsize>,
+}
+
+/// A lease's place; dropping it makes room for another one.
+#[derive(Debug)]
+pub(super) struct Place(Arc<AtomicUsize>);
+
+impl Room {
+    fn new(most: usize) -> Self {
+        Self { most, taken: Arc::default() }
+    }
+
+    fn place(&self) -> Option<Place> {
+        let one_more = |taken| (taken < self.most).then_some(taken + 1);
+        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        Some(Place(Arc::clone(&self.taken)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -80,25 +108,25 @@ impl Carriages {
         }
     }
 
-    /// Takes out this one, and returns how many that were.
-    fn remove(&mut self, carriage: &Arc<Carriage>) -> usize {
+    fn remove(&mut self, carriage: &Arc<Carriage>) {
         let is_other = |other: &Arc<Carriage>| !Arc::ptr_eq(other, carriage);
         match self {
-            Self::Few(few) => retain(few, is_other),
+            Self::Few(few) => few.retain(is_other),
             Self::Many(many) => many.retain(carriage.lease().1, is_other),
         }
     }
 
-    /// Asks each lease what `snapshot` means to it, takes out those that are lost, and returns how many. Among many, those
-    /// are not asked that the record does not know and that were not held before: it means nothing to them.
-    fn hear(&mut self, snapshot: &Snapshot, mut hear: impl FnMut(&Arc<Carriage>) -> Fate) -> usize {
+    /// Asks each lease what `snapshot` means to it, and takes out those that are lost. Among many, those are not asked that
+    /// the record does not know and that were not held before: it means nothing to them.
+    fn hear(&mut self, snapshot: &Snapshot, mut hear: impl FnMut(&Arc<Carriage>) -> Fate) {
         match self {
-            Self::Few(few) => retain(few, |carriage| hear(carriage) == Fate::Carried),
+            Self::Few(few) => few.retain(|carriage| hear(carriage) == Fate::Carried),
             Self::Many(many) => {
                 let holders = snapshot.record.holders.iter().map(|holder| holder.id);
                 let ids: HashSet<LeaseId> = holders.chain(many.held.iter().copied()).collect();
-                let hear = |id| many.retain(id, |carriage| hear(carriage) == Fate::Carried);
-                ids.into_iter().map(hear).sum()
+                for id in ids {
+                    many.retain(id, |carriage| hear(carriage) == Fate::Carried);
+                }
             }
         }
     }
@@ -128,10 +156,10 @@ impl Many {
         self.ids.entry(id).or_default().push(carriage);
     }
 
-    /// Keeps those with this id that are to stay, and returns how many go.
-    fn retain(&mut self, id: LeaseId, stays: impl FnMut(&Arc<Carriage>) -> bool) -> usize {
-        let Some(same) = self.ids.get_mut(&id) else { return 0 };
-        let gone = retain(same, stays);
+    /// Keeps those with this id that are to stay.
+    fn retain(&mut self, id: LeaseId, stays: impl FnMut(&Arc<Carriage>) -> bool) {
+        let Some(same) = self.ids.get_mut(&id) else { return };
+        same.retain(stays);
         if same.iter().any(|carriage| carriage.is_held()) {
             self.held.insert(id);
         } else {
@@ -140,64 +168,71 @@ impl Many {
         if same.is_empty() {
             self.ids.remove(&id);
         }
-        gone
     }
 }
 
-fn retain(carriages: &mut Vec<Arc<Carriage>>, stays: impl FnMut(&Arc<Carriage>) -> bool) -> usize {
-    let before = carriages.len();
-    carriages.retain(stays);
-    before - carriages.len()
+/// Changes what is carried on the key, if anything is.
+fn on_key(keys: &mut Keys, key: &Key, change: impl FnOnce(&mut OnKey)) {
+    let Some(on_key) = keys.get_mut(key) else { return };
+    change(on_key);
+    if on_key.carriages.is_empty() {
+        keys.remove(key);
+    }
 }
 
-impl State {
-    /// Changes what is carried on the key, if anything is. `change` returns how many leases it took out.
-    fn on_key(&mut self, key: &Key, change: impl FnOnce(&mut OnKey) -> usize) {
-        let Some(on_key) = self.keys.get_mut(key) else { return };
-        self.leases -= change(on_key);
-        if on_key.carriages.is_empty() {
-            self.keys.remove(key);
-        }
-    }
+/// How many leases may be touched at once without being carried, where `most` may be carried: a tenth as many, but about
+/// what one message can name in any case.
+fn passing(most: usize) -> usize {
+    (most / 10).max(10_000)
 }
 
 impl Carried {
     /// `most`: how many leases may be carried at once.
     pub(super) fn new(counts: &Arc<Counts>, most: usize) -> Self {
-        Self { counts: Arc::clone(counts), most, state: Mutex::default() }
+        let (room, passing_room) = (Room::new(most), Room::new(passing(most)));
+        Self { counts: Arc::clone(counts), room, passing_room, keys: Mutex::default() }
+    }
+
+    /// A place for a lease that is to be carried.
+    pub(super) fn place(&self) -> Option<Place> {
+        self.room.place()
+    }
+
+    /// A place for a lease that is to be touched and not carried.
+    pub(super) fn passing_place(&self) -> Option<Place> {
+        self.passing_room.place()
     }
 
     /// Takes note of a record that a commit of this daemon returned, which applied `edit` and was sent after `sent_at`.
     pub(super) fn own(&self, snapshot: &Arc<Snapshot>, edit: &Edit, sent_at: BootInstant) {
-        self.state().on_key(&snapshot.record.key, |on_key| {
-            let mut gone = on_key.carriages.hear(snapshot, |carriage| carriage.own(snapshot, edit, sent_at));
+        on_key(&mut self.by_key(), &snapshot.record.key, |on_key| {
+            on_key.carriages.hear(snapshot, |carriage| carriage.own(snapshot, edit, sent_at));
             on_key.ahead.take_if(|ahead| ahead.record.version() <= snapshot.record.version());
             if let Some(ahead) = &on_key.ahead {
-                gone += on_key.carriages.hear(ahead, |carriage| carriage.foreign(ahead));
+                on_key.carriages.hear(ahead, |carriage| carriage.foreign(ahead));
             }
             on_key.seen = Some(on_key.ahead.as_ref().unwrap_or(snapshot).record.version());
-            gone
         });
     }
 
     /// Takes note of a record as others may have left it.
     pub(super) fn foreign(&self, snapshot: &Arc<Snapshot>) {
-        self.state().on_key(&snapshot.record.key, |on_key| {
+        on_key(&mut self.by_key(), &snapshot.record.key, |on_key| {
             let version = snapshot.record.version();
             if on_key.seen >= Some(version) {
-                return 0;
+                return;
             }
             on_key.seen = Some(version);
             on_key.ahead = Some(Arc::clone(snapshot));
-            on_key.carriages.hear(snapshot, |carriage| carriage.foreign(snapshot))
+            on_key.carriages.hear(snapshot, |carriage| carriage.foreign(snapshot));
         });
     }
 
     /// Takes note that the key has no record, or had none yet, and returns what to commit: the answer to a touch says
     /// which it was.
     pub(super) fn missing(&self, key: &Key) -> Vec<(Key, Part)> {
-        let state = self.state();
-        let Some(on_key) = state.keys.get(key) else { return Vec::new() };
+        let keys = self.by_key();
+        let Some(on_key) = keys.get(key) else { return Vec::new() };
         let held = on_key.carriages.held().into_iter().filter(|carriage| carriage.doubt());
         let ids: HashSet<LeaseId> = held.map(|carriage| carriage.lease().1).collect();
         ids.into_iter().map(|id| (key.clone(), Part::Touch(id))).collect()
@@ -205,49 +240,41 @@ impl Carried {
 
     /// Whether a stream carries a lease on this key and does not know the record as of `rev`.
     pub(super) fn wants(&self, key: &Key, rev: Option<i64>) -> bool {
-        let state = self.state();
-        let Some(on_key) = state.keys.get(key) else { return false };
+        let keys = self.by_key();
+        let Some(on_key) = keys.get(key) else { return false };
         rev.is_none() || on_key.seen.map(|(_, seen)| seen) < rev
     }
 
     /// The keys on which streams carry leases.
     pub(super) fn keys(&self) -> Vec<Key> {
-        self.state().keys.keys().cloned().collect()
+        self.by_key().keys().cloned().collect()
     }
 
-    /// Lets these hear of records from here on; the first so many, which it returns, if there is no room for all.
-    pub(super) fn enter(&self, carriages: &[Arc<Carriage>]) -> usize {
-        let mut entered = 0;
+    /// Lets these hear of records from here on.
+    pub(super) fn enter(&self, carriages: &[Arc<Carriage>]) {
         for some in carriages.chunks(PORTION) {
-            let mut state = self.state();
-            let room = self.most.saturating_sub(state.leases).min(some.len());
-            state.leases += room;
-            for carriage in &some[..room] {
+            let mut keys = self.by_key();
+            for carriage in some {
                 let key = carriage.lease().0.clone();
-                state.keys.entry(key).or_default().carriages.add(Arc::clone(carriage));
-            }
-            entered += room;
-            if room < some.len() {
-                break;
+                keys.entry(key).or_default().carriages.add(Arc::clone(carriage));
             }
         }
-        entered
     }
 
     /// Takes these out.
     pub(super) fn leave<'a>(&self, carriages: impl IntoIterator<Item = &'a Arc<Carriage>>) {
         let mut carriages = carriages.into_iter().peekable();
         while carriages.peek().is_some() {
-            let mut state = self.state();
+            let mut keys = self.by_key();
             for carriage in carriages.by_ref().take(PORTION) {
-                state.on_key(&carriage.lease().0, |on_key| on_key.carriages.remove(carriage));
+                on_key(&mut keys, &carriage.lease().0, |on_key| on_key.carriages.remove(carriage));
             }
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn by_key(&self) -> MutexGuard<'_, Keys> {
         // Nothing in here panics half-way through a change.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -261,12 +288,11 @@ impl Default for Carried {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::time::Duration;
 
-    use super::super::{Carrier, Touched};
+    use super::super::{Carrier, Full, Touched};
     use super::*;
-    use crate::lease::{Acquisition, Mode, Record, Rules, Timestamp, Ttl, step};
+    use crate::lease::{Acquisition, Mode, Record, Rules, Timestamp, step};
 
     const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 
@@ -276,18 +302,8 @@ mod tests {
 
     /// The record of a key that `id` has just acquired and touched.
     fn held(id: LeaseId) -> Arc<Snapshot> {
-        let acquisition = Acquisition {
-            id,
-            owner: String::new(),
-            metadata: BTreeMap::new(),
-            mode: Mode::Exclusive,
-            shared_limit: 1,
-            ttl: Ttl::new(Duration::from_secs(10)).expect("ten seconds"),
-            min_hold: Duration::ZERO,
-            wait: false,
-            repeated: false,
-        };
-        let (edit, now) = (Edit::default().enqueue(Arc::new(acquisition)), Timestamp(1000));
+        let edit = Edit::default().enqueue(Arc::new(Acquisition::waiting(id)));
+        let now = Timestamp(1000);
         let record = step(Record::vacant(key()), &edit, now, &RULES);
         Arc::new(Snapshot { record, now })
     }
@@ -339,8 +355,8 @@ mod tests {
         let mut naming = carrier.naming(2);
         let [first, again, second] = [one, one, two].map(|id| naming.name((key(), id)).expect("room"));
         assert!(Arc::ptr_eq(&first, &again), "named twice it is carried once");
-        assert!(naming.name((key(), three)).is_none());
-        assert!(naming.name((key(), two)).is_some(), "what is carried may be named");
+        assert!(matches!(naming.name((key(), three)), Err(Full::Stream)));
+        assert!(naming.name((key(), two)).is_ok(), "what is carried may be named");
         drop(naming);
         assert_eq!(carrier.all().len(), 2);
 
@@ -400,7 +416,7 @@ mod tests {
                 message.into_iter().map(|lease| (lease, Some(Touched::Kept(Duration::ZERO)))).collect(),
             );
         }
-        assert!(matches!(carried.state().keys[&key()].carriages, Carriages::Many(_)));
+        assert!(matches!(carried.by_key()[&key()].carriages, Carriages::Many(_)));
         let (snapshot, edit) = held_by(&ids);
         carried.own(&snapshot, &edit, BootInstant::now());
         assert!(named.iter().all(|lease| lease.is_fresh(BootInstant::now())));
@@ -424,15 +440,18 @@ mod tests {
             assert_eq!(lost, expected);
         }
         assert_eq!(carried.missing(&key()).len(), 13);
-        drop(carriers);
+        drop((carriers, named));
         assert!(carried.keys().is_empty());
-        assert_eq!(carried.state().leases, 0);
+        assert_eq!(carried.room.taken.load(Ordering::Relaxed), 0);
+    }
+
+    fn leases(count: usize) -> impl Iterator<Item = (Key, LeaseId)> {
+        (0..count).map(|_| (key(), LeaseId::random()))
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_is_carried_is_bounded_and_what_leaves_makes_room() {
         let carried = Arc::new(Carried::new(&Arc::default(), 3));
-        let leases = |count| (0..count).map(|_| (key(), LeaseId::random()));
         let [mut one, mut other] = [(); 2].map(|()| Carrier::new(&carried));
         assert_eq!(name(&mut one, leases(2)).len(), 2);
         let named = name(&mut other, leases(2));
@@ -443,6 +462,31 @@ mod tests {
         assert!(answered.iter().all(|(_, touched)| *touched == Touched::Kept(Duration::from_secs(1))));
         drop(one);
         name(&mut other, leases(3));
-        assert_eq!((other.leases().count(), carried.state().leases), (3, 3));
+        assert_eq!(other.leases().count(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_touched_without_being_carried_is_bounded_until_it_is_answered() {
+        let carried = Arc::new(Carried::new(&Arc::default(), 1));
+        let [mut one, mut other] = [(); 2].map(|()| Carrier::new(&carried));
+        let known = leases(1).next().expect("a lease");
+        drop(name(&mut one, [known.clone()].into_iter()));
+        let mut under_way: Vec<_> = (0..4).map(|_| name(&mut one, leases(passing(1) / 4))).collect();
+        assert_eq!(one.leases().count(), 1);
+
+        // Nobody touches one more, on whatever stream, but those that are carried.
+        for carrier in [&mut one, &mut other] {
+            let mut naming = carrier.naming(usize::MAX);
+            let refused = leases(1).map(|lease| naming.name(lease)).next().expect("an answer");
+            assert!(matches!(refused, Err(Full::Daemon)), "{refused:?}");
+        }
+        assert_eq!(carried.counts.refused.get(), 2);
+        assert_eq!(name(&mut one, [known].into_iter()).len(), 1);
+        assert_eq!(other.leases().count(), 0);
+
+        let message = under_way.pop().expect("a message");
+        let answer = message.into_iter().map(|lease| (lease, Some(Touched::Lost(None)))).collect();
+        drop(one.settle(answer));
+        assert_eq!(name(&mut other, leases(passing(1) / 4)).len(), passing(1) / 4);
     }
 }

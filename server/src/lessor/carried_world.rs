@@ -1,7 +1,7 @@
 //! A store, this daemon's commits to it and two keepalive streams, moved a step at a time: nothing is concurrent, and
 //! anything may come late.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -150,8 +150,8 @@ impl World {
     }
 
     fn apply(&mut self, edit: &Edit) {
-        // As in a store: only an arrival makes a record.
-        if self.record.rev == 0 && edit.enqueued().is_empty() {
+        // As in a store: only an arrival or a release makes a record.
+        if self.record.rev == 0 && edit.enqueued().is_empty() && edit.released().is_empty() {
             return;
         }
         self.record = step(self.record.clone(), edit, self.now(), &RULES);
@@ -379,14 +379,9 @@ fn is_among(some: &[Arc<Carriage>], lease: &Arc<Carriage>) -> bool {
 
 fn acquisition(lease: u8, limit: Option<u32>, ttl: u64) -> Arc<Acquisition> {
     Arc::new(Acquisition {
-        id: id(lease),
-        owner: String::new(),
-        metadata: BTreeMap::new(),
         mode: if limit.is_some() { Mode::Shared } else { Mode::Exclusive },
         shared_limit: limit.unwrap_or(1),
         ttl: Ttl::new(Duration::from_millis(ttl)).expect("at least a millisecond"),
-        min_hold: Duration::ZERO,
-        wait: true,
-        repeated: false,
+        ..Acquisition::waiting(id(lease))
     })
 }

@@ -59,7 +59,7 @@ impl Carrier {
 
     /// Begins a message that names leases. The stream carries at most `most` of them.
     pub(crate) fn naming(&mut self, most: usize) -> Naming<'_> {
-        Naming { carrier: self, most, since: BootInstant::now(), new: Vec::new() }
+        Naming { carrier: self, most, since: BootInstant::now(), new: Vec::new(), passing: Vec::new() }
     }
 
     /// The leases that are carried, for what is no message about them.
@@ -134,35 +134,59 @@ pub(crate) struct Naming<'a> {
     carrier: &'a mut Carrier,
     most: usize,
     since: BootInstant,
+    /// Leases that the stream carries from here on.
     new: Vec<Arc<Carriage>>,
+    /// Leases past the limit of the daemon, which the message touches and the stream does not carry.
+    passing: Vec<Arc<Carriage>>,
+}
+
+/// Why a lease is not touched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Full {
+    /// The stream carries as many as it may.
+    Stream,
+    /// The daemon carries as many as it may, and touches as many others as it may.
+    Daemon,
 }
 
 impl Naming<'_> {
     /// Names a lease, which the stream carries from here on, if the daemon has room for it. The message is to be settled for
-    /// it. Returns `None`, and changes nothing, if the lease is new and the stream carries as many as it may.
-    pub(crate) fn name(&mut self, lease: (Key, LeaseId)) -> Option<Arc<Carriage>> {
+    /// it.
+    ///
+    /// # Errors
+    /// [`Full`] if there is no room for it. Nothing has changed then.
+    pub(crate) fn name(&mut self, lease: (Key, LeaseId)) -> Result<Arc<Carriage>, Full> {
         let known = self.carrier.leases.get(&lease);
         if let Some(carriage) = known.filter(|carriage| carriage.embark() == Fate::Carried) {
-            return Some(Arc::clone(carriage));
+            return Ok(Arc::clone(carriage));
         }
         if known.is_none() && self.carrier.leases.len() >= self.most {
-            return None;
+            return Err(Full::Stream);
         }
+        let carried = &self.carrier.carried;
+        let (place, list) = if let Some(place) = carried.place() {
+            (place, &mut self.new)
+        } else if let Some(place) = carried.passing_place() {
+            (place, &mut self.passing)
+        } else {
+            carried.counts.refused.inc();
+            return Err(Full::Daemon);
+        };
         known.inspect(|lost| lost.supersede());
-        let carriage = Carriage::new(lease.clone(), self.since, &self.carrier.inbox);
+        let carriage = Carriage::new(lease.clone(), self.since, place, &self.carrier.inbox);
         carriage.embark();
-        self.new.push(Arc::clone(&carriage));
+        list.push(Arc::clone(&carriage));
         self.carrier.leases.insert(lease, Arc::clone(&carriage));
-        Some(carriage)
+        Ok(carriage)
     }
 }
 
 impl Drop for Naming<'_> {
     fn drop(&mut self) {
         // In few goes: every commit of the daemon needs the lock that this takes.
-        let entered = self.carrier.carried.enter(&self.new);
-        // Past the limit of the daemon they are touched with this message, and then forgotten.
-        for carriage in &self.new[entered..] {
+        self.carrier.carried.enter(&self.new);
+        // The message named them until here, so that one named twice is touched once.
+        for carriage in &self.passing {
             self.carrier.leases.remove(carriage.lease());
         }
     }

@@ -45,6 +45,8 @@ pub(crate) struct Counts {
     losses: [Counter; LOSSES.len()],
     pub(super) carried: Gauge,
     pub(super) orphaned: Counter,
+    /// Leases that streams named and that the daemon had no room for.
+    pub(super) refused: Counter,
     /// By source.
     acks: [Histogram; SOURCES.len()],
     waiting: Gauge,
@@ -101,6 +103,10 @@ impl Counts {
             losses: meter.by(losses, "reason", LOSSES, Counter::default),
             carried: meter.gauge("leased_carried_leases", "Held leases that streams carry"),
             orphaned: meter.counter("leased_orphaned_leases", "Held leases whose stream ended before them"),
+            refused: meter.counter(
+                "leased_leases_refused",
+                "Leases of keepalive messages that were refused for want of room in the daemon",
+            ),
             acks: meter.by(acks, "source", SOURCES, || Histogram::of_durations(&ACKS)),
             waiting: meter.gauge("leased_waiting_calls", "Calls that stand in line"),
             waits: meter.by(waits, "outcome", WAIT_ENDS, Counter::default),

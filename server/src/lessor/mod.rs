@@ -43,7 +43,7 @@ use audience::Audience;
 pub(crate) use caller::Caller;
 pub(crate) use carriage::{Carriage, Loss};
 use carried::Carried;
-pub(crate) use carrier::Carrier;
+pub(crate) use carrier::{Carrier, Full};
 pub use changes::ChangeKind;
 use committer::{Answer, Committer, lost};
 use counts::Tally;

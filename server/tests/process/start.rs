@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use throwaway_mongodb::{Mongod, ReplicaSet};
 use uuid::Uuid;
 
-use crate::support::{PATIENCE, Running, daemon, end};
+use crate::support::{Running, daemon, end, eventually};
 
 /// A database of the test's own.
 struct Place {
@@ -235,17 +235,13 @@ async fn records_that_are_replaced_by_others_end_the_daemon() {
     let daemons = place.database.collection::<Document>("leases.daemons");
     let known = daemons.find_one(doc! { "_id": "store" }).await.unwrap().unwrap();
     assert_eq!(known.get_str("store_id").unwrap(), running.address("id="));
-    // It is kept when somebody drops the collection,
+    // The daemon writes the identity again if somebody drops the collection.
     daemons.drop().await.unwrap();
-    let start = std::time::Instant::now();
-    while daemons.find_one(doc! { "_id": "store" }).await.unwrap().is_none() {
-        assert!(start.elapsed() < PATIENCE, "the identity does not come back");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually(async || daemons.find_one(doc! { "_id": "store" }).await.unwrap()).await;
     let again = Running::start(&place.options(&[]));
     assert_eq!(again.address("id="), running.address("id="));
     drop(again);
-    // and another one is another store.
+    // Another identity is another store.
     let other = doc! { "$set": { "store_id": Uuid::new_v4().to_string() } };
     daemons.update_one(doc! { "_id": "store" }, other).await.unwrap();
     assert_eq!(running.code(), Some(2));

@@ -102,6 +102,11 @@ impl Running {
         answer
     }
 
+    /// Whether it says that it should be asked.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.http("/readyz").starts_with("HTTP/1.1 200")
+    }
+
     /// What a metric without labels stands at.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let text = self.http("/metrics");

@@ -3,18 +3,16 @@
 
 use rustix::process::geteuid;
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use leased_proto::v1::{AcquireRequest, AcquireResponse, GetRequest, ListRequest};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
 use tonic::{Code, Status};
 
-use crate::support::{PATIENCE, Running, daemon};
+use crate::support::{Running, daemon, eventually};
 
 /// First starts that are killed, each a little later in its life than the one before.
 const KILLS: u32 = 40;
@@ -40,8 +38,8 @@ fn a_first_start_that_is_killed_at_any_moment_leaves_a_folder_that_starts() {
     }
 }
 
-#[test]
-fn of_two_first_starts_at_the_same_moment_one_serves_and_the_other_says_that_it_is_in_use() {
+#[tokio::test]
+async fn of_two_first_starts_at_the_same_moment_one_serves_and_the_other_says_that_it_is_in_use() {
     for _ in 0..5 {
         let folder = tempfile::tempdir().unwrap();
         let mut both = [(); 2].map(|()| {
@@ -49,14 +47,8 @@ fn of_two_first_starts_at_the_same_moment_one_serves_and_the_other_says_that_it_
             command.current_dir(folder.path());
             Running::spawn(command)
         });
-        let start = std::time::Instant::now();
-        let loser = loop {
-            if let Some(loser) = both.iter_mut().position(|one| one.child.try_wait().unwrap().is_some()) {
-                break loser;
-            }
-            assert!(start.elapsed() < PATIENCE, "both go on");
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let ended = |one: &mut Running| one.child.try_wait().unwrap().is_some();
+        let loser = eventually(async || both.iter_mut().position(ended)).await;
         let [first, second] = both;
         let (mut loser, winner) = if loser == 0 { (first, second) } else { (second, first) };
         let mut said = String::new();
@@ -72,17 +64,19 @@ fn names(folder: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// Whether the test of this name goes on in this process, which may mount then. Who is not root runs it in namespaces where
-/// it may, and is done.
-fn may_mount(test: &str) -> bool {
+/// Whether the calling test goes on in this process, which may mount then. Unless the user is root, the test is run once
+/// more, in namespaces where it may mount, and is done here.
+fn may_mount() -> bool {
     if geteuid().is_root() {
         return true;
     }
+    let this = std::thread::current().name().unwrap().to_owned();
     let mut inside = Command::new("unshare");
     inside.args(["--map-root-user", "--mount"]).arg(std::env::current_exe().unwrap());
-    let output = inside.args(["--exact", &format!("volume::{test}"), "--nocapture"]).output().unwrap();
+    let output = inside.args(["--exact", &this, "--nocapture"]).output().unwrap();
     let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned();
     assert!(output.status.success(), "this test mounts: run it as root, or allow user namespaces. {said}");
+    assert!(said.contains("test result: ok. 1 passed"), "{this} has not been run: {said}");
     false
 }
 
@@ -118,7 +112,7 @@ impl Drop for Volume {
 
 #[test]
 fn a_first_start_without_room_says_so_and_goes_on_when_there_is_some() {
-    if !may_mount("a_first_start_without_room_says_so_and_goes_on_when_there_is_some") {
+    if !may_mount() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -159,28 +153,19 @@ async fn refuses(running: &Running) {
         assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
     }
     assert_eq!(holders(running, "held").await.unwrap_err().code(), Code::Unavailable);
-    eventually(async || !is_ready(running)).await;
+    eventually(async || (!running.is_ready()).then_some(())).await;
 }
 
-async fn eventually(condition: impl AsyncFn() -> bool) {
-    let start = Instant::now();
-    while !condition().await {
-        assert!(start.elapsed() < PATIENCE, "it does not come to that");
-        sleep(Duration::from_millis(50)).await;
-    }
-}
-
-fn is_ready(running: &Running) -> bool {
-    let mut http = TcpStream::connect(running.address("http=")).unwrap();
-    http.write_all(b"GET /readyz HTTP/1.1\r\nHost: l\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    http.read_to_string(&mut answer).unwrap();
-    answer.starts_with("HTTP/1.1 200")
+/// Waits until the daemon serves again what was held.
+async fn serves_again(running: &Running) {
+    eventually(async || running.is_ready().then_some(())).await;
+    assert_eq!(holders(running, "held").await.unwrap(), 1);
+    acquire(running, "other", 0).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_volume_that_is_unmounted_is_not_replaced_by_what_is_below() {
-    if !may_mount("a_volume_that_is_unmounted_is_not_replaced_by_what_is_below") {
+    if !may_mount() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -189,18 +174,19 @@ async fn a_volume_that_is_unmounted_is_not_replaced_by_what_is_below() {
     let volume = Volume::mount(&below, "4m");
     let running = Running::start_in(folder.path(), &["--data-dir", "volume/data"]);
     acquire(&running, "held", 0).await.unwrap();
-    for number in 0.. {
-        // Until it is full, and the daemon has closed its file.
-        if acquire(&running, &format!("key/{number}"), 4000).await.is_err() {
-            break;
+    let mut numbers = 0..;
+    let mut fill = async || acquire(&running, &format!("key/{}", numbers.next().unwrap()), 4000).await;
+    while fill().await.is_ok() {}
+    // It is full. What does not fit is tried again for some seconds, and after each failure the file is closed.
+    let unmounted = eventually(async || volume.unmount().then_some(()));
+    let more = async {
+        loop {
+            let _ = fill().await;
         }
-    }
-    // After a failure the file is closed, until a smaller commit finds room.
-    for _ in 0..4 {
-        if volume.unmount() {
-            break;
-        }
-        let _ = acquire(&running, "more", 4000).await;
+    };
+    tokio::select! {
+        () = unmounted => {}
+        () = more => {}
     }
     drop(volume);
     refuses(&running).await;
@@ -214,7 +200,7 @@ async fn a_volume_that_is_unmounted_is_not_replaced_by_what_is_below() {
 
 #[tokio::test]
 async fn a_volume_that_is_mounted_again_is_served_again() {
-    if !may_mount("a_volume_that_is_mounted_again_is_served_again") {
+    if !may_mount() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -236,9 +222,7 @@ async fn a_volume_that_is_mounted_again_is_served_again() {
     assert!(names(&mount).is_empty(), "{:?}", names(&mount));
 
     let _bound = bind();
-    eventually(async || is_ready(&running)).await;
-    assert_eq!(holders(&running, "held").await.unwrap(), 1);
-    acquire(&running, "other", 0).await.unwrap();
+    serves_again(&running).await;
 }
 
 #[tokio::test]
@@ -259,9 +243,7 @@ async fn a_folder_that_is_moved_away_is_missed_and_another_in_its_place_is_not_t
 
     fs::remove_dir_all(&place).unwrap();
     fs::rename(&away, &place).unwrap();
-    eventually(async || is_ready(&running)).await;
-    assert_eq!(holders(&running, "held").await.unwrap(), 1);
-    acquire(&running, "other", 0).await.unwrap();
+    serves_again(&running).await;
 }
 
 #[tokio::test]
