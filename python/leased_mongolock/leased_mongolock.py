@@ -113,6 +113,9 @@ class MongoLock:
         ]
         self._channel = channel or grpc.insecure_channel(_with_port(host), options=options)
         self._leased = lease_pb2_grpc.LeaseServiceStub(self._channel)
+        # grpcio's own retries take the header of _UNANSWERED out of a first attempt. Connects when it is used.
+        plain = channel or grpc.insecure_channel(_with_port(host), options=[("grpc.enable_retries", 0), *_KEEPALIVE])
+        self._without_retries = lease_pb2_grpc.LeaseServiceStub(plain)
         self._held = {}
         self._changed = threading.Condition()
         self._toucher = None
@@ -228,7 +231,7 @@ class MongoLock:
             # It may be held all the same, and the caller goes away. If that cannot be mended now, its time runs out.
             with contextlib.suppress(grpc.RpcError):
                 request = pb.ReleaseRequest(lease=self._ref(key, lock))
-                self._leased.Release(request, timeout=PATIENCE, metadata=_UNANSWERED)
+                self._without_retries.Release(request, timeout=PATIENCE, metadata=_UNANSWERED)
             raise
 
     def _touch(self, key, owner, lock, timeout=PATIENCE):

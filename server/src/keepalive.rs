@@ -40,8 +40,8 @@ const RETRY: Duration = Duration::from_millis(200);
 /// The leases of one message, in bytes as they are encoded; those past it are refused. An answer to so many fits into one
 /// response.
 const MESSAGE_BYTES: usize = 512 * 1024;
-/// Leases of one message. No message that may be read has as many well-formed ones, so this bounds what malformed ones
-/// cost.
+/// Leases of one message; more end the stream. The first [`MESSAGE_BYTES`] hold fewer well-formed ones, so that nobody who
+/// keeps to those meets it. It bounds what malformed ones cost.
 const MESSAGE_LEASES: usize = 12_500;
 /// Refused leases of one message that are told why in a sentence.
 const SENTENCES: usize = 100;
@@ -200,8 +200,7 @@ impl<S: Store> Stream<S> {
         Ok(())
     }
 
-    /// Whether another message may be read. Together those that wait name no more leases than a stream may carry, so that a
-    /// group costs no more than one message may. The refused leases of those in flight count too: each takes as much memory
+    /// Whether another message may be read: not when those that wait name as many leases as a stream may carry. The refused leases of those in flight count too: each takes as much memory
     /// as a lease that is carried, and no other limit bounds them.
     fn has_room(&self) -> bool {
         let waiting = |Group { messages, leases }: &Group| leases.len() + messages.others.len();
@@ -218,12 +217,10 @@ impl<S: Store> Stream<S> {
         if message.leases.len() > MESSAGE_LEASES {
             return Err(wire::limit_exceeded("message_leases", MESSAGE_LEASES));
         }
-        if message.sequence == 0 {
-            return Ok(Some(self.refuse_all(message.leases)));
-        }
-        let (leases, refused) = match message.leases.is_empty() {
-            true => (self.carrier.all(), Vec::new()),
-            false => self.name(&mut message.leases),
+        let (leases, refused) = match (message.sequence, message.leases.is_empty()) {
+            (0, _) => (Vec::new(), self.refuse_all(take(&mut message.leases))),
+            (_, true) => (self.carrier.all(), Vec::new()),
+            (_, false) => self.name(&mut message.leases),
         };
         let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused };
         if let Some(group) = &mut self.waiting {
@@ -272,9 +269,7 @@ impl<S: Store> Stream<S> {
                     Err(Full::Daemon) => (RefusalReason::LimitExceeded, PAST_LEASES.to_owned()),
                 },
             };
-            // The reason says it as well. A sentence for each of thousands would be most of what such a message costs.
-            let message = if refused.len() < SENTENCES { message } else { String::new() };
-            refused.push(wire::refused(take(lease), reason, message));
+            refuse(&mut refused, take(lease), reason, message);
             false
         });
         (leases, refused)
@@ -284,11 +279,13 @@ impl<S: Store> Stream<S> {
     /// when its message was sent, and so nothing about how long the lease is held.
     fn refuse_all(&self, named: Vec<LeaseRef>) -> Vec<KeepAliveResult> {
         const WHY: &str = "sequence must be 1 or more; 0 marks what the daemon tells of its own accord";
-        let refuse = |lease| wire::refused(lease, RefusalReason::Invalid, WHY);
+        let mut refused = Vec::new();
+        let mut refuse = |lease| refuse(&mut refused, lease, RefusalReason::Invalid, WHY);
         match named.is_empty() {
-            true => self.carrier.leases().map(|(key, id)| refuse(wire::lease_ref(key, *id))).collect(),
-            false => named.into_iter().map(refuse).collect(),
+            true => self.carrier.leases().for_each(|(key, id)| refuse(wire::lease_ref(key, *id))),
+            false => named.into_iter().for_each(refuse),
         }
+        refused
     }
 
     /// Hands over the touches of messages that have waited. Returns what to answer if memory has it all.
@@ -339,6 +336,18 @@ impl<S: Store> Stream<S> {
         });
         results.collect()
     }
+}
+
+/// Adds a lease of a message to those that are refused.
+fn refuse(
+    refused: &mut Vec<KeepAliveResult>,
+    lease: LeaseRef,
+    reason: RefusalReason,
+    message: impl Into<String>,
+) {
+    // The reason says it as well. A sentence for each of thousands would be most of what such a message costs.
+    let message = if refused.len() < SENTENCES { message.into() } else { String::new() };
+    refused.push(wire::refused(lease, reason, message));
 }
 
 /// Tells a stream these results, in as many responses as that takes. Returns whether the caller is still there.
@@ -517,6 +526,20 @@ mod tests {
             assert!(stream.has_room());
             assert_eq!(stream.refused, refused);
         }
+    }
+
+    #[tokio::test]
+    async fn a_message_without_a_sequence_takes_its_turn_and_says_why_a_hundred_times() {
+        let (lessor, _folder) = lessor().await;
+        let mut stream = Stream::new(lessor, &Limits { stream_rate: 1, ..limits() });
+        let message = |leases| KeepAliveRequest { leases: vec![LeaseRef::default(); leases], sequence: 0 };
+        let results = stream.take(message(150), Instant::now()).expect("a message").expect("results");
+        let why = |result: &&KeepAliveResult| matches!(&result.outcome, Some(Outcome::Refused(refused)) if !refused.message.is_empty());
+        assert_eq!((results.len(), results.iter().filter(why).count()), (150, 100));
+
+        let burst = BURST as usize + 1;
+        let mut more = (0..burst).map(|_| stream.take(message(1), Instant::now()).expect("a message"));
+        assert!(more.any(|results| results.is_none()), "it waits");
     }
 
     #[tokio::test(start_paused = true)]
