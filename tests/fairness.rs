@@ -1,8 +1,10 @@
 //! Callers who ask for much, beside one who asks for little.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use leased_client::v1::{LeaseRef, LossReason, RevokeRequest};
+use leased_client::v1::{LeaseRef, ListRequest, LossReason, RevokeRequest};
 use rstest::rstest;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -90,6 +92,41 @@ async fn streams_of_many_keys_delay_no_honest_touch(#[values(Embedded, MongoDb)]
     let other = hold(&mut client, "other").await;
     let _attackers = Attack::of(30).begin(&daemon, |stream, lease| format!("{stream}/{lease}")).await;
     touches(&format!("{home:?}, beside many keys"), &mut client, &other).await;
+}
+
+#[rstest]
+#[tokio::test]
+async fn most_listings_of_one_connection_do_not_go_before_that_of_another(
+    #[values(Embedded, MongoDb)] home: Home,
+) {
+    const KEYS: usize = 500;
+    const LISTS: usize = 250;
+    let daemon = Daemon::start(home).await;
+    let mut client = daemon.client().await;
+    let mut holders = JoinSet::new();
+    for number in 0..KEYS {
+        let mut client = client.clone();
+        holders.spawn(async move { hold(&mut client, &format!("key/{number}")).await });
+    }
+    holders.join_all().await;
+
+    let request = ListRequest { page_size: 1000, ..ListRequest::default() };
+    let (greedy, answered) = (daemon.client().await, Arc::new(AtomicUsize::new(0)));
+    let mut lists = JoinSet::new();
+    for _ in 0..LISTS {
+        let (mut client, request, answered) = (greedy.clone(), request.clone(), Arc::clone(&answered));
+        lists.spawn(async move {
+            assert_eq!(client.list(request).await.unwrap().into_inner().leases.len(), KEYS);
+            answered.fetch_add(1, Ordering::Relaxed);
+        });
+    }
+    // Sent after all of those on the same connection: once this is answered, the daemon has them.
+    let mut last = greedy.clone();
+    tokio::spawn(async move { last.look("key/0").await.unwrap() }).await.unwrap();
+    client.list(request).await.unwrap();
+    let answered = answered.load(Ordering::Relaxed);
+    assert!(answered < LISTS / 2, "{answered} were answered before");
+    lists.join_all().await;
 }
 
 #[rstest]

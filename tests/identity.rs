@@ -105,7 +105,9 @@ async fn a_daemon_whose_writes_no_majority_acknowledges_is_not_ready() {
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     let fail = doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data };
     admin.run_command(fail).await.unwrap();
-    assert!(is("503").await.1.starts_with("the store does not answer"));
+    let said = is("503").await.1;
+    let cause = said.strip_prefix("the store does not answer: a majority has acknowledged no write for ");
+    assert!(cause.is_some_and(|cause| cause.contains(" s\nstore=mongodb")), "{said}");
     admin.run_command(doc! { "configureFailPoint": "failCommand", "mode": "off" }).await.unwrap();
     is("200").await;
 }

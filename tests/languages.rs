@@ -1,15 +1,23 @@
 //! The examples in other languages, each as a process, against a daemon: one key for all of them.
 
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Result;
-use leased_client::{Client, KeyState};
+use leased_client::v1::lease_service_server::{LeaseService, LeaseServiceServer};
+use leased_client::{Client, KeyState, v1};
 use rstest::rstest;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::support::tools::{self, root, said};
 use crate::support::{Daemon, Embedded, PATIENCE, eventually, secs};
@@ -32,8 +40,12 @@ struct Worker {
 impl Worker {
     /// One that asks for the key `shared/job`.
     async fn start(language: Language, daemon: &Daemon, options: &[&str]) -> Self {
+        Self::start_at(language, daemon.grpc, options).await
+    }
+
+    async fn start_at(language: Language, endpoint: SocketAddr, options: &[&str]) -> Self {
         let mut command = spawn_blocking(move || language.worker().unwrap()).await.unwrap();
-        command.arg("shared/job").args(["--endpoint", &daemon.grpc.to_string()]);
+        command.arg("shared/job").args(["--endpoint", &endpoint.to_string()]);
         command.args(["--ttl", "2", "--seconds", "600"]).args(options);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let output = child.stdout.take().map(BufReader::new);
@@ -191,6 +203,72 @@ async fn a_signal_makes_a_worker_leave_the_line(#[values(Python, Node)] language
     worker.signal("TERM");
     assert_eq!(worker.code().await, Some(0));
     in_line(&client, 0).await;
+}
+
+/// A daemon that answers no acquire, and tells of each call how often it was sent before.
+struct Silent(UnboundedSender<(&'static str, Option<String>)>);
+
+impl Silent {
+    fn note<T>(&self, call: &'static str, request: &Request<T>) {
+        let before = request.metadata().get("grpc-previous-rpc-attempts");
+        self.0.send((call, before.map(|before| before.to_str().unwrap().to_owned()))).unwrap();
+    }
+}
+
+type Answer<T> = std::result::Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl LeaseService for Silent {
+    type KeepAliveStream = ReceiverStream<std::result::Result<v1::KeepAliveResponse, Status>>;
+    type WatchStream = ReceiverStream<std::result::Result<v1::WatchResponse, Status>>;
+
+    async fn acquire(&self, request: Request<v1::AcquireRequest>) -> Answer<v1::AcquireResponse> {
+        self.note("acquire", &request);
+        std::future::pending().await
+    }
+
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
+        self.note("release", &request);
+        Ok(Response::new(v1::ReleaseResponse {}))
+    }
+
+    async fn touch(&self, _: Request<v1::TouchRequest>) -> Answer<v1::TouchResponse> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn keep_alive(&self, _: Request<Streaming<v1::KeepAliveRequest>>) -> Answer<Self::KeepAliveStream> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get(&self, _: Request<v1::GetRequest>) -> Answer<v1::GetResponse> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list(&self, _: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_worker_says_with_its_release_that_the_acquire_had_no_answer(
+    #[values(Python, Node)] language: Language,
+) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, (calls, mut noted)) = (listener.local_addr().unwrap(), unbounded_channel());
+    let server = Server::builder().add_service(LeaseServiceServer::new(Silent(calls)));
+    let served = server.serve_with_incoming(TcpListenerStream::new(listener));
+    let _served = AbortOnDropHandle::new(tokio::spawn(served));
+    let mut worker = Worker::start_at(language, address, &[]).await;
+    let mut next = async || timeout(PATIENCE, noted.recv()).await.expect("a call in time").unwrap();
+    assert_eq!(next().await, ("acquire", None));
+    worker.signal("TERM");
+    assert_eq!(next().await, ("release", Some("1".to_owned())));
+    assert_eq!((worker.line().await.as_str(), worker.code().await), ("released", Some(0)));
 }
 
 /// The grant waits in the socket of a worker that is paused, until it is over.

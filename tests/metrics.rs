@@ -374,6 +374,22 @@ async fn readiness_is_a_number_too(#[values(Embedded, MongoDb)] home: Home) {
     assert_eq!(scrape(&daemon).await.value("leased_ready", &[]), 0.0);
 }
 
+#[tokio::test]
+async fn limits_are_numbers_too() {
+    let daemon = Daemon::start_with(Embedded, |config| {
+        config.limits.connections = 11;
+        config.limits.bounds.waiting_calls = 12;
+        config.limits.bounds.watches = 13;
+        config.limits.bounds.leases = 14;
+    })
+    .await;
+    let now = scrape(&daemon).await;
+    for (limit, most) in [("connections", 11.0), ("waiting_calls", 12.0), ("watches", 13.0), ("leases", 14.0)]
+    {
+        assert_eq!(now.value("leased_limit", &[("limit", limit)]), most, "{limit}");
+    }
+}
+
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn the_process_is_this_one() {

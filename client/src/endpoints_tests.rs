@@ -333,6 +333,22 @@ async fn a_name_that_nobody_knows_is_named_in_the_error_and_looked_up_again() {
     );
 }
 
+#[tokio::test]
+async fn a_name_whose_look_up_fails_keeps_the_addresses_that_it_had() {
+    let endpoints = Arc::new(named("no.such.name.invalid"));
+    endpoints.found(&endpoints.resolving[0], vec!["10.0.0.1:5327".parse().unwrap()]);
+    let before = endpoints.pick().await.unwrap();
+    let mut look_ups = endpoints.look_ups.subscribe();
+    let tended = Arc::clone(&endpoints);
+    let _task = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend().await }));
+    look_ups.changed().await.unwrap();
+    assert!(endpoints.state().unknown_name.is_some(), "it was looked up in vain");
+    let after = endpoints.pick().await.unwrap();
+    assert!(Arc::ptr_eq(&before, &after), "{} and not {}", before.name, after.name);
+    // Nor is the name what is wrong with a daemon that does not answer.
+    assert_eq!(endpoints.silence(), "it does not answer in time");
+}
+
 /// The acquire may arrive after its release, also when that release found the lease granted.
 #[tokio::test(start_paused = true)]
 async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {

@@ -70,6 +70,7 @@ export class Lease {
   #wait;
   #margin;
   #id = null;
+  #unanswered = false; // an acquire with this id had no answer, and may still be on its way
   #deadline = null;
   #lost = new AbortController();
   #confirm;
@@ -148,10 +149,11 @@ export class Lease {
       try {
         return { sentAt, granted: await this.#unary('Acquire', request, wait + 5_000, this.lost) };
       } catch (error) {
+        this.#unanswered ||= UNKNOWN_OUTCOME.has(error.code);
         if (this.lost.aborted) break;
         if (error.code === status.ALREADY_EXISTS) throw new Held(error.details);
         // NOT_FOUND: it was granted, the answer got lost, and its time ran out: that acquisition is over.
-        if (error.code === status.NOT_FOUND) this.#id = randomUUID();
+        if (error.code === status.NOT_FOUND) [this.#id, this.#unanswered] = [randomUUID(), false];
         else if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() > giveUp + this.#ttl) throw error;
       }
       await nap(pause, this.lost);
@@ -226,7 +228,9 @@ export class Lease {
         if (error) reject(error);
         else resolve(answer);
       };
-      const call = this.#client[method](request, { deadline: Date.now() + timeout }, answered);
+      const metadata = new grpc.Metadata();
+      if (this.#unanswered) metadata.set('grpc-previous-rpc-attempts', '1'); // as gRPC's own retries do
+      const call = this.#client[method](request, metadata, { deadline: Date.now() + timeout }, answered);
       const cancel = () => call.cancel();
       signal?.addEventListener('abort', cancel);
     });

@@ -29,6 +29,9 @@ UNKNOWN_OUTCOME = {
     grpc.StatusCode.CANCELLED,
 }
 
+# Says with a call that an acquire with the same id had no answer and may still be on its way, as gRPC's own retries do.
+UNANSWERED = (("grpc-previous-rpc-attempts", "1"),)
+
 # A daemon that has gone is noticed and looked for again well within a TTL.
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 5_000),
@@ -36,6 +39,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Calls are repeated here. What repeats them in gRPC takes out the header of UNANSWERED.
+    ("grpc.enable_retries", 0),
 ]
 
 # The clock of this file. Where there is one that goes on while the machine sleeps, that one.
@@ -71,6 +76,7 @@ class Lease:
         # For clocks that do not run alike, and for the time that stopping takes.
         self._margin = ttl / 10
         self._id = None
+        self._metadata = ()
         self._deadline = None
         self._ended = threading.Event()
         self._confirmed = threading.Event()
@@ -111,7 +117,7 @@ class Lease:
         pause = 0.1
         while self._id is not None:
             try:
-                self._leased.Release(pb.ReleaseRequest(lease=self._ref()), timeout=5)
+                self._leased.Release(pb.ReleaseRequest(lease=self._ref()), timeout=5, metadata=self._metadata)
                 return True
             except grpc.RpcError as error:
                 if error.code() not in UNKNOWN_OUTCOME or now() + pause > give_up:
@@ -149,19 +155,24 @@ class Lease:
                 ttl=_duration(self._ttl),
                 wait=_duration(wait),
             )
+            metadata, self._metadata = self._metadata, UNANSWERED
             sent_at = now()
-            call = self._leased.Acquire.future(request, timeout=wait + 5)
+            call = self._leased.Acquire.future(request, timeout=wait + 5, metadata=metadata)
             self._cancel_when_closed(call)
             try:
-                return sent_at, call.result()
+                granted = call.result()
+                self._metadata = metadata
+                return sent_at, granted
             except grpc.FutureCancelledError:
                 break
             except grpc.RpcError as error:
+                if error.code() not in UNKNOWN_OUTCOME:
+                    self._metadata = metadata
                 if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                     raise Held(error.details()) from None
                 if error.code() == grpc.StatusCode.NOT_FOUND:
                     # It was granted, the answer got lost, and its time ran out: that acquisition is over.
-                    self._id = str(uuid.uuid4())
+                    self._id, self._metadata = str(uuid.uuid4()), ()
                 elif error.code() not in UNKNOWN_OUTCOME or now() > give_up + self._ttl:
                     raise
             self._ended.wait(pause)

@@ -21,10 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const SERVICES: [&str; 3] = ["", LEASE_SERVICE, ADMIN_SERVICE];
 
 /// Why calls should or should not come here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Readiness {
     Ready,
-    StoreAway,
+    /// The store does not answer, and why.
+    StoreAway(String),
     Draining,
 }
 
@@ -38,8 +39,9 @@ pub(crate) struct Health {
 impl Health {
     /// Not ready until a first look at the store.
     pub(crate) async fn new(reporter: HealthReporter) -> Self {
-        let health = Self { reporter, readiness: Arc::new(watch::Sender::new(Readiness::StoreAway)) };
-        health.report(Readiness::StoreAway).await;
+        let unasked = Readiness::StoreAway("it has not been asked yet".to_owned());
+        let health = Self { reporter, readiness: Arc::new(watch::Sender::new(unasked.clone())) };
+        health.report(unasked).await;
         health
     }
 
@@ -60,24 +62,26 @@ impl Health {
     }
 
     async fn look(&self, answer: Result<(), String>) {
-        let before = *self.readiness.borrow();
+        let was_ready = self.readiness() == Readiness::Ready;
         match answer {
-            Ok(()) if before != Readiness::Ready => {
+            Ok(()) if was_ready => {}
+            Ok(()) => {
                 tracing::info!("the store answers");
                 self.report(Readiness::Ready).await;
             }
-            Err(cause) if before == Readiness::Ready => {
+            Err(cause) if was_ready => {
                 tracing::warn!(cause, "the store does not answer");
-                self.report(Readiness::StoreAway).await;
+                self.report(Readiness::StoreAway(cause)).await;
             }
-            _ => {}
+            // The cause may be another one than before.
+            Err(cause) => drop(self.readiness.send_replace(Readiness::StoreAway(cause))),
         }
     }
 
     async fn report(&self, readiness: Readiness) {
-        let status = match readiness {
+        let status = match &readiness {
             Readiness::Ready => ServingStatus::Serving,
-            Readiness::StoreAway | Readiness::Draining => ServingStatus::NotServing,
+            Readiness::StoreAway(_) | Readiness::Draining => ServingStatus::NotServing,
         };
         for service in SERVICES {
             self.reporter.set_service_status(service, status).await;
@@ -94,10 +98,14 @@ impl Health {
 
     /// Why calls should or should not come here.
     pub(crate) fn readiness(&self) -> Readiness {
-        *self.readiness.borrow()
+        self.readiness.borrow().clone()
     }
 }
 
 fn cause(answer: Result<(), StoreError>) -> Result<(), String> {
-    answer.map_err(|error| error.to_string())
+    answer.map_err(|error| match error {
+        // What has become of edits is no matter here.
+        StoreError::Unavailable { cause, .. } => cause,
+        error => error.to_string(),
+    })
 }

@@ -26,6 +26,8 @@ use crate::store::{FeedState, Store};
 const CONNECTIONS: usize = 128;
 /// How long a request may take to come in, and all of it to be answered.
 const TIME: Duration = Duration::from_secs(10);
+/// What is shown of the cause of a failure, in characters; the log has all of it.
+const CAUSE: usize = 200;
 
 /// Serves `/livez`, `/readyz` and `/metrics` until `ended`.
 pub(crate) async fn serve<S: Store>(
@@ -41,7 +43,9 @@ pub(crate) async fn serve<S: Store>(
         let store = lessor.store();
         let (code, state) = match health.readiness() {
             Readiness::Ready => (StatusCode::OK, format!("ready{}", feed(store))),
-            Readiness::StoreAway => (StatusCode::SERVICE_UNAVAILABLE, "the store does not answer".to_owned()),
+            Readiness::StoreAway(cause) => {
+                (StatusCode::SERVICE_UNAVAILABLE, format!("the store does not answer: {}", brief(&cause)))
+            }
             Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining".to_owned()),
         };
         (code, format!("{state}\nstore={} id={}\n", store.name(), store.id()))
@@ -71,11 +75,28 @@ pub(crate) async fn serve<S: Store>(
     serve_all(connections(listener), CONNECTIONS, refused, ended.clone(), serve).await;
 }
 
+/// The beginning of a text, as one line.
+fn brief(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").chars().take(CAUSE).collect()
+}
+
 /// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.
 fn feed(store: &impl Store) -> String {
     match store.feed_state() {
         FeedState::Off => String::new(),
         FeedState::Behind(lag) => format!(", change feed {}ms behind", lag.as_millis()),
         FeedState::Broken => ", change feed broken: what other daemons do is noticed late".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_a_short_line() {
+        assert_eq!(brief("no space\n  left\ton device\n"), "no space left on device");
+        assert_eq!(brief(&"é".repeat(1000)), "é".repeat(CAUSE));
     }
 }

@@ -94,19 +94,21 @@ struct Group {
 
 /// Serves one stream until either side ends it.
 pub(crate) fn serve<S: Store>(
-    messages: Streaming<KeepAliveRequest>,
+    mut messages: Streaming<KeepAliveRequest>,
     lessor: Lessor<S>,
     limits: &Limits,
     draining: CancellationToken,
 ) -> Answers {
     let (answers, receiver) = mpsc::channel(1);
-    let stream = Stream::new(lessor, limits);
+    let mut stream = Stream::new(lessor, limits);
     tokio::spawn(async move {
         let end = tokio::select! {
-            end = contain(stream.run(messages, &answers)) => end.unwrap_or_else(|_| Err(panicked())),
+            end = contain(stream.run(&mut messages, &answers)) => end.unwrap_or_else(|_| Err(panicked())),
             () = draining.cancelled() => Err(wire::shutting_down()),
             () = answers.closed() => return,
         };
+        // However long the caller takes to hear how it ended.
+        drop((stream, messages));
         if let Err(status) = end {
             drop(answers.send(Err(status)).await);
         }
@@ -138,10 +140,11 @@ impl<S: Store> Stream<S> {
         }
     }
 
-    /// Reads and answers until the caller has said all and everything is answered.
+    /// Reads and answers until the caller has said all and everything is answered. Borrows, since what a future is given it
+    /// has room for twice.
     async fn run(
-        mut self,
-        mut messages: Streaming<KeepAliveRequest>,
+        &mut self,
+        messages: &mut Streaming<KeepAliveRequest>,
         answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
     ) -> Result<(), Status> {
         let mut open = true;

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::pending;
 use futures_util::stream::{Stream, StreamExt};
 use hyper::body::Incoming;
 use hyper::rt::Executor;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::service::TowerToHyperService;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -31,6 +32,10 @@ use crate::panics::contain;
 
 /// How long a peer may take to say that it speaks HTTP/2.
 const GREETING: Duration = Duration::from_secs(5);
+/// A peer that says nothing is asked for a sign of life after this, and has as long to give one. Without pings a half-open
+/// connection looks alive for minutes. In the middle of a block of headers no peer can answer (RFC 9113, 6.10), so twice this
+/// bounds how long headers may take to come in.
+const PING: Duration = Duration::from_secs(5);
 /// How long a connection without calls may take to close in a drain.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// What an HTTP/2 client says first (RFC 9113, 3.4), in bytes.
@@ -158,10 +163,8 @@ where
     fn execute(&self, call: F) {
         self.0.calls.fetch_add(1, Ordering::Relaxed);
         let open = Open(Arc::clone(&self.0));
-        tokio::spawn(async move {
-            let _open = open;
-            let _ = contain(call).await;
-        });
+        // An async block would have room for the call twice: where it is captured, and where it is awaited.
+        tokio::spawn(contain(call).map(|_| drop(open)));
     }
 }
 
@@ -192,11 +195,12 @@ where
         let stream = TokioIo::new(Batched::new(stream, Arc::clone(&peer)));
         let http = http2(&self.limits, Calls(Arc::clone(&peer)));
         let caller = Caller::new();
-        let service = self.service.map_request(move |mut request: Request<Incoming>| {
+        let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(caller.clone());
-            request
+            // In a box, which goes when the answer begins: a stream's task would keep the room for it as long as it lives.
+            Box::pin(self.service.clone().oneshot(request))
         });
-        let mut connection = pin!(http.serve_connection(stream, TowerToHyperService::new(service)));
+        let mut connection = pin!(http.serve_connection(stream, service));
         tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {
@@ -232,8 +236,42 @@ fn http2(limits: &Limits, calls: Calls) -> auto::Builder<Calls> {
         .max_pending_accept_reset_streams(Some(2 * limits.streams as usize))
         .max_local_error_reset_streams(Some(LOCAL_RESETS))
         .max_header_list_size(16 * 1024)
-        // Without pings a half-open connection looks alive for minutes.
-        .keep_alive_interval(Some(Duration::from_secs(10)))
-        .keep_alive_timeout(Duration::from_secs(5));
+        .keep_alive_interval(Some(PING))
+        .keep_alive_timeout(PING);
     builder
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use clap::Parser;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tower::service_fn;
+
+    use super::*;
+    use crate::config::{Args, Config};
+
+    /// How a client begins: the preface and an empty SETTINGS frame.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+    #[tokio::test(start_paused = true)]
+    async fn headers_that_do_not_come_whole_end_their_connection_within_ten_seconds() {
+        let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
+        // Half of a HEADERS frame, and a whole one that another is to follow.
+        for begun in [&b"\0\0\x01\x01\0"[..], b"\0\0\x01\x01\0\0\0\0\x01\x83"] {
+            let service = service_fn(|_: Request<Incoming>| async {
+                Ok::<_, Infallible>(Response::new(Body::empty()))
+            });
+            let grpc = Grpc { service, limits, open: Gauge::default(), draining: CancellationToken::new() };
+            let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
+            let (mut peer, stream) = duplex(64 * 1024);
+            let began = Instant::now();
+            tokio::spawn(grpc.serve(stream, slot));
+            peer.write_all(&[HELLO, begun].concat()).await.expect("a connection");
+            peer.read_to_end(&mut Vec::new()).await.expect("an end");
+            let took = began.elapsed();
+            assert!(took <= Duration::from_millis(10_100), "{took:?}");
+        }
+    }
 }

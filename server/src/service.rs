@@ -113,10 +113,11 @@ impl<S: Store> LeaseService for Service<S> {
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let lessor = self.lessor_for(&request);
         let request = request.into_inner();
         let (after, limit) = request::page(&request)?;
         let query = ListQuery { prefix: request.prefix, after, limit, include_free: request.include_free };
-        let page = self.lessor.list(query).await.map_err(wire::failed)?;
+        let page = lessor.list(query).await.map_err(wire::failed)?;
 
         let mut response = ListResponse::default();
         let mut more = page.more;
@@ -139,9 +140,10 @@ impl<S: Store> LeaseService for Service<S> {
     type WatchStream = Events;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Events>, Status> {
+        let lessor = self.lessor_for(&request);
         let request = request.into_inner();
         let begin = request::watch(&request)?;
-        let watch = self.lessor.watch(request.prefix, begin).await.map_err(wire::failed)?;
+        let watch = lessor.watch(request.prefix, begin).await.map_err(wire::failed)?;
         Ok(Response::new(watch::serve(watch, self.draining.clone())))
     }
 }

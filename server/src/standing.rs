@@ -41,6 +41,7 @@ impl<S: Store> Collector for Standing<S> {
             ("connections", connections),
             ("waiting_calls", bounds.waiting_calls),
             ("watches", bounds.watches),
+            ("leases", bounds.leases),
         ];
         let limits = limits.map(|(limit, most)| ([("limit", limit)], most as u64));
         gauge(&mut encoder, ("leased_limit", "How many there may be at once."), limits)?;

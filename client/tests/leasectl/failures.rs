@@ -157,7 +157,11 @@ fn scripts_get_failures_as_json() {
     let held = failure(&["acquire", "a/key", "--wait=0"], 75);
     assert_eq!((&held["reason"], &held["holder"]["owner"]), (&"LEASE_HELD".into(), &"first".into()));
     assert!(held["holder"]["token"].is_i64() && held["holder"]["remaining_ms"].is_u64(), "{held}");
-    assert_eq!(failure(&["get", "b/key"], 1)["reason"], "KEY_UNKNOWN");
+    assert_eq!(held["blocked_by"], "holder");
+    daemon.json(&["acquire", "shared/key", "--shared=1"]);
+    assert_eq!(failure(&["acquire", "shared/key", "--shared=1", "--wait=0"], 75)["blocked_by"], "limit");
+    let unknown = failure(&["get", "b/key"], 1);
+    assert_eq!((&unknown["reason"], unknown.get("blocked_by")), (&"KEY_UNKNOWN".into(), None));
     let id = "0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02";
     assert_eq!(failure(&["touch", "a/key", id], 73)["reason"], "LEASE_LOST");
     assert_eq!(failure(&["acquire", "a/key", "--ttl=1ms"], 2)["reason"], "INVALID_REQUEST");

@@ -35,7 +35,12 @@ pub enum Obstacle<'a> {
     /// The key is held, and one of the two wants it alone.
     Holder,
     /// As many share the key as the smallest limit among theirs and the acquisition's own allows.
-    Limit(u32),
+    Limit {
+        /// How many, without those whose place may be taken.
+        holders: usize,
+        /// The smallest limit.
+        limit: u32,
+    },
     /// The acquisition would fit, but this waiter came before.
     Waiter(&'a Waiter),
 }
@@ -94,8 +99,9 @@ impl Snapshot {
             if modes.chain([asked.mode]).any(|mode| mode == Mode::Exclusive) {
                 return Some(Obstacle::Holder);
             }
-            let limits = live.map(|holder| holder.shared_limit);
-            return Some(Obstacle::Limit(limits.fold(asked.shared_limit, u32::min)));
+            let limits = live.clone().map(|holder| holder.shared_limit);
+            let limit = limits.fold(asked.shared_limit, u32::min);
+            return Some(Obstacle::Limit { holders: live.count(), limit });
         }
         self.line().find(|waiter| waiter.acquisition.id != asked.id).map(Obstacle::Waiter)
     }

@@ -213,7 +213,7 @@ impl<S: Store> Lessor<S> {
             () = sleep_until(until) => self.leave(attempt, acquisition).await,
             () = self.draining.cancelled() => {
                 // The place stays for a while: the caller goes on with the same id elsewhere.
-                if origin_is_caller(&attempt) {
+                if attempt.origin == Origin::Caller {
                     attempt.close();
                 }
                 Err(CallError::ShuttingDown)
@@ -273,7 +273,7 @@ impl<S: Store> Lessor<S> {
         let by = obstacle.map(|obstacle| match obstacle {
             Obstacle::MinHold(_) => Obstruction::MinHold,
             Obstacle::Holder => Obstruction::Holder,
-            Obstacle::Limit(limit) => Obstruction::Limit { holders: record.holders.len(), limit },
+            Obstacle::Limit { holders, limit } => Obstruction::Limit { holders, limit },
             Obstacle::Waiter(waiter) => Obstruction::Waiter { owner: waiter.acquisition.owner.clone() },
         });
         let block = match obstacle {
@@ -291,10 +291,6 @@ impl<S: Store> Lessor<S> {
             None => Refusal { owner: String::new(), token: record.token, remaining: block, position, by },
         }
     }
-}
-
-fn origin_is_caller<S: Store>(attempt: &Attempt<S>) -> bool {
-    attempt.origin == Origin::Caller
 }
 
 /// Whether a grant came from the line, or was made before the call.
@@ -374,6 +370,6 @@ impl<S: Store> Drop for Attempt<S> {
             Origin::Caller if self.leaves => Part::Cancel(self.id),
             Origin::Caller => return,
         };
-        self.committer.tidy(&self.caller, self.key.clone(), part);
+        self.committer.submit_unanswered(&self.caller, [(self.key.clone(), part)]);
     }
 }

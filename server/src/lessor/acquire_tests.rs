@@ -4,10 +4,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rstest::rstest;
+use tokio::task::{JoinHandle, yield_now};
 use tokio::time::timeout;
 
 use super::gated::{Gated, PATIENCE, key, until};
-use super::{Acquired, Call, CallError, Lessor, Origin};
+use super::{Acquired, Call, CallError, Caller, Lessor, Origin};
 use crate::lease::{Acquisition, Edit, LeaseId, Mode, State};
 use crate::store::Store;
 
@@ -54,6 +55,46 @@ async fn a_refusal_that_was_sent_once_costs_no_second_commit() {
     assert_eq!(store.batches_of(&key("job")).0, 2);
 }
 
+/// A connection breaks with many calls, and one of them is repeated on another before what the first leaves behind has been
+/// committed.
+#[tokio::test]
+async fn a_call_that_is_gone_takes_no_place_from_the_one_that_repeats_it() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    engine.acquire(ask(LeaseId::random(), Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    let wait = |caller: &Lessor<Gated>, id| {
+        let engine = caller.clone();
+        tokio::spawn(async move { engine.acquire(ask(id, Origin::Caller, PATIENCE)).await })
+    };
+    let in_line = async || {
+        let snapshot = engine.get(key("job")).await.expect("an answer").expect("a record");
+        snapshot.record.waiters.iter().map(|waiter| waiter.acquisition.id).collect::<Vec<_>>()
+    };
+    let ids: Vec<LeaseId> = (0..10).map(|_| LeaseId::random()).collect();
+    let broken = engine.on_behalf_of(Caller::new());
+    let calls: Vec<_> = ids.iter().map(|id| wait(&broken, *id)).collect();
+    while in_line().await.len() < 10 {
+        yield_now().await;
+    }
+    let closed = store.close().await;
+    // Something is under way, so that what follows gathers.
+    let before = store.batches_of(&key("job")).0;
+    let touch = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.touch(key("job"), LeaseId::random()).await }
+    });
+    until(|| store.batches_of(&key("job")).0 > before).await;
+    calls.iter().for_each(JoinHandle::abort);
+    until(|| engine.committer.unanswered() == 10).await;
+    let repeats = wait(&engine.on_behalf_of(Caller::new()), ids[9]);
+    until(|| engine.committer.queued() == 2).await;
+    drop(closed);
+    touch.await.expect("no panic").expect("an answer");
+    engine.settle().await;
+    assert_eq!(in_line().await, [ids[9]], "it has kept its place, and nobody else has");
+    repeats.abort();
+}
+
 #[tokio::test]
 async fn a_call_whose_place_is_taken_with_another_mode_is_not_told_that_it_was_granted() {
     let store = Gated::new().await;
@@ -77,7 +118,7 @@ async fn a_call_whose_place_is_taken_with_another_mode_is_not_told_that_it_was_g
     engine.settle().await;
 
     engine.release(key("job"), holder, false).await.expect("an answer");
-    let answer = |call: tokio::task::JoinHandle<Result<Acquired, CallError>>| async {
+    let answer = |call: JoinHandle<Result<Acquired, CallError>>| async {
         timeout(PATIENCE, call).await.expect("an answer in time").expect("no panic").expect("an answer")
     };
     let shared = answer(shared).await;

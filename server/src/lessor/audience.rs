@@ -89,7 +89,7 @@ pub(super) async fn read<S: Store>(
             match answer {
                 Ok(snapshot) => {
                     missing.remove(&snapshot.record.key);
-                    committer.submit_unanswered(audience.foreign(&Arc::new(snapshot)));
+                    committer.submit_unanswered(committer.daemon(), audience.foreign(&Arc::new(snapshot)));
                 }
                 // It is there, and says nothing.
                 Err(StoreError::Unreadable { key, .. }) => drop(missing.remove(&key)),
@@ -97,7 +97,7 @@ pub(super) async fn read<S: Store>(
             }
         }
         for key in missing {
-            committer.submit_unanswered(audience.missing(key, asked_at));
+            committer.submit_unanswered(committer.daemon(), audience.missing(key, asked_at));
         }
     }
     Ok(())

@@ -8,39 +8,63 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use tokio::sync::{Semaphore, SemaphorePermit};
+
 /// The rounds between two commands of a caller.
 const STEP: u64 = 256;
+/// Pages that a caller may have read at once. The store reads all pages in the order in which they were asked for, so this
+/// is how many of a caller's are in front of another's.
+const LISTINGS: usize = 4;
 
-/// Someone who takes turns with others: a keepalive stream, or all unary calls of one connection. Clones are the same
+/// Someone who takes turns with others: a keepalive stream, or all other calls of one connection. Clones are the same
 /// caller.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
-    latest: Arc<AtomicU64>,
+    turns: Arc<Turns>,
     step: u64,
+}
+
+#[derive(Debug)]
+struct Turns {
+    /// The latest round of its commands.
+    latest: AtomicU64,
+    /// The pages that it may ask for beside those that it is waiting for.
+    listings: Semaphore,
 }
 
 impl Caller {
     /// A caller that has queued nothing yet.
     pub(crate) fn new() -> Self {
-        Self { latest: Arc::default(), step: STEP }
+        Self::stepping(STEP)
     }
 
-    /// The daemon itself, which looks after the calls in line of all callers. Its commands cost it almost no turns:
-    /// places in line must be refreshed in time, and it queues no more than a thousand keys at once.
+    /// The daemon itself, which looks after the calls in line of all callers, a lot of keys at a time. Its commands cost it
+    /// almost no turns: places in line must be refreshed in time.
     pub(super) fn daemon() -> Self {
-        Self { latest: Arc::default(), step: 1 }
+        Self::stepping(1)
+    }
+
+    fn stepping(step: u64) -> Self {
+        let turns = Turns { latest: AtomicU64::default(), listings: Semaphore::new(LISTINGS) };
+        Self { turns: Arc::new(turns), step }
     }
 
     /// The round that its next command would get while `current` is being committed.
     pub(super) fn next_round(&self, current: u64) -> u64 {
-        self.latest.load(Ordering::Relaxed).max(current) + self.step
+        self.turns.latest.load(Ordering::Relaxed).max(current) + self.step
     }
 
     /// Takes that round. To be called under the committer's lock.
     pub(super) fn take_round(&self, current: u64) -> u64 {
         let round = self.next_round(current);
-        self.latest.store(round, Ordering::Relaxed);
+        self.turns.latest.store(round, Ordering::Relaxed);
         round
+    }
+
+    /// Waits until few enough of its pages are being read, for another one to be read while the answer is kept.
+    pub(super) async fn listing(&self) -> Option<SemaphorePermit<'_>> {
+        // Nobody closes it.
+        self.turns.listings.acquire().await.ok()
     }
 }
 

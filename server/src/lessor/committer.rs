@@ -17,6 +17,7 @@ use tokio::task::yield_now;
 
 use super::audience::Audience;
 use super::caller::Caller;
+use super::line::Line;
 use super::part::{Gathered, Part};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
@@ -53,8 +54,10 @@ pub(super) struct Committer<S> {
     idle: Notify,
     /// [`PORTION`], or all the room there is.
     portion: usize,
-    /// The caller of what nobody waits for.
+    /// The daemon itself as a caller.
     daemon: Caller,
+    /// And as one that takes turns like others.
+    nudger: Caller,
     /// Where batches run: a call may be dropped, and clean up, outside of any runtime.
     runtime: Handle,
 }
@@ -274,6 +277,7 @@ impl<S: Store> Committer<S> {
             idle: Notify::new(),
             portion: PORTION.min(most_queued),
             daemon: Caller::daemon(),
+            nudger: Caller::new(),
             runtime: Handle::current(),
         }
     }
@@ -322,13 +326,23 @@ impl<S: Store> Committer<S> {
     }
 
     /// Commits parts for which nobody waits. Too many are dropped: whatever they are for, time does it too.
-    pub(super) fn submit_unanswered(self: &Arc<Self>, parts: impl IntoIterator<Item = (Key, Part)>) {
-        self.gather(&self.daemon, parts.into_iter().map(|(key, part)| (key, part, Reply::Nobody)));
+    pub(super) fn submit_unanswered(
+        self: &Arc<Self>,
+        caller: &Caller,
+        parts: impl IntoIterator<Item = (Key, Part)>,
+    ) {
+        self.gather(caller, parts.into_iter().map(|(key, part)| (key, part, Reply::Nobody)));
     }
 
-    /// Commits what a call of `caller` that has ended leaves behind, under the same bound.
-    pub(super) fn tidy(self: &Arc<Self>, caller: &Caller, key: Key, part: Part) {
-        self.gather(caller, [(key, part, Reply::Nobody)]);
+    /// The daemon as a caller, for its own parts.
+    pub(super) fn daemon(&self) -> &Caller {
+        &self.daemon
+    }
+
+    /// Admits whoever's turn has come. Leases of thousands of keys may end in the same second; touches do not wait for all
+    /// that follows from it.
+    pub(super) fn submit_nudges(self: &Arc<Self>, keys: Vec<Key>) {
+        self.submit_unanswered(&self.nudger, keys.into_iter().map(|key| (key, Part::Nudge)));
     }
 
     /// Waits until nothing gathers and nothing is in flight.
@@ -361,7 +375,7 @@ impl<S: Store> Committer<S> {
         let mut state = self.state();
         for (key, part, reply) in parts {
             if matches!(reply, Reply::Nobody) {
-                if state.unanswered == UNANSWERED {
+                if state.unanswered >= UNANSWERED {
                     continue;
                 }
                 state.unanswered += 1;
@@ -401,7 +415,7 @@ impl<S: Store> Committer<S> {
     }
 
     async fn commit(&self, taken: &mut Taken) {
-        let Batch { edits, replies, left } = taken.merge();
+        let Batch { edits, replies, left } = taken.merge(&self.audience.line);
         if !left.is_empty() {
             self.state().put_back(left);
         }
@@ -565,11 +579,13 @@ impl Slot {
 
     /// The parts that may go into one edit, in their order, and about how many bytes they have.
     fn take(&mut self) -> (Vec<Reverse<Pending>>, usize) {
-        let all = self.gathering.iter().map(|Reverse(pending)| pending.part.weight()).sum();
-        if all < EDIT_BYTES && self.gathering.len() <= EDIT_PARTS {
-            let mut parts = std::mem::take(&mut self.gathering).into_sorted_vec();
-            parts.reverse();
-            return (parts, all);
+        if self.gathering.len() <= EDIT_PARTS {
+            let all = self.gathering.iter().map(|Reverse(pending)| pending.part.weight()).sum();
+            if all < EDIT_BYTES {
+                let mut parts = std::mem::take(&mut self.gathering).into_sorted_vec();
+                parts.reverse();
+                return (parts, all);
+            }
         }
         let (mut parts, mut weight) = (Vec::new(), 0);
         while weight < EDIT_BYTES && parts.len() < EDIT_PARTS {
@@ -593,14 +609,20 @@ impl Taken {
     }
 
     /// Makes edits of the parts, without those that nobody needs any more. The keys stay.
-    fn merge(&mut self) -> Batch {
+    ///
+    /// Parts of two callers need not be in the order in which they came. So a place is not given up when a call stands in
+    /// `line` with the same id, as after a reconnect.
+    fn merge(&mut self, line: &Line) -> Batch {
         let edits = Vec::with_capacity(self.keys.len());
         let mut batch = Batch { edits, replies: Vec::with_capacity(self.keys.len()), left: Vec::new() };
         for (key, parts) in &mut self.keys {
             let mut gathered = Gathered::default();
             let before = batch.replies.len();
             let mut parts = std::mem::take(parts).into_iter();
-            while let Some(Reverse(pending)) = parts.next() {
+            while let Some(Reverse(mut pending)) = parts.next() {
+                if matches!(pending.part, Part::Cancel(id) if line.has(key, id)) {
+                    pending.part = Part::Nudge;
+                }
                 if pending.reply.is_closed() || pending.part.is_moot() {
                     continue;
                 }

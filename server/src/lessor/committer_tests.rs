@@ -8,9 +8,9 @@ use tokio::time::timeout;
 use super::committer::UNANSWERED;
 use super::gated::{Gated, PATIENCE, key, until};
 use super::part::Part;
-use super::{Begin, Call, CallError, Caller, Origin, Touched, WatchEvent};
+use super::{Begin, Bounds, Call, CallError, Caller, Origin, Touched, WatchEvent};
 use crate::lease::{Acquisition, Key, LeaseId, Mode};
-use crate::store::{Outcome, StoreError};
+use crate::store::{ListQuery, Outcome, StoreError};
 
 fn ask(name: &str, id: LeaseId) -> Call {
     let acquisition =
@@ -93,6 +93,47 @@ async fn who_gives_up_waiting_for_room_leaves_none_taken() {
 }
 
 #[tokio::test]
+async fn touches_that_wait_for_their_turn_longer_than_a_call_may_take_are_made_once() {
+    let store = Gated::new().await;
+    let engine = store.engine_within(Bounds { call: Duration::from_secs(1), ..Bounds::default() });
+    let closed = store.close().await;
+    let many = strangers(3000, |number| format!("many/{number}"));
+    let last = many[2999].0.clone();
+    let stream = engine.on_behalf_of(Caller::new());
+    let touches = tokio::spawn(async move { stream.touch_all(many.iter()).await });
+    until(|| engine.committer.queued() == 3000).await;
+    // This call came later, and it is told that there is no answer in time.
+    engine.touch(key("lone"), LeaseId::random()).await.expect_err("the store is silent");
+    drop(closed);
+    assert_eq!(touches.await.expect("no panic").expect("answers").len(), 3000);
+    let (_, with_it) = store.batches_of(&last);
+    assert_eq!(with_it.len(), 1, "{with_it:?}");
+}
+
+#[tokio::test]
+async fn most_pages_of_one_caller_do_not_go_before_that_of_another() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    let list = |caller: &Caller, prefix: &str| {
+        let engine = engine.on_behalf_of(caller.clone());
+        let query = ListQuery { prefix: prefix.to_owned(), after: None, limit: 1, include_free: false };
+        tokio::spawn(async move { engine.list(query).await })
+    };
+    let (greedy, modest) = (Caller::new(), Caller::new());
+    let mut lists: Vec<_> = (0..250).map(|_| list(&greedy, "many")).collect();
+    lists.push(list(&modest, "lone"));
+    let place = || store.pages.lock().expect("pages").iter().position(|prefix| prefix == "lone");
+    until(|| place().is_some()).await;
+    assert!(place() <= Some(4), "{:?}", place());
+    drop(closed);
+    for list in lists {
+        list.await.expect("no panic").expect("a page");
+    }
+    assert_eq!(store.pages.lock().expect("pages").len(), 251);
+}
+
+#[tokio::test]
 async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
     let store = Gated::new().await;
     let engine = store.engine(usize::MAX / 2);
@@ -101,11 +142,9 @@ async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
     for _ in 0..3 {
         store.panics.store(true, Ordering::SeqCst);
         let failed = engine.touch(key("job"), id).await.expect_err("a panic");
-        let unknown = StoreError::Unavailable { outcome: Outcome::Unknown, cause: String::new() };
-        assert!(
-            matches!(&failed, CallError::Store(StoreError::Unavailable { outcome: Outcome::Unknown, .. })),
-            "{failed:?} is not like {unknown:?}"
-        );
+        let unknown =
+            |error: &StoreError| matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. });
+        assert!(matches!(&failed, CallError::Store(error) if unknown(error)), "{failed:?}");
     }
     assert!(matches!(engine.touch(key("job"), id).await, Ok(Touched::Kept(_))));
     timeout(PATIENCE, engine.settle()).await.expect("no batch counts as in flight");
@@ -113,18 +152,42 @@ async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
 }
 
 #[tokio::test]
+async fn touches_do_not_wait_for_all_whose_turn_has_come() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    engine.committer.submit_nudges(vec![key("first")]);
+    until(|| store.batches_of(&key("first")).0 == 1).await;
+    let crowd = strangers(5000, |number| format!("many/{number}"));
+    engine.committer.submit_nudges(crowd.into_iter().map(|(key, _)| key).collect());
+    let leases = strangers(100, |number| format!("lease/{number}"));
+    let open = async {
+        until(|| engine.committer.queued() == 100).await;
+        drop(closed);
+    };
+    let (touched, ()) = tokio::join!(engine.touch_all(leases.iter()), open);
+    touched.expect("answers");
+    for (key, _) in &leases {
+        assert_eq!(store.batches_of(key).1, [1], "in the next batch");
+    }
+}
+
+#[tokio::test]
 async fn what_ended_calls_leave_behind_is_bounded() {
     let store = Gated::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
+    let leave = |name: &str| {
+        engine.committer.submit_unanswered(&engine.caller, [(key(name), Part::Cancel(LeaseId::random()))]);
+    };
     for number in 0..UNANSWERED + 5000 {
-        engine.committer.tidy(&engine.caller, key(&format!("{number}")), Part::Cancel(LeaseId::random()));
+        leave(&format!("{number}"));
     }
     assert_eq!(engine.committer.unanswered(), UNANSWERED);
     drop(closed);
     timeout(PATIENCE, engine.settle()).await.expect("it is committed");
     assert_eq!(engine.committer.unanswered(), 0);
-    engine.committer.tidy(&engine.caller, key("later"), Part::Cancel(LeaseId::random()));
+    leave("later");
     assert_eq!(engine.committer.unanswered(), 1, "there is room again");
 }
 

@@ -21,6 +21,8 @@ use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreEr
 const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A batch as the store is given it.
+type Edits = Arc<Vec<(Key, Edit)>>;
 /// The keys of a batch, and how many leases each edit touched.
 pub(super) type Batch = Vec<(Key, usize)>;
 
@@ -28,14 +30,16 @@ pub(super) type Batch = Vec<(Key, usize)>;
 #[derive(Debug, Clone)]
 pub(super) struct Gated {
     pub(super) store: EmbeddedStore,
-    /// A batch needs a permit.
+    /// A batch needs a permit, and so does a page.
     gate: Arc<Semaphore>,
     pub(super) batches: Arc<Mutex<Vec<Batch>>>,
+    /// The prefixes of the pages that were asked for.
+    pub(super) pages: Arc<Mutex<Vec<String>>>,
     /// The next batch does.
     pub(super) panics: Arc<AtomicBool>,
     /// The first attempt at the next batch stalls on its way, and the batch is repeated.
     pub(super) stalls: Arc<AtomicBool>,
-    stalled: Arc<Mutex<Vec<Arc<Vec<(Key, Edit)>>>>>,
+    stalled: Arc<Mutex<Vec<Edits>>>,
     repetitions: Arc<AtomicU64>,
     _folder: Arc<TempDir>,
 }
@@ -45,8 +49,9 @@ impl Gated {
         let folder = tempfile::tempdir().expect("a folder");
         Self {
             store: EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder"),
-            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS / 2)),
+            gate: Arc::new(Semaphore::new(1)),
             batches: Arc::default(),
+            pages: Arc::default(),
             panics: Arc::default(),
             stalls: Arc::default(),
             stalled: Arc::default(),
@@ -57,16 +62,17 @@ impl Gated {
 
     /// An engine over it, with room for so many commands.
     pub(super) fn engine(&self, queued_commands: usize) -> Lessor<Self> {
-        let bounds = Bounds { call: PATIENCE, queued_commands, ..Bounds::default() };
+        self.engine_within(Bounds { call: PATIENCE, queued_commands, ..Bounds::default() })
+    }
+
+    pub(super) fn engine_within(&self, bounds: Bounds) -> Lessor<Self> {
         let (draining, tasks) = (CancellationToken::new(), TaskTracker::new());
         Lessor::start(self.clone(), bounds, draining, &mut Meter::default(), &tasks)
     }
 
     /// Lets no batch through until this is dropped.
     pub(super) async fn close(&self) -> OwnedSemaphorePermit {
-        let all = u32::try_from(self.gate.available_permits()).unwrap_or(u32::MAX);
-        self.gate.forget_permits(self.gate.available_permits() - all as usize);
-        Arc::clone(&self.gate).acquire_many_owned(all).await.expect("a gate")
+        Arc::clone(&self.gate).acquire_owned().await.expect("a gate")
     }
 
     /// How many batches there have been, and in which of them the key was.
@@ -88,11 +94,7 @@ impl Gated {
 }
 
 impl Store for Gated {
-    async fn commit(
-        &self,
-        batch: Arc<Vec<(Key, Edit)>>,
-        deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    async fn commit(&self, batch: Edits, deadline: Duration) -> Result<Vec<ForKey>, StoreError> {
         let touched = batch.iter().map(|(key, edit)| (key.clone(), edit.touched().len())).collect();
         self.batches.lock().expect("batches").push(touched);
         let _permit = self.gate.acquire().await.expect("a gate");
@@ -115,6 +117,8 @@ impl Store for Gated {
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
+        self.pages.lock().expect("pages").push(query.prefix.clone());
+        let _permit = self.gate.acquire().await.expect("a gate");
         self.store.list(query).await
     }
 

@@ -218,6 +218,11 @@ impl Line {
         rev.is_none() || seen < rev
     }
 
+    /// Whether a call with this id stands in line for the key.
+    pub(super) fn has(&self, key: &Key, id: LeaseId) -> bool {
+        self.state().keys.get(key).is_some_and(|waiting| waiting.calls.contains_key(&id))
+    }
+
     /// The keys for which calls wait.
     pub(super) fn keys(&self) -> Vec<Key> {
         self.state().keys.keys().cloned().collect()

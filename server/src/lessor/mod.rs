@@ -204,6 +204,10 @@ impl<S: Store> Lessor<S> {
     /// Renews many leases in one go; the answers stand in the order of `leases`. A record that cannot be read or written
     /// is the trouble of its leases alone.
     ///
+    /// Only the store has a deadline, which begins when it is given a batch. The leases may need many batches, and each of
+    /// them its turn: to begin anew after so many seconds would be to touch the first ones again and again, and the last
+    /// ones never.
+    ///
     /// # Errors
     /// [`CallError::Store`] if the store fails for any of them.
     pub async fn touch_all<'a>(
@@ -211,8 +215,7 @@ impl<S: Store> Lessor<S> {
         leases: impl Iterator<Item = &'a (Key, LeaseId)> + Clone,
     ) -> Result<Vec<Touched>, CallError> {
         let parts = leases.clone().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
-        let commit = async { Ok(self.committer.submit_each(&self.caller, parts).await) };
-        let answers = self.in_time(commit).await?.into_iter();
+        let answers = self.committer.submit_each(&self.caller, parts).await.into_iter();
         let touched = |((_, id), answer): (&(Key, LeaseId), Option<Answer>)| match answer {
             Some(Ok(snapshot)) => Ok(touched(&snapshot, *id)),
             Some(Err(StoreError::Unreadable { .. })) => Ok(Touched::Unreadable),
@@ -295,11 +298,13 @@ impl<S: Store> Lessor<S> {
         Ok(found.filter(|snapshot| snapshot.record.token != FencingToken::default()))
     }
 
-    /// A page of records.
+    /// A page of records. Pages that one caller asks for at once are read a few at a time, so that most of them wait for each
+    /// other and not in front of those of others.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn list(&self, query: ListQuery) -> Result<Page, CallError> {
+        let _turn = self.caller.listing().await;
         self.in_time(async { Ok(self.store().list(query).await?) }).await
     }
 

@@ -1,7 +1,7 @@
 //! Looking after the line: nudges, checks and refreshes, when they are due. Remembers nothing.
 //!
 //! Looks go in lots, one after the other, so that those of a crowd never stand between the store and a call for longer
-//! than one lot takes. Nudges wait for nothing.
+//! than one lot takes. Nudges wait for nothing, and take turns with calls.
 
 use std::sync::Arc;
 
@@ -33,8 +33,7 @@ pub(super) async fn keep<S: Store>(
 async fn nudge<S: Store>(line: &Line, committer: &Arc<Committer<S>>) {
     loop {
         line.nudge_due().await;
-        let keys = line.take_nudges(Instant::now());
-        committer.submit_unanswered(keys.into_iter().map(|key| (key, Part::Nudge)));
+        committer.submit_nudges(line.take_nudges(Instant::now()));
         // There may be many more, and the first can be committed meanwhile.
         yield_now().await;
     }

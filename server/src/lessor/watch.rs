@@ -168,7 +168,7 @@ async fn rebuild<S: Store>(
             let page = committer.store().list(query(&prefix, after.take())).await?;
             after = last(&page);
             for snapshot in page.snapshots {
-                committer.submit_unanswered(audience.foreign(&Arc::new(snapshot)));
+                committer.submit_unanswered(committer.daemon(), audience.foreign(&Arc::new(snapshot)));
             }
             if !page.more {
                 break;

@@ -86,7 +86,7 @@ const KEPT: [Size; 2] = [
         what: "an idle stream, a hundred on a connection",
         prepare: Load::pairs,
         run: Load::open,
-        bytes: 9_200.0,
+        bytes: 7_000.0,
     },
 ];
 

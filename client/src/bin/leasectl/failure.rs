@@ -67,18 +67,21 @@ impl Failure {
             Self::Other(sentence) => (FAILED, "FAILED", sentence.clone()),
             Self::Client(error) => (code_of(error), reason_of(error), sentence_of(error)),
         };
-        let holder = match &self {
-            Self::Client(Error::Held(by)) => Some(Standing {
-                owner: &by.owner,
-                token: by.token.get(),
-                remaining_ms: milliseconds(by.remaining),
-            }),
+        let refusal = match &self {
+            Self::Client(Error::Held(by)) => Some(by),
             _ => None,
         };
+        // An older daemon does not say.
+        let blocked_by = refusal.map(|by| by.blocked_by.as_str()).filter(|name| !name.is_empty());
+        let holder = refusal.map(|by| Standing {
+            owner: &by.owner,
+            token: by.token.get(),
+            remaining_ms: milliseconds(by.remaining),
+        });
         match format {
             Format::Table => complain(&sentence),
             Format::Json => {
-                let fault = Fault { reason, message: &sentence, exit_code: code, holder };
+                let fault = Fault { reason, message: &sentence, exit_code: code, blocked_by, holder };
                 let line = json(&serde_json::json!({ "error": fault })).unwrap_or(sentence);
                 let _ = writeln!(stderr(), "{line}");
             }

@@ -41,6 +41,9 @@ pub(crate) struct Fault<'a> {
     pub(crate) reason: &'static str,
     pub(crate) message: &'a str,
     pub(crate) exit_code: u8,
+    /// What stands in the way, as the daemon names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) blocked_by: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) holder: Option<Standing<'a>>,
 }

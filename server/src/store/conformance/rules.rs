@@ -521,7 +521,10 @@ pub(super) fn the_smallest_limit_of_those_who_share_holds_for_all(
     assert_eq!((desk.holders(), desk.line()), (vec!["a", "b", "c"], vec!["d"]));
     let shown = desk.record.holders.iter().map(|holder| holder.shared_limit);
     assert_eq!(shown.collect::<Vec<_>>(), [9, 3, 9]);
-    assert_eq!(desk.snapshot().obstacle(&sharing("e", 9), &RULES), Some(Obstacle::Limit(3)));
+    assert_eq!(
+        desk.snapshot().obstacle(&sharing("e", 9), &RULES),
+        Some(Obstacle::Limit { holders: 3, limit: 3 })
+    );
     desk.passes(500).touch("a").touch("c").passes(TTL - 501).nudge();
     assert_eq!(desk.line(), ["d"], "its limit holds while it does");
     admits_at(&mut desk, 101);
@@ -539,7 +542,7 @@ pub(super) fn what_stands_in_the_way_is_known(
         None => "nothing".to_owned(),
         Some(Obstacle::MinHold(until)) => format!("a min_hold for {} ms", until.0 - desk.now),
         Some(Obstacle::Holder) => "a holder".to_owned(),
-        Some(Obstacle::Limit(limit)) => format!("a limit of {limit}"),
+        Some(Obstacle::Limit { limit, .. }) => format!("a limit of {limit}"),
         Some(Obstacle::Waiter(waiter)) => format!("the waiter {}", waiter.acquisition.owner),
     };
     assert_eq!(obstacle(&desk, asking("x")), "nothing");
