@@ -9,11 +9,13 @@ use tokio::time::timeout;
 
 use super::gated::{Gated, PATIENCE, key, until};
 use super::{Acquired, Call, CallError, Caller, Lessor, Origin};
-use crate::lease::{Acquisition, Edit, LeaseId, Mode, State};
+use crate::lease::{Acquisition, Edit, LeaseId, Mode, State, Ttl};
 use crate::store::Store;
 
 fn ask(id: LeaseId, origin: Origin, wait: Duration) -> Call {
-    let acquisition = Acquisition { wait: !wait.is_zero(), ..Acquisition::waiting(id) };
+    // However slow the machine is, no lease runs out meanwhile.
+    let ttl = Ttl::new(Duration::from_secs(3600)).expect("an hour");
+    let acquisition = Acquisition { ttl, wait: !wait.is_zero(), ..Acquisition::waiting(id) };
     Call { key: key("job"), acquisition, origin, wait }
 }
 
