@@ -490,9 +490,12 @@ async fn a_lease_that_cannot_be_given_back_yet_is_not_tried_without_a_pause() {
     let lease = LeaseRef { key: "key".to_owned(), lease_id: String::new() };
     let start = Instant::now();
     client.release_in_background(lease, Duration::from_secs(60), crate::client::Acquired::Known);
-    while peer.attempts("release").len() < 4 {
-        sleep(Duration::from_millis(1)).await;
-    }
+    let tried = async {
+        while peer.attempts("release").len() < 4 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), tried).await.expect("it is tried again");
     // Three pauses, each twice as long as the one before and shorter by a quarter at most.
     assert!(start.elapsed() >= FIRST_PAUSE * 7 * 3 / 4, "{:?}", start.elapsed());
 }
@@ -521,7 +524,8 @@ async fn a_watch_passes_over_a_daemon_of_another_store() {
         ours.be(Manner::Up);
     };
     let told = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
-    let (told, ()) = tokio::join!(told, up);
+    let both = async { tokio::join!(told, up) };
+    let (told, ()) = timeout(Duration::from_secs(600), both).await.expect("the watch goes on");
     assert!(matches!(&told[0], WatchEvent::Interrupted { .. }), "{told:?}");
     assert_eq!(told[1], WatchEvent::SnapshotEnd);
     assert_eq!(other.attempts("watch").len(), 1);

@@ -75,9 +75,12 @@ async fn a_call_that_is_gone_takes_no_place_from_the_one_that_repeats_it() {
     let ids: Vec<LeaseId> = (0..10).map(|_| LeaseId::random()).collect();
     let broken = engine.on_behalf_of(Caller::new());
     let calls: Vec<_> = ids.iter().map(|id| wait(&broken, *id)).collect();
-    while in_line().await.len() < 10 {
-        yield_now().await;
-    }
+    let all_wait = async {
+        while in_line().await.len() < 10 {
+            yield_now().await;
+        }
+    };
+    timeout(PATIENCE, all_wait).await.expect("they get into line");
     let closed = store.close().await;
     // Something is under way, so that what follows gathers.
     let before = store.batches_of(&key("job")).0;

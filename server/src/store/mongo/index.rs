@@ -25,7 +25,8 @@ pub(super) const IN_USE: &str = "in_use";
 
 /// How soon a listing has the index made again after an attempt that failed.
 const PAUSE: Duration = Duration::from_secs(60);
-/// The same after MongoDB refused to make it. Each attempt looks through all records, and a refusal stays one.
+/// How soon a listing has the index made again after MongoDB refused to make it. An attempt reads the whole collection, and
+/// MongoDB refuses again until an administrator changes something.
 const LONG_PAUSE: Duration = Duration::from_secs(3600);
 
 /// Whether the index is there, and who makes it.
