@@ -35,6 +35,8 @@ mod inspect;
 mod keepalive;
 /// The examples in other languages.
 mod languages;
+/// Large answers, and callers who do not take them.
+mod large;
 /// What a stream is told unasked.
 mod losses;
 /// What messages may be: ids, sizes, refusals, and what is refused alone.
