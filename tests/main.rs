@@ -43,6 +43,8 @@ mod losses;
 mod messages;
 /// What a daemon counts.
 mod metrics;
+/// What calls leave behind that end while the store is away.
+mod outages;
 /// Peers that are silent, slow, hasty, or too many.
 mod peers;
 /// Proxies between callers and daemons.

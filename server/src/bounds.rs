@@ -19,6 +19,7 @@ use crate::panics::{Contained, contain};
 use crate::receiving::{Expected, Receiving, Room, Taken};
 use crate::request::grpc_timeout;
 use crate::sending::{self, Large};
+use crate::wire::WITH_ITS_ID;
 
 /// Bounds the calls that pass.
 #[derive(Debug, Clone)]
@@ -111,9 +112,9 @@ fn bounded(mut answer: Response<Body>, answered: Expected) -> Response<Body> {
 
 /// The status of a call or stream that panicked. It carries no reason, since nobody knows what was done.
 pub(crate) fn panicked() -> Status {
-    Status::unavailable(
-        "the daemon failed in this call, and its log says where; repeat it with the same lease id",
-    )
+    Status::unavailable(format!(
+        "the daemon failed in this call, and its log says where; repeat it, {WITH_ITS_ID}"
+    ))
 }
 
 #[cfg(test)]

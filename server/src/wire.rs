@@ -31,6 +31,10 @@ pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
 }
 
+/// How a call is repeated. An acquire whose id the daemon was to pick has none to repeat; what it may have been granted is
+/// given back.
+pub(crate) const WITH_ITS_ID: &str = "with the same lease id if the call named one";
+
 /// What is said of a key whose record is damaged.
 const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must mend or delete it, and \
                           the daemon's log says why";
@@ -121,8 +125,7 @@ pub(crate) fn failed(error: CallError) -> Status {
                 crate::store::Outcome::NotApplied => "not_applied",
                 crate::store::Outcome::Unknown => "unknown",
             };
-            let message =
-                format!("the store does not answer ({outcome}); repeat the call with the same lease id");
+            let message = format!("the store does not answer ({outcome}); repeat the call, {WITH_ITS_ID}");
             Refused::StoreUnavailable.status(message, [("outcome", name.to_owned())])
         }
         CallError::Store(StoreError::Unreadable { .. }) => unreadable(),
@@ -140,7 +143,8 @@ pub(crate) fn unreadable() -> Status {
 }
 
 pub(crate) fn shutting_down() -> Status {
-    Refused::ShuttingDown.status("the daemon is shutting down; go on at another with the same lease id", [])
+    let message = format!("the daemon is shutting down; go on at another, {WITH_ITS_ID}");
+    Refused::ShuttingDown.status(message, [])
 }
 
 pub(crate) fn lease_ref(key: &Key, id: LeaseId) -> v1::LeaseRef {

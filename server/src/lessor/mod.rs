@@ -318,9 +318,14 @@ impl<S: Store> Lessor<S> {
         self.in_time(async { Ok(self.store().list(query).await?) }).await
     }
 
-    /// Waits until nothing is left to commit.
+    /// Waits until nothing is left to commit. While the store is away, that may be what ended calls left behind.
     pub async fn settle(&self) {
         self.committer.settle().await;
+    }
+
+    /// Commits nothing again that failed, from here on.
+    pub(crate) fn give_up(&self) {
+        self.committer.give_up();
     }
 
     async fn commit(&self, key: Key, part: Part) -> Result<Arc<Snapshot>, CallError> {
