@@ -101,6 +101,28 @@ fn signals_are_passed_on_to_the_whole_group(
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free");
 }
 
+/// A shell around leasectl ends its script only if leasectl dies of the signal itself.
+#[test]
+fn an_interrupt_that_is_passed_on_and_ends_the_command_ends_leasectl() {
+    let daemon = Daemon::start();
+    for signal in [Signal::INT, Signal::QUIT] {
+        let folder = tempfile::tempdir().unwrap();
+        let started = folder.path().join("started");
+        let mut command =
+            daemon.leasectl(&["run", "a/key", "--", "sh", "-c", "echo $$ > $0; exec sleep 600"]);
+        let process = Process::spawn(command.arg(&started));
+        lines(&started, 1);
+        process.signal(signal);
+        assert_eq!(process.end().signal, Some(signal.as_raw()));
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    }
+    for number in [Signal::INT.as_raw(), Signal::QUIT.as_raw()] {
+        let script = format!("kill -{number} $$");
+        let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", &script]);
+        assert_eq!(ended.code, Some(128 + number), "leasectl was not sent it: {ended:?}");
+    }
+}
+
 #[test]
 fn what_is_ignored_stays_ignored() {
     let daemon = Daemon::start();

@@ -70,10 +70,16 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
     match end {
         End::Done(exit) => {
             let had_terminal = running.job.leave();
+            // A shell around leasectl ends its script only if leasectl dies of the signal as well.
+            let whom = match exit.by_key() {
+                // The terminal sent the key to the command's group alone.
+                Some(signal) if had_terminal => Some((signal, Whom::Group)),
+                Some(signal) if running.signals.has_come(signal) => Some((signal, Whom::Myself)),
+                _ => None,
+            };
             give_back(running.lease).await?;
-            // The key was meant for a script around leasectl as well, which the terminal did not send it to.
-            if let Some(signal) = exit.by_key().filter(|_| had_terminal) {
-                die_of(signal, Whom::Group);
+            if let Some((signal, whom)) = whom {
+                die_of(signal, whom);
             }
             Ok(exit.code())
         }
