@@ -101,6 +101,18 @@ fn signals_are_passed_on_to_the_whole_group(
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free");
 }
 
+/// The guardian is of the command's group, and may be the first of the two to end.
+#[test]
+fn a_command_that_kills_its_whole_group_ends_as_one_that_kills_itself() {
+    let daemon = Daemon::start();
+    let guardian_first = "read -r _ _ _ _ group _ < /proc/$$/stat; kill -9 $group; kill -9 $$";
+    for script in ["kill -9 0", guardian_first].repeat(5) {
+        let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", script]);
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(137), ""), "{script}: {ended:?}");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    }
+}
+
 /// A shell around leasectl ends its script only if leasectl dies of the signal itself.
 #[test]
 fn an_interrupt_that_is_passed_on_and_ends_the_command_ends_leasectl() {

@@ -30,6 +30,8 @@ use crate::wanted;
 const NAP: Duration = Duration::from_secs(1);
 /// How long to try to give back a lease that no daemon has confirmed for long.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long a command may take to end that was killed together with its guardian.
+const TOGETHER: Duration = Duration::from_secs(1);
 
 /// A command under its lease.
 struct Running {
@@ -85,7 +87,7 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
         }
         End::Lost(state) => Err(running.lost(state).await),
         End::Unguarded => {
-            running.job.signal(Signal::KILL);
+            running.job.leave();
             give_back(running.lease).await?;
             Err(Failure::Other("the command was killed, because its guardian had been".to_owned()))
         }
@@ -117,8 +119,10 @@ impl Running {
         let mut ticks = interval(self.times.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Some(end) = self.look()? {
-                return Ok(end);
+            match self.look()? {
+                Some(End::Unguarded) => return self.unguarded().await,
+                Some(end) => return Ok(end),
+                None => {}
             }
             tokio::select! {
                 biased;
@@ -161,10 +165,38 @@ impl Running {
             }
         }
         self.job.signal(Signal::KILL);
-        while !matches!(self.look()?, Some(End::Done(_) | End::Lost(_))) {
-            self.children.recv().await;
-        }
+        self.ended().await?;
         Ok(End::Lost(self.lease.state().current()))
+    }
+
+    /// The guardian is gone. A command that was killed with it, as by a `kill -9 0` of its own, may be seen to end later than the
+    /// guardian, and has ended by itself all the same. Any other is killed.
+    async fn unguarded(&mut self) -> Result<End, Failure> {
+        let mut too_long = std::pin::pin!(sleep(TOGETHER.min(until(self.job.deadline()))));
+        loop {
+            if let Some(end @ (End::Done(_) | End::Lost(_))) = self.look()? {
+                return Ok(end);
+            }
+            tokio::select! {
+                biased;
+                _ = self.children.recv() => {}
+                _ = self.lease.lost() => break,
+                () = &mut too_long => break,
+            }
+        }
+        self.job.signal(Signal::KILL);
+        self.ended().await?;
+        Ok(End::Unguarded)
+    }
+
+    /// Waits until the command has ended, guarded or not.
+    async fn ended(&mut self) -> Result<End, Failure> {
+        loop {
+            match self.look()? {
+                Some(end @ (End::Done(_) | End::Lost(_))) => return Ok(end),
+                Some(End::Unguarded) | None => self.children.recv().await,
+            };
+        }
     }
 
     /// What has become of the command.
