@@ -92,6 +92,9 @@ fn wrong_usage_is_2() {
         (&["touch", "a/key"], "ID"),
         (&["touch", "a/key", "nonsense"], "UUID"),
         (&["--endpoint=nonsense", "ls"], "endpoint"),
+        (&["--endpoint=http://127.0.0.1:99999", "ls"], "port"),
+        (&["--endpoint=http://127.0.0.1:5327/path", "ls"], "more than a host and a port"),
+        (&["--endpoint=http://user:pw@127.0.0.1:5327", "ls"], "no user and no password"),
         (&["--timeout=0", "ls"], "--timeout"),
         (&["--output=xml", "ls"], "--output"),
     ] {
