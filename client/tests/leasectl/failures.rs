@@ -81,6 +81,7 @@ fn wrong_usage_is_2() {
         (&["run", "a/key"], "CMD"),
         (&["run", "a/key", "true"], "leasectl run KEY -- CMD"),
         (&["run", "a/key", "--"], "CMD"),
+        (&["run", "a/key", "--", ""], "the command is empty"),
         (&["run", "a/key", "--ttl=soon", "--", "true"], "--ttl"),
         (&["run", "a/key", "--wait=9999years", "--", "true"], "--wait"),
         (&["run", "a/key", "--ttl=1ms", "--", "true"], "ttl must be between"),

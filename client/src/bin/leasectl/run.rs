@@ -54,6 +54,9 @@ enum End {
 
 /// Waits for a lease, runs the command while it is held, and returns the command's exit code.
 pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Result<u8, Failure> {
+    if command.first().is_some_and(|program| program.is_empty()) {
+        return Err(Failure::Usage("the command is empty; name it after `--`".to_owned()));
+    }
     let times = Times::of(wish.ttl);
     let mut signals = Signals::new(ENDING)?;
     let lease = wanted::lease(client, wish, &mut signals).await?;
