@@ -59,6 +59,9 @@ pub enum Unusable {
         "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; {1} or leave it out"
     )]
     WeakWrites(String, &'static str),
+    /// An option of the driver that this build lacks.
+    #[error("the MongoDB URI sets {0}, and compression is not built in; leave it out")]
+    Compression(&'static str),
     /// A database that MongoDB needs for itself.
     #[error("the database {0:?} is MongoDB's own; name another with --mongodb-database")]
     Database(String),
