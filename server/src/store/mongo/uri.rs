@@ -21,6 +21,10 @@ const READS: [(&str, Option<&str>, &str); 4] = [
     ("maxStalenessSeconds", None, "leave it out"),
 ];
 
+/// Connections that a daemon uses at once: for the change stream, which holds one for as long as nothing happens, for two batches
+/// of commits, and for upkeep, such as an index that is being built. With fewer, commits wait for the others.
+const CONNECTIONS: u32 = 4;
+
 /// Options that the driver has only with compression built in. It refuses them as misspellings of themselves.
 const COMPRESSION: [&str; 2] = ["compressors", "zlibCompressionLevel"];
 
@@ -33,6 +37,9 @@ pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectEr
         _ => unusable(&error).into(),
     })?;
     refuse_weak_writes(options.write_concern.as_ref())?;
+    if let Some(size) = options.max_pool_size.filter(|&size| size < CONNECTIONS) {
+        return Err(Unusable::Pool(size, CONNECTIONS).into());
+    }
     options.selection_criteria = Some(ReadPreference::Primary.into());
     options.read_concern = Some(ReadConcern::majority());
     options.write_concern = Some(write_concern());
@@ -230,6 +237,15 @@ mod tests {
             assert!(text.contains("leave it out"), "{option}: {text}");
         }
         assert_eq!(printed("mongodb://127.0.0.1/?readPreference=primary&readConcernLevel=majority"), None);
+    }
+
+    #[test]
+    fn a_pool_in_which_commits_would_wait_for_other_work_is_refused() {
+        for size in 1..CONNECTIONS {
+            let text = printed(&format!("mongodb://127.0.0.1/?maxPoolSize={size}")).expect("a small pool");
+            assert!(text.contains(&format!("maxPoolSize={size}")) && text.contains("4 or more"), "{text}");
+        }
+        assert_eq!(printed("mongodb://127.0.0.1/?maxPoolSize=4"), None);
     }
 
     #[test]
