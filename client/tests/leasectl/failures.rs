@@ -203,6 +203,28 @@ fn scripts_get_failures_as_json() {
     assert_eq!(failure(&["run", "b/key", "--", "/no/such/program"], 127)["reason"], "COMMAND_NOT_STARTED");
 }
 
+/// Too few to begin with: nothing is asked for that could not be given back.
+#[test]
+fn too_few_files_are_71_and_leave_no_lease() {
+    let daemon = Daemon::start();
+    let run = |files: u32| {
+        let command = daemon.leasectl(&["run", "a/key", "--ttl=1h", "--wait=0", "--", "true"]);
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {files}; exec \"$@\""), "sh"]).arg(command.get_program());
+        end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()))
+    };
+    for files in [4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48] {
+        let ended = run(files);
+        match ended.code {
+            Some(0) => {}
+            _ => assert_says(&ended, 71, &["ulimit -n"]),
+        }
+        assert_eq!(daemon.json(&["ls"]), serde_json::json!([]), "{files}: {ended:?}");
+    }
+    assert_says(&run(6), 71, &["ulimit -n"]);
+    assert_eq!(run(48).code, Some(0));
+}
+
 #[test]
 fn help_is_a_command_too() {
     let help = end(&mut leasectl(&["help", "run"]));

@@ -11,9 +11,9 @@ use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 use crate::failure::Failure;
 
 /// Exit codes, as `--help` shows them.
-const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon can be reached; 73 the lease is lost; \
-                     75 another holds the key. `run` otherwise ends with the code of its command: 128+N if signal N ended \
-                     it, 126 if it cannot be run, 127 if it is not found.";
+const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon can be reached; 71 the system lacks \
+                     something; 73 the lease is lost; 75 another holds the key. `run` otherwise ends with the code of its \
+                     command: 128+N if signal N ended it, 126 if it cannot be run, 127 if it is not found.";
 
 /// What every command takes.
 const COMMON: &str = "Common options";
