@@ -1,8 +1,8 @@
 //! Those who watch keys by prefix: what is known of the keys, and what each watcher has still to be told.
 //!
 //! A watcher has a queue, filled from the records that pass and emptied by its own stream. One that does not keep up
-//! loses its queue and begins anew with a snapshot; so memory stays bounded and no change is lost in silence. What is
-//! known of a key is shared by all who watch it.
+//! loses its queue and begins anew with a snapshot, so memory stays bounded and the watcher learns that it lost changes.
+//! What is known of a key is shared by all who watch it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -168,7 +168,7 @@ impl Watchers {
     }
 
     /// If changes may have been missed: all prefixes to list, and the keys to look at for those that are in no listing
-    /// any more.
+    /// any more. A lease that came and went meanwhile on a key that was free before is found by neither.
     pub(super) fn take_stale(&self) -> Option<(Vec<String>, Vec<Key>)> {
         let mut state = self.state();
         std::mem::take(&mut state.is_stale).then(|| {
