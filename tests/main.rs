@@ -35,12 +35,16 @@ mod inspect;
 mod keepalive;
 /// The examples in other languages.
 mod languages;
+/// Large answers, and callers who do not take them.
+mod large;
 /// What a stream is told unasked.
 mod losses;
 /// What messages may be: ids, sizes, refusals, and what is refused alone.
 mod messages;
 /// What a daemon counts.
 mod metrics;
+/// What calls leave behind that end while the store is away.
+mod outages;
 /// Peers that are silent, slow, hasty, or too many.
 mod peers;
 /// Proxies between callers and daemons.

@@ -60,12 +60,7 @@ impl Builder {
     /// # }
     /// ```
     pub fn endpoint(mut self, url: &str) -> Result<Self, Error> {
-        let wrong =
-            || Error::Invalid(format!("{url:?} is no endpoint; one looks like {}", crate::DEFAULT_ENDPOINT));
-        let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| wrong())?;
-        if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none() {
-            return Err(wrong());
-        }
+        let endpoint = parse(url)?;
         let host = endpoint.uri().host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         if host.parse::<IpAddr>().is_ok() {
             let endpoint = Self::tuned(endpoint);
@@ -190,7 +185,65 @@ impl Builder {
     }
 }
 
+/// Reads a URL, and refuses one of which a part would be ignored.
+fn parse(url: &str) -> Result<Endpoint, Error> {
+    let wrong =
+        |why: &str| Error::Invalid(format!("{url:?} {why}; one looks like {}", crate::DEFAULT_ENDPOINT));
+    if url.contains('@') {
+        // The URL is not shown: it may have a password.
+        return Err(Error::Invalid(format!(
+            "an endpoint has no user and no password; one looks like {}",
+            crate::DEFAULT_ENDPOINT
+        )));
+    }
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| wrong("is no endpoint"))?;
+    let uri = endpoint.uri();
+    let (Some("http"), Some(host), Some(authority)) = (uri.scheme_str(), uri.host(), uri.authority()) else {
+        return Err(wrong("is no endpoint"));
+    };
+    let has_port = authority.as_str().len() > host.len();
+    if has_port && uri.port_u16().is_none_or(|port| port == 0) {
+        return Err(wrong("has no port from 1 to 65535, so it is no endpoint"));
+    }
+    // A fragment is not in what was parsed.
+    if uri.path() != "/" || uri.query().is_some() || url.contains('#') {
+        return Err(wrong("has more than a host and a port, so it is no endpoint"));
+    }
+    Ok(endpoint)
+}
+
 fn default_owner() -> String {
     let name = rustix::system::uname();
     format!("{}:{}", name.nodename().to_string_lossy(), std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(url: &str) -> Option<String> {
+        Builder::new().endpoint(url).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_url_of_which_a_part_would_be_ignored_is_refused() {
+        for (url, said) in [
+            ("nonsense", "is no endpoint"),
+            ("https://127.0.0.1:5327", "is no endpoint"),
+            ("http://127.0.0.1:99999", "port"),
+            ("http://localhost:0", "port"),
+            ("http://[::1]:65536", "port"),
+            ("http://127.0.0.1:5327/path", "more than a host and a port"),
+            ("http://127.0.0.1:5327/?a=b", "more than a host and a port"),
+            ("http://127.0.0.1:5327/#a", "more than a host and a port"),
+            ("http://app:S3cret@127.0.0.1:5327", "no user and no password"),
+            ("http://app:S3cret@:bad", "no user and no password"),
+        ] {
+            let refusal = refusal(url).expect(url);
+            assert!(refusal.contains(said) && !refusal.contains("S3cret"), "{url}: {refusal}");
+        }
+        for url in ["http://localhost", "http://127.0.0.1:5327/", "http://[::1]:5327", "http://[::1]"] {
+            assert_eq!(refusal(url), None, "{url}");
+        }
+    }
 }

@@ -1,4 +1,5 @@
-//! What every call is given before its handler sees it: its deadline, bounds on what comes in, and a panic that stays its own.
+//! What every call is given before its handler sees it: its deadline, bounds on what comes in and goes out, and a panic that stays
+//! its own.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -13,10 +14,12 @@ use tonic::codegen::Bytes;
 use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service};
 
-use crate::calls::expected;
+use crate::calls::{answered, expected};
 use crate::panics::{Contained, contain};
-use crate::receiving::{Receiving, Room, Taken};
+use crate::receiving::{Expected, Receiving, Room, Taken};
 use crate::request::grpc_timeout;
+use crate::sending::{self, Large};
+use crate::wire::WITH_ITS_ID;
 
 /// Bounds the calls that pass.
 #[derive(Debug, Clone)]
@@ -53,11 +56,12 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let deadline = deadline(&request).map(sleep);
-        let expected = expected(request.uri().path());
+        let path = request.uri().path();
+        let (expected, answered) = (expected(path), answered(path));
         let connection = request.extensions().get::<Taken>().cloned().unwrap_or_default();
         let receiving = |body| Body::new(Receiving::new(body, expected, self.room.clone(), connection));
         let request = request.map(receiving);
-        Answer { answer: contain(self.service.call(request)), deadline }
+        Answer { answer: contain(self.service.call(request)), answered, deadline }
     }
 }
 
@@ -71,6 +75,7 @@ pin_project! {
     pub(crate) struct Answer<F> {
         #[pin]
         answer: Contained<F>,
+        answered: Expected,
         #[pin]
         deadline: Option<Sleep>,
     }
@@ -85,7 +90,8 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         if let Poll::Ready(answer) = this.answer.poll(context) {
-            return Poll::Ready(answer.unwrap_or_else(|_| Ok(panicked().into_http())));
+            let answer = answer.unwrap_or_else(|_| Ok(panicked().into_http()));
+            return Poll::Ready(answer.map(|answer| bounded(answer, *this.answered)));
         }
         // Not left to tonic's server: that calls it CANCELLED.
         let late = this.deadline.as_pin_mut().map_or(Poll::Pending, |deadline| deadline.poll(context));
@@ -93,11 +99,22 @@ where
     }
 }
 
+/// The answer as it goes out: one message is to be taken in time, and a large one has a body of its own.
+fn bounded(mut answer: Response<Body>, answered: Expected) -> Response<Body> {
+    if answered == Expected::One {
+        sending::begin();
+    }
+    match answer.extensions_mut().remove::<Large>() {
+        Some(large) => answer.map(|_| Body::new(large)),
+        None => answer,
+    }
+}
+
 /// The status of a call or stream that panicked. It carries no reason, since nobody knows what was done.
 pub(crate) fn panicked() -> Status {
-    Status::unavailable(
-        "the daemon failed in this call, and its log says where; repeat it with the same lease id",
-    )
+    Status::unavailable(format!(
+        "the daemon failed in this call, and its log says where; repeat it, {WITH_ITS_ID}"
+    ))
 }
 
 #[cfg(test)]

@@ -43,6 +43,15 @@ pub(crate) fn expected(path: &str) -> Expected {
     }
 }
 
+/// What a method answers with.
+pub(crate) fn answered(path: &str) -> Expected {
+    match path.rsplit_once('/') {
+        // The health service has a `Watch` as well.
+        Some((_, "KeepAlive" | "Watch" | "ServerReflectionInfo")) => Expected::Many,
+        _ => Expected::One,
+    }
+}
+
 /// In the order of their numbers: <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>.
 const CODES: [&str; 17] = [
     "OK",

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::builder::{BoolishValueParser, Resettable};
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser, Resettable};
 use clap::{ArgAction, Args as Group, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use humantime::{format_duration, parse_duration};
 
@@ -95,7 +95,7 @@ pub struct Args {
     log_format: Option<LogFormat>,
 
     /// What is logged: a level, or a filter such as `info,leased=debug`.
-    #[arg(long, env = "LEASED_LOG_LEVEL", value_name = "FILTER", default_value = "info")]
+    #[arg(long, env = "LEASED_LOG_LEVEL", value_name = "FILTER", default_value = "info", value_parser = NonEmptyStringValueParser::new())]
     log_level: String,
 
     #[command(flatten)]
@@ -391,6 +391,12 @@ mod tests {
         assert_eq!(config.place, Place::Folder("./leased-data".into()));
         assert_eq!(config.rules.grace, Duration::ZERO);
         assert!(config.limits.coalesce_touches);
+    }
+
+    #[test]
+    fn an_empty_filter_is_refused_for_it_would_log_nothing() {
+        assert!(Args::try_parse_from(["leased", "--log-level", ""]).is_err());
+        assert_eq!(config(&["--log-level=off"]).expect("a filter").log_level, "off");
     }
 
     #[test]

@@ -46,6 +46,8 @@ mod listener;
 mod process;
 /// What a request may take while it comes in.
 mod receiving;
+/// What an answer may take while it goes out.
+mod sending;
 /// Running the daemon.
 pub mod server;
 /// Which store answers.

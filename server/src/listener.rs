@@ -30,6 +30,7 @@ use crate::lessor::Caller;
 use crate::meter::Present;
 use crate::panics::contain;
 use crate::receiving::Taken;
+use crate::sending::in_time;
 
 /// How long a peer may take to say that it speaks HTTP/2.
 const GREETING: Duration = Duration::from_secs(5);
@@ -165,7 +166,7 @@ where
         self.0.calls.fetch_add(1, Ordering::Relaxed);
         let open = Open(Arc::clone(&self.0));
         // An async block would have room for the call twice: where it is captured, and where it is awaited.
-        tokio::spawn(contain(call).map(|_| drop(open)));
+        tokio::spawn(contain(in_time(call)).map(|_| drop(open)));
     }
 }
 
@@ -249,13 +250,62 @@ mod tests {
 
     use clap::Parser;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
-    use tower::service_fn;
+    use tonic::codegen::Bytes;
+    use tower::{Layer, service_fn};
 
     use super::*;
+    use crate::bounds::BoundCalls;
     use crate::config::{Args, Config};
+    use crate::receiving::Room;
 
     /// How a client begins: the preface and an empty SETTINGS frame.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+    /// When the call is reset whose caller takes nothing of its answer and answers pings; within a minute.
+    async fn reset(path: &str) -> Option<Duration> {
+        let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
+        let answer = |_: Request<Body>| async {
+            let body = http_body_util::Full::new(Bytes::from_static(b"an answer"));
+            Ok::<_, Infallible>(Response::new(Body::new(body)))
+        };
+        let service = BoundCalls(Room::new(1000)).layer(service_fn(answer));
+        let grpc = Grpc { service, limits, open: Gauge::default(), draining: CancellationToken::new() };
+        let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
+        let (mut peer, stream) = duplex(64 * 1024);
+        tokio::spawn(grpc.serve(stream, slot));
+        // A window of 0, and POST, http, the path and an authority.
+        let windows = b"\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0";
+        let length = |text: &str| u8::try_from(text.len()).expect("a short text");
+        let headers = [&b"\x83\x86\x04"[..], &[length(path)], path.as_bytes(), b"\x01\x06leased"].concat();
+        let size = u8::try_from(headers.len()).expect("short headers");
+        let hello = [HELLO, windows, &[0, 0, size], b"\x01\x05\0\0\0\x01", &headers].concat();
+        peer.write_all(&hello).await.expect("a connection");
+        let began = Instant::now();
+        let reset = async {
+            loop {
+                let mut head = [0; 9];
+                peer.read_exact(&mut head).await.expect("a frame");
+                let mut payload = vec![0; usize::from(head[1]) * 256 + usize::from(head[2])];
+                peer.read_exact(&mut payload).await.expect("a payload");
+                match (head[3], head[4]) {
+                    (3, _) => return began.elapsed(),
+                    (6, 0) => {
+                        let pong = [&b"\0\0\x08\x06\x01\0\0\0\0"[..], &payload].concat();
+                        peer.write_all(&pong).await.expect("a connection");
+                    }
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), reset).await.ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_unary_call_whose_answer_is_not_taken_is_reset_after_ten_seconds_and_a_stream_is_not() {
+        let took = reset("/leased.v1.LeaseService/Get").await.expect("an end").as_millis();
+        assert!((10_000..10_100).contains(&took), "{took} ms");
+        assert_eq!(reset("/leased.v1.LeaseService/Watch").await, None);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn headers_that_do_not_come_whole_end_their_connection_within_ten_seconds() {

@@ -52,7 +52,7 @@ impl Taken {
     }
 }
 
-/// What a method is sent.
+/// What a method is sent, or answers with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Expected {
     /// One message, and the end.

@@ -187,6 +187,7 @@ where
     if timeout(config.drain_timeout, lessor.settle()).await.is_err() {
         tracing::warn!("the store did not take the last commits");
     }
+    lessor.give_up();
     ended.cancel();
     tasks.close();
     if timeout(FINISH, tasks.wait()).await.is_err() {

@@ -16,21 +16,32 @@ use crate::keepalive::{self, Answers};
 use crate::lease::{FencingToken, SETTLED_DEPARTURES};
 use crate::lessor::{Caller, Lessor, Released, Touched};
 use crate::request;
+use crate::sending::{Turn, Turns, encoded};
 use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
 use crate::wire;
+
+/// A record whose holders and waiters take more than this, in bytes, makes a large answer.
+const LARGE: usize = 64 * 1024;
 
 /// Both services, over one engine.
 #[derive(Debug)]
 pub(crate) struct Service<S> {
     lessor: Lessor<S>,
     limits: Limits,
+    /// Shared by all large answers.
+    turns: Turns,
     draining: CancellationToken,
 }
 
 impl<S> Clone for Service<S> {
     fn clone(&self) -> Self {
-        Self { lessor: self.lessor.clone(), limits: self.limits, draining: self.draining.clone() }
+        Self {
+            lessor: self.lessor.clone(),
+            limits: self.limits,
+            turns: self.turns.clone(),
+            draining: self.draining.clone(),
+        }
     }
 }
 
@@ -38,7 +49,7 @@ impl<S> Service<S> {
     /// Services that end their streams when `draining` is cancelled.
     #[must_use]
     pub(crate) fn new(lessor: Lessor<S>, limits: Limits, draining: CancellationToken) -> Self {
-        Self { lessor, limits, draining }
+        Self { lessor, limits, turns: Turns::default(), draining }
     }
 }
 
@@ -47,6 +58,12 @@ impl<S: Store> Service<S> {
     fn lessor_for<T>(&self, request: &Request<T>) -> Lessor<S> {
         let connection = request.extensions().get::<Caller>();
         self.lessor.on_behalf_of(connection.cloned().unwrap_or_else(Caller::new))
+    }
+
+    /// Waits for the turn of a large answer. The caller's own turn comes first, so that one caller has few places in the line for
+    /// those of the whole daemon.
+    async fn turn(&self, lessor: &Lessor<S>) -> Turn {
+        self.turns.take(lessor.turn().await).await
     }
 }
 
@@ -105,11 +122,20 @@ impl<S: Store> LeaseService for Service<S> {
     }
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
+        let lessor = self.lessor_for(&request);
         let request = request.into_inner();
         request::small(&request)?;
         let key = request::key("key", &request.key)?;
-        let snapshot = self.lessor.get(key).await.map_err(wire::failed)?.ok_or_else(wire::key_unknown)?;
-        Ok(Response::new(GetResponse { lease: Some(wire::to_lease(&snapshot)) }))
+        let get = async || lessor.get(key.clone()).await.map_err(wire::failed)?.ok_or_else(wire::key_unknown);
+        let snapshot = get().await?;
+        if snapshot.record.size() <= LARGE {
+            return Ok(Response::new(GetResponse { lease: Some(wire::to_lease(&snapshot)) }));
+        }
+        // Read anew when its turn has come, because those that wait for their turn keep nothing large.
+        drop(snapshot);
+        let turn = self.turn(&lessor).await;
+        let lease = wire::to_lease(&get().await?);
+        Ok(encoded(&GetResponse { lease: Some(lease) }.encode_to_vec(), turn))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
@@ -117,24 +143,9 @@ impl<S: Store> LeaseService for Service<S> {
         let request = request.into_inner();
         let (after, limit) = request::page(&request)?;
         let query = ListQuery { prefix: request.prefix, after, limit, include_free: request.include_free };
-        let page = lessor.list(query).await.map_err(wire::failed)?;
-
-        let mut response = ListResponse::default();
-        let mut more = page.more;
-        let mut bytes = 0;
-        for snapshot in &page.snapshots {
-            let lease = wire::to_lease(snapshot);
-            bytes += lease.encoded_len();
-            if bytes > wire::PART_BYTES && !response.leases.is_empty() {
-                more = true;
-                break;
-            }
-            response.leases.push(lease);
-        }
-        if more && let Some(last) = response.leases.last() {
-            response.next_page_token.clone_from(&last.key);
-        }
-        Ok(Response::new(response))
+        let turn = self.turn(&lessor).await;
+        let page = lessor.page(query).await.map_err(wire::failed)?;
+        Ok(encoded(&wire::list_response(page).await, turn))
     }
 
     type WatchStream = Events;

@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use leased_proto::{Reason as Refused, v1};
+use prost::Message;
 use prost::encoding::message::encoded_len;
+use tokio::task::yield_now;
 use tonic::Status;
 
 use crate::lease::{
     Holder, Key, LeaseId, MAX_KEY_BYTES, MAX_SHARED_HOLDERS, Mode, Reason, Snapshot, State, Timestamp, Waiter,
 };
 use crate::lessor::{Acquired, CallError, ChangeKind, Grant, Obstruction, Refusal, Touched, WatchEvent};
-use crate::store::StoreError;
+use crate::store::{Page, StoreError};
 
 /// The largest message that is read at all. Of what a keepalive message names past its own, smaller limit the caller is
 /// told lease by lease; past this one its stream ends.
@@ -19,6 +21,8 @@ pub(crate) const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
 /// What a message that goes out may have, in bytes: below the 4 MiB that gRPC clients take unless they are told
 /// otherwise.
 pub(crate) const PART_BYTES: usize = 3 * 1024 * 1024;
+/// What is encoded of a page in one go, in bytes, before others get their turn.
+const STEP_BYTES: usize = 64 * 1024;
 /// What is shown of a lease id that is none.
 const MAX_ECHOED_ID_BYTES: usize = 64;
 
@@ -26,6 +30,10 @@ const MAX_ECHOED_ID_BYTES: usize = 64;
 pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
 }
+
+/// How a call is repeated. An acquire whose id the daemon was to pick has none to repeat; what it may have been granted is
+/// given back.
+pub(crate) const WITH_ITS_ID: &str = "with the same lease id if the call named one";
 
 /// What is said of a key whose record is damaged.
 const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must mend or delete it, and \
@@ -117,8 +125,7 @@ pub(crate) fn failed(error: CallError) -> Status {
                 crate::store::Outcome::NotApplied => "not_applied",
                 crate::store::Outcome::Unknown => "unknown",
             };
-            let message =
-                format!("the store does not answer ({outcome}); repeat the call with the same lease id");
+            let message = format!("the store does not answer ({outcome}); repeat the call, {WITH_ITS_ID}");
             Refused::StoreUnavailable.status(message, [("outcome", name.to_owned())])
         }
         CallError::Store(StoreError::Unreadable { .. }) => unreadable(),
@@ -136,7 +143,8 @@ pub(crate) fn unreadable() -> Status {
 }
 
 pub(crate) fn shutting_down() -> Status {
-    Refused::ShuttingDown.status("the daemon is shutting down; go on at another with the same lease id", [])
+    let message = format!("the daemon is shutting down; go on at another, {WITH_ITS_ID}");
+    Refused::ShuttingDown.status(message, [])
 }
 
 pub(crate) fn lease_ref(key: &Key, id: LeaseId) -> v1::LeaseRef {
@@ -204,6 +212,35 @@ pub(crate) fn keepalive_responses(
         rest = past.map(|past| results.split_off(past.max(1)));
         Some(v1::KeepAliveResponse { sequence, results, more: sequence > 0 && rest.is_some() })
     })
+}
+
+/// A page as an encoded `ListResponse`, with as many of the records as a message takes. Lets others run in between: a page of large
+/// records takes long, and the runtime looks at sockets only now and then while tasks are ready.
+pub(crate) async fn list_response(page: Page) -> Vec<u8> {
+    // Parts of a message that are encoded one after another are the encoding of the whole.
+    let mut message = Vec::new();
+    let Page { snapshots, mut more } = page;
+    let (mut last, mut step) = (None, 0);
+    for snapshot in snapshots {
+        let part =
+            v1::ListResponse { leases: vec![to_lease(&snapshot)], ..Default::default() }.encode_to_vec();
+        if last.is_some() && message.len() + part.len() > PART_BYTES {
+            more = true;
+            break;
+        }
+        step += part.len();
+        message.extend(part);
+        last = Some(snapshot.record.key);
+        if step > STEP_BYTES {
+            step = 0;
+            yield_now().await;
+        }
+    }
+    if more && let Some(last) = last {
+        let token = v1::ListResponse { next_page_token: last.as_str().to_owned(), ..Default::default() };
+        message.extend(token.encode_to_vec());
+    }
+    message
 }
 
 /// What a watch stream is told.
@@ -296,9 +333,8 @@ fn to_timestamp(Timestamp(millis): Timestamp) -> prost_types::Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use prost::Message;
-
     use super::*;
+    use crate::lease::{Acquisition, Edit, Record, Rules, step};
 
     /// Kept leases on the longest keys.
     fn results(count: usize) -> Vec<v1::KeepAliveResult> {
@@ -322,6 +358,39 @@ mod tests {
                 parts.into_iter().flat_map(|part| part.results).eq(all),
                 "{count}: all of them, in their order"
             );
+        }
+    }
+
+    /// Held keys of some 4 KiB each.
+    fn page(count: usize) -> Page {
+        let rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+        let snapshot = |number| {
+            let metadata = BTreeMap::from([("x".to_owned(), "y".repeat(4000))]);
+            let acquisition = Acquisition { metadata, ..Acquisition::waiting(LeaseId::random()) };
+            let key = Key::try_from(format!("{number:04}").as_str()).expect("a key");
+            let (edit, now) = (Edit::default().enqueue(acquisition.into()), Timestamp(1_000_000));
+            Snapshot { record: step(Record::vacant(key), &edit, now, &rules), now }
+        };
+        Page { snapshots: (0..count).map(snapshot).collect(), more: false }
+    }
+
+    #[tokio::test]
+    async fn a_page_fits_into_a_message_and_is_encoded_in_small_steps() {
+        for (count, is_cut) in [(0, false), (1, false), (200, false), (1000, true)] {
+            let (mut encoding, mut polls) = (Box::pin(list_response(page(count))), 0);
+            let message = std::future::poll_fn(|context| {
+                polls += 1;
+                encoding.as_mut().poll(context)
+            });
+            let message = message.await;
+            assert!(message.len() <= PART_BYTES, "{count}");
+            assert!(polls > message.len() / (STEP_BYTES + 8 * 1024), "{count}: {polls} polls");
+            let response = v1::ListResponse::decode(&*message).expect("a message");
+            let keys = response.leases.iter().map(|lease| lease.key.clone());
+            assert!(keys.eq((0..response.leases.len()).map(|number| format!("{number:04}"))));
+            assert_eq!(response.leases.len() < count, is_cut, "{count}");
+            let last = response.leases.last().filter(|_| is_cut).map(|lease| lease.key.clone());
+            assert_eq!(response.next_page_token, last.unwrap_or_default());
         }
     }
 

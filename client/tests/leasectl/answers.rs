@@ -188,6 +188,29 @@ fn a_reader_that_goes_away_is_no_failure() {
     assert_eq!((ended.status.code(), ended.stderr), (Some(0), Vec::new()));
 }
 
+/// A script that goes on after this one would take the lease for its own.
+#[test]
+fn a_lease_whose_id_nobody_reads_is_a_failure_and_given_back() {
+    let daemon = Daemon::start();
+    let mut unread = daemon.leasectl(&["acquire", "a/key", "--ttl=1h"]);
+    unread.stdout(std::io::pipe().unwrap().1).stderr(Stdio::piped());
+    let ended = Process::spawn(&mut unread).end();
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.starts_with("leasectl: nobody has read the id of the lease"), "{ended:?}");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+
+    let acquire = |redirected: &str| {
+        let command = daemon.leasectl(&["acquire", "b/key", "--ttl=1h", "--wait=0"]);
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &format!("exec \"$@\" {redirected}"), "sh"]).arg(command.get_program());
+        end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()))
+    };
+    let closed = acquire(">&-");
+    assert_eq!(closed.code, Some(1), "{closed:?}");
+    assert!(closed.stderr.starts_with("leasectl: standard output leads nowhere"), "{closed:?}");
+    assert_eq!(acquire("> /dev/null").code, Some(0), "nobody held it, and whoever says so wants no id");
+}
+
 #[test]
 fn help_shows_units_defaults_and_environment_variables() {
     let commands = ["run", "acquire", "touch", "release", "get", "ls", "watch", "revoke", "completions"];

@@ -28,12 +28,13 @@ fn options_come_from_the_environment_too() {
     let script = format!("echo $$ > {}; sleep 600", started.display());
     let mut command = daemon.leasectl(&["run", "a/key", "--", "sh", "-c", &script]);
     command.env("LEASED_TTL", "7s").env("LEASED_OWNER", "me").env("LEASED_SHARED", "3");
-    command.env("LEASED_METADATA", "a=1\nb=2,3").env("LEASED_OUTPUT", "json");
+    command.env("LEASED_METADATA", "\n  a=1\n  b=2,3\n").env("LEASED_OUTPUT", "json");
     let _run = Process::spawn(&mut command);
     lines(&started, 1);
     let holder = &daemon.json(&["get", "a/key"])["holders"][0];
     assert_eq!((&holder["owner"], &holder["mode"]), (&"me".into(), &"shared".into()));
-    assert_eq!((holder["ttl_ms"].as_i64(), &holder["metadata"]["b"]), (Some(7_000), &"2,3".into()));
+    assert_eq!(holder["ttl_ms"], 7_000);
+    assert_eq!(holder["metadata"], serde_json::json!({ "a": "1", "b": "2,3" }));
 }
 
 #[test]
@@ -99,6 +100,40 @@ fn signals_are_passed_on_to_the_whole_group(
     assert_eq!(heard, ["child", "command"]);
     assert_eq!(process.end().code, Some(9));
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free");
+}
+
+/// The guardian is of the command's group, and may be the first of the two to end.
+#[test]
+fn a_command_that_kills_its_whole_group_ends_as_one_that_kills_itself() {
+    let daemon = Daemon::start();
+    let guardian_first = "read -r _ _ _ _ group _ < /proc/$$/stat; kill -9 $group; kill -9 $$";
+    for script in ["kill -9 0", guardian_first].repeat(5) {
+        let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", script]);
+        assert_eq!((ended.code, ended.stderr.as_str()), (Some(137), ""), "{script}: {ended:?}");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    }
+}
+
+/// A shell around leasectl ends its script only if leasectl dies of the signal itself.
+#[test]
+fn an_interrupt_that_is_passed_on_and_ends_the_command_ends_leasectl() {
+    let daemon = Daemon::start();
+    for signal in [Signal::INT, Signal::QUIT] {
+        let folder = tempfile::tempdir().unwrap();
+        let started = folder.path().join("started");
+        let mut command =
+            daemon.leasectl(&["run", "a/key", "--", "sh", "-c", "echo $$ > $0; exec sleep 600"]);
+        let process = Process::spawn(command.arg(&started));
+        lines(&started, 1);
+        process.signal(signal);
+        assert_eq!(process.end().signal, Some(signal.as_raw()));
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    }
+    for number in [Signal::INT.as_raw(), Signal::QUIT.as_raw()] {
+        let script = format!("kill -{number} $$");
+        let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", &script]);
+        assert_eq!(ended.code, Some(128 + number), "leasectl was not sent it: {ended:?}");
+    }
 }
 
 #[test]

@@ -81,6 +81,7 @@ fn wrong_usage_is_2() {
         (&["run", "a/key"], "CMD"),
         (&["run", "a/key", "true"], "leasectl run KEY -- CMD"),
         (&["run", "a/key", "--"], "CMD"),
+        (&["run", "a/key", "--", ""], "the command is empty"),
         (&["run", "a/key", "--ttl=soon", "--", "true"], "--ttl"),
         (&["run", "a/key", "--wait=9999years", "--", "true"], "--wait"),
         (&["run", "a/key", "--ttl=1ms", "--", "true"], "ttl must be between"),
@@ -92,6 +93,9 @@ fn wrong_usage_is_2() {
         (&["touch", "a/key"], "ID"),
         (&["touch", "a/key", "nonsense"], "UUID"),
         (&["--endpoint=nonsense", "ls"], "endpoint"),
+        (&["--endpoint=http://127.0.0.1:99999", "ls"], "port"),
+        (&["--endpoint=http://127.0.0.1:5327/path", "ls"], "more than a host and a port"),
+        (&["--endpoint=http://user:pw@127.0.0.1:5327", "ls"], "no user and no password"),
         (&["--timeout=0", "ls"], "--timeout"),
         (&["--output=xml", "ls"], "--output"),
     ] {
@@ -197,6 +201,28 @@ fn scripts_get_failures_as_json() {
     assert_eq!(failure(&["touch", "a/key", id], 73)["reason"], "LEASE_LOST");
     assert_eq!(failure(&["acquire", "a/key", "--ttl=1ms"], 2)["reason"], "INVALID_REQUEST");
     assert_eq!(failure(&["run", "b/key", "--", "/no/such/program"], 127)["reason"], "COMMAND_NOT_STARTED");
+}
+
+/// Too few to begin with: nothing is asked for that could not be given back.
+#[test]
+fn too_few_files_are_71_and_leave_no_lease() {
+    let daemon = Daemon::start();
+    let run = |files: u32| {
+        let command = daemon.leasectl(&["run", "a/key", "--ttl=1h", "--wait=0", "--", "true"]);
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {files}; exec \"$@\""), "sh"]).arg(command.get_program());
+        end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()))
+    };
+    for files in [4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48] {
+        let ended = run(files);
+        match ended.code {
+            Some(0) => {}
+            _ => assert_says(&ended, 71, &["ulimit -n"]),
+        }
+        assert_eq!(daemon.json(&["ls"]), serde_json::json!([]), "{files}: {ended:?}");
+    }
+    assert_says(&run(6), 71, &["ulimit -n"]);
+    assert_eq!(run(48).code, Some(0));
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use rstest::rstest;
+
 use crate::support::{Daemon, Ended, Process, leasectl};
 
 /// Plays a person at a terminal: takes pairs of what to wait for on the screen and what to type then, and runs the rest
@@ -109,6 +111,20 @@ fn the_key_that_ends_the_command_ends_the_script_around_it() {
         assert!(!ended.stdout.contains("next"), "{ended:?}");
         assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
     }
+}
+
+/// The key comes to leasectl, which passes it on.
+#[rstest]
+fn the_key_ends_the_script_also_where_the_command_has_no_terminal(
+    #[values("> /dev/null", "< /dev/null", "| cat")] redirected: &str,
+) {
+    let daemon = Daemon::start();
+    let run = "leasectl run a/key -- sh -c 'echo ready > /dev/tty; exec sleep 600'";
+    let script = format!("for round in 1 2; do {run} {redirected}; echo ne''xt; done");
+    let ended = at_terminal(&daemon, &[("ready", "^C")], &["bash", "-c", &script]);
+    assert_eq!(ended.code, Some(130), "{ended:?}");
+    assert!(!ended.stdout.contains("next"), "{ended:?}");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
 }
 
 #[test]

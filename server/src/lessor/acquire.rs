@@ -16,6 +16,9 @@ use crate::lease::{
 };
 use crate::store::Store;
 
+/// The longest time for which the daemon goes on trying to give back a lease that nobody was told of.
+const GIVING_BACK: Duration = Duration::from_secs(3600);
+
 /// A request for a lease.
 #[derive(Debug, Clone)]
 pub struct Call {
@@ -137,6 +140,7 @@ impl<S: Store> Lessor<S> {
             caller: self.caller.clone(),
             key: key.clone(),
             id,
+            ttl: acquisition.ttl,
             origin,
             entry,
             repeated_at: None,
@@ -323,6 +327,7 @@ struct Attempt<S: Store> {
     caller: Caller,
     key: Key,
     id: LeaseId,
+    ttl: Ttl,
     origin: Origin,
     entry: Option<Entry>,
     /// When the id was last asked for by what may not be the only command to do so, of which one may still be under way:
@@ -364,12 +369,15 @@ impl<S: Store> Drop for Attempt<S> {
             return;
         }
         self.leave_line();
-        let part = match self.origin {
-            _ if self.settles => Part::GiveUp(self.id),
-            Origin::Daemon => Part::GiveUp(self.id),
-            Origin::Caller if self.leaves => Part::Cancel(self.id),
+        let place = self.committer.store().rules().place;
+        let (part, lasts) = match self.origin {
+            // It may be granted for as long as its place lasts. Nobody else can ever give it back.
+            Origin::Daemon => (Part::GiveUp(self.id), (place + self.ttl.get()).min(GIVING_BACK)),
+            // Once: later the caller may have asked for the id again, and hold the lease.
+            Origin::Caller if self.settles => (Part::GiveUp(self.id), Duration::ZERO),
+            Origin::Caller if self.leaves => (Part::Cancel(self.id), place),
             Origin::Caller => return,
         };
-        self.committer.submit_unanswered(&self.caller, [(self.key.clone(), part)]);
+        self.committer.submit_leftover(&self.caller, self.key.clone(), part, lasts);
     }
 }

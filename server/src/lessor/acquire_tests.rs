@@ -45,6 +45,54 @@ async fn a_refusal_stays_one_when_an_attempt_comes_late(
     assert_eq!(state(&engine).await, State::Free, "nobody knows of the lease");
 }
 
+/// The store grants a lease whose caller is gone, and is away for a while when it is to take the lease back.
+#[tokio::test]
+async fn a_lease_that_nobody_was_told_of_is_given_back_after_an_outage() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let closed = store.close().await;
+    let call = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.acquire(ask(LeaseId::random(), Origin::Daemon, Duration::ZERO)).await }
+    });
+    until(|| store.batches_of(&key("job")).0 == 1).await;
+    store.fails.store(2, Ordering::SeqCst);
+    call.abort();
+    until(|| engine.committer.unanswered() == 1).await;
+    drop(closed);
+    timeout(PATIENCE, engine.settle()).await.expect("an end of the outage");
+    assert_eq!(store.batches_of(&key("job")).0, 4, "one grants it, and the last one takes it back");
+    assert_eq!(state(&engine).await, State::Free, "nobody knows of the lease");
+}
+
+/// The caller may use its id again, and must not lose the lease to what an earlier call left behind.
+#[rstest]
+#[case::nobody_else_knows_it(Origin::Daemon, 4)]
+#[case::the_caller_may_use_it_again(Origin::Caller, 3)]
+#[tokio::test]
+async fn only_an_id_that_the_daemon_picked_is_given_up_again_after_a_failure(
+    #[case] origin: Origin,
+    #[case] batches: usize,
+) {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    engine.acquire(ask(LeaseId::random(), Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    let closed = store.close().await;
+    // The attempt is repeated, so the refusal has to be settled; that fails.
+    store.stalls.store(true, Ordering::SeqCst);
+    let refused = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.acquire(ask(LeaseId::random(), origin, Duration::ZERO)).await }
+    });
+    until(|| store.batches_of(&key("job")).0 == 2).await;
+    store.fails.store(1, Ordering::SeqCst);
+    drop(closed);
+    let refused = refused.await.expect("no panic");
+    assert!(matches!(refused, Ok(Acquired::Held(_))), "{refused:?}");
+    timeout(PATIENCE, engine.settle()).await.expect("an end");
+    assert_eq!(store.batches_of(&key("job")).0, batches);
+}
+
 /// No more is written for the many refusals that were sent once.
 #[tokio::test]
 async fn a_refusal_that_was_sent_once_costs_no_second_commit() {

@@ -8,13 +8,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 
 /// The rounds between two commands of a caller.
 const STEP: u64 = 256;
-/// Pages that a caller may have read at once. The store reads all pages in the order in which they were asked for, so this
-/// is how many of a caller's are in front of another's.
-const LISTINGS: usize = 4;
+/// Turns that a caller has at once, for pages to be read and for large answers. The store reads all pages in the order in which
+/// they were asked for, so this is how many of a caller's are in front of another's.
+const TURNS: usize = 4;
 
 /// Someone who takes turns with others: a keepalive stream, or all other calls of one connection. Clones are the same
 /// caller.
@@ -28,8 +28,18 @@ pub(crate) struct Caller {
 struct Turns {
     /// The latest round of its commands.
     latest: AtomicU64,
-    /// The pages that it may ask for beside those that it is waiting for.
-    listings: Semaphore,
+    /// The turns that it may take beside those that it has.
+    free: Semaphore,
+}
+
+/// A caller's turn to have a page read, or to be sent a large answer. Dropping it ends the turn.
+#[derive(Debug)]
+pub(crate) struct Turn(Arc<Turns>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.free.add_permits(1);
+    }
 }
 
 impl Caller {
@@ -45,7 +55,7 @@ impl Caller {
     }
 
     fn stepping(step: u64) -> Self {
-        let turns = Turns { latest: AtomicU64::default(), listings: Semaphore::new(LISTINGS) };
+        let turns = Turns { latest: AtomicU64::default(), free: Semaphore::new(TURNS) };
         Self { turns: Arc::new(turns), step }
     }
 
@@ -61,10 +71,13 @@ impl Caller {
         round
     }
 
-    /// Waits until few enough of its pages are being read, for another one to be read while the answer is kept.
-    pub(super) async fn listing(&self) -> Option<SemaphorePermit<'_>> {
-        // Nobody closes it.
-        self.turns.listings.acquire().await.ok()
+    /// Waits until it has few enough turns to take another one.
+    pub(crate) async fn turn(&self) -> Turn {
+        // Nobody closes the semaphore. The turn gives back what is forgotten here, without a reference of its own to it.
+        if let Ok(permit) = self.turns.free.acquire().await {
+            permit.forget();
+        }
+        Turn(Arc::clone(&self.turns))
     }
 }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::yield_now;
+use tokio::time::{Instant, sleep};
 
 use super::audience::Audience;
 use super::caller::Caller;
@@ -40,6 +41,8 @@ const PORTION: usize = 1000;
 /// back what they asked for. Time does that as well: a place in line lapses, a lease runs out. Nor is anything lost with
 /// the daemon's own: what it meant to look after is looked after some seconds later.
 pub(super) const UNANSWERED: usize = 16 * 1024;
+/// The pause before what ended calls left behind is committed again. The store itself has repeated the batch until the deadline.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// What a call is answered.
 pub(super) type Answer = Result<Arc<Snapshot>, StoreError>;
@@ -84,6 +87,10 @@ struct State {
     entering: BTreeMap<Place, Entering>,
     /// Parts gathered that nobody waits for.
     unanswered: usize,
+    /// What ended calls left behind and the store failed to commit. While there is any, a task is about to commit it again.
+    failed: Vec<Leftover>,
+    /// Nothing that fails is committed again.
+    gives_up: bool,
     /// In flight, or about to be.
     batches: usize,
     /// Keys in the latest batch.
@@ -140,28 +147,57 @@ struct Entering {
 #[derive(Debug)]
 enum Reply {
     Nobody,
+    /// Nobody, but after a failure of the store the part is committed again.
+    Leftover(Box<Leftover>),
     One(oneshot::Sender<Answer>),
     /// The position of this answer among those of one submission.
     OneOfMany(usize, mpsc::Sender<(usize, Answer)>),
 }
 
+/// What an ended call leaves behind: its part undoes what the call asked for.
+#[derive(Debug)]
+struct Leftover {
+    key: Key,
+    part: Part,
+    /// From then on the part has nothing to undo any more.
+    until: Instant,
+}
+
+impl Leftover {
+    /// The part as it is queued, for the first time or again.
+    fn into_queued(self) -> (Key, Part, Reply) {
+        (self.key.clone(), self.part.clone(), Reply::Leftover(Box::new(self)))
+    }
+}
+
 impl Reply {
+    /// Whether a call waits for the record.
+    fn is_awaited(&self) -> bool {
+        !matches!(self, Self::Nobody | Self::Leftover(_))
+    }
+
     /// Whether the call has ended; then its part need not be committed any more.
     fn is_closed(&self) -> bool {
         match self {
-            Self::Nobody => false,
+            Self::Nobody | Self::Leftover(_) => false,
             Self::One(sender) => sender.is_closed(),
             Self::OneOfMany(_, sender) => sender.is_closed(),
         }
     }
 
-    fn send(self, answer: Answer) {
+    /// Tells the call. Returns what is to be committed again because the store failed: only these failures pass by
+    /// themselves.
+    fn send(self, answer: Answer) -> Option<Leftover> {
         match self {
-            Self::Nobody => {}
+            Self::Leftover(leftover) if matches!(answer, Err(StoreError::Unavailable { .. })) => {
+                return Some(*leftover);
+            }
+            Self::Nobody | Self::Leftover(_) => {}
             Self::One(sender) => drop(sender.send(answer)),
             // The channel has room for every answer, so this fails only when nobody listens.
             Self::OneOfMany(position, sender) => drop(sender.try_send((position, answer))),
         }
+        None
     }
 }
 
@@ -334,6 +370,13 @@ impl<S: Store> Committer<S> {
         self.gather(caller, parts.into_iter().map(|(key, part)| (key, part, Reply::Nobody)));
     }
 
+    /// Commits what a call that has ended leaves behind. Commits it again after failures of the store, for as long as it
+    /// `lasts`: an outage must not leave a lease held that nobody was told of.
+    pub(super) fn submit_leftover(self: &Arc<Self>, caller: &Caller, key: Key, part: Part, lasts: Duration) {
+        let leftover = Leftover { key, part, until: Instant::now() + lasts };
+        self.gather(caller, [leftover.into_queued()]);
+    }
+
     /// The daemon as a caller, for its own parts.
     pub(super) fn daemon(&self) -> &Caller {
         &self.daemon
@@ -345,15 +388,24 @@ impl<S: Store> Committer<S> {
         self.submit_unanswered(&self.nudger, keys.into_iter().map(|key| (key, Part::Nudge)));
     }
 
-    /// Waits until nothing gathers and nothing is in flight.
+    /// Waits until nothing gathers, nothing is in flight, and nothing is to be committed again.
     pub(super) async fn settle(&self) {
         loop {
             let idle = self.idle.notified();
-            if self.state().batches == 0 {
+            if self.state().is_idle() {
                 return;
             }
             idle.await;
         }
+    }
+
+    /// Commits nothing again from here on: the daemon is about to end.
+    pub(super) fn give_up(&self) {
+        let mut state = self.state();
+        state.gives_up = true;
+        state.failed.clear();
+        drop(state);
+        self.idle.notify_waiters();
     }
 
     #[cfg(test)]
@@ -368,14 +420,22 @@ impl<S: Store> Committer<S> {
 
     #[cfg(test)]
     pub(super) fn unanswered(&self) -> usize {
-        self.state().unanswered
+        self.state().unanswered()
     }
 
     fn gather(self: &Arc<Self>, caller: &Caller, parts: impl IntoIterator<Item = (Key, Part, Reply)>) {
-        let mut state = self.state();
+        self.gather_in(self.state(), caller, parts);
+    }
+
+    fn gather_in(
+        self: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+        caller: &Caller,
+        parts: impl IntoIterator<Item = (Key, Part, Reply)>,
+    ) {
         for (key, part, reply) in parts {
-            if matches!(reply, Reply::Nobody) {
-                if state.unanswered >= UNANSWERED {
+            if !reply.is_awaited() {
+                if state.unanswered() >= UNANSWERED {
                     continue;
                 }
                 state.unanswered += 1;
@@ -414,7 +474,7 @@ impl<S: Store> Committer<S> {
         self.idle.notify_waiters();
     }
 
-    async fn commit(&self, taken: &mut Taken) {
+    async fn commit(self: &Arc<Self>, taken: &mut Taken) {
         let Batch { edits, replies, left } = taken.merge(&self.audience.line);
         if !left.is_empty() {
             self.state().put_back(left);
@@ -430,7 +490,7 @@ impl<S: Store> Committer<S> {
 
     /// Tells all who hear of records, then the calls that wait for this commit.
     fn answer(
-        &self,
+        self: &Arc<Self>,
         edits: &[(Key, Edit)],
         replies: Vec<(usize, Reply)>,
         sent_at: BootInstant,
@@ -444,6 +504,7 @@ impl<S: Store> Committer<S> {
             }
         };
         let mut replies = replies.into_iter().peekable();
+        let mut failed = Vec::new();
         for (position, (_, edit)) in edits.iter().enumerate() {
             let answer = match &mut records {
                 Ok(records) => records.next().unwrap_or_else(|| Err(lost())).map(Arc::new),
@@ -453,9 +514,33 @@ impl<S: Store> Committer<S> {
                 self.audience.own(record, edit, sent_at);
             }
             while let Some((_, reply)) = replies.next_if(|(edit, _)| *edit == position) {
-                reply.send(answer.clone());
+                failed.extend(reply.send(answer.clone()));
             }
         }
+        if !failed.is_empty() {
+            self.commit_again(failed);
+        }
+    }
+
+    /// Commits these again after a pause, together with what fails meanwhile.
+    fn commit_again(self: &Arc<Self>, failed: Vec<Leftover>) {
+        let mut state = self.state();
+        let is_pending = !state.failed.is_empty();
+        state.keep(failed);
+        if is_pending || state.failed.is_empty() {
+            return;
+        }
+        // A pause does not keep the store open.
+        let committer = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            sleep(PAUSE).await;
+            let Some(committer) = committer.upgrade() else { return };
+            let mut state = committer.state();
+            let again = std::mem::take(&mut state.failed).into_iter().map(Leftover::into_queued);
+            // Under the same lock, so that there is no moment in which nothing seems to be left. As a caller of its own, which
+            // takes turns: there may be thousands.
+            committer.gather_in(state, &Caller::new(), again);
+        });
     }
 }
 
@@ -472,6 +557,8 @@ impl State {
             most_queued,
             entering: BTreeMap::new(),
             unanswered: 0,
+            failed: Vec::new(),
+            gives_up: false,
             batches: 0,
             latest: 0,
         }
@@ -480,6 +567,25 @@ impl State {
     fn place(&mut self, round: u64) -> Place {
         self.last_number += 1;
         (round, self.last_number)
+    }
+
+    /// Parts that nobody waits for, but for those in flight.
+    fn unanswered(&self) -> usize {
+        self.unanswered + self.failed.len()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.batches == 0 && self.failed.is_empty()
+    }
+
+    /// Keeps what is to be committed again, as far as it still matters and there is room.
+    fn keep(&mut self, failed: Vec<Leftover>) {
+        if self.gives_up {
+            return;
+        }
+        let now = Instant::now();
+        let room = UNANSWERED.saturating_sub(self.unanswered());
+        self.failed.extend(failed.into_iter().filter(|leftover| now < leftover.until).take(room));
     }
 
     fn add(&mut self, key: Key, pending: Pending) {
@@ -599,7 +705,7 @@ impl Slot {
 
 /// For how many of the parts somebody waits.
 fn answered(parts: &[Reverse<Pending>]) -> usize {
-    parts.iter().filter(|Reverse(pending)| !matches!(pending.reply, Reply::Nobody)).count()
+    parts.iter().filter(|Reverse(pending)| pending.reply.is_awaited()).count()
 }
 
 impl Taken {

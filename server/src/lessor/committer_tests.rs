@@ -12,6 +12,9 @@ use super::{Begin, Bounds, Call, CallError, Caller, Origin, Touched, WatchEvent}
 use crate::lease::{Acquisition, Key, LeaseId, Mode};
 use crate::store::{ListQuery, Outcome, StoreError};
 
+/// Longer than any test takes.
+const LONG: Duration = Duration::from_secs(3600);
+
 fn ask(name: &str, id: LeaseId) -> Call {
     let acquisition =
         Acquisition { wait: false, mode: Mode::Shared, shared_limit: 9, ..Acquisition::waiting(id) };
@@ -178,17 +181,58 @@ async fn what_ended_calls_leave_behind_is_bounded() {
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
     let leave = |name: &str| {
-        engine.committer.submit_unanswered(&engine.caller, [(key(name), Part::Cancel(LeaseId::random()))]);
+        let part = Part::Cancel(LeaseId::random());
+        engine.committer.submit_leftover(&engine.caller, key(name), part, LONG);
     };
     for number in 0..UNANSWERED + 5000 {
         leave(&format!("{number}"));
     }
     assert_eq!(engine.committer.unanswered(), UNANSWERED);
+    let batches = || store.batches.lock().expect("batches").len();
+    store.fails.store(usize::MAX, Ordering::SeqCst);
     drop(closed);
+    // Most of them have failed by then, and more come.
+    until(|| batches() > UNANSWERED / 1000).await;
+    for number in 0..5000 {
+        leave(&format!("more/{number}"));
+    }
+    assert!(engine.committer.unanswered() <= UNANSWERED);
+    until(|| batches() > 2 * UNANSWERED / 1000).await;
+    assert!(engine.committer.unanswered() <= UNANSWERED);
+    store.fails.store(0, Ordering::SeqCst);
     timeout(PATIENCE, engine.settle()).await.expect("it is committed");
     assert_eq!(engine.committer.unanswered(), 0);
     leave("later");
     assert_eq!(engine.committer.unanswered(), 1, "there is room again");
+}
+
+#[tokio::test]
+async fn what_an_ended_call_leaves_behind_is_committed_again_while_it_matters() {
+    for (lasts, batches) in [(LONG, 3), (Duration::ZERO, 1)] {
+        let store = Gated::new().await;
+        let engine = store.engine(usize::MAX / 2);
+        store.fails.store(2, Ordering::SeqCst);
+        engine.committer.submit_leftover(&engine.caller, key("job"), Part::GiveUp(LeaseId::random()), lasts);
+        timeout(PATIENCE, engine.settle()).await.expect("an end");
+        assert_eq!(store.batches_of(&key("job")).0, batches, "{lasts:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_drain_goes_on_trying_until_its_time_is_over() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    store.fails.store(usize::MAX, Ordering::SeqCst);
+    engine.committer.submit_leftover(&engine.caller, key("job"), Part::GiveUp(LeaseId::random()), LONG);
+    let settled = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.settle().await }
+    });
+    until(|| store.batches_of(&key("job")).0 >= 2).await;
+    assert!(!settled.is_finished(), "it is committed again");
+    engine.give_up();
+    timeout(PATIENCE, settled).await.expect("an end").expect("no panic");
+    assert_eq!(engine.committer.unanswered(), 0);
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
-//! An embedded store that is slow, or panics, or has an attempt stall on its way, when it is told to.
+//! An embedded store that is slow, or fails, or panics, or has an attempt stall on its way, when it is told to.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::{Bounds, Lessor};
 use crate::lease::{Edit, Key, Rules};
 use crate::meter::Meter;
 use crate::store::embedded::EmbeddedStore;
-use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreError};
+use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
 
 const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,6 +35,8 @@ pub(super) struct Gated {
     pub(super) batches: Arc<Mutex<Vec<Batch>>>,
     /// The prefixes of the pages that were asked for.
     pub(super) pages: Arc<Mutex<Vec<String>>>,
+    /// So many of the next batches fail and change nothing.
+    pub(super) fails: Arc<AtomicUsize>,
     /// The next batch does.
     pub(super) panics: Arc<AtomicBool>,
     /// The first attempt at the next batch stalls on its way, and the batch is repeated.
@@ -52,6 +54,7 @@ impl Gated {
             gate: Arc::new(Semaphore::new(1)),
             batches: Arc::default(),
             pages: Arc::default(),
+            fails: Arc::default(),
             panics: Arc::default(),
             stalls: Arc::default(),
             stalled: Arc::default(),
@@ -97,7 +100,13 @@ impl Store for Gated {
     async fn commit(&self, batch: Edits, deadline: Duration) -> Result<Vec<ForKey>, StoreError> {
         let touched = batch.iter().map(|(key, edit)| (key.clone(), edit.touched().len())).collect();
         self.batches.lock().expect("batches").push(touched);
+        let fails = |left: usize| left.checked_sub(1);
+        let fails = self.fails.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok();
         let _permit = self.gate.acquire().await.expect("a gate");
+        if fails {
+            let cause = "it is to fail".to_owned();
+            return Err(StoreError::Unavailable { outcome: Outcome::Unknown, cause });
+        }
         assert!(!self.panics.swap(false, Ordering::SeqCst), "a batch is to panic");
         if !self.stalls.swap(false, Ordering::SeqCst) {
             return self.store.commit(batch, deadline).await;

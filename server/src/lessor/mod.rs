@@ -40,7 +40,7 @@ use tokio_util::task::TaskTracker;
 
 pub use acquire::{Acquired, Call, Grant, Obstruction, Origin, Refusal};
 use audience::Audience;
-pub(crate) use caller::Caller;
+pub(crate) use caller::{Caller, Turn};
 pub(crate) use carriage::{Carriage, Loss};
 use carried::Carried;
 pub(crate) use carrier::{Carrier, Full};
@@ -304,13 +304,28 @@ impl<S: Store> Lessor<S> {
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn list(&self, query: ListQuery) -> Result<Page, CallError> {
-        let _turn = self.caller.listing().await;
+        let _turn = self.turn().await;
+        self.page(query).await
+    }
+
+    /// Waits for the caller's turn to have a page read, or to be sent a large answer.
+    pub(crate) async fn turn(&self) -> Turn {
+        self.caller.turn().await
+    }
+
+    /// A page of records, for a caller whose turn it is.
+    pub(crate) async fn page(&self, query: ListQuery) -> Result<Page, CallError> {
         self.in_time(async { Ok(self.store().list(query).await?) }).await
     }
 
-    /// Waits until nothing is left to commit.
+    /// Waits until nothing is left to commit. While the store is away, that may be what ended calls left behind.
     pub async fn settle(&self) {
         self.committer.settle().await;
+    }
+
+    /// Commits nothing again that failed, from here on.
+    pub(crate) fn give_up(&self) {
+        self.committer.give_up();
     }
 
     async fn commit(&self, key: Key, part: Part) -> Result<Arc<Snapshot>, CallError> {

@@ -1,8 +1,8 @@
 //! Those who watch keys by prefix: what is known of the keys, and what each watcher has still to be told.
 //!
 //! A watcher has a queue, filled from the records that pass and emptied by its own stream. One that does not keep up
-//! loses its queue and begins anew with a snapshot; so memory stays bounded and no change is lost in silence. What is
-//! known of a key is shared by all who watch it.
+//! loses its queue and begins anew with a snapshot, so memory stays bounded and the watcher learns that it lost changes.
+//! What is known of a key is shared by all who watch it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,11 +13,11 @@ use tokio::time::Instant;
 
 use super::changes::{Before, ChangeKind, changes};
 use super::known::Known;
-use crate::lease::{Key, Record, Snapshot};
+use crate::lease::{Departure, Key, Record, Snapshot};
 
 /// Changes that a queue holds.
 const QUEUE: usize = 4096;
-/// Bytes of the records in a queue, as [`Record::size`] counts.
+/// Bytes of the records in a queue, as [`size`] counts.
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
 
 /// Keys that are gone through in one go after a watch has ended.
@@ -168,7 +168,7 @@ impl Watchers {
     }
 
     /// If changes may have been missed: all prefixes to list, and the keys to look at for those that are in no listing
-    /// any more.
+    /// any more. A lease that came and went meanwhile on a key that was free before is found by neither.
     pub(super) fn take_stale(&self) -> Option<(Vec<String>, Vec<Key>)> {
         let mut state = self.state();
         std::mem::take(&mut state.is_stale).then(|| {
@@ -252,6 +252,14 @@ fn elapsed(instant: Instant) -> i64 {
     i64::try_from(instant.elapsed().as_millis()).unwrap_or(i64::MAX).saturating_add(2)
 }
 
+/// What a record takes in memory, in bytes. [`Record::size`] leaves out what the rules do not measure, and that may be most of it:
+/// a record remembers more than a thousand departures.
+fn size(snapshot: &Snapshot) -> usize {
+    let record = &snapshot.record;
+    let departures = record.departures.capacity() * size_of::<Departure>();
+    size_of::<Snapshot>() + record.key.as_str().len() + record.size() + departures
+}
+
 impl Watcher {
     fn watches(&self, key: &Key) -> bool {
         key.as_str().starts_with(&self.prefix)
@@ -261,7 +269,7 @@ impl Watcher {
         if self.is_behind {
             return;
         }
-        self.bytes += snapshot.record.size();
+        self.bytes += size(snapshot);
         self.queue.push_back((kind, Arc::clone(snapshot)));
         if self.queue.len() > QUEUE || self.bytes > QUEUE_BYTES {
             self.clear();
@@ -291,7 +299,7 @@ impl Watching {
             if let Some(watcher) = state.watchers.get_mut(&self.number) {
                 let keys: HashSet<&Key> = shown.iter().map(|snapshot| &snapshot.record.key).collect();
                 watcher.queue.retain(|(_, snapshot)| !keys.contains(&snapshot.record.key));
-                watcher.bytes = watcher.queue.iter().map(|(_, snapshot)| snapshot.record.size()).sum();
+                watcher.bytes = watcher.queue.iter().map(|(_, snapshot)| size(snapshot)).sum();
             }
         });
         shown.retain(|snapshot| !snapshot.record.is_free(snapshot.now));
@@ -324,7 +332,7 @@ impl Watching {
             return Some(Told::FellBehind);
         }
         let (kind, snapshot) = watcher.queue.pop_front()?;
-        watcher.bytes -= snapshot.record.size();
+        watcher.bytes -= size(&snapshot);
         Some(Told::Change(kind, snapshot))
     }
 }
@@ -359,7 +367,7 @@ impl Drop for Watching {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp, step};
+    use crate::lease::{Acquisition, Edit, LeaseId, Reason, Rules, Timestamp, step};
 
     fn held(key: &str) -> Arc<Snapshot> {
         let rules = Rules { grace: std::time::Duration::ZERO, place: std::time::Duration::from_secs(15) };
@@ -385,6 +393,27 @@ mod tests {
         assert_eq!(watchers.state().known.len(), 111, "those that another one watches");
         drop(some);
         assert_eq!(watchers.state().known.len(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_queue_is_bounded_by_all_that_its_records_take() {
+        let watchers = Arc::new(Watchers::new(1));
+        let watching = watchers.begin(String::new()).expect("room");
+        let at = Timestamp(1_000_000);
+        let departure = || Departure { id: LeaseId::random(), reason: Reason::Released, at, lasting: true };
+        let mut pushed = 0;
+        // Free records, of which each remembers as many departures as it may.
+        while !matches!(watching.take(), Some(Told::FellBehind)) {
+            let mut state = watchers.state();
+            let watcher = state.watchers.values_mut().next().expect("a watch");
+            while !watcher.is_behind {
+                let departures = (0..1024).map(|_| departure()).collect();
+                let record = Record { departures, ..Record::vacant(Key::try_from("job").expect("a key")) };
+                watcher.push(ChangeKind::Released, &Arc::new(Snapshot { record, now: at }));
+                pushed += 1;
+            }
+        }
+        assert!(pushed * 1024 * size_of::<Departure>() <= QUEUE_BYTES + 64 * 1024, "{pushed} records");
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,9 +11,9 @@ use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 use crate::failure::Failure;
 
 /// Exit codes, as `--help` shows them.
-const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon can be reached; 73 the lease is lost; \
-                     75 another holds the key. `run` otherwise ends with the code of its command: 128+N if signal N ended \
-                     it, 126 if it cannot be run, 127 if it is not found.";
+const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon can be reached; 71 the system lacks \
+                     something; 73 the lease is lost; 75 another holds the key. `run` otherwise ends with the code of its \
+                     command: 128+N if signal N ended it, 126 if it cannot be run, 127 if it is not found.";
 
 /// What every command takes.
 const COMMON: &str = "Common options";
@@ -188,7 +188,7 @@ pub(crate) struct Wish {
 
     /// Another label; repeat it for more, up to 32. In the environment, one a line.
     #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_delimiter = '\n', value_parser = parse_label)]
-    pub(crate) metadata: Vec<(String, String)>,
+    pub(crate) metadata: Vec<Option<(String, String)>>,
 
     /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held; without N,
     /// any number.
@@ -258,9 +258,11 @@ fn parse_wait(text: &str) -> Result<Wait, String> {
     }
 }
 
-fn parse_label(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+/// `None` for a blank line, as multi-line variables begin and end with.
+fn parse_label(text: &str) -> Result<Option<(String, String)>, String> {
+    match text.trim().split_once('=') {
+        None if text.trim().is_empty() => Ok(None),
+        Some((name, value)) if !name.is_empty() => Ok(Some((name.to_owned(), value.to_owned()))),
         _ => Err("a label looks like NAME=VALUE".to_owned()),
     }
 }

@@ -20,6 +20,8 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 /// As `EX_UNAVAILABLE` of sysexits.h.
 const UNAVAILABLE: u8 = 69;
+/// As `EX_OSERR`.
+const SYSTEM: u8 = 71;
 /// As `EX_CANTCREAT`; the lease is lost.
 pub(crate) const LOST: u8 = 73;
 /// As `EX_TEMPFAIL`; another holds the key.
@@ -47,6 +49,8 @@ pub(crate) enum Failure {
     Signal(Signal),
     /// Whoever read the output has gone.
     NobodyReads,
+    /// The system lacks, or forbids, what leasectl needs.
+    System(String),
     /// Something else failed.
     Other(String),
 }
@@ -64,6 +68,7 @@ impl Failure {
             Self::Unreachable(sentence) => (UNAVAILABLE, "UNAVAILABLE", sentence.clone()),
             Self::Lost(sentence) => (LOST, "LEASE_LOST", sentence.clone()),
             Self::Command(code, sentence) => (*code, "COMMAND_NOT_STARTED", sentence.clone()),
+            Self::System(sentence) => (SYSTEM, "SYSTEM", sentence.clone()),
             Self::Other(sentence) => (FAILED, "FAILED", sentence.clone()),
             Self::Client(error) => (code_of(error), reason_of(error), sentence_of(error)),
         };

@@ -68,7 +68,7 @@ impl Job {
             return Err(Failure::Usage("there is no command to run; name it after `--`".to_owned()));
         };
         let mut guardian = Guardian::start()
-            .map_err(|error| Failure::Other(format!("cannot start the guardian of the command: {error}")))?;
+            .map_err(|error| Failure::System(format!("cannot start the guardian of the command: {error}")))?;
         guardian.until(deadline);
         let group = guardian.group();
         let terminal = Terminal::open();

@@ -18,6 +18,8 @@ mod watch;
 
 // What they are made of.
 
+/// Room for the files that it opens.
+mod files;
 /// Keys and changes as JSON.
 mod json;
 /// What is shown: for people, and as JSON.
@@ -65,6 +67,9 @@ fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     let format = args.output;
+    if let Err(failure) = files::make_sure_of_room() {
+        return failure.report(format);
+    }
     // One thread: the system ends no child of a thread that is still there, and a short command starts sooner.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,

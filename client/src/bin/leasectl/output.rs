@@ -2,6 +2,7 @@
 
 use std::io::{BufWriter, Stdout, Write, stderr, stdout};
 
+use rustix::fs::{OFlags, fcntl_getfl, fstat, stat};
 use serde::Serialize;
 
 use crate::args::Format;
@@ -44,6 +45,16 @@ impl Output {
     pub(crate) fn part(&mut self, part: &str) -> Result<(), Failure> {
         Ok(self.stdout.write_all(part.as_bytes())?)
     }
+}
+
+/// Whether this process was started with standard output closed.
+///
+/// By now Rust's runtime has put `/dev/null` there, open for reading and writing. Shells open it for writing only, for those who
+/// want no output.
+pub(crate) fn is_nowhere() -> bool {
+    let (there, null) = (fstat(stdout()), stat("/dev/null"));
+    let is_null = matches!((there, null), (Ok(there), Ok(null)) if there.st_rdev == null.st_rdev);
+    is_null && fcntl_getfl(stdout()).is_ok_and(|flags| flags.contains(OFlags::RDWR))
 }
 
 /// Says on standard error what a person should know. That nobody can read it is no reason to stop.

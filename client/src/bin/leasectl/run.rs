@@ -30,6 +30,8 @@ use crate::wanted;
 const NAP: Duration = Duration::from_secs(1);
 /// How long to try to give back a lease that no daemon has confirmed for long.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long a command may take to end that was killed together with its guardian.
+const TOGETHER: Duration = Duration::from_secs(1);
 
 /// A command under its lease.
 struct Running {
@@ -52,6 +54,9 @@ enum End {
 
 /// Waits for a lease, runs the command while it is held, and returns the command's exit code.
 pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Result<u8, Failure> {
+    if command.first().is_some_and(|program| program.is_empty()) {
+        return Err(Failure::Usage("the command is empty; name it after `--`".to_owned()));
+    }
     let times = Times::of(wish.ttl);
     let mut signals = Signals::new(ENDING)?;
     let lease = wanted::lease(client, wish, &mut signals).await?;
@@ -70,16 +75,22 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
     match end {
         End::Done(exit) => {
             let had_terminal = running.job.leave();
+            // A shell around leasectl ends its script only if leasectl dies of the signal as well.
+            let whom = match exit.by_key() {
+                // The terminal sent the key to the command's group alone.
+                Some(signal) if had_terminal => Some((signal, Whom::Group)),
+                Some(signal) if running.signals.has_come(signal) => Some((signal, Whom::Myself)),
+                _ => None,
+            };
             give_back(running.lease).await?;
-            // The key was meant for a script around leasectl as well, which the terminal did not send it to.
-            if let Some(signal) = exit.by_key().filter(|_| had_terminal) {
-                die_of(signal, Whom::Group);
+            if let Some((signal, whom)) = whom {
+                die_of(signal, whom);
             }
             Ok(exit.code())
         }
         End::Lost(state) => Err(running.lost(state).await),
         End::Unguarded => {
-            running.job.signal(Signal::KILL);
+            running.job.leave();
             give_back(running.lease).await?;
             Err(Failure::Other("the command was killed, because its guardian had been".to_owned()))
         }
@@ -111,8 +122,10 @@ impl Running {
         let mut ticks = interval(self.times.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Some(end) = self.look()? {
-                return Ok(end);
+            match self.look()? {
+                Some(End::Unguarded) => return self.unguarded().await,
+                Some(end) => return Ok(end),
+                None => {}
             }
             tokio::select! {
                 biased;
@@ -155,10 +168,38 @@ impl Running {
             }
         }
         self.job.signal(Signal::KILL);
-        while !matches!(self.look()?, Some(End::Done(_) | End::Lost(_))) {
-            self.children.recv().await;
-        }
+        self.ended().await?;
         Ok(End::Lost(self.lease.state().current()))
+    }
+
+    /// The guardian is gone. A command that was killed with it, as by a `kill -9 0` of its own, may be seen to end later than the
+    /// guardian, and has ended by itself all the same. Any other is killed.
+    async fn unguarded(&mut self) -> Result<End, Failure> {
+        let mut too_long = std::pin::pin!(sleep(TOGETHER.min(until(self.job.deadline()))));
+        loop {
+            if let Some(end @ (End::Done(_) | End::Lost(_))) = self.look()? {
+                return Ok(end);
+            }
+            tokio::select! {
+                biased;
+                _ = self.children.recv() => {}
+                _ = self.lease.lost() => break,
+                () = &mut too_long => break,
+            }
+        }
+        self.job.signal(Signal::KILL);
+        self.ended().await?;
+        Ok(End::Unguarded)
+    }
+
+    /// Waits until the command has ended, guarded or not.
+    async fn ended(&mut self) -> Result<End, Failure> {
+        loop {
+            match self.look()? {
+                Some(end @ (End::Done(_) | End::Lost(_))) => return Ok(end),
+                Some(End::Unguarded) | None => self.children.recv().await,
+            };
+        }
     }
 
     /// What has become of the command.

@@ -19,13 +19,16 @@ const WAITING: usize = 32;
 pub(crate) struct Signals {
     sender: mpsc::Sender<Signal>,
     receiver: mpsc::Receiver<Signal>,
+    /// The signals that this process was started to ignore, a bit each.
     ignored: u64,
+    /// The signals that [`next`](Self::next) has returned, a bit each.
+    taken: u64,
 }
 
 impl Signals {
     pub(crate) fn new(wanted: &[Signal]) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel(WAITING);
-        let signals = Self { sender, receiver, ignored: ignored() };
+        let signals = Self { sender, receiver, ignored: ignored(), taken: 0 };
         signals.add(wanted)?;
         Ok(signals)
     }
@@ -33,7 +36,7 @@ impl Signals {
     /// Hears of these, too.
     pub(crate) fn add(&self, wanted: &[Signal]) -> io::Result<()> {
         for &wanted in wanted {
-            if self.ignored & (1 << (wanted.as_raw() - 1)) != 0 {
+            if self.ignored & bit(wanted) != 0 {
                 continue;
             }
             let mut signals = signal(SignalKind::from_raw(wanted.as_raw()))?;
@@ -48,10 +51,18 @@ impl Signals {
 
     pub(crate) async fn next(&mut self) -> Signal {
         match self.receiver.recv().await {
-            Some(signal) => signal,
+            Some(signal) => {
+                self.taken |= bit(signal);
+                signal
+            }
             // Does not happen: a sender is at hand.
             None => std::future::pending().await,
         }
+    }
+
+    /// Whether [`next`](Self::next) has returned this signal.
+    pub(crate) fn has_come(&self, signal: Signal) -> bool {
+        self.taken & bit(signal) != 0
     }
 }
 
@@ -82,6 +93,11 @@ pub(crate) fn die_of(signal: Signal, whom: Whom) {
         let _ = kill_current_process_group(signal);
     }
     let _ = emulate_default_handler(signal.as_raw());
+}
+
+/// A signal's bit in a mask.
+fn bit(signal: Signal) -> u64 {
+    1 << (signal.as_raw() - 1)
 }
 
 /// The signals that this process was started to ignore, a bit each (`SigIgn` in proc(5)); none where there is no such file.

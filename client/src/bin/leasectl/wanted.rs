@@ -36,7 +36,7 @@ pub(crate) async fn lease(client: &Client, wish: Wish, signals: &mut Signals) ->
         .owner(&owner)
         .min_hold(wish.min_hold)
         .margin(Times::of(wish.ttl).margin);
-    acquire.extend(wish.metadata);
+    acquire.extend(wish.metadata.into_iter().flatten());
     acquire = match wish.wait {
         Wait::UpTo(wait) => acquire.wait(wait),
         Wait::Forever => acquire.wait_forever(),

@@ -59,6 +59,15 @@ pub enum Unusable {
         "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; {1} or leave it out"
     )]
     WeakWrites(String, &'static str),
+    /// An option of the driver that this build lacks.
+    #[error("the MongoDB URI sets {0}, and compression is not built in; leave it out")]
+    Compression(&'static str),
+    /// So few connections that commits wait for other work.
+    #[error(
+        "the MongoDB URI sets maxPoolSize={0}, with which commits would wait for the change stream or for upkeep; say {1} or \
+         more, or leave it out"
+    )]
+    Pool(u32, u32),
     /// A database that MongoDB needs for itself.
     #[error("the database {0:?} is MongoDB's own; name another with --mongodb-database")]
     Database(String),

@@ -8,6 +8,7 @@ use mongodb::bson::{Document, RawDocumentBuf, doc};
 use mongodb::error::{Error, ErrorKind};
 use mongodb::options::{ClientOptions, Hint, ReadConcern};
 use mongodb::{Client, Collection};
+use tokio::task::yield_now;
 
 use super::command::{ATTEMPT, Runner, brief};
 use super::document::Edited;
@@ -23,6 +24,8 @@ const GETS: usize = 16;
 const LISTS: usize = 8;
 /// A page of a listing ends past this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
+/// Records of a page that are read in one go, before others get their turn.
+const STEP: usize = 32;
 /// The server's codes for a hint that names no index: `BadValue`, which has other meanings as well, and
 /// `NoQueryExecutionPlans`.
 const BAD_VALUE: i32 = 2;
@@ -97,8 +100,12 @@ impl MongoStore {
             let found = self.found_for_page(query, after.as_deref()).await?;
             let more = found.cut || found.documents.len() > query.limit;
             let shown = &found.documents[..found.documents.len().min(query.limit)];
-            let answers = read_each(shown).into_iter();
-            let snapshots: Vec<_> = answers.filter_map(|answer| answer.inspect_err(report).ok()).collect();
+            let mut snapshots = Vec::with_capacity(shown.len());
+            for step in shown.chunks(STEP) {
+                let answers = read_each(step).into_iter();
+                snapshots.extend(answers.filter_map(|answer| answer.inspect_err(report).ok()));
+                yield_now().await;
+            }
             if !more || !snapshots.is_empty() {
                 return Ok(Page { snapshots, more });
             }

@@ -21,14 +21,25 @@ const READS: [(&str, Option<&str>, &str); 4] = [
     ("maxStalenessSeconds", None, "leave it out"),
 ];
 
+/// Connections that a daemon uses at once: for the change stream, which holds one for as long as nothing happens, for two batches
+/// of commits, and for upkeep, such as an index that is being built. With fewer, commits wait for the others.
+const CONNECTIONS: u32 = 4;
+
+/// Options that the driver has only with compression built in. It refuses them as misspellings of themselves.
+const COMPRESSION: [&str; 2] = ["compressors", "zlibCompressionLevel"];
+
 /// Reads the URI. What it leaves open is set to notice a lost primary within seconds.
 pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectError> {
     refuse_other_reads(uri)?;
+    refuse_compression(uri)?;
     let mut options = ClientOptions::parse(uri).await.map_err(|error| match error.kind.as_ref() {
         ErrorKind::DnsResolve { .. } => ConnectError::Unreachable(brief(&error)),
         _ => unusable(&error).into(),
     })?;
     refuse_weak_writes(options.write_concern.as_ref())?;
+    if let Some(size) = options.max_pool_size.filter(|&size| size < CONNECTIONS) {
+        return Err(Unusable::Pool(size, CONNECTIONS).into());
+    }
     options.selection_criteria = Some(ReadPreference::Primary.into());
     options.read_concern = Some(ReadConcern::majority());
     options.write_concern = Some(write_concern());
@@ -72,8 +83,7 @@ fn refuse_weak_writes(asked: Option<&WriteConcern>) -> Result<(), Unusable> {
 
 /// The URI is read here and not by the driver, which knows some of these options only beside others.
 fn refuse_other_reads(uri: &str) -> Result<(), Unusable> {
-    let options = uri.split_once('?').map_or("", |(_, options)| options);
-    for (name, value) in options.split('&').filter_map(|option| option.split_once('=')) {
+    for (name, value) in pairs(uri) {
         let of_reads = READS.iter().find(|(option, ..)| option.eq_ignore_ascii_case(name));
         if let Some((option, safe, advice)) = of_reads
             && safe.is_none_or(|safe| !safe.eq_ignore_ascii_case(value))
@@ -82,6 +92,17 @@ fn refuse_other_reads(uri: &str) -> Result<(), Unusable> {
         }
     }
     Ok(())
+}
+
+fn refuse_compression(uri: &str) -> Result<(), Unusable> {
+    let asked = |option: &&str| pairs(uri).any(|(name, _)| option.eq_ignore_ascii_case(name));
+    COMPRESSION.into_iter().find(asked).map_or(Ok(()), |option| Err(Unusable::Compression(option)))
+}
+
+/// The options in a URI, as they are written.
+fn pairs(uri: &str) -> impl Iterator<Item = (&str, &str)> {
+    let options = uri.split_once('?').map_or("", |(_, options)| options);
+    options.split('&').filter_map(|option| option.split_once('='))
 }
 
 /// Says what an error means and nothing that is secret, so that it may be printed.
@@ -216,6 +237,23 @@ mod tests {
             assert!(text.contains("leave it out"), "{option}: {text}");
         }
         assert_eq!(printed("mongodb://127.0.0.1/?readPreference=primary&readConcernLevel=majority"), None);
+    }
+
+    #[test]
+    fn a_pool_in_which_commits_would_wait_for_other_work_is_refused() {
+        for size in 1..CONNECTIONS {
+            let text = printed(&format!("mongodb://127.0.0.1/?maxPoolSize={size}")).expect("a small pool");
+            assert!(text.contains(&format!("maxPoolSize={size}")) && text.contains("4 or more"), "{text}");
+        }
+        assert_eq!(printed("mongodb://127.0.0.1/?maxPoolSize=4"), None);
+    }
+
+    #[test]
+    fn compression_is_refused_as_what_is_not_built_in() {
+        for option in ["compressors=snappy", "Compressors=zstd,zlib", "zlibCompressionLevel=6"] {
+            let text = printed(&format!("mongodb://127.0.0.1/?appName=a&{option}")).expect(option);
+            assert!(text.contains("compression is not built in"), "{option}: {text}");
+        }
     }
 
     #[tokio::test]

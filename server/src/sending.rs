@@ -1,0 +1,188 @@
+//! What the answer to a unary call may take while it goes out: its caller takes it in time, and a large one is handed over in
+//! pieces and keeps its turn until the last piece is gone.
+//!
+//! Streams are not meant: a keepalive stream or a watch lasts for as long as its caller likes.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http_body::{Body, Frame};
+use pin_project_lite::pin_project;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
+use tonic::codegen::Bytes;
+use tonic::codegen::http::{HeaderMap, HeaderValue};
+use tonic::{Response, Status};
+
+use crate::lessor;
+
+/// How long a caller may take to take the answer to a unary call.
+const TIME: Duration = Duration::from_secs(10);
+/// Large answers under way in the whole daemon.
+const TURNS: usize = 32;
+/// Bytes of a large answer that are handed to its connection in one go. A connection asks for more only when its peer has taken
+/// those before, so this is what it keeps of an answer that nobody takes.
+const PIECE: usize = 16 * 1024;
+
+thread_local! {
+    /// Whether the call that this thread polls has begun to send the answer to a unary call.
+    static BEGUN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Notes that the call which this thread polls sends the answer to a unary call from here on.
+pub(crate) fn begin() {
+    BEGUN.set(true);
+}
+
+pin_project! {
+    /// A call that is dropped, and thereby reset, if the answer to it is not taken in time.
+    pub(crate) struct Sending<F> {
+        #[pin]
+        call: F,
+        // In a box, which is made for answers that have to wait for their caller, and for no streams.
+        deadline: Option<Pin<Box<Sleep>>>,
+    }
+}
+
+/// Runs a call until its answer has been taken, or should have been.
+///
+/// The deadline is not the body's: a connection whose peer takes nothing does not ask the body for anything.
+pub(crate) fn in_time<F: Future>(call: F) -> Sending<F> {
+    Sending { call, deadline: None }
+}
+
+impl<F: Future> Future for Sending<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let this = self.project();
+        BEGUN.set(false);
+        if this.call.poll(context).is_ready() {
+            return Poll::Ready(());
+        }
+        if BEGUN.take() {
+            *this.deadline = Some(Box::pin(sleep(TIME)));
+        }
+        this.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.as_mut().poll(context))
+    }
+}
+
+/// The turns that large answers take. Clones are the same turns.
+#[derive(Debug, Clone)]
+pub(crate) struct Turns(Arc<Semaphore>);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(TURNS)))
+    }
+}
+
+/// A large answer's turn, among those of its caller and of the whole daemon. Dropping it ends the turn.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    _of_caller: lessor::Turn,
+    _of_all: Option<OwnedSemaphorePermit>,
+}
+
+impl Turns {
+    /// Adds a turn among those of the whole daemon to one among those of a caller.
+    pub(crate) async fn take(&self, of_caller: lessor::Turn) -> Turn {
+        // Nobody closes it.
+        Turn { _of_caller: of_caller, _of_all: Arc::clone(&self.0).acquire_owned().await.ok() }
+    }
+}
+
+/// The body of a large answer: its message in pieces, and the trailers.
+#[derive(Debug, Clone)]
+pub(crate) struct Large {
+    pieces: VecDeque<Bytes>,
+    has_trailers: bool,
+    _turn: Arc<Turn>,
+}
+
+/// An answer whose message is encoded already. The layer that bounds calls sends [`Large`] in place of `T`.
+pub(crate) fn encoded<T: Default>(message: &[u8], turn: Turn) -> Response<T> {
+    let mut answer = Response::new(T::default());
+    answer.extensions_mut().insert(Large::new(message, turn));
+    answer
+}
+
+impl Large {
+    fn new(message: &[u8], turn: Turn) -> Self {
+        // A message begins with a flag, 0 for "not compressed", and its length. None is larger than 4 MiB.
+        let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
+        let prefix = Bytes::from([&[0][..], &length.to_be_bytes()].concat());
+        // Copies: a part of a shared buffer would keep all of it for as long as the connection has the part.
+        let pieces = message.chunks(PIECE).map(Bytes::copy_from_slice);
+        let pieces = std::iter::once(prefix).chain(pieces).collect();
+        Self { pieces, has_trailers: true, _turn: Arc::new(turn) }
+    }
+}
+
+impl Body for Large {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(piece) = self.pieces.pop_front() {
+            return Poll::Ready(Some(Ok(Frame::data(piece))));
+        }
+        let trailers = || HeaderMap::from_iter([(Status::GRPC_STATUS, HeaderValue::from_static("0"))]);
+        let is_due = std::mem::take(&mut self.has_trailers);
+        Poll::Ready(is_due.then(|| Ok(Frame::trailers(trailers()))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::lessor::Caller;
+
+    #[tokio::test]
+    async fn a_large_answer_goes_out_whole_in_pieces_and_keeps_its_turn_until_its_end() {
+        let turns = Turns::default();
+        let turn = turns.take(Caller::new().turn().await).await;
+        let message: Vec<u8> = (0..PIECE * 3 + 7).map(|byte| byte.to_le_bytes()[0]).collect();
+        let mut answer: Response<()> = encoded(&message, turn);
+        let mut body = answer.extensions_mut().remove::<Large>().expect("a body");
+        let (mut sent, mut trailers) = (Vec::new(), None);
+        while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+            match frame.expect("a frame").into_data() {
+                Ok(data) => {
+                    assert!(data.len() <= PIECE && trailers.is_none());
+                    sent.extend(data);
+                }
+                Err(frame) => trailers = frame.into_trailers().ok(),
+            }
+            assert_eq!(turns.0.available_permits(), TURNS - 1);
+        }
+        let length = u32::try_from(message.len()).expect("a length").to_be_bytes();
+        assert!(sent == [&[0][..], &length, &message].concat());
+        assert_eq!(trailers.expect("trailers")[Status::GRPC_STATUS], "0");
+        drop(body);
+        assert_eq!(turns.0.available_permits(), TURNS);
+    }
+
+    #[tokio::test]
+    async fn answers_of_all_callers_share_the_turns() {
+        let (turns, mut taken) = (Turns::default(), Vec::new());
+        for _ in 0..TURNS {
+            taken.push(turns.take(Caller::new().turn().await).await);
+        }
+        let mut next = Box::pin(async { turns.take(Caller::new().turn().await).await });
+        assert!(next.as_mut().now_or_never().is_none());
+        taken.pop();
+        next.await;
+    }
+}
