@@ -1,5 +1,6 @@
 //! Ids that are over: released while they wait, or before they are asked for, asked for again, or asked for otherwise.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use leased_client::Reason;
@@ -12,6 +13,7 @@ use tokio::time::timeout;
 use tonic::{Code, Request, Status};
 use uuid::Uuid;
 
+use crate::support::relay::Relay;
 use crate::support::{
     Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, eventually, line_of, named,
     refusal, secs,
@@ -167,6 +169,27 @@ async fn releases_of_many_that_share_a_key_are_all_answered_when_the_first_reply
         released.unwrap();
     }
     assert_eq!(client.look("pool").await.unwrap().state(), LeaseState::Free);
+}
+
+/// The connection stalls over which the acquire is sent first; the daemon sends it again, and it is refused. The first one arrives
+/// when the key is free.
+#[tokio::test]
+async fn an_acquire_that_was_refused_holds_nothing_when_its_first_command_arrives_late() {
+    let mongod = Mongod::start().await.unwrap();
+    let relay = Relay::holding_back("comes late", SocketAddr::from(([127, 0, 0, 1], mongod.port()))).await;
+    let uri = format!("mongodb://{}/?directConnection=true", relay.address());
+    let daemon = Daemon::over(&uri, |_| {}).await;
+    let mut client = daemon.client().await;
+    let held = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let refused = client.get_lease(ask("job").owner("comes late").ttl(secs(60))).await.unwrap_err();
+    assert_eq!(refusal(&refused, "").0, Some(Reason::LeaseHeld), "{refused:?}");
+    let records = daemon.collection().await;
+    let settled = doc! { "_id": "job", "departures.reason": "settled" };
+    eventually(async || records.find_one(settled.clone()).await.unwrap()).await;
+
+    client.give_back(&held).await.unwrap();
+    relay.deliver().await;
+    assert_eq!(client.look("job").await.unwrap().state(), LeaseState::Free, "nobody knows of the lease");
 }
 
 #[rstest]

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use leased::lease::{Edit, FencingToken, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
-use leased::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
+use leased::store::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -186,15 +186,15 @@ impl Store for SimulatedStore {
         &self,
         mut batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    ) -> Result<Committed, StoreError> {
         let deadline = Instant::now() + deadline;
-        let mut outcome = Outcome::NotApplied;
+        let (mut outcome, mut is_repeated) = (Outcome::NotApplied, false);
         loop {
             self.travel().await;
             if !self.is_away() {
                 let snapshots = self.apply(&batch);
                 self.travel().await;
-                return Ok(snapshots.into_iter().map(Ok).collect());
+                return Ok(Committed { records: snapshots.into_iter().map(Ok).collect(), is_repeated });
             }
             if fastrand::bool() {
                 self.apply(&batch);
@@ -207,6 +207,7 @@ impl Store for SimulatedStore {
             sleep_until(again).await;
             let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
             batch = Arc::new(repeated.collect());
+            is_repeated = true;
         }
     }
 

@@ -1,53 +1,81 @@
-//! A relay before a daemon, whose connections fall silent, or lose the answer to a request. Knows nothing of leases.
+//! A relay before a daemon or a MongoDB, whose connections fall silent, lose the answer to a request, or deliver it late. Knows
+//! nothing of leases.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 /// Passes on what comes, in both directions, for as long as it lives.
 pub(crate) struct Relay {
+    address: SocketAddr,
     url: String,
     connections: Arc<AtomicUsize>,
     /// Connections with a lower number are silent.
     silent_below: watch::Sender<usize>,
-    broken_off: CancellationToken,
+    trick_is_over: CancellationToken,
+    delivered: Mutex<oneshot::Receiver<()>>,
     _task: AbortOnDropHandle<()>,
 }
 
+/// What happens to one request. Whichever connection brings it takes the trick.
+struct Trick {
+    /// By which the request is known.
+    words: &'static str,
+    kind: Kind,
+    is_over: CancellationToken,
+    delivered: oneshot::Sender<()>,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Its answer is lost, and so is what comes after it over the same connection.
+    Unanswered,
+    /// It comes when the test says so, and is the last thing that passes over its connection.
+    Late,
+}
+
 impl Relay {
-    /// To the daemon at `to`.
+    /// To the server at `to`.
     pub(crate) async fn to(to: SocketAddr) -> Self {
-        Self::start(None, to).await
+        Self::start("", Kind::Unanswered, to).await
     }
 
-    /// To the daemon at `to`. The first request with `words` goes without its answer, and so does what comes after it over the same
+    /// To the server at `to`. The first request with `words` goes without its answer, and so does what comes after it over the same
     /// connection.
     pub(crate) async fn losing_the_answer_to(words: &'static str, to: SocketAddr) -> Self {
-        Self::start(Some(words), to).await
+        Self::start(words, Kind::Unanswered, to).await
     }
 
-    async fn start(words: Option<&'static str>, to: SocketAddr) -> Self {
+    /// To the server at `to`. The first request with `words` is held back until it is delivered.
+    pub(crate) async fn holding_back(words: &'static str, to: SocketAddr) -> Self {
+        Self::start(words, Kind::Late, to).await
+    }
+
+    /// Without `words` there is no trick.
+    async fn start(words: &'static str, kind: Kind, to: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         let (silent_below, silence) = watch::channel(0);
-        let (connections, broken_off) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
-        let (count, ended) = (Arc::clone(&connections), broken_off.clone());
-        let seen = Arc::new(AtomicBool::new(false));
+        let (connections, trick_is_over) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
+        let (delivered, delivery) = oneshot::channel();
+        let trick = Trick { words, kind, is_over: trick_is_over.clone(), delivered };
+        let trick = Arc::new(Mutex::new(Some(trick).filter(|trick| !trick.words.is_empty())));
+        let count = Arc::clone(&connections);
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let number = count.fetch_add(1, Ordering::Relaxed);
-                let daemon = TcpStream::connect(to).await.unwrap();
-                let (mut silence, seen, ended) = (silence.clone(), Arc::clone(&seen), ended.clone());
+                let server = TcpStream::connect(to).await.unwrap();
+                let (mut silence, trick) = (silence.clone(), Arc::clone(&trick));
                 tokio::spawn(async move {
-                    let mut ends = (client, daemon);
+                    let mut ends = (client, server);
                     tokio::select! {
-                        () = pass(&mut ends, words, &seen, &ended) => return,
+                        () = pass(&mut ends, &trick) => return,
                         _ = silence.wait_for(|below| number < *below) => {}
                     }
                     // Open on both sides, and nothing passes.
@@ -55,7 +83,13 @@ impl Relay {
                 });
             }
         });
-        Self { url, connections, silent_below, broken_off, _task: AbortOnDropHandle::new(task) }
+        let (url, delivered) = (format!("http://{address}"), Mutex::new(delivery));
+        let _task = AbortOnDropHandle::new(task);
+        Self { address, url, connections, silent_below, trick_is_over, delivered, _task }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -74,37 +108,57 @@ impl Relay {
 
     /// Breaks off the connection whose answer was lost.
     pub(crate) fn break_off(&self) {
-        self.broken_off.cancel();
+        self.trick_is_over.cancel();
+    }
+
+    /// Delivers the request that was held back, and waits until the server has answered.
+    pub(crate) async fn deliver(&self) {
+        self.trick_is_over.cancel();
+        (&mut *self.delivered.lock().await).await.expect("a request that was held back");
     }
 }
 
-async fn pass(
-    (client, daemon): &mut (TcpStream, TcpStream),
-    words: Option<&str>,
-    seen: &AtomicBool,
-    broken_off: &CancellationToken,
-) {
+async fn pass((client, server): &mut (TcpStream, TcpStream), trick: &Mutex<Option<Trick>>) {
     let (mut asked, mut answered) = ([0; 16 * 1024], [0; 16 * 1024]);
-    let mut loses = false;
+    let mut unanswered: Option<Trick> = None;
     loop {
+        let is_over = async {
+            match &unanswered {
+                Some(trick) => trick.is_over.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             read = client.read(&mut asked) => {
                 let Ok(length @ 1..) = read else { return };
                 let request = &asked[..length];
-                if words.is_some_and(|words| request.windows(words.len()).any(|part| part == words.as_bytes())) {
-                    loses |= !seen.swap(true, Ordering::Relaxed);
+                let is_meant = |words: &str| request.windows(words.len()).any(|part| part == words.as_bytes());
+                let mine = trick.lock().await.take_if(|trick| is_meant(trick.words));
+                if let Some(Trick { kind: Kind::Late, is_over, .. }) = &mine {
+                    is_over.cancelled().await;
                 }
-                if daemon.write_all(request).await.is_err() {
+                if server.write_all(request).await.is_err() {
                     return;
                 }
+                match mine {
+                    Some(Trick { kind: Kind::Late, delivered, .. }) => {
+                        // The client may be gone by now.
+                        if matches!(server.read(&mut answered).await, Ok(1..)) {
+                            let _ = delivered.send(());
+                        }
+                        return;
+                    }
+                    Some(lost) => unanswered = Some(lost),
+                    None => {}
+                }
             }
-            read = daemon.read(&mut answered) => {
+            read = server.read(&mut answered) => {
                 let Ok(length @ 1..) = read else { return };
-                if !loses && client.write_all(&answered[..length]).await.is_err() {
+                if unanswered.is_none() && client.write_all(&answered[..length]).await.is_err() {
                     return;
                 }
             }
-            () = broken_off.cancelled(), if loses => return,
+            () = is_over => return,
         }
     }
 }

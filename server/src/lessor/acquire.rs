@@ -149,9 +149,12 @@ impl<S: Store> Lessor<S> {
             open: true,
         };
 
-        let repetitions = self.store().repetitions();
         let first = loop {
-            let snapshot = self.commit(key.clone(), Part::Acquire(Arc::clone(&acquisition))).await?;
+            let done = self.commit(key.clone(), Part::Acquire(Arc::clone(&acquisition))).await?;
+            if done.is_repeated {
+                attempt.repeated_at = Some(Instant::now());
+            }
+            let snapshot = done.snapshot;
             // Neither admitted nor kept out: someone deleted the record in between.
             let vanished = snapshot.standing(id) == Standing::Unknown
                 && snapshot.record.holders.is_empty()
@@ -161,9 +164,6 @@ impl<S: Store> Lessor<S> {
                 break snapshot;
             }
         };
-        if self.store().repetitions() != repetitions {
-            attempt.repeated_at = Some(Instant::now());
-        }
         match first.standing(id) {
             Standing::Waiter(_) if waits && !first.conflicts(&acquisition) => {
                 let wait = self.counts().wait();
@@ -241,7 +241,7 @@ impl<S: Store> Lessor<S> {
             let refusal = refusal.unwrap_or_default();
             return Ok(Acquired::Held(refusal));
         }
-        let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?;
+        let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?.snapshot;
         let answer = match snapshot.standing(id) {
             Standing::Holder(_) if snapshot.conflicts(asked) => Acquired::IdReused,
             Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
@@ -331,7 +331,7 @@ struct Attempt<S: Store> {
     origin: Origin,
     entry: Option<Entry>,
     /// When the id was last asked for by what may not be the only command to do so, of which one may still be under way:
-    /// the first commit, if the store repeated some batch meanwhile, or one for a new place.
+    /// the first commit, if its batch was repeated, or one for a new place.
     repeated_at: Option<Instant>,
     /// It has left, and nobody else keeps its place.
     leaves: bool,

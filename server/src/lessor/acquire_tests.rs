@@ -93,11 +93,12 @@ async fn only_an_id_that_the_daemon_picked_is_given_up_again_after_a_failure(
     assert_eq!(store.batches_of(&key("job")).0, batches);
 }
 
-/// No more is written for the many refusals that were sent once.
+/// No more is written for the many refusals that were sent once, whatever was repeated before.
 #[tokio::test]
 async fn a_refusal_that_was_sent_once_costs_no_second_commit() {
     let store = Gated::new().await;
     let engine = store.engine(usize::MAX / 2);
+    store.stalls.store(true, Ordering::SeqCst);
     engine.acquire(ask(LeaseId::random(), Origin::Caller, Duration::ZERO)).await.expect("a grant");
     let refused = engine.acquire(ask(LeaseId::random(), Origin::Daemon, Duration::ZERO)).await;
     assert!(matches!(refused, Ok(Acquired::Held(_))), "{refused:?}");

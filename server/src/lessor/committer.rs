@@ -23,7 +23,7 @@ use super::part::{Gathered, Part};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Snapshot};
 use crate::panics::contain;
-use crate::store::{ForKey, Outcome, Store, StoreError};
+use crate::store::{Committed, Outcome, Store, StoreError};
 
 /// Keys in one batch.
 const BATCH_KEYS: usize = 1000;
@@ -45,7 +45,16 @@ pub(super) const UNANSWERED: usize = 16 * 1024;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// What a call is answered.
-pub(super) type Answer = Result<Arc<Snapshot>, StoreError>;
+pub(super) type Answer = Result<Done, StoreError>;
+
+/// A part that has been committed.
+#[derive(Debug, Clone)]
+pub(super) struct Done {
+    /// The record after it.
+    pub(super) snapshot: Arc<Snapshot>,
+    /// As [`Committed::is_repeated`] of its batch.
+    pub(super) is_repeated: bool,
+}
 
 /// Gathers parts and commits them.
 #[derive(Debug)]
@@ -322,7 +331,7 @@ impl<S: Store> Committer<S> {
         &self.store
     }
 
-    /// Commits a part with the next edit of its key and returns the record after it.
+    /// Commits a part with the next edit of its key and returns what came of it.
     pub(super) async fn submit(self: &Arc<Self>, caller: &Caller, key: Key, part: Part) -> Answer {
         let (sender, receiver) = oneshot::channel();
         let room = self.enter(caller, 1).await;
@@ -494,10 +503,10 @@ impl<S: Store> Committer<S> {
         edits: &[(Key, Edit)],
         replies: Vec<(usize, Reply)>,
         sent_at: BootInstant,
-        outcome: Result<Vec<ForKey>, StoreError>,
+        outcome: Result<Committed, StoreError>,
     ) {
         let mut records = match outcome {
-            Ok(records) => Ok(records.into_iter()),
+            Ok(Committed { records, is_repeated }) => Ok((records.into_iter(), is_repeated)),
             Err(error) => {
                 tracing::warn!(keys = edits.len(), %error, "a batch failed");
                 Err(error)
@@ -507,11 +516,14 @@ impl<S: Store> Committer<S> {
         let mut failed = Vec::new();
         for (position, (_, edit)) in edits.iter().enumerate() {
             let answer = match &mut records {
-                Ok(records) => records.next().unwrap_or_else(|| Err(lost())).map(Arc::new),
+                Ok((records, is_repeated)) => {
+                    let record = records.next().unwrap_or_else(|| Err(lost()));
+                    record.map(|record| Done { snapshot: Arc::new(record), is_repeated: *is_repeated })
+                }
                 Err(error) => Err(error.clone()),
             };
-            if let Ok(record) = &answer {
-                self.audience.own(record, edit, sent_at);
+            if let Ok(done) = &answer {
+                self.audience.own(&done.snapshot, edit, sent_at);
             }
             while let Some((_, reply)) = replies.next_if(|(edit, _)| *edit == position) {
                 failed.extend(reply.send(answer.clone()));

@@ -1,6 +1,6 @@
 //! An embedded store that is slow, or fails, or panics, or has an attempt stall on its way, when it is told to.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::{Bounds, Lessor};
 use crate::lease::{Edit, Key, Rules};
 use crate::meter::Meter;
 use crate::store::embedded::EmbeddedStore;
-use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
+use crate::store::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
 
 const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -42,7 +42,6 @@ pub(super) struct Gated {
     /// The first attempt at the next batch stalls on its way, and the batch is repeated.
     pub(super) stalls: Arc<AtomicBool>,
     stalled: Arc<Mutex<Vec<Edits>>>,
-    repetitions: Arc<AtomicU64>,
     _folder: Arc<TempDir>,
 }
 
@@ -58,7 +57,6 @@ impl Gated {
             panics: Arc::default(),
             stalls: Arc::default(),
             stalled: Arc::default(),
-            repetitions: Arc::default(),
             _folder: Arc::new(folder),
         }
     }
@@ -97,7 +95,7 @@ impl Gated {
 }
 
 impl Store for Gated {
-    async fn commit(&self, batch: Edits, deadline: Duration) -> Result<Vec<ForKey>, StoreError> {
+    async fn commit(&self, batch: Edits, deadline: Duration) -> Result<Committed, StoreError> {
         let touched = batch.iter().map(|(key, edit)| (key.clone(), edit.touched().len())).collect();
         self.batches.lock().expect("batches").push(touched);
         let fails = |left: usize| left.checked_sub(1);
@@ -112,9 +110,9 @@ impl Store for Gated {
             return self.store.commit(batch, deadline).await;
         }
         self.stalled.lock().expect("batches").push(Arc::clone(&batch));
-        self.repetitions.fetch_add(1, Ordering::SeqCst);
         let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
-        self.store.commit(Arc::new(repeated.collect()), deadline).await
+        let committed = self.store.commit(Arc::new(repeated.collect()), deadline).await?;
+        Ok(Committed { is_repeated: true, ..committed })
     }
 
     fn batches(&self) -> usize {
@@ -152,7 +150,7 @@ impl Store for Gated {
     }
 
     fn repetitions(&self) -> u64 {
-        self.repetitions.load(Ordering::SeqCst)
+        self.store.repetitions()
     }
 
     async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}

@@ -45,7 +45,7 @@ pub(crate) use carriage::{Carriage, Loss};
 use carried::Carried;
 pub(crate) use carrier::{Carrier, Full};
 pub use changes::ChangeKind;
-use committer::{Answer, Committer, lost};
+use committer::{Answer, Committer, Done, lost};
 use counts::Tally;
 pub(crate) use counts::{Counts, Source};
 use line::Line;
@@ -193,7 +193,7 @@ impl<S: Store> Lessor<S> {
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn touch(&self, key: Key, id: LeaseId) -> Result<Touched, CallError> {
-        let snapshot = self.commit(key, Part::Touch(id)).await?;
+        let snapshot = self.commit(key, Part::Touch(id)).await?.snapshot;
         let touched = touched(&snapshot, id);
         let mut tally = Tally::default();
         tally.add(touched, Source::Store);
@@ -217,7 +217,7 @@ impl<S: Store> Lessor<S> {
         let parts = leases.clone().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
         let answers = self.committer.submit_each(&self.caller, parts).await.into_iter();
         let touched = |((_, id), answer): (&(Key, LeaseId), Option<Answer>)| match answer {
-            Some(Ok(snapshot)) => Ok(touched(&snapshot, *id)),
+            Some(Ok(done)) => Ok(touched(&done.snapshot, *id)),
             Some(Err(StoreError::Unreadable { .. })) => Ok(Touched::Unreadable),
             Some(Err(error)) => Err(error.into()),
             None => Err(lost().into()),
@@ -242,7 +242,7 @@ impl<S: Store> Lessor<S> {
     /// [`CallError::Store`] if the store fails.
     pub async fn release(&self, key: Key, id: LeaseId, given_up: bool) -> Result<Released, CallError> {
         let part = if given_up { Part::GiveUp(id) } else { Part::Release(id) };
-        let snapshot = self.commit(key, part).await?;
+        let snapshot = self.commit(key, part).await?.snapshot;
         let reason = match snapshot.standing(id) {
             Standing::Departed(Reason::Released | Reason::Withdrawn) => {
                 self.counts().releases.inc();
@@ -280,7 +280,7 @@ impl<S: Store> Lessor<S> {
         if ids.is_empty() && block.is_none() {
             return Ok(0);
         }
-        let after = self.commit(key, Part::Revoke(ids.clone(), block)).await?;
+        let after = self.commit(key, Part::Revoke(ids.clone(), block)).await?.snapshot;
         let is_revoked = |id: &&LeaseId| after.standing(**id) == Standing::Departed(Reason::Revoked);
         let is_lifted = block.is_some() && after.record.blocked_until != block;
         let revoked = ids.iter().filter(is_revoked).count() + usize::from(is_lifted);
@@ -328,7 +328,7 @@ impl<S: Store> Lessor<S> {
         self.committer.give_up();
     }
 
-    async fn commit(&self, key: Key, part: Part) -> Result<Arc<Snapshot>, CallError> {
+    async fn commit(&self, key: Key, part: Part) -> Result<Done, CallError> {
         self.in_time(async { Ok(self.committer.submit(&self.caller, key, part).await?) }).await
     }
 

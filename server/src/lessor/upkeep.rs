@@ -68,6 +68,6 @@ async fn placeless<S: Store>(
 ) -> Vec<(LeaseId, Arc<Snapshot>)> {
     let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
     let answers = committer.submit_own(parts).await;
-    let records = ids.into_iter().zip(answers).filter_map(|(id, answer)| Some((id, answer?.ok()?)));
+    let records = ids.into_iter().zip(answers).filter_map(|(id, answer)| Some((id, answer?.ok()?.snapshot)));
     records.filter(|(id, snapshot)| snapshot.standing(*id) == Standing::Unknown).collect()
 }

@@ -155,9 +155,9 @@ mod tests {
         prop::collection::vec(prop::collection::vec(reply, 1..4), 1..5)
     }
 
-    /// What is told of a batch with these attempts, after which nothing reaches the store any more; and the replies that
-    /// came.
-    async fn told(attempts: Vec<Vec<Reply>>, is_noted: bool) -> (Result<(), StoreError>, Vec<Reply>) {
+    /// What is told of a batch with these attempts, after which nothing reaches the store any more: whether it was repeated. And
+    /// the replies that came.
+    async fn told(attempts: Vec<Vec<Reply>>, is_noted: bool) -> (Result<bool, StoreError>, Vec<Reply>) {
         let effects = Effects::default();
         let state = Mutex::new((VecDeque::from(attempts), Vec::new()));
         let attempt = async |_| {
@@ -171,12 +171,12 @@ mod tests {
                     reply.result()?;
                 }
             }
-            Ok(())
+            Ok(Vec::new())
         };
         let told =
             repeat(Arc::default(), Duration::from_secs(5), &AtomicU64::new(0), &effects, attempt).await;
         let (_, seen) = state.into_inner().expect("one at a time");
-        (told, seen)
+        (told.map(|committed| committed.is_repeated), seen)
     }
 
     fn search(is_noted: bool) -> Result<(), String> {
@@ -187,7 +187,9 @@ mod tests {
             let (told, seen) = runtime.block_on(told(attempts, is_noted));
             let is_possible = seen.iter().any(|reply| reply.may_have_changed());
             match told {
-                Ok(()) => {}
+                Ok(is_repeated) => {
+                    prop_assert_eq!(is_repeated, seen.iter().any(|reply| reply.result().is_err()))
+                }
                 Err(StoreError::Unavailable { outcome: Outcome::Unknown, .. }) => prop_assert!(is_possible),
                 Err(error) => prop_assert!(!is_possible, "{error} after {seen:?}"),
             }

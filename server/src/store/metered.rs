@@ -10,7 +10,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, StartError, Store, StoreError, report};
+use super::{
+    Committed, FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, StartError, Store, StoreError, report,
+};
 use crate::lease::{Edit, Key, Rules, Snapshot};
 use crate::meter::{Histogram, Meter, Present};
 
@@ -72,16 +74,10 @@ impl<S: Store> Metered<S> {
     }
 
     /// Counts the failures for single keys too.
-    fn note_each(
-        &self,
-        operation: Operation,
-        answer: Result<Vec<ForKey>, StoreError>,
-    ) -> Result<Vec<ForKey>, StoreError> {
-        let answers = self.note(operation, answer)?;
-        for error in answers.iter().filter_map(|answer| answer.as_ref().err()) {
+    fn note_each(&self, operation: Operation, records: &[ForKey]) {
+        for error in records.iter().filter_map(|record| record.as_ref().err()) {
             self.count(operation, error);
         }
-        Ok(answers)
     }
 
     /// Logs some of those about single records as well.
@@ -104,13 +100,15 @@ impl<S: Store> Store for Metered<S> {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    ) -> Result<Committed, StoreError> {
         self.keys.counted(batch.len());
         let _in_flight = Present::of(&self.batches);
         let sent_at = Instant::now();
         let answer = self.store.commit(batch, deadline).await;
         self.durations.took(sent_at.elapsed());
-        self.note_each(Operation::Commit, answer)
+        let committed = self.note(Operation::Commit, answer)?;
+        self.note_each(Operation::Commit, &committed.records);
+        Ok(committed)
     }
 
     fn batches(&self) -> usize {
@@ -118,7 +116,9 @@ impl<S: Store> Store for Metered<S> {
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
-        self.note_each(Operation::Read, self.store.read(keys).await)
+        let records = self.note(Operation::Read, self.store.read(keys).await)?;
+        self.note_each(Operation::Read, &records);
+        Ok(records)
     }
 
     async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {

@@ -29,8 +29,7 @@ const BACK_OFF: Duration = Duration::from_millis(25);
 
 /// Keeps records and applies the rules to them, atomically per record.
 pub trait Store: Send + Sync + 'static {
-    /// Applies each key's edit to its record and returns the records, in the order of `batch`, as they were right
-    /// after or later. Keys are distinct.
+    /// Applies each key's edit to its record and returns the records. Keys are distinct.
     ///
     /// Repeats the batch after failures until `deadline` has passed; edits are idempotent. Must not be dropped
     /// part-way by a caller that goes on using the keys.
@@ -44,7 +43,7 @@ pub trait Store: Send + Sync + 'static {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
 
     /// How many batches are worth having in flight at once. One leaves the store idle between two of them; with each more,
     /// batches get smaller, and most of what a small one costs is its overhead.
@@ -138,6 +137,16 @@ pub trait Store: Send + Sync + 'static {
 
     /// Whether others commit here too, so that records change without this daemon's doing.
     fn is_shared(&self) -> bool;
+}
+
+/// What became of a batch.
+#[derive(Debug)]
+pub struct Committed {
+    /// The records, in the order of the batch, as they were right after it or later.
+    pub records: Vec<ForKey>,
+    /// Whether an attempt at the batch failed before the one that succeeded. It may still be under way, and take effect
+    /// after this answer.
+    pub is_repeated: bool,
 }
 
 /// The record of one key among many, or why there is none: one record's trouble is not that of the others.
@@ -253,21 +262,21 @@ impl std::fmt::Display for Outcome {
 /// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over, and counts that. Edits
 /// are idempotent. Each attempt but the first brings the edits as repeated ones: an earlier attempt may still be under way. It
 /// notes in `effects` what its commands may have changed.
-async fn repeat<T, F>(
+async fn repeat<F>(
     mut batch: Arc<Vec<(Key, Edit)>>,
     deadline: Duration,
     repetitions: &AtomicU64,
     effects: &Effects,
     mut attempt: impl FnMut(Arc<Vec<(Key, Edit)>>) -> F,
-) -> Result<T, StoreError>
+) -> Result<Committed, StoreError>
 where
-    F: Future<Output = Result<T, Failure>>,
+    F: Future<Output = Result<Vec<ForKey>, Failure>>,
 {
     let deadline = Instant::now() + deadline;
-    let mut pause = BACK_OFF;
+    let (mut pause, mut is_repeated) = (BACK_OFF, false);
     loop {
         let failure = match attempt(Arc::clone(&batch)).await {
-            Ok(done) => return Ok(done),
+            Ok(records) => return Ok(Committed { records, is_repeated }),
             Err(failure) => failure,
         };
         let again = Instant::now() + pause;
@@ -276,6 +285,7 @@ where
         }
         tracing::debug!(cause = failure.into_cause(), "repeating a batch");
         repetitions.fetch_add(1, Ordering::Relaxed);
+        is_repeated = true;
         let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
         batch = Arc::new(repeated.collect());
         sleep_until(again).await;

@@ -18,7 +18,9 @@ use super::wrongs::Wrong;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
-use crate::store::{FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreError, makes_record};
+use crate::store::{
+    Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreError, makes_record,
+};
 
 /// Who applies the edits of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,7 +165,7 @@ impl Applier {
                 store.set_clock(now);
                 let answers = wait_for(store.commit(Arc::new(batch), Duration::from_secs(30)));
                 let record = |answer: ForKey| answer.map(|snapshot| snapshot.record).map_err(Unanswered);
-                answers.map_err(Unanswered)?.into_iter().map(record).collect()
+                answers.map_err(Unanswered)?.records.into_iter().map(record).collect()
             }
         }
     }
@@ -210,7 +212,7 @@ impl Store for TestStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    ) -> Result<Committed, StoreError> {
         match self {
             Self::Embedded(store, _) => store.commit(batch, deadline).await,
             Self::MongoDb(store) => store.commit(batch, deadline).await,

@@ -44,7 +44,7 @@ pub(super) fn empty(home: Home) -> TestStore {
 }
 
 pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    all_of(wait_for(store.commit(Arc::new(batch), PATIENCE)))
+    all_of(wait_for(store.commit(Arc::new(batch), PATIENCE)).map(|done| done.records))
 }
 
 /// The records of an answer in which none is missing.

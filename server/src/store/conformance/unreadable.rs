@@ -53,14 +53,14 @@ fn a_batch_is_applied_without_the_edit_that_cannot_be(#[case] home: Home, #[case
     for (round, edit) in edits.into_iter().enumerate() {
         store.set_clock(Timestamp(NOW.0 + 10));
         let batch = keys.iter().cloned().zip(ids.iter().map(|id| edit(Edit::default(), *id))).collect();
-        let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers");
+        let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers").records;
         assert_apart(&answers, &keys, &ids);
         let least = i64::try_from(round).expect("two rounds") + 2;
         assert!(answers.iter().flatten().all(|snapshot| snapshot.record.rev >= least), "each was applied");
     }
     // Alone as well.
     let alone = vec![(keys[DAMAGED].clone(), Edit::default().touch(ids[DAMAGED]))];
-    let answers = wait_for(store.commit(Arc::new(alone), PATIENCE)).expect("an answer");
+    let answers = wait_for(store.commit(Arc::new(alone), PATIENCE)).expect("an answer").records;
     assert!(matches!(&answers[..], [Err(StoreError::Unreadable { .. })]), "{answers:?}");
 }
 
@@ -74,7 +74,7 @@ fn an_edit_for_which_a_document_has_no_room_fails_alone() {
     wait_for(mongodb.fill(&keys[DAMAGED]));
     let joins = || ask(Acquisition { wait: true, ..asking(LeaseId::random()) });
     let batch = keys.iter().map(|key| (key.clone(), joins())).collect();
-    let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers");
+    let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers").records;
     assert_apart(&answers, &keys, &ids);
     assert!(answers.iter().flatten().all(|snapshot| snapshot.record.waiters.len() == 1));
     // What needs no room goes on.
@@ -98,7 +98,7 @@ fn the_search_for_edits_that_cannot_be_applied_ends_with_the_time_of_their_batch
     let batch: Arc<Vec<_>> = Arc::new(keys.iter().map(joins).collect());
     let told = wait_for(store.commit(Arc::clone(&batch), Duration::ZERO)).expect_err("no time");
     assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{told}");
-    let answers = wait_for(store.commit(batch, PATIENCE)).expect("answers");
+    let answers = wait_for(store.commit(batch, PATIENCE)).expect("answers").records;
     for (number, answer) in answers.iter().enumerate() {
         match answer {
             Ok(snapshot) => assert_eq!(snapshot.record.waiters.len(), 1, "{number}"),

@@ -247,7 +247,10 @@ async fn start(folder: &Path, machine: &Machine) -> EmbeddedStore {
 
 async fn apply(store: &EmbeddedStore, name: &str, edit: Edit) -> Record {
     let batch = Arc::new(vec![(key(name), edit)]);
-    all_of(store.commit(batch, Duration::from_secs(60)).await).pop().expect("a record").record
+    all_of(store.commit(batch, Duration::from_secs(60)).await.map(|done| done.records))
+        .pop()
+        .expect("a record")
+        .record
 }
 
 /// Asks for the key without waiting.

@@ -34,7 +34,9 @@ use readers::Readers;
 use writer::{Home, Unstarted, Writer};
 
 use super::failure::{Effects, Failure};
-use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report};
+use super::{
+    Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report,
+};
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
 /// The writer groups all waiting batches into one transaction, so more batches in flight do not shrink its writes.
@@ -125,7 +127,7 @@ impl Store for EmbeddedStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    ) -> Result<Committed, StoreError> {
         let effects = Effects::default();
         let attempt = async |batch| effects.note(self.writer.commit(&batch, deadline).await, |_| true);
         repeat(batch, deadline, &self.repetitions, &effects, attempt).await

@@ -32,7 +32,7 @@ async fn two() -> [MongoStore; 2] {
 }
 
 async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    all_of(store.commit(Arc::new(batch), PATIENCE).await)
+    all_of(store.commit(Arc::new(batch), PATIENCE).await.map(|done| done.records))
 }
 
 #[rstest]

@@ -137,7 +137,7 @@ fn marker() -> Key {
 }
 
 async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    all_of(store.commit(Arc::new(batch), PATIENCE).await)
+    all_of(store.commit(Arc::new(batch), PATIENCE).await.map(|done| done.records))
 }
 
 async fn lease(store: &MongoStore, key: &Key) {

@@ -49,7 +49,9 @@ use reading::Inspection;
 use uri::Printer;
 
 use super::failure::{Effects, Failure};
-use super::{FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat};
+use super::{
+    Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat,
+};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
@@ -201,7 +203,7 @@ impl Store for MongoStore {
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
-    ) -> Result<Vec<ForKey>, StoreError> {
+    ) -> Result<Committed, StoreError> {
         let effects = Effects::default();
         let until = Instant::now() + deadline;
         let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects, until).await;
