@@ -74,6 +74,7 @@ pub struct Edit {
     release: Distinct<LeaseId>,
     /// The released ids that a command may still ask for.
     given_up: Distinct<LeaseId>,
+    keep_out: Distinct<LeaseId>,
     revoke: Distinct<LeaseId>,
     unblock: Distinct<Timestamp>,
     cancel: Distinct<LeaseId>,
@@ -103,6 +104,13 @@ impl Edit {
     pub fn give_up(mut self, id: LeaseId) -> Self {
         self.given_up.add(id);
         self.release(id)
+    }
+
+    /// Keeps out a command that asks for the id later, unless the id holds or waits by now: then nothing changes.
+    #[must_use]
+    pub fn keep_out(mut self, id: LeaseId) -> Self {
+        self.keep_out.add(id);
+        self
     }
 
     /// Takes the lease away from its holder.
@@ -160,9 +168,10 @@ impl Edit {
     /// Whether it renews leases and does nothing else.
     #[must_use]
     pub fn only_touches(&self) -> bool {
-        let Self { touch, release, given_up: _, revoke, unblock, cancel, refresh, enqueue } = self;
+        let Self { touch, release, given_up: _, keep_out, revoke, unblock, cancel, refresh, enqueue } = self;
         !touch.is_empty()
             && release.is_empty()
+            && keep_out.is_empty()
             && revoke.is_empty()
             && unblock.is_empty()
             && cancel.is_empty()
@@ -180,6 +189,12 @@ impl Edit {
     #[must_use]
     pub fn releases(&self, id: LeaseId) -> bool {
         self.release.has(id)
+    }
+
+    /// Whether it keeps out commands that ask for this id later.
+    #[must_use]
+    pub fn keeps_out(&self, id: LeaseId) -> bool {
+        self.keep_out.has(id)
     }
 
     /// Whether it takes this lease away.
@@ -221,7 +236,7 @@ impl Edit {
     /// Whether it is about this id.
     #[must_use]
     pub fn names(&self, id: LeaseId) -> bool {
-        [&self.touch, &self.release, &self.revoke, &self.cancel, &self.refresh]
+        [&self.touch, &self.release, &self.keep_out, &self.revoke, &self.cancel, &self.refresh]
             .iter()
             .any(|list| list.has(id))
             || self.enqueues(id)
@@ -237,6 +252,12 @@ impl Edit {
     #[must_use]
     pub fn released(&self) -> &[LeaseId] {
         &self.release
+    }
+
+    /// Ids that commands which come later may not ask for, unless they are in use.
+    #[must_use]
+    pub fn kept_out(&self) -> &[LeaseId] {
+        &self.keep_out
     }
 
     /// The released ids whose departures are lasting whatever became of them: those that may still be asked for, and

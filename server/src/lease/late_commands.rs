@@ -1,5 +1,6 @@
 //! Commands that come late, more than once and in any order: a lease id yields at most one token, and one that has been
-//! released never holds or waits again. In the end nobody holds or waits who does not know of it.
+//! released never holds or waits again. Whoever knows that it holds loses the lease by its own release, by a revocation or to
+//! the next one in line when its time is over. In the end nobody holds or waits who does not know of it.
 //!
 //! Callers do what docs/semantics.md asks of them: they choose an id for each acquisition, repeat a call without an answer
 //! as a repetition, and release what they gave up as given up. The network and the store do what they like, but no command
@@ -24,6 +25,7 @@ const UNDER_WAY: i64 = 10_000;
 const ON_ITS_WAY: i64 = 30_000;
 
 type Step = fn(Record, &Edit, Timestamp, &Rules) -> Record;
+type NewWorld = fn() -> World;
 
 #[derive(Debug, Clone)]
 enum Event {
@@ -82,8 +84,8 @@ struct Command {
 
 struct World {
     step: Step,
-    /// Whether a daemon settles an id that it asked for more than once and refuses.
-    settles_refused: bool,
+    /// What a daemon commits before it refuses an id that it asked for more than once.
+    refusal: Option<fn(Edit, LeaseId) -> Edit>,
     record: Record,
     now: i64,
     clients: HashMap<u8, Client>,
@@ -111,7 +113,7 @@ impl World {
     fn new(step: Step) -> Self {
         Self {
             step,
-            settles_refused: true,
+            refusal: Some(Edit::keep_out),
             record: Record::vacant(Key::try_from("key").expect("a key")),
             now: START,
             clients: HashMap::new(),
@@ -139,7 +141,17 @@ impl World {
     }
 
     fn apply(&mut self, edit: &Edit) -> Result<(), TestCaseError> {
-        self.record = (self.step)(self.record.clone(), edit, Timestamp(self.now), &RULES);
+        let after = (self.step)(self.record.clone(), edit, Timestamp(self.now), &RULES);
+        let before = std::mem::replace(&mut self.record, after);
+        let held = |record: &Record, id| record.holders.iter().any(|holder| holder.id == id);
+        for (who, _) in self.clients.iter().filter(|(_, client)| client.state == Caller::Holds) {
+            let mut departures = self.record.departures.iter();
+            let taken = |departure: &Departure| {
+                departure.id == id(*who) && matches!(departure.reason, Reason::Displaced | Reason::Revoked)
+            };
+            let lost = held(&before, id(*who)) && !held(&self.record, id(*who));
+            prop_assert!(!lost || departures.any(taken), "{who} loses a lease that it knows of");
+        }
         let mut places = BTreeMap::new();
         for id in self.record.holders.iter().map(|holder| holder.id).chain(self.waiting()) {
             *places.entry(id).or_insert(0) += 1;
@@ -258,28 +270,31 @@ impl World {
         LeaseId::from(bytes)
     }
 
-    /// The caller hears what the record says.
+    /// The daemon hears what the record says, and tells the caller unless it refuses.
     fn hear(&mut self, who: u8, number: u32) {
         let snapshot = Snapshot { record: self.record.clone(), now: Timestamp(self.now) };
         let client = self.client(who);
         if client.asks == number && matches!(client.state, Caller::Asks | Caller::Waits) {
-            client.state = match snapshot.standing(id(who)) {
-                Standing::Holder(_) => Caller::Holds,
-                Standing::Waiter(_) => Caller::Waits,
-                Standing::Departed(_) | Standing::Unknown => Caller::Over,
-            };
-            if client.state == Caller::Over {
-                self.refuse(who);
+            match snapshot.standing(id(who)) {
+                Standing::Holder(_) => client.state = Caller::Holds,
+                Standing::Waiter(_) => client.state = Caller::Waits,
+                Standing::Departed(_) => client.state = Caller::Over,
+                Standing::Unknown => self.refuse(who),
             }
         }
     }
 
-    /// A daemon that refuses settles the id, if it asked for it more than once and the earlier commands may still come.
+    /// A daemon that asked for the id more than once, and whose earlier commands may still come, commits something first. The
+    /// caller does not know yet.
     fn refuse(&mut self, who: u8) {
-        let (now, settles) = (self.now, self.settles_refused);
-        let Client { asks, asked_at, .. } = *self.client(who);
-        if settles && asks > 1 && now <= asked_at + UNDER_WAY {
-            self.send(Edit::default().give_up(id(who)), None);
+        let (now, refusal) = (self.now, self.refusal);
+        let client = self.client(who);
+        match refusal {
+            Some(refusal) if client.asks > 1 && now <= client.asked_at + UNDER_WAY => {
+                let heard_by = (who, client.asks);
+                self.send(refusal(Edit::default(), id(who)), Some(heard_by));
+            }
+            _ => client.state = Caller::Over,
         }
     }
 
@@ -306,9 +321,17 @@ impl World {
     }
 }
 
-fn events() -> impl Strategy<Value = Vec<Event>> {
-    // A few of the ids at a time, so that what happens to each is long.
-    let who = prop_oneof![3 => 0_u8..4, 1 => 0..IDS];
+/// Mostly a few of the ids, so that what happens to each is long.
+fn many() -> BoxedStrategy<u8> {
+    prop_oneof![3 => 0_u8..4, 1 => 0..IDS].boxed()
+}
+
+/// Two that do not share and do not wait: one is refused while the other holds.
+fn rivals() -> BoxedStrategy<u8> {
+    prop::sample::select(vec![0, 3]).boxed()
+}
+
+fn events(who: BoxedStrategy<u8>) -> impl Strategy<Value = Vec<Event>> {
     let who = move || who.clone();
     let event = prop_oneof![
         3 => who().prop_map(Event::Call),
@@ -329,9 +352,9 @@ fn play(events: &[Event], step: Step) -> Result<(), TestCaseError> {
     World::new(step).play(events)
 }
 
-/// Plays random histories until there is a ghost.
-fn find_ghost(runner: &mut TestRunner, step: Step) -> Option<String> {
-    match runner.run(&events(), |events| play(&events, step)) {
+/// Plays random histories until one goes wrong.
+fn find_fault(runner: &mut TestRunner, who: BoxedStrategy<u8>, world: NewWorld) -> Option<String> {
+    match runner.run(&events(who), |events| world().play(&events)) {
         Ok(()) => None,
         Err(TestError::Fail(why, events)) => Some(format!("{why}\n{events:#?}")),
         Err(TestError::Abort(why)) => panic!("{why}"),
@@ -342,30 +365,40 @@ fn find_ghost(runner: &mut TestRunner, step: Step) -> Option<String> {
 fn an_id_has_at_most_one_token_and_one_place_and_none_once_it_is_released() {
     let cases = std::env::var("LEASED_LATE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(2000);
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
-    if let Some(ghost) = find_ghost(&mut TestRunner::new(config), step) {
-        panic!("{ghost}");
+    for who in [many(), rivals()] {
+        if let Some(fault) = find_fault(&mut TestRunner::new(config.clone()), who, || World::new(step)) {
+            panic!("{fault}");
+        }
     }
 }
 
 /// Finds them every time: the histories are the same in each run.
 #[test]
-fn random_histories_find_the_ghosts_of_broken_rules() {
-    let broken: [(&str, Step); 2] = [
-        ("departures are forgotten", |mut record, edit, now, rules| {
-            record.departures.clear();
-            step(record, edit, now, rules)
+fn random_histories_find_the_faults_of_broken_rules() {
+    let broken: [(&str, BoxedStrategy<u8>, NewWorld); 3] = [
+        ("departures are forgotten", many(), || {
+            World::new(|mut record, edit, now, rules| {
+                record.departures.clear();
+                step(record, edit, now, rules)
+            })
         }),
-        ("a release that finds nothing settles nothing", |record, edit, now, rules| {
-            let mut after = step(record, edit, now, rules);
-            after.departures.retain(|departure| departure.reason != Reason::Settled);
-            after
+        ("a release that finds nothing settles nothing", many(), || {
+            World::new(|record, edit, now, rules| {
+                let mut after = step(record, edit, now, rules);
+                after.departures.retain(|departure| departure.reason != Reason::Settled);
+                after
+            })
+        }),
+        ("what is refused is released", rivals(), || World {
+            refusal: Some(Edit::give_up),
+            ..World::new(step)
         }),
     ];
-    for (how, broken) in broken {
+    for (how, who, broken) in broken {
         let config =
-            Config { cases: 2000, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
+            Config { cases: 20_000, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
-        assert!(find_ghost(&mut TestRunner::new_with_rng(config, rng), broken).is_some(), "{how}");
+        assert!(find_fault(&mut TestRunner::new_with_rng(config, rng), who, broken).is_some(), "{how}");
     }
 }
 
@@ -445,6 +478,15 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
     let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, true), Release(HOLDER), Arrive(1, false)];
     let history = [&holds[..], &refused].concat();
     assert!(play(&history, step).is_ok());
-    let careless = World { settles_refused: false, ..World::new(step) };
-    assert!(careless.play(&history).is_err(), "nobody misses that refused ids are settled");
+    let careless = World { refusal: None, ..World::new(step) };
+    assert!(careless.play(&history).is_err(), "nobody misses that refused ids are kept out");
+
+    // The refusal is not heard. The caller asks again, elsewhere, and is granted the lease; then what the refusal was to be
+    // preceded by comes.
+    let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, true)];
+    let granted = [Ask(TRY), Release(HOLDER), Arrive(3, false), Arrive(2, true)];
+    let history = [&holds[..], &refused, &granted, &[Arrive(1, false)]].concat();
+    assert!(play(&history, step).is_ok());
+    let cruel = World { refusal: Some(Edit::give_up), ..World::new(step) };
+    assert!(cruel.play(&history).is_err(), "nobody misses that an id in use is left alone");
 }

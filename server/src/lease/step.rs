@@ -37,7 +37,7 @@ pub struct Rules {
 /// The record after `edit` at `now`, an instant of the store's clock.
 ///
 /// Three parts in this order: *edit* (touch, release, revoke, unblock, cancel, refresh, enqueue), *admit* (the head of
-/// the line, while it fits), *finish* (those who came only to try leave; `rev` rises).
+/// the line, while it fits), *finish* (those who came only to try leave; ids are kept out; `rev` rises).
 #[must_use]
 pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> Record {
     let room = Room::of(&record, now);
@@ -48,6 +48,7 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
     enqueue(&mut record, edit, &gone, now, rules.place);
 
     gone.splice(0..0, admit(&mut record, now, rules.grace, room));
+    gone.extend(kept_out(&record, edit, &gone, now, room));
 
     remember(&mut record, edit, gone, now);
     record.waiters.retain(|waiter| waiter.acquisition.wait);
@@ -184,6 +185,17 @@ fn admit(record: &mut Record, now: Timestamp, grace: Duration, room: Room) -> Ve
     let note =
         |Holder { id, .. }| Departure { id, reason: Reason::Displaced, at: now, lasting: room.all > 0 };
     displaced.into_iter().map(note).collect()
+}
+
+/// The ids to be kept out, but for those that are in use and those that are over anyway, as far as there is room.
+fn kept_out(record: &Record, edit: &Edit, gone: &[Departure], now: Timestamp, room: Room) -> Vec<Departure> {
+    let is_unknown = |id: &&LeaseId| {
+        !record.holders.iter().any(|holder| holder.id == **id)
+            && !record.waiters.iter().any(|waiter| waiter.acquisition.id == **id)
+            && !record.departures.iter().chain(gone).any(|departure| departure.id == **id)
+    };
+    let note = |id: &LeaseId| Departure { id: *id, reason: Reason::Settled, at: now, lasting: true };
+    edit.kept_out().iter().filter(is_unknown).take(room.settled).map(note).collect()
 }
 
 /// Puts what has gone before the departures, and forgets some of the others: not the newest, not those that the edit

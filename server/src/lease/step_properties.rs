@@ -41,6 +41,7 @@ enum Op {
     Touch(u8),
     Release(u8),
     GiveUp(u8),
+    KeepOut(u8),
     Revoke(usize),
     Cancel(u8),
     Enqueue { id: u8, shared: Option<u32>, ttl: u64, min_hold: u64, wait: bool },
@@ -53,6 +54,7 @@ fn ops() -> impl Strategy<Value = Op> {
         2 => ids().prop_map(Op::Touch),
         2 => ids().prop_map(Op::Release),
         1 => ids().prop_map(Op::GiveUp),
+        1 => ids().prop_map(Op::KeepOut),
         1 => (0_usize..3).prop_map(Op::Revoke),
         1 => ids().prop_map(Op::Cancel),
         5 => (ids(), shared, 1_u64..2000, min_hold, any::<bool>())
@@ -81,9 +83,10 @@ fn edit(ops: &[Op], record: &Record) -> Edit {
     let asked = |who: u8| ops.iter().any(|op| matches!(op, Op::Enqueue { id, .. } if *id == who));
     ops.iter().fold(Edit::default(), |edit, op| match *op {
         Op::Touch(who) => edit.touch(id(who)),
-        Op::Release(who) | Op::GiveUp(who) | Op::Cancel(who) if asked(who) => edit,
+        Op::Release(who) | Op::GiveUp(who) | Op::KeepOut(who) | Op::Cancel(who) if asked(who) => edit,
         Op::Release(who) => edit.release(id(who)),
         Op::GiveUp(who) => edit.give_up(id(who)),
+        Op::KeepOut(who) => edit.keep_out(id(who)),
         Op::Revoke(place) => edit.revoke(record.holders.get(place).map_or(id(IDS + 1), |holder| holder.id)),
         Op::Cancel(who) => edit.cancel(id(who)),
         Op::Enqueue { id: who, shared, ttl, min_hold, wait } => edit.enqueue(Arc::new(Acquisition {
@@ -378,6 +381,31 @@ fn a_stale_id_changes_nothing_but_what_time_alone_does() {
             record.holders.clear();
         }
         step(record, edit, now, rules)
+    });
+}
+
+#[test]
+fn keeping_an_id_out_takes_nothing_from_anybody_and_leaves_none_that_may_come_yet() {
+    let check: Check = |moment, _| {
+        let all = (0..=IDS).map(id);
+        let after = |step: Step, edit: &Edit| step(moment.before.clone(), edit, moment.now, &RULES);
+        let without = after(super::step, &Edit::default());
+        let with = after(moment.step, &all.clone().fold(Edit::default(), Edit::keep_out));
+        prop_assert_eq!(
+            &Record { departures: without.departures.clone(), ..with.clone() },
+            &without,
+            "but for what it remembers"
+        );
+        let before = Snapshot { record: moment.before.clone(), now: moment.now };
+        let with = Snapshot { record: with, now: moment.now };
+        for id in all.filter(|id| before.standing(*id) == Standing::Unknown) {
+            prop_assert_eq!(with.standing(id), Standing::Departed(Reason::Settled));
+        }
+        Ok(())
+    };
+    holds(check, |record, edit, now, rules| {
+        let released = edit.kept_out().iter().fold(edit.clone(), |edit, id| edit.give_up(*id));
+        step(record, &released, now, rules)
     });
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use super::caller::Caller;
-use super::committer::Committer;
+use super::committer::{Committer, Done};
 use super::line::Entry;
 use super::part::Part;
 use super::{CallError, Lessor};
@@ -145,12 +145,11 @@ impl<S: Store> Lessor<S> {
             entry,
             repeated_at: None,
             leaves: false,
-            settles: false,
             open: true,
         };
 
         let first = loop {
-            let done = self.commit(key.clone(), Part::Acquire(Arc::clone(&acquisition))).await?;
+            let done = self.commit_of(&mut attempt, Part::Acquire(Arc::clone(&acquisition))).await?;
             if done.is_repeated {
                 attempt.repeated_at = Some(Instant::now());
             }
@@ -173,8 +172,7 @@ impl<S: Store> Lessor<S> {
             }
             standing => {
                 let answer = self.answer(&first, standing, &acquisition);
-                attempt.answered(&answer);
-                Ok(answer)
+                self.conclude(attempt, answer, &acquisition).await
             }
         }
     }
@@ -211,8 +209,7 @@ impl<S: Store> Lessor<S> {
                         Acquired::QueueFull
                     }
                 };
-                attempt.answered(&answer);
-                Ok(answer)
+                self.conclude(attempt, answer, acquisition).await
             }
             () = sleep_until(until) => self.leave(attempt, acquisition).await,
             () = self.draining.cancelled() => {
@@ -241,7 +238,7 @@ impl<S: Store> Lessor<S> {
             let refusal = refusal.unwrap_or_default();
             return Ok(Acquired::Held(refusal));
         }
-        let snapshot = self.commit(attempt.key.clone(), Part::Cancel(id)).await?.snapshot;
+        let snapshot = self.commit_of(&mut attempt, Part::Cancel(id)).await?.snapshot;
         let answer = match snapshot.standing(id) {
             Standing::Holder(_) if snapshot.conflicts(asked) => Acquired::IdReused,
             Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
@@ -250,8 +247,49 @@ impl<S: Store> Lessor<S> {
                 Acquired::Held(self.refusal(&snapshot, asked, last_position))
             }
         };
-        attempt.answered(&answer);
+        self.conclude(attempt, answer, asked).await
+    }
+
+    /// Answers a call. A refusal has to stay one: an earlier command that takes effect later would make a lease that nobody
+    /// knows of. So while there may be such a command, the id is kept out before the caller is told.
+    ///
+    /// It is not released: the caller may have repeated the call at another daemon, and hold the lease.
+    async fn conclude(
+        &self,
+        mut attempt: Attempt<S>,
+        answer: Acquired,
+        asked: &Acquisition,
+    ) -> Result<Acquired, CallError> {
+        let id = attempt.id;
+        if matches!(answer, Acquired::Held(_) | Acquired::QueueFull) {
+            attempt.leave_line();
+            while attempt.may_be_granted_yet() {
+                let snapshot = self.commit_of(&mut attempt, Part::KeepOut(id)).await?.snapshot;
+                match snapshot.standing(id) {
+                    Standing::Holder(holder) if !snapshot.conflicts(asked) => {
+                        attempt.close();
+                        return Ok(granted(&snapshot, holder, Waited::Yes));
+                    }
+                    // The earlier command has taken a place.
+                    Standing::Waiter(_) if attempt.leaves => {
+                        self.commit_of(&mut attempt, Part::Cancel(id)).await?;
+                    }
+                    _ => break,
+                }
+            }
+        }
+        attempt.close();
         Ok(answer)
+    }
+
+    /// Commits a part of a call. If the store fails, a caller with an id of its own is told to repeat the call, maybe at
+    /// another daemon: nothing that this one does later may take the place or the lease away from it.
+    async fn commit_of(&self, attempt: &mut Attempt<S>, part: Part) -> Result<Done, CallError> {
+        let done = self.commit(attempt.key.clone(), part).await;
+        if done.is_err() && attempt.origin == Origin::Caller {
+            attempt.close();
+        }
+        done
     }
 
     /// The answer to a call that does not begin to wait.
@@ -335,18 +373,13 @@ struct Attempt<S: Store> {
     repeated_at: Option<Instant>,
     /// It has left, and nobody else keeps its place.
     leaves: bool,
-    /// Its id is to be settled, whoever chose it.
-    settles: bool,
     open: bool,
 }
 
 impl<S: Store> Attempt<S> {
-    /// The call has its answer. A refusal must stay one: an earlier attempt that is applied yet would make a lease that
-    /// nobody knows of.
-    fn answered(&mut self, answer: &Acquired) {
-        let is_refused = matches!(answer, Acquired::Held(_) | Acquired::QueueFull);
-        self.settles = is_refused && self.repeated_at.is_some_and(|at| at.elapsed() < MEMORY);
-        self.open = self.settles;
+    /// Whether a command that was sent earlier may take effect yet.
+    fn may_be_granted_yet(&self) -> bool {
+        self.repeated_at.is_some_and(|at| at.elapsed() < MEMORY)
     }
 
     /// Nothing is to be cleaned up.
@@ -369,15 +402,18 @@ impl<S: Store> Drop for Attempt<S> {
             return;
         }
         self.leave_line();
-        let place = self.committer.store().rules().place;
-        let (part, lasts) = match self.origin {
+        let key = self.key.clone();
+        match self.origin {
             // It may be granted for as long as its place lasts. Nobody else can ever give it back.
-            Origin::Daemon => (Part::GiveUp(self.id), (place + self.ttl.get()).min(GIVING_BACK)),
-            // Once: later the caller may have asked for the id again, and hold the lease.
-            Origin::Caller if self.settles => (Part::GiveUp(self.id), Duration::ZERO),
-            Origin::Caller if self.leaves => (Part::Cancel(self.id), place),
-            Origin::Caller => return,
-        };
-        self.committer.submit_leftover(&self.caller, self.key.clone(), part, lasts);
+            Origin::Daemon => {
+                let lasts = (self.committer.store().rules().place + self.ttl.get()).min(GIVING_BACK);
+                self.committer.submit_leftover(&self.caller, key, Part::GiveUp(self.id), lasts);
+            }
+            // Not again after a failure: by then the caller may have asked for its place again, at another daemon.
+            Origin::Caller if self.leaves => {
+                self.committer.submit_unanswered(&self.caller, [(key, Part::Cancel(self.id))]);
+            }
+            Origin::Caller => {}
+        }
     }
 }

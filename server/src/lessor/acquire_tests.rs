@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rstest::rstest;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, yield_now};
 use tokio::time::timeout;
 
@@ -65,32 +66,76 @@ async fn a_lease_that_nobody_was_told_of_is_given_back_after_an_outage() {
     assert_eq!(state(&engine).await, State::Free, "nobody knows of the lease");
 }
 
-/// The caller may use its id again, and must not lose the lease to what an earlier call left behind.
-#[rstest]
-#[case::nobody_else_knows_it(Origin::Daemon, 4)]
-#[case::the_caller_may_use_it_again(Origin::Caller, 3)]
-#[tokio::test]
-async fn only_an_id_that_the_daemon_picked_is_given_up_again_after_a_failure(
-    #[case] origin: Origin,
-    #[case] batches: usize,
-) {
-    let store = Gated::new().await;
-    let engine = store.engine(usize::MAX / 2);
-    engine.acquire(ask(LeaseId::random(), Origin::Caller, Duration::ZERO)).await.expect("a grant");
+/// A key that is held, and an acquire with this id under way that the store has to repeat. Until the gate opens, its commit is
+/// under way.
+async fn repeated(
+    store: &Gated,
+    id: LeaseId,
+    origin: Origin,
+) -> (Lessor<Gated>, LeaseId, JoinHandle<Result<Acquired, CallError>>, OwnedSemaphorePermit) {
+    let (engine, holder) = (store.engine(usize::MAX / 2), LeaseId::random());
+    engine.acquire(ask(holder, Origin::Caller, Duration::ZERO)).await.expect("a grant");
     let closed = store.close().await;
-    // The attempt is repeated, so the refusal has to be settled; that fails.
     store.stalls.store(true, Ordering::SeqCst);
-    let refused = tokio::spawn({
+    let call = tokio::spawn({
         let engine = engine.clone();
-        async move { engine.acquire(ask(LeaseId::random(), origin, Duration::ZERO)).await }
+        async move { engine.acquire(ask(id, origin, Duration::ZERO)).await }
     });
     until(|| store.batches_of(&key("job")).0 == 2).await;
+    (engine, holder, call, closed)
+}
+
+/// What would make the refusal final fails, so nobody knows whether it is one. The caller asks again, and must not lose its
+/// lease to what was left of the first call.
+#[tokio::test]
+async fn a_caller_that_asks_again_after_no_answer_keeps_its_lease() {
+    let (store, id) = (Gated::new().await, LeaseId::random());
+    let (engine, holder, call, closed) = repeated(&store, id, Origin::Caller).await;
     store.fails.store(1, Ordering::SeqCst);
     drop(closed);
-    let refused = refused.await.expect("no panic");
-    assert!(matches!(refused, Ok(Acquired::Held(_))), "{refused:?}");
+    let answer = call.await.expect("no panic");
+    assert!(matches!(answer, Err(CallError::Store(_))), "{answer:?}");
+    engine.settle().await;
+    assert_eq!(store.batches_of(&key("job")).0, 3, "nothing more is committed");
+
+    engine.release(key("job"), holder, false).await.expect("an answer");
+    let granted = engine.acquire(ask(id, Origin::Caller, Duration::ZERO)).await;
+    assert!(matches!(granted, Ok(Acquired::Granted(_))), "{granted:?}");
+    store.deliver_stalled().await;
+    let record = engine.get(key("job")).await.expect("an answer").expect("a record").record;
+    assert_eq!(record.holders.iter().map(|holder| holder.id).collect::<Vec<_>>(), [id]);
+}
+
+/// Nobody else can give it back: no caller knows the id.
+#[tokio::test]
+async fn an_id_that_the_daemon_picked_is_given_up_when_its_refusal_cannot_be_made_final() {
+    let store = Gated::new().await;
+    let (engine, holder, call, closed) = repeated(&store, LeaseId::random(), Origin::Daemon).await;
+    store.fails.store(2, Ordering::SeqCst);
+    drop(closed);
+    let answer = call.await.expect("no panic");
+    assert!(matches!(answer, Err(CallError::Store(_))), "{answer:?}");
     timeout(PATIENCE, engine.settle()).await.expect("an end");
-    assert_eq!(store.batches_of(&key("job")).0, batches);
+    engine.release(key("job"), holder, false).await.expect("an answer");
+    store.deliver_stalled().await;
+    assert_eq!(state(&engine).await, State::Free);
+}
+
+/// The first attempt takes effect after the second one was refused, and before the caller is told.
+#[tokio::test]
+async fn a_call_whose_first_attempt_is_granted_late_is_told_so() {
+    let (store, id) = (Gated::new().await, LeaseId::random());
+    let (engine, holder, call, closed) = repeated(&store, id, Origin::Caller).await;
+    // Lets one batch through: those that wait at the gate go through in turn.
+    drop(closed);
+    let closed = store.close().await;
+    store.apply(key("job"), Edit::default().release(holder)).await;
+    store.deliver_stalled().await;
+    drop(closed);
+    let answer = call.await.expect("no panic");
+    assert!(matches!(&answer, Ok(Acquired::Granted(grant)) if grant.id == id && grant.waited), "{answer:?}");
+    engine.settle().await;
+    assert_eq!(state(&engine).await, State::Held);
 }
 
 /// No more is written for the many refusals that were sent once, whatever was repeated before.

@@ -41,6 +41,7 @@ pub(super) struct Gated {
     pub(super) panics: Arc<AtomicBool>,
     /// The first attempt at the next batch stalls on its way, and the batch is repeated.
     pub(super) stalls: Arc<AtomicBool>,
+    /// What stalled or failed, and may come yet.
     stalled: Arc<Mutex<Vec<Edits>>>,
     _folder: Arc<TempDir>,
 }
@@ -84,7 +85,12 @@ impl Gated {
         (batches.len(), with_it.map(|(number, _)| number).collect())
     }
 
-    /// Applies the attempts that stalled.
+    /// Applies an edit at once, also while no batch is let through.
+    pub(super) async fn apply(&self, key: Key, edit: Edit) {
+        self.store.commit(Arc::new(vec![(key, edit)]), PATIENCE).await.expect("a commit");
+    }
+
+    /// Applies the attempts that stalled or failed.
     pub(super) async fn deliver_stalled(&self) {
         let stalled = std::mem::take(&mut *self.stalled.lock().expect("batches"));
         assert!(!stalled.is_empty(), "none stalled");
@@ -102,6 +108,7 @@ impl Store for Gated {
         let fails = self.fails.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok();
         let _permit = self.gate.acquire().await.expect("a gate");
         if fails {
+            self.stalled.lock().expect("batches").push(batch);
             let cause = "it is to fail".to_owned();
             return Err(StoreError::Unavailable { outcome: Outcome::Unknown, cause });
         }

@@ -22,6 +22,8 @@ pub(super) enum Part {
     Release(LeaseId),
     /// Releases an id whose acquire may still be under way.
     GiveUp(LeaseId),
+    /// Keeps out an acquire with this id that comes later, unless the id is in use by then.
+    KeepOut(LeaseId),
     /// Takes these leases away, and ends the block that lasts until then.
     Revoke(Vec<LeaseId>, Option<Timestamp>),
     /// Leaves the line.
@@ -48,10 +50,13 @@ impl Gathered {
             Part::Acquire(acquisition) | Part::Rejoin(acquisition, _) => {
                 let Acquisition { id, mode, shared_limit, .. } = **acquisition;
                 !edit.releases(id)
+                    && !edit.keeps_out(id)
                     && !edit.cancels(id)
                     && (!edit.enqueues(id) || edit.asks(id, mode, shared_limit))
             }
-            Part::Release(id) | Part::GiveUp(id) | Part::Cancel(id) => !edit.enqueues(*id),
+            Part::Release(id) | Part::GiveUp(id) | Part::KeepOut(id) | Part::Cancel(id) => {
+                !edit.enqueues(*id)
+            }
             Part::Refresh(..) | Part::Claim(..) | Part::Touch(_) | Part::Revoke(..) | Part::Nudge => true,
         };
         if fits {
@@ -78,6 +83,7 @@ impl Part {
             Self::Claim(id, _) | Self::Touch(id) => edit.touch(*id),
             Self::Release(id) => edit.release(*id),
             Self::GiveUp(id) => edit.give_up(*id),
+            Self::KeepOut(id) => edit.keep_out(*id),
             Self::Revoke(ids, until) => {
                 let edit = ids.iter().fold(edit, |edit, id| edit.revoke(*id));
                 until.iter().fold(edit, |edit, until| edit.unblock(*until))
@@ -119,7 +125,7 @@ mod tests {
     #[test]
     fn an_id_is_not_asked_for_and_given_up_in_one_edit() {
         let [one, two] = [LeaseId::random(), LeaseId::random()];
-        for give_up in [Part::Release(one), Part::GiveUp(one), Part::Cancel(one)] {
+        for give_up in [Part::Release(one), Part::GiveUp(one), Part::KeepOut(one), Part::Cancel(one)] {
             for (first, second) in [(acquire(one), give_up.clone()), (give_up, acquire(one))] {
                 let mut gathered = Gathered::default();
                 assert!(gathered.merge(&first));

@@ -293,10 +293,10 @@ where
     }
 }
 
-/// An arrival makes a record, and so does a release, which must be remembered; touching a key that nobody ever leased
+/// An arrival makes a record, and so does what must be remembered: a release, or an id that is to be kept out; touching a key that nobody ever leased
 /// leaves no trace.
 fn makes_record(edit: &Edit) -> bool {
-    !edit.enqueued().is_empty() || !edit.released().is_empty()
+    !edit.enqueued().is_empty() || !edit.released().is_empty() || !edit.kept_out().is_empty()
 }
 
 /// The answer for a key without a record. It holds nothing that its instant could matter to.

@@ -34,6 +34,7 @@ enum Op {
     Touch(u8),
     Release(u8),
     GiveUp(u8),
+    KeepOut(u8),
     /// So many ids from one on.
     ReleaseMany(u8, u8),
     /// By position among the holders; past their number: an id that nobody has.
@@ -83,6 +84,7 @@ impl fmt::Debug for Op {
             Self::Touch(id) => write!(f, "touch {id}"),
             Self::Release(id) => write!(f, "release {id}"),
             Self::GiveUp(id) => write!(f, "give up {id}"),
+            Self::KeepOut(id) => write!(f, "keep out {id}"),
             Self::ReleaseMany(first, count) => write!(f, "release {count} from {first} on"),
             Self::Revoke(position) => write!(f, "revoke the holder at {position}"),
             Self::RevokeAll => write!(f, "revoke every holder"),
@@ -159,6 +161,7 @@ fn sequences() -> impl Strategy<Value = Sequence> {
         4 => ids().prop_map(Op::Touch),
         4 => ids().prop_map(Op::Release),
         1 => ids().prop_map(Op::GiveUp),
+        2 => ids().prop_map(Op::KeepOut),
         1 => (0..IDS, 1_u8..24).prop_map(|(first, count)| Op::ReleaseMany(first, count)),
         2 => (0_usize..4).prop_map(Op::Revoke),
         1 => Just(Op::RevokeAll),
@@ -213,6 +216,7 @@ fn edit(ops: &[Op], record: Option<&Record>) -> Edit {
         Op::Touch(who) => edit.touch(id(*who)),
         Op::Release(who) => edit.release(id(*who)),
         Op::GiveUp(who) => edit.give_up(id(*who)),
+        Op::KeepOut(who) => edit.keep_out(id(*who)),
         Op::ReleaseMany(first, count) => {
             (*first..first + count).fold(edit, |edit, who| edit.release(id(who)))
         }

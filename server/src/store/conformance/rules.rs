@@ -440,6 +440,34 @@ pub(super) fn a_release_that_comes_before_its_acquire_settles_the_id_for_a_minut
 }
 
 #[rstest]
+pub(super) fn an_id_is_kept_out_for_a_minute_unless_it_is_in_use(
+    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+) {
+    let mut desk = Desk::at(home);
+    let keep_out = |names: &[&str]| names.iter().fold(Edit::default(), |edit, name| edit.keep_out(id(name)));
+    desk.apply(&keep_out(&["early"]));
+    assert_eq!((desk.departed("early"), desk.record.rev), (Some(Reason::Settled), 1), "it makes the record");
+    desk.ask(asking("a")).ask(asking("b")).apply(&keep_out(&["a", "b", "c", "early"]));
+    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b"]), "they are in use");
+    let noted = desk.record.departures.iter().map(|departure| departure.id);
+    assert_eq!(noted.collect::<Vec<_>>(), [id("c"), id("early")]);
+    desk.release("a").apply(&keep_out(&["a"]));
+    assert_eq!((desk.holders(), desk.departed("a")), (vec!["b"], Some(Reason::Released)));
+    desk.release("b").others(2 * REMEMBERED_DEPARTURES).passes(59_999).ask(asking("c"));
+    assert_eq!((desk.holders(), desk.departed("c")), (vec![], Some(Reason::Settled)), "a ghost");
+    desk.passes(1).others(1).ask(asking("c"));
+    assert_eq!(desk.holders(), ["c"], "the minute is over");
+    // In the same edit as what ends the use of an id.
+    desk.ask(asking("d"))
+        .ask(asking("e"))
+        .apply(&keep_out(&["c", "d", "e"]).release(id("c")).cancel(id("d")));
+    assert_eq!(desk.departed("c"), Some(Reason::Released));
+    assert_eq!((desk.holders(), desk.departed("d")), (vec!["e"], Some(Reason::Settled)));
+    let noted = desk.record.departures.iter().map(|departure| departure.id).take(2);
+    assert_eq!(noted.collect::<Vec<_>>(), [id("c"), id("d")]);
+}
+
+#[rstest]
 pub(super) fn releases_that_find_nothing_leave_half_of_the_memory_to_leases_that_are_taken_away(
     #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
 ) {

@@ -30,6 +30,8 @@ pub(in crate::store) enum Wrong {
     PlaceOutlivesRelease,
     /// A release that finds nothing leaves nothing.
     UnknownReleaseForgotten,
+    /// An id that is in use is kept out.
+    KeptOutWhatIsInUse,
     /// Releases that find nothing leave no room for other departures.
     SettledTakeAllRoom,
     /// Departures are forgotten by their number alone.
@@ -107,6 +109,10 @@ impl Wrong {
                 let mut after = step(record, edit, now, rules);
                 after.departures.retain(|departure| departure.reason != Reason::Settled);
                 after
+            },
+            Self::KeptOutWhatIsInUse => |record, edit, now, rules| {
+                let released = edit.kept_out().iter().fold(edit.clone(), |edit, id| edit.give_up(*id));
+                step(record, &released, now, rules)
             },
             Self::SettledTakeAllRoom => |mut record, edit, now, rules| {
                 // What is withdrawn counts for the whole room alone.
@@ -213,6 +219,7 @@ fn twice_asked_is_remembered(home: Home) {
     Wrong::UnknownReleaseForgotten,
     rules::a_release_that_comes_before_its_acquire_settles_the_id_for_a_minute
 )]
+#[case(Wrong::KeptOutWhatIsInUse, rules::an_id_is_kept_out_for_a_minute_unless_it_is_in_use)]
 #[case(
     Wrong::SettledTakeAllRoom,
     rules::releases_that_find_nothing_leave_half_of_the_memory_to_leases_that_are_taken_away

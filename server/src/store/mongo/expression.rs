@@ -14,7 +14,7 @@ pub(super) fn filter(input: impl Into<Bson>, name: &str, condition: impl Into<Bs
     doc! { "$filter": { "input": input.into(), "as": name, "cond": condition.into() } }.into()
 }
 
-pub(super) fn map(input: impl Into<Bson>, name: &str, value: Document) -> Bson {
+pub(super) fn map(input: impl Into<Bson>, name: &str, value: impl Into<Bson>) -> Bson {
     doc! { "$map": { "input": input.into(), "as": name, "in": value } }.into()
 }
 

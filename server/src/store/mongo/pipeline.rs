@@ -54,6 +54,13 @@ pub(super) fn without_line(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<
     let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now, Line::Empty);
     let rev = doc! { "$add": ["$rev", 1_i64] };
     let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), MARK: mark };
+    let gone = match gone {
+        gone if parts.keep_out => {
+            let gone = gone.unwrap_or(Bson::Array(Vec::new()));
+            Some(and_kept_out(gone, ["$holders.id".into()], &source, now))
+        }
+        gone => gone,
+    };
     if let Some(gone) = gone {
         fields.insert("departures", remembered(gone, &source, &parts, now));
     }
@@ -78,6 +85,7 @@ struct Parts {
     release: bool,
     /// Some released ids depart for long whatever became of them.
     lasting: bool,
+    keep_out: bool,
     revoke: bool,
     unblock: bool,
     cancel: bool,
@@ -93,6 +101,7 @@ impl Parts {
             touch: has(|edit| edit.touched().is_empty()),
             release: has(|edit| edit.released().is_empty()),
             lasting: has(|edit| edit.lasting().is_empty()),
+            keep_out: has(|edit| edit.kept_out().is_empty()),
             revoke: has(|edit| edit.revoked().is_empty()),
             unblock: has(|edit| edit.unblocked().is_empty()),
             cancel: has(|edit| edit.cancelled().is_empty()),
@@ -111,6 +120,7 @@ impl Parts {
         let lists = [
             (self.touch, "touch"),
             (self.release, "release"),
+            (self.keep_out, "keep_out"),
             (self.revoke, "revoke"),
             (self.cancel, "cancel"),
             (self.refresh, "refresh"),
@@ -211,6 +221,7 @@ fn encode(edit: &Edit, parts: &Parts) -> Document {
     list(parts.touch, "touch", uuids(edit.touched()));
     list(parts.release, "release", uuids(edit.released()));
     list(parts.lasting, "lasting", uuids(edit.lasting()));
+    list(parts.keep_out, "keep_out", uuids(edit.kept_out()));
     list(parts.revoke, "revoke", uuids(edit.revoked()));
     list(parts.unblock, "unblock", edit.unblocked().iter().map(|&until| date(until)).collect());
     list(parts.cancel, "cancel", uuids(edit.cancelled()));
@@ -310,11 +321,7 @@ impl Held {
             1 => gone.pop(),
             _ => Some(doc! { "$concatArrays": gone }.into()),
         };
-        let gone = all.map(|all| {
-            let with_room = bind(doc! { "room": room("$$lasting") }, all);
-            bind(doc! { "lasting": lasting(now) }, with_room)
-        });
-        Self { stay, gone, blocked_until }
+        Self { stay, gone: all.map(|all| with_room(all, now)), blocked_until }
     }
 }
 
@@ -339,19 +346,37 @@ fn withdrawn(source: &Source) -> Document {
     doc! { "$in": ["$$left.id", source.list("release")] }
 }
 
-/// The departures of released ids that are not known, as far as there is room for them: half of it is for others.
+/// The departures of released ids that are not known, as far as there is room for them.
 fn settled(source: &Source, now: &Bson, line: Line) -> Bson {
     let mut known = vec!["$holders.id", "$departures.id"];
     if line == Line::Present {
         known.push("$waiters.id");
     }
+    noted(source.list("release"), doc! { "$concatArrays": known }, now)
+}
+
+/// The departures `gone`, and those of ids to be kept out, but for ids that are in use after the edit and those that are over.
+fn and_kept_out(gone: Bson, in_use: impl IntoIterator<Item = Bson>, source: &Source, now: &Bson) -> Bson {
+    let over = ["$departures.id", "$$gone.id"].map(Bson::from);
+    let known: Vec<Bson> = over.into_iter().chain(in_use).collect();
+    let kept_out = noted(source.list("keep_out"), doc! { "$concatArrays": known }, now);
+    let all = doc! { "$concatArrays": ["$$gone", with_room(kept_out, now)] };
+    bind(doc! { "gone": gone }, all)
+}
+
+/// Departures of those of the `ids` that are not `known`, as far as there is room: half of it is for others.
+fn noted(ids: Bson, known: Document, now: &Bson) -> Bson {
     let is_new = doc! { "$not": [{ "$in": ["$$id", "$$known"] }] };
-    let unknown =
-        bind(doc! { "known": { "$concatArrays": known } }, filter(source.list("release"), "id", is_new));
+    let unknown = bind(doc! { "known": known }, filter(ids, "id", is_new));
     let settled = filter("$$lasting", "d", doc! { "$eq": ["$$d.reason", reason(Reason::Settled)] });
     let room = doc! { "$min": ["$$room", room_beside(settled, SETTLED_DEPARTURES)] };
-    let noted = doc! { "$slice": [unknown, room] };
-    map(noted, "id", departure("$$id", Reason::Settled, now, true))
+    map(doc! { "$slice": [unknown, room] }, "id", departure("$$id", Reason::Settled, now, true))
+}
+
+/// An expression that may use the departures that last, as `$$lasting`, and the `$$room` beside them.
+fn with_room(expression: Bson, now: &Bson) -> Bson {
+    let with_room = bind(doc! { "room": room("$$lasting") }, expression);
+    bind(doc! { "lasting": lasting(now) }, with_room)
 }
 
 fn departure(id: &str, why: Reason, now: &Bson, lasting: impl Into<Bson>) -> Document {
@@ -525,6 +550,11 @@ fn finish(parts: &Parts, source: &Source, rules: &Rules, now: &Bson, mark: i64) 
         gone = doc! { "$concatArrays": [gone, "$gone"] }.into();
     }
     let rest = doc! { "$slice": ["$waiters", { "$ifNull": ["$admission.left", 0] }, ALL] };
+    if parts.keep_out {
+        let granted = doc! { "$ifNull": ["$admission.granted.id", []] };
+        let waiting = map(rest.clone(), "w", "$$w.id");
+        gone = and_kept_out(gone, ["$holders.id".into(), granted.into(), waiting], source, now);
+    }
     let rev = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
     doc! { "$set": {
         "token": { "$ifNull": ["$admission.token", "$token"] },

@@ -50,6 +50,11 @@ pub(super) fn put_into(mut stages: Vec<Document>, wrong: Wrong) -> Vec<Document>
             let room = operands.last()?.as_document()?.get_array("$min").ok()?;
             (operator == "$slice" && room.first()? == &"$$room".into()).then(|| Bson::Array(Vec::new()))
         }),
+        Wrong::KeptOutWhatIsInUse => replace(&mut stages, |operator, operands| {
+            let over = operands.first_chunk::<2>()?;
+            let is_known = over == &["$departures.id".into(), "$$gone.id".into()];
+            (operator == "$concatArrays" && is_known).then(|| doc! { "$concatArrays": over.to_vec() }.into())
+        }),
         Wrong::SettledTakeAllRoom => replace(&mut stages, |operator, operands| {
             (operator == "$min" && operands.first()? == &"$$room".into()).then(|| operands[0].clone())
         }),
