@@ -153,15 +153,11 @@ fn a_shell_stops_and_continues_leasectl_and_its_command() {
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
 
-/// The shell stops and continues its own job, however the command in it was stopped.
-#[rstest]
-fn a_shell_gets_back_the_terminal_from_a_command_that_is_stopped(
-    #[values("leasectl run b/key -- ", "leasectl run b/key -- leasectl run c/key -- ")] nested: &str,
-    #[values("read x", "kill -STOP $$")] stops: &str,
-) {
+#[test]
+fn a_shell_stops_and_continues_leasectl_under_leasectl() {
     let daemon = Daemon::start();
-    let run =
-        format!("leasectl run a/key -- {nested}sh -c 'echo re''ady; {stops}; echo go''es on; exit 6'\n");
+    let inner = "leasectl run b/key -- sh -c 'echo re''ady; read x; echo go''es on; exit 6'";
+    let run = format!("leasectl run a/key -- {inner}\n");
     let script = [
         ("[#$] ", run.as_str()),
         ("ready", "^Z"),
@@ -170,6 +166,18 @@ fn a_shell_gets_back_the_terminal_from_a_command_that_is_stopped(
         ("goes on", "echo code $?\n"),
         ("code 6", "exit 0\n"),
     ];
+    let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[rstest]
+fn a_command_that_stops_itself_is_a_stopped_job_of_the_shell(
+    #[values("", "leasectl run b/key -- ")] nested: &str,
+) {
+    let daemon = Daemon::start();
+    let run = format!("leasectl run a/key -- {nested}sh -c 'kill -STOP $$; echo go''es on; exit 6'\n");
+    let script =
+        [("[#$] ", run.as_str()), ("Stopped", "fg\n"), ("goes on", "echo code $?\n"), ("code 6", "exit 0\n")];
     let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
