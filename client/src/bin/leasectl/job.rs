@@ -21,6 +21,8 @@ pub(crate) struct Job {
     terminal: Option<Terminal>,
     /// The group has, or had until it was stopped, the terminal.
     has_terminal: bool,
+    /// The command has got SIGHUP for the terminal that it cannot have.
+    is_hung_up: bool,
 }
 
 /// What has happened to it.
@@ -90,7 +92,7 @@ impl Job {
             pid.ok_or_else(|| ErrorKind::InvalidData.into())
         });
         match started {
-            Ok(command) => Ok(Self { guardian, command, terminal, has_terminal }),
+            Ok(command) => Ok(Self { guardian, command, terminal, has_terminal, is_hung_up: false }),
             Err(error) => {
                 if let Some(terminal) = &terminal {
                     terminal.take_back(group);
@@ -151,13 +153,12 @@ impl Job {
             return;
         }
         // No shell would ever continue the command.
-        if asks.is_some() {
+        if asks.is_none() {
+            self.resume();
+        } else if !std::mem::replace(&mut self.is_hung_up, true) {
             // It cannot have the terminal. One that ignores this signal and asks again stays stopped.
             self.signal(Signal::HUP);
             self.signal(Signal::CONT);
-            self.terminal = None;
-        } else {
-            self.resume();
         }
     }
 
