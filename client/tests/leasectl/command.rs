@@ -272,3 +272,24 @@ fn what_a_command_leaves_running_is_its_own_affair() {
     assert!(matches!(state(left), Some('S')), "{:?}", state(left));
     kill_process(left, Signal::KILL).unwrap();
 }
+
+/// A daemon that does not answer would otherwise hold up leasectl for as long as `--timeout`.
+#[test]
+fn a_second_signal_ends_leasectl_while_it_gives_the_lease_back() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let mut command = daemon.leasectl(&["run", "a/key", "--timeout=10m", "--"]);
+    command.args(["sh", "-c", "echo $$ > $0; exec sleep 600"]).arg(&started);
+    let mut process = Process::spawn(&mut command);
+    let sleep = pid_in(&started);
+    daemon.stop();
+    kill_process(sleep, Signal::KILL).unwrap();
+    until(|| state(sleep).is_none());
+    until(|| {
+        process.signal(Signal::TERM);
+        !process.is_running()
+    });
+    assert_eq!(process.end().signal, Some(Signal::TERM.as_raw()));
+    daemon.go_on();
+}

@@ -154,6 +154,106 @@ fn a_shell_stops_and_continues_leasectl_and_its_command() {
 }
 
 #[test]
+fn a_shell_stops_and_continues_leasectl_under_leasectl() {
+    let daemon = Daemon::start();
+    let inner = "leasectl run b/key -- sh -c 'echo re''ady; read x; echo go''es on; exit 6'";
+    let run = format!("leasectl run a/key -- {inner}\n");
+    let script = [
+        ("[#$] ", run.as_str()),
+        ("ready", "^Z"),
+        ("Stopped", "fg\n"),
+        ("leasectl run", "\n"),
+        ("goes on", "echo code $?\n"),
+        ("code 6", "exit 0\n"),
+    ];
+    let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[rstest]
+fn a_command_that_stops_itself_is_a_stopped_job_of_the_shell(
+    #[values("", "leasectl run b/key -- ")] nested: &str,
+) {
+    let daemon = Daemon::start();
+    let run = format!("leasectl run a/key -- {nested}sh -c 'kill -STOP $$; echo go''es on; exit 6'\n");
+    let script =
+        [("[#$] ", run.as_str()), ("Stopped", "fg\n"), ("goes on", "echo code $?\n"), ("code 6", "exit 0\n")];
+    let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+/// It is in a process group of its own when it stops.
+#[test]
+fn a_shell_under_leasectl_can_be_suspended() {
+    let daemon = Daemon::start();
+    let shell = "leasectl run a/key -- bash --norc --noprofile -i\n";
+    let script = [
+        ("[#$] ", shell),
+        ("[#$] ", "suspend\n"),
+        ("Stopped", "fg\n"),
+        ("leasectl run", "echo in''ner; exit 6\n"),
+        ("inner", "echo code $?\n"),
+        ("code 6", "exit 0\n"),
+    ];
+    let ended = at_terminal(&daemon, &script, &["bash", "--norc", "--noprofile", "-i"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+/// As without leasectl: the system ignores the key for a process group that no shell could continue.
+#[rstest]
+fn the_key_that_stops_does_nothing_under_a_shell_without_job_control(
+    #[values("sh", "bash")] shell: &str,
+    #[values("", "2> /dev/null", "| cat")] redirected: &str,
+) {
+    let daemon = Daemon::start();
+    let run = "leasectl run a/key -- sh -c 'echo ready > /dev/tty; read x; echo got:$x:'";
+    let script = format!("{run} {redirected}; echo ne''xt");
+    let ended = at_terminal(&daemon, &[("ready", "^Zone\n")], &[shell, "-c", &script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("got:one:") && ended.stdout.contains("next"), "{ended:?}");
+}
+
+/// timeout(1) makes a background group, and ignores the signals by which that is stopped when it reads the terminal.
+#[test]
+fn a_program_around_leasectl_that_is_not_to_be_stopped_goes_on() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let [outer, inner] = ["timeout", "leasectl"].map(|name| folder.path().join(name).display().to_string());
+    let command = format!("leasectl run a/key -- sh -c 'echo $PPID > {inner}; echo ready; read x'");
+    let script = format!("sh -c 'echo $$ > {outer}; exec timeout 600 \"$@\"' sh {command}; echo code $?");
+    let stopped = format!("ps -o state= -p $(cat {inner}) | grep -q T");
+    let end = format!("!timeout 30 sh -c 'until {stopped}; do sleep 0.02; done'; kill -TERM $(cat {outer})");
+    let ended = at_terminal(&daemon, &[("ready", &end)], &["sh", "-c", &script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("code 143"), "{ended:?}");
+}
+
+/// Only the key is meant for the script as well.
+#[test]
+fn a_command_that_interrupts_itself_does_not_end_the_script_around_it() {
+    let daemon = Daemon::start();
+    for signal in ["INT", "QUIT"] {
+        let script = format!("leasectl run a/key -- sh -c 'kill -{signal} $$'; echo code $?");
+        let ended = at_terminal(&daemon, &[], &["bash", "-c", &script]);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(ended.stdout.contains("code 13"), "{ended:?}");
+    }
+}
+
+/// There the terminal could not be taken back, so it is not given away.
+#[test]
+fn a_command_runs_on_a_terminal_within_another_pid_namespace() {
+    let daemon = Daemon::start();
+    let run = "leasectl run a/key -- sh -c 'echo runs; exit 6'";
+    let reads = "leasectl run a/key -- cat";
+    let script =
+        format!("unshare -Urpf --mount-proc sh -c '{}'; echo code $?; {reads}", run.replace('\'', "\""));
+    let ended = at_terminal(&daemon, &[("code", "one\n"), ("one\\s+one", "\x04")], &["sh", "-c", &script]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("runs") && ended.stdout.contains("code 6"), "{ended:?}");
+}
+
+#[test]
 fn a_command_that_is_stopped_for_too_long_is_lost() {
     let daemon = Daemon::start();
     // It starts nothing: a shell that is stopped while it does may never be seen as stopped (vfork).

@@ -10,16 +10,19 @@ use std::io::{self, Read, Write, stdin, stdout};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{ChildStdin, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpgid, getppid, kill_process_group, setpgid,
+    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getppid, kill_process, kill_process_group, setpgid,
     test_kill_process_group, waitid, waitpid,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use signal_hook::flag::register;
 
+use crate::processes::group_of;
 use crate::times::{now, until};
 
 /// The name under which this program guards. `killall leasectl` does not mean it.
@@ -30,15 +33,18 @@ const NAP: Duration = Duration::from_secs(1);
 /// How often to see whether anything is left of a group.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// This program in another role.
-pub(crate) fn program(role: &str) -> Command {
+/// The signals of keys that end a command. The exit code of a guardian that was dismissed says which have come, a bit each.
+pub(crate) const KEYS: [Signal; 2] = [Signal::INT, Signal::QUIT];
+
+/// This program in its other role.
+fn program() -> Command {
     // On Linux also when the file has been replaced or deleted since.
     let path = match cfg!(target_os = "linux") {
         true => PathBuf::from("/proc/self/exe"),
         false => std::env::current_exe().unwrap_or_else(|_| PathBuf::from("leasectl")),
     };
     let mut command = Command::new(path);
-    command.arg0(role);
+    command.arg0(ROLE);
     command
 }
 
@@ -53,7 +59,7 @@ pub(crate) struct Guardian {
 impl Guardian {
     /// Starts it, in a process group of its own, and returns when no signal to the group can end it any more but SIGKILL.
     pub(crate) fn start() -> io::Result<Self> {
-        let mut command = program(ROLE);
+        let mut command = program();
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn()?;
         let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
@@ -102,6 +108,20 @@ impl Guardian {
         !matches!(waitid(WaitId::Pid(self.group), options), Ok(None))
     }
 
+    /// Whether its group was sent one of the [`KEYS`], once it has ended. If it was killed, that is taken for granted.
+    pub(crate) fn heard(&self, key: Signal) -> Option<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let status = waitid(WaitId::Pid(self.group), options).ok()??;
+        let heard = |code| KEYS.iter().position(|one| *one == key).is_some_and(|bit| code >> bit & 1 == 1);
+        Some(status.exit_status().is_none_or(heard))
+    }
+
+    /// Continues it, if it was stopped.
+    pub(crate) fn go_on(&self) {
+        // Fails if it has ended.
+        let _ = kill_process(self.group, Signal::CONT);
+    }
+
     fn order(&mut self, order: &str) {
         // If it is gone, `has_ended` says so.
         drop(writeln!(self.orders, "{order}"));
@@ -128,11 +148,16 @@ pub(crate) fn main() -> ExitCode {
     let Some(group) = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or_default()) else {
         return ExitCode::FAILURE;
     };
-    if withstand().is_err() || stdout().write_all(b".").and_then(|()| stdout().flush()).is_err() {
+    let Ok(heard) = withstand() else { return ExitCode::FAILURE };
+    if stdout().write_all(b".").and_then(|()| stdout().flush()).is_err() {
         return ExitCode::FAILURE;
     }
     match guard() {
-        Verdict::Dismissed => {}
+        Verdict::Dismissed => {
+            let bits =
+                heard.iter().enumerate().map(|(bit, heard)| u8::from(heard.load(Ordering::Relaxed)) << bit);
+            return ExitCode::from(bits.sum::<u8>());
+        }
         Verdict::Clear(deadline) => clear(group, deadline),
         // Ends this process as well.
         Verdict::Kill => {
@@ -184,8 +209,10 @@ fn guard() -> Verdict {
 
 /// Waits until nothing is left of the group, and kills what is left of it at the deadline, or when leasectl is gone.
 fn clear(group: Pid, deadline: u64) {
-    // A group whose last member this process is would never be empty. Its number stays taken by this process.
-    let left = getpgid(getppid()).is_ok_and(|other| setpgid(None, Some(other)).is_ok());
+    // A group whose last member this process is would never be empty. Its number stays taken by this process. A group of
+    // leasectl that a PID namespace hides cannot be joined: then what is left is killed at once.
+    let left = getppid().and_then(|leasectl| group_of(Some(leasectl)));
+    let left = left.is_some_and(|other| setpgid(None, Some(other)).is_ok());
     let nap = Timespec::try_from(LOOK).ok();
     let leasectl = getppid();
     while left && now() < deadline && getppid() == leasectl {
@@ -197,14 +224,10 @@ fn clear(group: Pid, deadline: u64) {
     let _ = kill_process_group(group, Signal::KILL);
 }
 
-/// Handles the signals that a group is sent, by doing nothing.
-fn withstand() -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let _guard = runtime.enter();
-    let all = [
+/// Handles the signals that a group is sent, by doing nothing but noting, for each of the [`KEYS`], that it has come.
+fn withstand() -> io::Result<[Arc<AtomicBool>; KEYS.len()]> {
+    let others = [
         Signal::HUP,
-        Signal::INT,
-        Signal::QUIT,
         Signal::TERM,
         Signal::USR1,
         Signal::USR2,
@@ -217,6 +240,9 @@ fn withstand() -> io::Result<()> {
         Signal::TTOU,
         Signal::PIPE,
     ];
-    // The handlers stay when the runtime goes.
-    all.iter().try_for_each(|one| signal(SignalKind::from_raw(one.as_raw())).map(drop))
+    let heard: [Arc<AtomicBool>; KEYS.len()] = Default::default();
+    let keys = KEYS.iter().zip(&heard).map(|(key, heard)| (key, Arc::clone(heard)));
+    let others = others.iter().map(|other| (other, Arc::default()));
+    keys.chain(others).try_for_each(|(signal, heard)| register(signal.as_raw(), heard).map(drop))?;
+    Ok(heard)
 }

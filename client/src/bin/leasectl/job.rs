@@ -9,8 +9,9 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
 
 use crate::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND, of_signal};
-use crate::guardian::Guardian;
+use crate::guardian::{Guardian, KEYS};
 use crate::orphans;
+use crate::processes::group_of;
 use crate::terminal::Terminal;
 
 /// A command that was started.
@@ -20,6 +21,8 @@ pub(crate) struct Job {
     terminal: Option<Terminal>,
     /// The group has, or had until it was stopped, the terminal.
     has_terminal: bool,
+    /// The command has got SIGHUP for the terminal that it cannot have.
+    is_hung_up: bool,
 }
 
 /// What has happened to it.
@@ -51,9 +54,17 @@ impl Exit {
         }
     }
 
+    /// The signal that ended it, if that has a name.
+    pub(crate) fn signal(self) -> Option<Signal> {
+        match self {
+            Self::Code(_) => None,
+            Self::Signal(number) => Signal::from_named_raw(number),
+        }
+    }
+
     /// The signal that a key sends, if one of those ended the command.
     pub(crate) fn by_key(self) -> Option<Signal> {
-        [Signal::INT, Signal::QUIT].into_iter().find(|signal| self == Self::Signal(signal.as_raw()))
+        self.signal().filter(|signal| KEYS.contains(signal))
     }
 }
 
@@ -81,7 +92,7 @@ impl Job {
             pid.ok_or_else(|| ErrorKind::InvalidData.into())
         });
         match started {
-            Ok(command) => Ok(Self { guardian, command, terminal, has_terminal }),
+            Ok(command) => Ok(Self { guardian, command, terminal, has_terminal, is_hung_up: false }),
             Err(error) => {
                 if let Some(terminal) = &terminal {
                     terminal.take_back(group);
@@ -124,28 +135,44 @@ impl Job {
         let _ = kill_process_group(self.guardian.group(), signal);
     }
 
-    /// The command was stopped. If it asked for the terminal it gets that; if it was stopped by a key, so is leasectl, and is
-    /// here again when both are to go on.
+    /// The command was stopped. If it asked for the terminal it gets that. Otherwise leasectl stops as well, as a job of the
+    /// shell around it, and passes on SIGCONT when it is continued.
     pub(crate) fn stopped(&mut self, signal: i32) {
         let is = |one: Signal| one.as_raw() == signal;
+        if is(Signal::STOP) {
+            // Sent to the whole group, it has stopped the guardian, too.
+            self.guardian.go_on();
+        }
         let Some(terminal) = &self.terminal else { return };
-        let asks = is(Signal::TTIN) || is(Signal::TTOU);
-        if asks && terminal.is_ours() {
+        let asks = [Signal::TTIN, Signal::TTOU].into_iter().find(|one| is(*one));
+        if asks.is_some() && terminal.is_ours() {
             self.has_terminal = true;
             return self.resume();
         }
-        if (asks || is(Signal::TSTP)) && !terminal.stop() {
-            // Nobody would ever continue it.
+        if terminal.stop(asks.unwrap_or(Signal::TSTP)) || is(Signal::STOP) {
+            return;
+        }
+        // No shell would ever continue the command.
+        if asks.is_none() {
             self.resume();
+        } else if !std::mem::replace(&mut self.is_hung_up, true) {
+            // It cannot have the terminal. One that ignores this signal and asks again stays stopped.
+            self.signal(Signal::HUP);
+            self.signal(Signal::CONT);
         }
     }
 
     /// Goes on after a stop: in the foreground again, if that is where it was and leasectl has been put.
     pub(crate) fn resume(&self) {
+        // An interactive shell has made a group of its own.
+        let group = group_of(Some(self.command)).unwrap_or(self.guardian.group());
         if let Some(terminal) = self.terminal.as_ref().filter(|_| self.has_terminal) {
-            terminal.give(self.guardian.group());
+            terminal.give(group);
         }
         self.signal(Signal::CONT);
+        if group != self.guardian.group() {
+            let _ = kill_process_group(group, Signal::CONT);
+        }
     }
 
     /// The command has ended, under its lease. What it has left running in its group is its own affair. Returns whether
@@ -154,6 +181,11 @@ impl Job {
         let had_terminal = self.take_terminal();
         self.guardian.dismiss();
         had_terminal
+    }
+
+    /// Whether the group was sent INT or QUIT, once it has been left and the guardian has ended.
+    pub(crate) fn group_heard(&self, signal: Signal) -> Option<bool> {
+        self.guardian.heard(signal)
     }
 
     /// The command has ended, and not under its lease: the rest of the group has until the deadline.
@@ -182,10 +214,31 @@ impl Job {
 fn cannot_start(program: &OsString, error: &io::Error) -> Failure {
     let program = program.display();
     match error.kind() {
+        // No process could be made, or it had no memory.
+        ErrorKind::WouldBlock | ErrorKind::OutOfMemory => {
+            Failure::System(format!("cannot start {program}: {error}"))
+        }
         ErrorKind::NotFound => Failure::Command(
             NOT_FOUND,
             format!("{program} is not found; give its path, or put its folder on the PATH"),
         ),
         _ => Failure::Command(NOT_EXECUTABLE, format!("{program} cannot be run: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_command_for_which_there_is_no_room_is_not_one_that_cannot_be_run() {
+        let failure = |errno: Errno| cannot_start(&"program".into(), &errno.into());
+        for errno in [Errno::AGAIN, Errno::NOMEM] {
+            assert!(matches!(failure(errno), Failure::System(_)), "{errno}");
+        }
+        assert!(matches!(failure(Errno::ACCESS), Failure::Command(NOT_EXECUTABLE, _)));
+        assert!(matches!(failure(Errno::NOENT), Failure::Command(NOT_FOUND, _)));
     }
 }

@@ -39,6 +39,8 @@ mod guardian;
 mod job;
 /// What the first process of a container adopts.
 mod orphans;
+/// Groups, sessions and parents of processes.
+mod processes;
 /// Signals that are passed on, and death by one.
 mod signals;
 /// Whose the terminal is.
@@ -56,11 +58,9 @@ use failure::Failure;
 use output::Output;
 
 fn main() -> ExitCode {
-    // The other roles of this program, which `run` starts. They are to be quick, and have no options.
-    match std::env::args_os().next() {
-        Some(role) if role == guardian::ROLE => return guardian::main(),
-        Some(role) if role == terminal::ROLE => return terminal::main(),
-        _ => {}
+    // The other role of this program, which `run` starts. It is to be quick, and has no options.
+    if std::env::args_os().next().is_some_and(|role| role == guardian::ROLE) {
+        return guardian::main();
     }
     let args = match Args::read() {
         Ok(args) => args,

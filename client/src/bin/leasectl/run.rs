@@ -62,8 +62,9 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
     let lease = wanted::lease(client, wish, &mut signals).await?;
     let mut running = match Running::start(lease, times, signals, command) {
         Ok(running) => running,
-        Err((lease, failure)) => {
-            give_back(*lease).await?;
+        Err(not_started) => {
+            let (lease, mut signals, failure) = *not_started;
+            give_back(lease, &mut signals, false).await?;
             return Err(failure);
         }
     };
@@ -78,11 +79,15 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
             // A shell around leasectl ends its script only if leasectl dies of the signal as well.
             let whom = match exit.by_key() {
                 // The terminal sent the key to the command's group alone.
-                Some(signal) if had_terminal => Some((signal, Whom::Group)),
+                Some(signal) if had_terminal && running.group_heard(signal).await => {
+                    Some((signal, Whom::Group))
+                }
                 Some(signal) if running.signals.has_come(signal) => Some((signal, Whom::Myself)),
                 _ => None,
             };
-            give_back(running.lease).await?;
+            let is_told =
+                whom.is_some() || exit.signal().is_some_and(|signal| running.signals.has_come(signal));
+            give_back(running.lease, &mut running.signals, is_told).await?;
             if let Some((signal, whom)) = whom {
                 die_of(signal, whom);
             }
@@ -91,7 +96,7 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
         End::Lost(state) => Err(running.lost(state).await),
         End::Unguarded => {
             running.job.leave();
-            give_back(running.lease).await?;
+            give_back(running.lease, &mut running.signals, false).await?;
             Err(Failure::Other("the command was killed, because its guardian had been".to_owned()))
         }
     }
@@ -103,7 +108,7 @@ impl Running {
         times: Times,
         signals: Signals,
         command: &[OsString],
-    ) -> Result<Self, (Box<Lease>, Failure)> {
+    ) -> Result<Self, Box<(Lease, Signals, Failure)>> {
         let started = || -> Result<(Job, Notices), Failure> {
             signals.add(OTHER)?;
             let children = signal(SignalKind::child())?;
@@ -113,7 +118,7 @@ impl Running {
         };
         match started() {
             Ok((job, children)) => Ok(Self { lease, times, job, signals, children }),
-            Err(failure) => Err((Box::new(lease), failure)),
+            Err(failure) => Err(Box::new((lease, signals, failure))),
         }
     }
 
@@ -217,6 +222,8 @@ impl Running {
                 Event::Unguarded => return Ok(Some(End::Unguarded)),
                 Event::Stopped(signal) => {
                     self.job.stopped(signal);
+                    // This process has sent it to its own group.
+                    self.signals.forget_stop();
                 }
             }
         }
@@ -229,6 +236,22 @@ impl Running {
             Signal::CONT if self.lease.is_held() => self.job.resume(),
             Signal::CONT => {}
             signal => self.job.signal(signal),
+        }
+    }
+
+    /// Whether a signal that ended the command was sent to its whole group, as by a key, and so to the guardian, which has
+    /// been dismissed. A command may also have sent it to itself.
+    async fn group_heard(&mut self, signal: Signal) -> bool {
+        let mut too_long = std::pin::pin!(sleep(TOGETHER));
+        loop {
+            if let Some(heard) = self.job.group_heard(signal) {
+                return heard;
+            }
+            tokio::select! {
+                biased;
+                _ = self.children.recv() => {}
+                () = &mut too_long => return true,
+            }
         }
     }
 
@@ -270,10 +293,16 @@ fn kill_at(lease: &Lease, times: Times) -> u64 {
     after(lease.remaining() + times.margin.saturating_sub(times.reserve))
 }
 
-/// Gives the lease back after the command, or says that it could not be.
-async fn give_back(lease: Lease) -> Result<(), Failure> {
+/// Gives the lease back after the command, or says that it could not be. A second signal ends that, and the lease runs out by
+/// itself. If `is_told` to end, by the signal that ended the command, the next one is the second.
+async fn give_back(lease: Lease, signals: &mut Signals, is_told: bool) -> Result<(), Failure> {
     let (key, ttl) = (crate::table::plain(lease.key()), crate::table::duration(lease.ttl()));
-    match lease.release().await {
+    let released = tokio::select! {
+        biased;
+        released = lease.release() => released,
+        signal = signals.ending(if is_told { 1 } else { 2 }) => return Err(Failure::Signal(signal)),
+    };
+    match released {
         Ok(()) => Ok(()),
         Err(Error::Lost(loss)) => Err(Failure::Lost(format!(
             "the lease of {key} was lost before it was given back ({loss}); what was done last may have met another holder"

@@ -1,8 +1,11 @@
 //! Signals that are passed on, as they come.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::{Signal, getpid, kill_current_process_group};
+use signal_hook::flag;
 use signal_hook::low_level::emulate_default_handler;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -23,12 +26,14 @@ pub(crate) struct Signals {
     ignored: u64,
     /// The signals that [`next`](Self::next) has returned, a bit each.
     taken: u64,
+    /// A SIGTSTP has come that [`next`](Self::next) has not returned.
+    stop: Arc<AtomicBool>,
 }
 
 impl Signals {
     pub(crate) fn new(wanted: &[Signal]) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel(WAITING);
-        let signals = Self { sender, receiver, ignored: ignored(), taken: 0 };
+        let signals = Self { sender, receiver, ignored: ignored(), taken: 0, stop: Arc::default() };
         signals.add(wanted)?;
         Ok(signals)
     }
@@ -38,6 +43,9 @@ impl Signals {
         for &wanted in wanted {
             if self.ignored & bit(wanted) != 0 {
                 continue;
+            }
+            if wanted == Signal::TSTP {
+                flag::register(wanted.as_raw(), Arc::clone(&self.stop))?;
             }
             let mut signals = signal(SignalKind::from_raw(wanted.as_raw()))?;
             let sender = self.sender.clone();
@@ -50,14 +58,36 @@ impl Signals {
     }
 
     pub(crate) async fn next(&mut self) -> Signal {
-        match self.receiver.recv().await {
-            Some(signal) => {
-                self.taken |= bit(signal);
-                signal
+        loop {
+            match self.receiver.recv().await {
+                Some(Signal::TSTP) if !self.stop.swap(false, Ordering::Relaxed) => {}
+                Some(signal) => {
+                    self.taken |= bit(signal);
+                    return signal;
+                }
+                // Does not happen: a sender is at hand.
+                None => std::future::pending().await,
             }
-            // Does not happen: a sender is at hand.
-            None => std::future::pending().await,
         }
+    }
+
+    /// Waits for so many of the [`ENDING`] signals, and returns the last of them.
+    pub(crate) async fn ending(&mut self, count: usize) -> Signal {
+        let mut left = count;
+        loop {
+            let signal = self.next().await;
+            if ENDING.contains(&signal) {
+                left -= 1;
+                if left == 0 {
+                    return signal;
+                }
+            }
+        }
+    }
+
+    /// Ignores the SIGTSTP that has come so far. [`next`](Self::next) could return that after a SIGCONT that came later.
+    pub(crate) fn forget_stop(&self) {
+        self.stop.store(false, Ordering::Relaxed);
     }
 
     /// Whether [`next`](Self::next) has returned this signal.

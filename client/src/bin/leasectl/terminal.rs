@@ -1,32 +1,29 @@
-//! Whose the terminal is. A process group that is not in the foreground gets no keys, and is stopped when it asks for some.
+//! The controlling terminal: which process group gets its keys, and stopping as a job of a shell.
 //!
-//! Giving the terminal away is for whoever is in the foreground, and so is taking it back, unless one ignores SIGTTOU. So
-//! a helper takes it back: this program in another role, started within the command's group.
+//! A process group that is not in the foreground gets no keys, and is stopped when it reads the terminal.
 
 use std::fs::File;
 use std::io::{IsTerminal, stdin, stdout};
-use std::os::unix::process::CommandExt;
-use std::process::{ExitCode, Stdio};
 
-use rustix::process::{Pid, Signal, getpgid, getpgrp, getppid, getsid, kill_current_process_group};
+use nix::sys::signal::{SigSet, Signal as Blocked};
+use rustix::process::{Pid, Signal, getpid, getppid, kill_current_process_group, kill_process};
 use rustix::termios::{tcgetpgrp, tcsetpgrp};
 
-use crate::guardian::program;
-
-/// The name under which this program takes a terminal back.
-pub(crate) const ROLE: &str = "lease-terminal";
+use crate::processes::{self, Process};
 
 /// The controlling terminal.
 pub(crate) struct Terminal {
     tty: File,
-    /// The group of this process.
-    own: Pid,
+    /// The group of this process. `None` if a PID namespace hides its number: then the terminal could be given away,
+    /// but never taken back.
+    own: Option<Pid>,
 }
 
 impl Terminal {
     /// `None` if there is none.
     pub(crate) fn open() -> Option<Self> {
-        Some(Self { tty: tty().ok()?, own: getpgrp() })
+        let tty = File::options().read(true).write(true).open("/dev/tty").ok()?;
+        Some(Self { tty, own: processes::group_of(None) })
     }
 
     /// Whether a command should have the terminal before it asks: in a pipeline another may want the keys.
@@ -36,7 +33,7 @@ impl Terminal {
 
     /// Whether this process is in the foreground.
     pub(crate) fn is_ours(&self) -> bool {
-        tcgetpgrp(&self.tty).is_ok_and(|foreground| foreground == self.own)
+        self.own.is_some() && self.foreground() == self.own
     }
 
     /// Gives the terminal to a group, if it is ours to give.
@@ -44,35 +41,53 @@ impl Terminal {
         self.is_ours() && tcsetpgrp(&self.tty, group).is_ok()
     }
 
-    /// Takes the terminal back from a group, if that has it, and returns whether it had. A process of the group must not
-    /// have been waited for yet.
+    /// Takes the terminal back from a group, if that has it, and returns whether it had.
     pub(crate) fn take_back(&self, group: Pid) -> bool {
-        if tcgetpgrp(&self.tty) != Ok(group) {
-            return false;
+        let Some(own) = self.own.filter(|_| self.foreground() == Some(group)) else { return false };
+        // A process that is not in the foreground and changes who is gets SIGTTOU, unless the thread blocks that.
+        let mut change = SigSet::empty();
+        change.add(Blocked::SIGTTOU);
+        let is_blocked = change.thread_block().is_ok();
+        // Fails if the terminal is gone, which whoever reads it next will see.
+        let _ = tcsetpgrp(&self.tty, own);
+        if is_blocked {
+            let _ = change.thread_unblock();
         }
-        let mut helper = program(ROLE);
-        helper.process_group(group.as_raw_nonzero().get());
-        helper.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // Nobody could be told, and a shell with job control takes it back by itself.
-        drop(helper.status());
         true
     }
 
-    /// Stops this process and its whole group, as the key for it would have done, until a shell continues it. Does nothing if
-    /// no shell is there to do so.
-    pub(crate) fn stop(&self) -> bool {
-        let session = |process| getsid(process).ok();
-        let has_shell = getppid().is_some() && session(getppid()) == session(None);
-        has_shell && kill_current_process_group(Signal::STOP).is_ok()
+    /// Stops this process and its process group as the stop signal of the command would have, until a shell continues
+    /// them. Returns false, and does nothing, if no shell is there to do so: the system, too, ignores the stop signals of
+    /// the terminal in an orphaned process group.
+    pub(crate) fn stop(&self, signal: Signal) -> bool {
+        if is_orphaned() {
+            return false;
+        }
+        if [Signal::TTIN, Signal::TTOU].contains(&signal) {
+            // Programs that lend the terminal, such as timeout(1), ignore these. This process is stopped by them, and a
+            // leasectl around this one learns that the terminal is wanted.
+            return kill_current_process_group(signal).is_ok();
+        }
+        // Never SIGSTOP, which would also stop the guardian of a leasectl around this one. This process has a handler.
+        let _ = kill_current_process_group(Signal::TSTP);
+        kill_process(getpid(), Signal::STOP).is_ok()
+    }
+
+    fn foreground(&self) -> Option<Pid> {
+        tcgetpgrp(&self.tty).ok()
     }
 }
 
-/// Puts the group of the process that started this one in the foreground.
-pub(crate) fn main() -> ExitCode {
-    let taken = tty().is_ok_and(|tty| getpgid(getppid()).is_ok_and(|group| tcsetpgrp(tty, group).is_ok()));
-    if taken { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn tty() -> std::io::Result<File> {
-    File::options().read(true).write(true).open("/dev/tty")
+/// Whether the process group of this process is orphaned: no member has a parent in another group of the session, which
+/// could notice that the group is stopped, and continue it.
+fn is_orphaned() -> bool {
+    let Some(own) = Process::read(getpid()) else {
+        // No /proc here. A parent is a shell, or knows one.
+        return processes::session_of(getppid()) != processes::session_of(None);
+    };
+    let has_shell = |member: &Process| {
+        let parent = member.parent.and_then(Process::read);
+        parent.is_some_and(|parent| parent.session == own.session && parent.group != own.group)
+    };
+    !Process::all().filter(|process| process.group == own.group).any(|member| has_shell(&member))
 }
