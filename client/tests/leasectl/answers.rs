@@ -83,6 +83,24 @@ fn a_key_is_shown_with_its_holder_and_its_line() {
     }
 }
 
+/// Only of the environment variable a label is a line, without the blanks around it.
+#[test]
+fn a_label_on_the_command_line_is_taken_as_it_is() {
+    let daemon = Daemon::start();
+    let labels =
+        ["--metadata=note=  x  ", "--metadata", " x =y ", "--metadata=empty=", "--metadata=a=b\n\nc=d"];
+    daemon.json(&[&["acquire", "a/key"][..], &labels].concat());
+    let metadata = json!({ "note": "  x  ", " x ": "y ", "empty": "", "a": "b\n\nc=d" });
+    assert_eq!(daemon.json(&["get", "a/key"])["holders"][0]["metadata"], metadata);
+
+    let mut acquire = daemon.leasectl(&["acquire", "b/key"]);
+    assert_eq!(end(acquire.env("LEASED_METADATA", "\n\n  a = 1 \n\t\n  b=2\r\n")).code, Some(0));
+    assert_eq!(daemon.json(&["get", "b/key"])["holders"][0]["metadata"], json!({ "a ": " 1", "b": "2" }));
+    let wrong = end(daemon.leasectl(&["acquire", "c/key"]).env("LEASED_METADATA", "a=1\nnonsense"));
+    assert_eq!(wrong.code, Some(2), "{wrong:?}");
+    assert!(wrong.stderr.contains("'nonsense'") && wrong.stderr.contains("NAME=VALUE"), "{wrong:?}");
+}
+
 #[test]
 fn keys_are_listed_by_prefix() {
     let daemon = Daemon::start();

@@ -87,6 +87,8 @@ fn wrong_usage_is_2() {
         (&["run", "a/key", "--ttl=1ms", "--", "true"], "ttl must be between"),
         (&["acquire", "a/key", "--wait=2h"], "wait"),
         (&["acquire", "a/key", "--metadata=x"], "NAME=VALUE"),
+        (&["acquire", "a/key", "--metadata="], "NAME=VALUE"),
+        (&["acquire", "a/key", "--metadata", "=x"], "NAME=VALUE"),
         (&["acquire", ""], "key"),
         (&["revoke", "a/key"], "--reason"),
         (&["revoke", "a/key", "--reason=r", "--token=0"], "--token"),

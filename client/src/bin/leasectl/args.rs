@@ -1,10 +1,11 @@
 //! What was typed. Nothing here is done yet.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::time::Duration;
 
-use clap::builder::{BoolishValueParser, Resettable};
+use clap::builder::{BoolishValueParser, Resettable, StringValueParser, TypedValueParser};
+use clap::parser::ValueSource;
 use clap::{Args as Group, Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 
@@ -43,7 +44,7 @@ impl Args {
 
 /// A variable that is set and empty counts as unset: that is how compose files and unit files leave one open.
 fn without_empty_variables(command: Clap) -> Clap {
-    let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     command
         .mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
             true => arg.env(Resettable::Reset),
@@ -186,9 +187,9 @@ pub(crate) struct Wish {
     #[arg(long, env = "LEASED_OWNER", value_name = "TEXT")]
     pub(crate) owner: Option<String>,
 
-    /// Another label; repeat it for more, up to 32. In the environment, one a line.
-    #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_delimiter = '\n', value_parser = parse_label)]
-    pub(crate) metadata: Vec<Option<(String, String)>>,
+    /// Another label, taken as it is; repeat it for more, up to 32. In the environment, one a line.
+    #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_parser = LabelParser)]
+    pub(crate) metadata: Vec<Labels>,
 
     /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held; without N,
     /// any number.
@@ -258,11 +259,48 @@ fn parse_wait(text: &str) -> Result<Wait, String> {
     }
 }
 
-/// `None` for a blank line, as multi-line variables begin and end with.
-fn parse_label(text: &str) -> Result<Option<(String, String)>, String> {
-    match text.trim().split_once('=') {
-        None if text.trim().is_empty() => Ok(None),
-        Some((name, value)) if !name.is_empty() => Ok(Some((name.to_owned(), value.to_owned()))),
+/// The labels of one argument, or of the whole environment variable.
+pub(crate) type Labels = Vec<Label>;
+
+/// A name and a value.
+type Label = (String, String);
+
+/// Takes an argument as it is, and the environment variable as one label a line.
+#[derive(Debug, Clone)]
+struct LabelParser;
+
+impl TypedValueParser for LabelParser {
+    type Value = Labels;
+
+    fn parse_ref(
+        &self,
+        command: &Clap,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Labels, clap::Error> {
+        parse_label.parse_ref(command, argument, value).map(|label| vec![label])
+    }
+
+    fn parse_ref_(
+        &self,
+        command: &Clap,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+        source: ValueSource,
+    ) -> Result<Labels, clap::Error> {
+        if source != ValueSource::EnvVariable {
+            return self.parse_ref(command, argument, value);
+        }
+        let text = StringValueParser::new().parse_ref(command, argument, value)?;
+        // Multi-line variables are indented, and begin and end with blank lines.
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        lines.map(|line| parse_label.parse_ref(command, argument, line.as_ref())).collect()
+    }
+}
+
+fn parse_label(text: &str) -> Result<Label, String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("a label looks like NAME=VALUE".to_owned()),
     }
 }
