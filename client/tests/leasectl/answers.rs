@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::Stdio;
 
+use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::support::{Daemon, Process, end, leasectl};
@@ -216,17 +217,47 @@ fn a_lease_whose_id_nobody_reads_is_a_failure_and_given_back() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.starts_with("leasectl: nobody has read the id of the lease"), "{ended:?}");
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+}
 
-    let acquire = |redirected: &str| {
-        let command = daemon.leasectl(&["acquire", "b/key", "--ttl=1h", "--wait=0"]);
-        let mut shell = std::process::Command::new("sh");
-        shell.args(["-c", &format!("exec \"$@\" {redirected}"), "sh"]).arg(command.get_program());
-        end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()))
+/// `/dev/null` says that no id is wanted, however it was opened. A closed output cannot be told from it: Rust's runtime puts
+/// `/dev/null` in its place.
+#[rstest]
+fn a_lease_whose_id_is_not_wanted_is_kept(#[values("> /dev/null", "1<> /dev/null", ">&-")] redirected: &str) {
+    let daemon = Daemon::start();
+    let command = daemon.leasectl(&["acquire", "a/key", "--ttl=1h", "--wait=0"]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &format!("exec \"$@\" {redirected}"), "sh"]).arg(command.get_program());
+    let ended = end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()));
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""), "{ended:?}");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "held");
+}
+
+/// Keys and labels are anybody's.
+#[test]
+fn nothing_that_is_shown_steers_a_terminal() {
+    let daemon = Daemon::start();
+    let key = "a/\u{202e}yek\u{2028}\u{2066}";
+    let owner = "--owner=\u{1b}[2J\u{9b}1m\u{202e}";
+    let held = daemon.json(&["acquire", key, owner]);
+    assert_eq!(held["key"], key);
+    let is_deceptive = |character: char| {
+        character.is_control() && character != '\n' || "\u{2028}\u{202e}\u{2066}".contains(character)
     };
-    let closed = acquire(">&-");
-    assert_eq!(closed.code, Some(1), "{closed:?}");
-    assert!(closed.stderr.starts_with("leasectl: standard output leads nowhere"), "{closed:?}");
-    assert_eq!(acquire("> /dev/null").code, Some(0), "nobody held it, and whoever says so wants no id");
+    for (arguments, code) in [
+        (&["ls"][..], 0),
+        (&["get", key], 0),
+        (&["acquire", key, "--wait=0"], 75),
+        (&["get", "\u{202e}\u{1b}[2J"], 2),
+        (&["\u{202e}\u{1b}[2J"], 2),
+        (&["run", "b/key", "--", "no-such-\u{202e}\u{1b}[2J"], 127),
+        (&["run", "b/key", "--", "/dev/null/\u{202e}\u{1b}[2J"], 126),
+    ] {
+        for output in ["--output=table", "--output=json"] {
+            let ended = daemon.end(&[&[output], arguments].concat());
+            assert_eq!(ended.code, Some(code), "{ended:?}");
+            assert!(!(ended.stdout + &ended.stderr).contains(is_deceptive), "{arguments:?} {output}");
+        }
+    }
 }
 
 #[test]
