@@ -165,6 +165,39 @@ fn what_is_not_leased_is_69_and_said_so() {
         let url = stranger(answer);
         let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "ls"]));
         assert_says(&ended, 69, &[&url, "is not leased", why]);
+        let ended = end(&mut leasectl(&["--output=json", "--endpoint", &url, "--timeout=500ms", "ls"]));
+        let failure: Value = serde_json::from_str(&ended.stderr).unwrap();
+        assert_eq!((ended.code, &failure["error"]["reason"]), (Some(69), &"NOT_LEASED".into()), "{failure}");
+    }
+}
+
+/// Accepts connections and closes them: with what was sent unread, which resets them, or once it was read.
+fn closes(reads: bool) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            if reads {
+                drop(stream.read(&mut [0; 1024]));
+            }
+        }
+    });
+    url
+}
+
+/// A daemon closes what is beyond its limit, and a proxy what it has no daemon for.
+#[test]
+fn who_closes_connections_before_any_answer_is_not_called_a_stranger() {
+    let daemon = Daemon::start_with(&["--max-connections=1"]);
+    let _only = std::net::TcpStream::connect(&daemon.address).unwrap();
+    for url in [closes(false), closes(true), daemon.url()] {
+        let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "acquire", "a/key"]));
+        assert_says(&ended, 69, &[&url, "closed before any answer", "--max-connections"]);
+        let ended = end(&mut leasectl(&["--output=json", "--endpoint", &url, "--timeout=500ms", "ls"]));
+        let failure: Value = serde_json::from_str(&ended.stderr).unwrap();
+        assert_eq!((ended.code, &failure["error"]["reason"]), (Some(69), &"UNAVAILABLE".into()), "{failure}");
     }
 }
 

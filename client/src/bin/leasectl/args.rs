@@ -71,7 +71,8 @@ pub(crate) struct Connection {
     #[arg(value_delimiter = ',')]
     pub(crate) endpoint: Vec<String>,
 
-    /// How long a call may take, with all its repetitions, beyond the time it waits in line; more than 0.
+    /// How long a call may take, with all its repetitions, beyond the time it waits in line; more than 0. If no daemon answers, a
+    /// look at what is there instead takes up to a second more.
     #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
 }

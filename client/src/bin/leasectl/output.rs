@@ -76,8 +76,9 @@ mod tests {
     #[test]
     fn json_cannot_steer_a_terminal_and_says_the_same() {
         let label = "a\u{1b}[2J\u{7f}\u{9b}31m\u{61c}\u{2028}\u{202e}b\u{2066}é漢\"\\n";
-        let line = json(&label).unwrap();
-        assert_eq!(line, r#""a\u001b[2J\u007f\u009b31m\u061c\u2028\u202eb\u2066é漢\"\\n""#);
-        assert_eq!(serde_json::from_str::<String>(&line).unwrap(), label);
+        let line = json(&label).ok();
+        assert_eq!(line.as_deref(), Some(r#""a\u001b[2J\u007f\u009b31m\u061c\u2028\u202eb\u2066é漢\"\\n""#));
+        let said = line.and_then(|line| serde_json::from_str::<String>(&line).ok());
+        assert_eq!(said.as_deref(), Some(label));
     }
 }
