@@ -85,6 +85,8 @@ fn wrong_usage_is_2() {
         (&["run", "a/key", "--ttl=soon", "--", "true"], "--ttl"),
         (&["run", "a/key", "--wait=9999years", "--", "true"], "--wait"),
         (&["run", "a/key", "--ttl=1ms", "--", "true"], "ttl must be between"),
+        (&["run", "--shared", "3", "--", "true"], "--shared=3 KEY"),
+        (&["acquire", "a/key", "--shared", "3"], "--shared=3 KEY"),
         (&["acquire", "a/key", "--wait=2h"], "wait"),
         (&["acquire", "a/key", "--metadata=x"], "NAME=VALUE"),
         (&["acquire", "a/key", "--metadata="], "NAME=VALUE"),

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use clap::builder::{BoolishValueParser, Resettable, StringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Args as Group, Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
@@ -38,8 +39,21 @@ pub(crate) struct Args {
 impl Args {
     /// Reads the command line, and the environment for what it leaves open.
     pub(crate) fn read() -> Result<Self, clap::Error> {
-        Self::from_arg_matches(&without_empty_variables(Self::command()).try_get_matches()?)
+        let mut command = without_empty_variables(Self::command());
+        if let Some(number) = lone_limit(std::env::args_os().skip(1)) {
+            let sentence = format!(
+                "is {number} the limit or the key? Write --shared={number} KEY for the limit, or the key before --shared"
+            );
+            return Err(command.error(ErrorKind::ValueValidation, sentence));
+        }
+        Self::from_arg_matches(&command.try_get_matches()?)
     }
+}
+
+/// A number after `--shared` and a blank, which would be taken for the key: the limit stands after `=`.
+fn lone_limit(words: impl Iterator<Item = OsString>) -> Option<String> {
+    let mut words = words.take_while(|word| word != "--").skip_while(|word| word != "--shared").skip(1);
+    words.next()?.into_string().ok().filter(|word| word.parse::<u32>().is_ok())
 }
 
 /// A variable that is set and empty counts as unset: that is how compose files and unit files leave one open.
@@ -192,8 +206,8 @@ pub(crate) struct Wish {
     #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_parser = LabelParser)]
     pub(crate) metadata: Vec<Labels>,
 
-    /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held; without N,
-    /// any number.
+    /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held (--shared=3,
+    /// with `=`); without N, any number.
     #[arg(long, env = "LEASED_SHARED", value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     pub(crate) shared: Option<u32>,
 
