@@ -1,8 +1,11 @@
 //! Where answers go: standard output, in the form that was asked for.
 
 use std::io::{BufWriter, Stdout, Write, stderr, stdout};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
+use tokio::time::sleep;
 
 use crate::args::Format;
 use crate::failure::Failure;
@@ -39,6 +42,21 @@ impl Output {
     pub(crate) fn line(&mut self, line: &str) -> Result<(), Failure> {
         writeln!(self.stdout, "{line}")?;
         Ok(self.stdout.flush()?)
+    }
+
+    /// Waits until nobody can read standard output any more: the other end of a pipe or a socket is closed, or the terminal gone.
+    pub(crate) async fn unread(&self) {
+        const LOOK: Duration = Duration::from_secs(1);
+        let gone = PollFlags::ERR | PollFlags::HUP;
+        loop {
+            // These two are told without being asked for.
+            let mut stdout = [PollFd::new(self.stdout.get_ref(), PollFlags::empty())];
+            let polled = poll(&mut stdout, Some(&Timespec::default()));
+            if polled.is_ok() && stdout[0].revents().intersects(gone) {
+                return;
+            }
+            sleep(LOOK).await;
+        }
     }
 
     /// Writes a part of an answer, which [`line`](Self::line) ends.
