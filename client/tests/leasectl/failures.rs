@@ -167,8 +167,19 @@ fn what_is_not_leased_is_69_and_said_so() {
         let url = stranger(answer);
         let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "ls"]));
         assert_says(&ended, 69, &[&url, "is not leased", why]);
-        let ended = end(&mut leasectl(&["--output=json", "--endpoint", &url, "--timeout=500ms", "ls"]));
+    }
+}
+
+/// Whether it is the only endpoint, or nobody listens at another.
+#[test]
+fn what_is_not_leased_has_one_reason() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = stranger(b"220 mail.example ESMTP ready\r\n");
+    for endpoints in [url.clone(), format!("http://{closed},{url}")] {
+        let arguments = ["--output=json", "--endpoint", &endpoints, "--timeout=500ms", "ls"];
+        let ended = end(&mut leasectl(&arguments));
         let failure: Value = serde_json::from_str(&ended.stderr).unwrap();
+        assert!(failure["error"]["message"].as_str().unwrap().contains("does not speak gRPC"), "{failure}");
         assert_eq!((ended.code, &failure["error"]["reason"]), (Some(69), &"NOT_LEASED".into()), "{failure}");
     }
 }
