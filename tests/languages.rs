@@ -205,6 +205,23 @@ async fn a_signal_makes_a_worker_leave_the_line(#[values(Python, Node)] language
     in_line(&client, 0).await;
 }
 
+#[rstest]
+#[tokio::test]
+async fn a_worker_that_finds_no_daemon_says_where(#[values(Python, Node)] language: Language) {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut worker = Worker::start_at(language, closed, &[]).await;
+    assert_eq!(worker.line().await, format!("failed: no daemon answers at {closed}"));
+    assert_eq!(worker.code().await, Some(69));
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_worker_takes_the_url_that_leasectl_takes(#[values(Python, Node)] language: Language) {
+    let daemon = Daemon::start(Embedded).await;
+    let url = format!("http://{}/", daemon.grpc);
+    Worker::start(language, &daemon, &["--endpoint", &url]).await.token().await;
+}
+
 /// A daemon that answers no acquire, and tells of each call how often it was sent before.
 struct Silent(UnboundedSender<(&'static str, Option<String>)>);
 

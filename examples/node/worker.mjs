@@ -2,8 +2,8 @@
 //
 // node worker.mjs KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
 //
-// Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease was lost, and 75 if
-// another holds the key.
+// Exits with 0 when the work is done or was interrupted, 69 if no daemon answers (within 5 s to begin with; once in line it
+// waits for daemons as well), 73 if the lease was lost, and 75 if another holds the key.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
@@ -24,7 +24,9 @@ if (positionals.length !== 1) {
   process.exit(2);
 }
 
-const client = connect(values.endpoint);
+// The URL that leasectl takes will do as well.
+const endpoint = values.endpoint.replace(/^http:\/\/|\/$/g, '');
+const client = connect(endpoint);
 const lease = new Lease(client, positionals[0], {
   owner: `worker.mjs:${process.pid}`,
   ttl: 1_000 * values.ttl,
@@ -39,12 +41,16 @@ for (const name of ['SIGINT', 'SIGTERM']) {
   });
 }
 
-process.exitCode = await run();
+const code = await run();
 client.close();
+// At once, though a timer of gRPC's may be left that waits for a connection.
+process.exit(code);
 
 async function run() {
   let code = 0;
   try {
+    // A lease goes on asking for as long as it may wait. Whoever starts this wants to know that there is no daemon.
+    await reached(5_000);
     const token = await lease.acquire();
     console.log(`holding ${lease.key} with fencing token ${token}`);
     // The work. It sends the token with every write, and stops when the lease is lost.
@@ -55,7 +61,7 @@ async function run() {
       return 75;
     }
     if (!(error instanceof Lost)) {
-      console.log(`failed: ${error.details ?? error}`);
+      console.log(`failed: ${error.details ?? error.message}`);
       code = 69;
     } else if (!interrupted) {
       console.log(`lost: ${error.message}`);
@@ -64,4 +70,15 @@ async function run() {
   }
   if (await lease.release()) console.log('released');
   return code;
+}
+
+/** Waits until a daemon is connected to. Throws if that takes too long, or the lease was closed meanwhile. */
+function reached(timeout) {
+  return new Promise((resolve, reject) => {
+    lease.lost.addEventListener('abort', () => reject(lease.lost.reason));
+    client.waitForReady(Date.now() + timeout, (error) => {
+      if (error) reject(new Error(`no daemon answers at ${endpoint}`));
+      else resolve();
+    });
+  });
 }

@@ -2,8 +2,8 @@
 
 python worker.py KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
 
-Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease was lost, and 75 if
-another holds the key.
+Exits with 0 when the work is done or was interrupted, 69 if no daemon answers (within 5 s to begin with; once in line it
+waits for daemons as well), 73 if the lease was lost, and 75 if another holds the key.
 """
 
 import argparse
@@ -33,13 +33,17 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    with grpc.insecure_channel(options.endpoint, options=CHANNEL_OPTIONS) as channel:
+    # The URL that leasectl takes will do as well.
+    endpoint = options.endpoint.removeprefix("http://").rstrip("/")
+    with grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
         lease = Lease(channel, options.key, f"worker.py:{os.getpid()}", options.ttl, options.wait)
-        return run(lease, options.seconds)
+        return run(lease, options.seconds, grpc.channel_ready_future(channel), endpoint)
 
 
-def run(lease, seconds):
+def run(lease, seconds, reached, endpoint):
     try:
+        # A lease goes on asking for as long as it may wait. Whoever starts this wants to know that there is no daemon.
+        reached.result(timeout=5)
         token = lease.acquire()
         print(f"holding {lease.key} with fencing token {token}", flush=True)
         # The work. It sends the token with every write, and stops when the lease is lost.
@@ -54,6 +58,9 @@ def run(lease, seconds):
     except Lost as lost:
         print(f"lost: {lost}", flush=True)
         code = 73
+    except grpc.FutureTimeoutError:
+        print(f"failed: no daemon answers at {endpoint}", flush=True)
+        code = 69
     except grpc.RpcError as error:
         print(f"failed: {error.details()}", flush=True)
         code = 69

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::Stdio;
 
+use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::support::{Daemon, Process, end, leasectl};
@@ -83,6 +84,24 @@ fn a_key_is_shown_with_its_holder_and_its_line() {
     }
 }
 
+/// Only of the environment variable a label is a line, without the blanks around it.
+#[test]
+fn a_label_on_the_command_line_is_taken_as_it_is() {
+    let daemon = Daemon::start();
+    let labels =
+        ["--metadata=note=  x  ", "--metadata", " x =y ", "--metadata=empty=", "--metadata=a=b\n\nc=d"];
+    daemon.json(&[&["acquire", "a/key"][..], &labels].concat());
+    let metadata = json!({ "note": "  x  ", " x ": "y ", "empty": "", "a": "b\n\nc=d" });
+    assert_eq!(daemon.json(&["get", "a/key"])["holders"][0]["metadata"], metadata);
+
+    let mut acquire = daemon.leasectl(&["acquire", "b/key"]);
+    assert_eq!(end(acquire.env("LEASED_METADATA", "\n\n  a = 1 \n\t\n  b=2\r\n")).code, Some(0));
+    assert_eq!(daemon.json(&["get", "b/key"])["holders"][0]["metadata"], json!({ "a ": " 1", "b": "2" }));
+    let wrong = end(daemon.leasectl(&["acquire", "c/key"]).env("LEASED_METADATA", "a=1\nnonsense"));
+    assert_eq!(wrong.code, Some(2), "{wrong:?}");
+    assert!(wrong.stderr.contains("'nonsense'") && wrong.stderr.contains("NAME=VALUE"), "{wrong:?}");
+}
+
 #[test]
 fn keys_are_listed_by_prefix() {
     let daemon = Daemon::start();
@@ -130,9 +149,8 @@ fn a_watch_tells_of_every_change() {
     assert_eq!(change["key"]["state"], json!("free"));
     let second = texts.next().unwrap();
     assert!(second.contains("  released    a/key  token ") && second.contains("holder -"), "{second}");
-    // Both end with the next line, for nobody reads on.
+    // Both end without another change, for nobody reads on.
     drop((texts, objects));
-    daemon.json(&["acquire", "a/key"]);
     assert_eq!((text.end().code, json.end().code), (Some(0), Some(0)));
 }
 
@@ -198,17 +216,47 @@ fn a_lease_whose_id_nobody_reads_is_a_failure_and_given_back() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.starts_with("leasectl: nobody has read the id of the lease"), "{ended:?}");
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+}
 
-    let acquire = |redirected: &str| {
-        let command = daemon.leasectl(&["acquire", "b/key", "--ttl=1h", "--wait=0"]);
-        let mut shell = std::process::Command::new("sh");
-        shell.args(["-c", &format!("exec \"$@\" {redirected}"), "sh"]).arg(command.get_program());
-        end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()))
+/// `/dev/null` says that no id is wanted, however it was opened. A closed output cannot be told from it: Rust's runtime puts
+/// `/dev/null` in its place.
+#[rstest]
+fn a_lease_whose_id_is_not_wanted_is_kept(#[values("> /dev/null", "1<> /dev/null", ">&-")] redirected: &str) {
+    let daemon = Daemon::start();
+    let command = daemon.leasectl(&["acquire", "a/key", "--ttl=1h", "--wait=0"]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &format!("exec \"$@\" {redirected}"), "sh"]).arg(command.get_program());
+    let ended = end(shell.args(command.get_args()).env("LEASED_ENDPOINT", daemon.url()));
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""), "{ended:?}");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "held");
+}
+
+/// Keys and labels are anybody's.
+#[test]
+fn nothing_that_is_shown_steers_a_terminal() {
+    let daemon = Daemon::start();
+    let key = "a/\u{202e}yek\u{2028}\u{2066}";
+    let owner = "--owner=\u{1b}[2J\u{9b}1m\u{202e}";
+    let held = daemon.json(&["acquire", key, owner]);
+    assert_eq!(held["key"], key);
+    let is_deceptive = |character: char| {
+        character.is_control() && character != '\n' || "\u{2028}\u{202e}\u{2066}".contains(character)
     };
-    let closed = acquire(">&-");
-    assert_eq!(closed.code, Some(1), "{closed:?}");
-    assert!(closed.stderr.starts_with("leasectl: standard output leads nowhere"), "{closed:?}");
-    assert_eq!(acquire("> /dev/null").code, Some(0), "nobody held it, and whoever says so wants no id");
+    for (arguments, code) in [
+        (&["ls"][..], 0),
+        (&["get", key], 0),
+        (&["acquire", key, "--wait=0"], 75),
+        (&["get", "\u{202e}\u{1b}[2J"], 2),
+        (&["\u{202e}\u{1b}[2J"], 2),
+        (&["run", "b/key", "--", "no-such-\u{202e}\u{1b}[2J"], 127),
+        (&["run", "b/key", "--", "/dev/null/\u{202e}\u{1b}[2J"], 126),
+    ] {
+        for output in ["--output=table", "--output=json"] {
+            let ended = daemon.end(&[&[output], arguments].concat());
+            assert_eq!(ended.code, Some(code), "{ended:?}");
+            assert!(!(ended.stdout + &ended.stderr).contains(is_deceptive), "{arguments:?} {output}");
+        }
+    }
 }
 
 #[test]

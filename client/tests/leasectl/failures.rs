@@ -85,8 +85,12 @@ fn wrong_usage_is_2() {
         (&["run", "a/key", "--ttl=soon", "--", "true"], "--ttl"),
         (&["run", "a/key", "--wait=9999years", "--", "true"], "--wait"),
         (&["run", "a/key", "--ttl=1ms", "--", "true"], "ttl must be between"),
+        (&["run", "--shared", "3", "--", "true"], "--shared=3 KEY"),
+        (&["acquire", "a/key", "--shared", "3"], "--shared=3 KEY"),
         (&["acquire", "a/key", "--wait=2h"], "wait"),
         (&["acquire", "a/key", "--metadata=x"], "NAME=VALUE"),
+        (&["acquire", "a/key", "--metadata="], "NAME=VALUE"),
+        (&["acquire", "a/key", "--metadata", "=x"], "NAME=VALUE"),
         (&["acquire", ""], "key"),
         (&["revoke", "a/key"], "--reason"),
         (&["revoke", "a/key", "--reason=r", "--token=0"], "--token"),
@@ -163,6 +167,50 @@ fn what_is_not_leased_is_69_and_said_so() {
         let url = stranger(answer);
         let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "ls"]));
         assert_says(&ended, 69, &[&url, "is not leased", why]);
+    }
+}
+
+/// Whether it is the only endpoint, or nobody listens at another.
+#[test]
+fn what_is_not_leased_has_one_reason() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = stranger(b"220 mail.example ESMTP ready\r\n");
+    for endpoints in [url.clone(), format!("http://{closed},{url}")] {
+        let arguments = ["--output=json", "--endpoint", &endpoints, "--timeout=500ms", "ls"];
+        let ended = end(&mut leasectl(&arguments));
+        let failure: Value = serde_json::from_str(&ended.stderr).unwrap();
+        assert!(failure["error"]["message"].as_str().unwrap().contains("does not speak gRPC"), "{failure}");
+        assert_eq!((ended.code, &failure["error"]["reason"]), (Some(69), &"NOT_LEASED".into()), "{failure}");
+    }
+}
+
+/// Accepts connections and closes them: with what was sent unread, which resets them, or once it was read.
+fn closes(reads: bool) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            if reads {
+                drop(stream.read(&mut [0; 1024]));
+            }
+        }
+    });
+    url
+}
+
+/// A daemon closes what is beyond its limit, and a proxy what it has no daemon for.
+#[test]
+fn who_closes_connections_before_any_answer_is_not_called_a_stranger() {
+    let daemon = Daemon::start_with(&["--max-connections=1"]);
+    let _only = std::net::TcpStream::connect(&daemon.address).unwrap();
+    for url in [closes(false), closes(true), daemon.url()] {
+        let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "acquire", "a/key"]));
+        assert_says(&ended, 69, &[&url, "closed before any answer", "--max-connections"]);
+        let ended = end(&mut leasectl(&["--output=json", "--endpoint", &url, "--timeout=500ms", "ls"]));
+        let failure: Value = serde_json::from_str(&ended.stderr).unwrap();
+        assert_eq!((ended.code, &failure["error"]["reason"]), (Some(69), &"UNAVAILABLE".into()), "{failure}");
     }
 }
 

@@ -61,19 +61,26 @@ fn daemon_program() -> &'static Path {
 pub(crate) struct Daemon {
     process: Process,
     folder: TempDir,
+    options: Vec<String>,
     pub(crate) address: String,
 }
 
 impl Daemon {
     pub(crate) fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let (process, address) = Self::spawn(folder.path(), "127.0.0.1:0");
-        Self { process, folder, address }
+        Self::start_with(&[])
     }
 
-    fn spawn(folder: &Path, address: &str) -> (Process, String) {
+    /// One with these options as well.
+    pub(crate) fn start_with(options: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+        let (process, address) = Self::spawn(folder.path(), "127.0.0.1:0", &options);
+        Self { process, folder, options, address }
+    }
+
+    fn spawn(folder: &Path, address: &str, options: &[String]) -> (Process, String) {
         let mut command = Command::new(daemon_program());
-        command.args(["--http-listen=off", "--listen", address]).current_dir(folder);
+        command.args(["--http-listen=off", "--listen", address]).args(options).current_dir(folder);
         command.env_remove("LEASED_MONGODB_URI").stdin(Stdio::null()).stdout(Stdio::piped());
         command.stderr(File::create(folder.join("log")).unwrap());
         let mut process = Process::spawn(&mut command);
@@ -93,7 +100,7 @@ impl Daemon {
     /// Starts it again where it was.
     pub(crate) fn restart(&mut self) {
         self.process.kill();
-        (self.process, _) = Self::spawn(self.folder.path(), &self.address);
+        (self.process, _) = Self::spawn(self.folder.path(), &self.address, &self.options);
     }
 
     /// Stops it. On return no part of it does anything any more.

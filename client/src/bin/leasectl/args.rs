@@ -1,10 +1,12 @@
 //! What was typed. Nothing here is done yet.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::time::Duration;
 
-use clap::builder::{BoolishValueParser, Resettable};
+use clap::builder::{BoolishValueParser, Resettable, StringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
 use clap::{Args as Group, Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 
@@ -37,13 +39,26 @@ pub(crate) struct Args {
 impl Args {
     /// Reads the command line, and the environment for what it leaves open.
     pub(crate) fn read() -> Result<Self, clap::Error> {
-        Self::from_arg_matches(&without_empty_variables(Self::command()).try_get_matches()?)
+        let mut command = without_empty_variables(Self::command());
+        if let Some(number) = lone_limit(std::env::args_os().skip(1)) {
+            let sentence = format!(
+                "is {number} the limit or the key? Write --shared={number} KEY for the limit, or the key before --shared"
+            );
+            return Err(command.error(ErrorKind::ValueValidation, sentence));
+        }
+        Self::from_arg_matches(&command.try_get_matches()?)
     }
+}
+
+/// A number after `--shared` and a blank, which would be taken for the key: the limit stands after `=`.
+fn lone_limit(words: impl Iterator<Item = OsString>) -> Option<String> {
+    let mut words = words.take_while(|word| word != "--").skip_while(|word| word != "--shared").skip(1);
+    words.next()?.into_string().ok().filter(|word| word.parse::<u32>().is_ok())
 }
 
 /// A variable that is set and empty counts as unset: that is how compose files and unit files leave one open.
 fn without_empty_variables(command: Clap) -> Clap {
-    let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     command
         .mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
             true => arg.env(Resettable::Reset),
@@ -70,7 +85,8 @@ pub(crate) struct Connection {
     #[arg(value_delimiter = ',')]
     pub(crate) endpoint: Vec<String>,
 
-    /// How long a call may take, with all its repetitions, beyond the time it waits in line; more than 0.
+    /// How long a call may take, with all its repetitions, beyond the time it waits in line; more than 0. If no daemon answers, a
+    /// look at what is there instead takes up to a second more.
     #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
 }
@@ -186,12 +202,12 @@ pub(crate) struct Wish {
     #[arg(long, env = "LEASED_OWNER", value_name = "TEXT")]
     pub(crate) owner: Option<String>,
 
-    /// Another label; repeat it for more, up to 32. In the environment, one a line.
-    #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_delimiter = '\n', value_parser = parse_label)]
-    pub(crate) metadata: Vec<Option<(String, String)>>,
+    /// Another label, taken as it is; repeat it for more, up to 32. In the environment, one a line.
+    #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_parser = LabelParser)]
+    pub(crate) metadata: Vec<Labels>,
 
-    /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held; without N,
-    /// any number.
+    /// Hold the key together with other shared holders, no more than N in all for as long as this lease is held (--shared=3,
+    /// with `=`); without N, any number.
     #[arg(long, env = "LEASED_SHARED", value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     pub(crate) shared: Option<u32>,
 
@@ -258,11 +274,48 @@ fn parse_wait(text: &str) -> Result<Wait, String> {
     }
 }
 
-/// `None` for a blank line, as multi-line variables begin and end with.
-fn parse_label(text: &str) -> Result<Option<(String, String)>, String> {
-    match text.trim().split_once('=') {
-        None if text.trim().is_empty() => Ok(None),
-        Some((name, value)) if !name.is_empty() => Ok(Some((name.to_owned(), value.to_owned()))),
+/// The labels of one argument, or of the whole environment variable.
+pub(crate) type Labels = Vec<Label>;
+
+/// A name and a value.
+type Label = (String, String);
+
+/// Takes an argument as it is, and the environment variable as one label a line.
+#[derive(Debug, Clone)]
+struct LabelParser;
+
+impl TypedValueParser for LabelParser {
+    type Value = Labels;
+
+    fn parse_ref(
+        &self,
+        command: &Clap,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Labels, clap::Error> {
+        parse_label.parse_ref(command, argument, value).map(|label| vec![label])
+    }
+
+    fn parse_ref_(
+        &self,
+        command: &Clap,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+        source: ValueSource,
+    ) -> Result<Labels, clap::Error> {
+        if source != ValueSource::EnvVariable {
+            return self.parse_ref(command, argument, value);
+        }
+        let text = StringValueParser::new().parse_ref(command, argument, value)?;
+        // Multi-line variables are indented, and begin and end with blank lines.
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        lines.map(|line| parse_label.parse_ref(command, argument, line.as_ref())).collect()
+    }
+}
+
+fn parse_label(text: &str) -> Result<Label, String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("a label looks like NAME=VALUE".to_owned()),
     }
 }

@@ -4,11 +4,12 @@ use std::io::{ErrorKind, Write, stderr};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use leased_client::{Error, HeldBy, Loss};
 use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tonic::transport::Uri;
 
 use crate::args::Format;
@@ -41,6 +42,8 @@ pub(crate) enum Failure {
     Usage(String),
     /// Nobody that could answer was found.
     Unreachable(String),
+    /// Something else than a daemon was found.
+    NotLeased(String),
     /// The command's lease was lost.
     Lost(String),
     /// The command cannot be started; with the exit code for it.
@@ -66,6 +69,7 @@ impl Failure {
             }
             Self::Usage(sentence) => (USAGE, "USAGE", sentence.clone()),
             Self::Unreachable(sentence) => (UNAVAILABLE, "UNAVAILABLE", sentence.clone()),
+            Self::NotLeased(sentence) => (UNAVAILABLE, "NOT_LEASED", sentence.clone()),
             Self::Lost(sentence) => (LOST, "LEASE_LOST", sentence.clone()),
             Self::Command(code, sentence) => (*code, "COMMAND_NOT_STARTED", sentence.clone()),
             Self::System(sentence) => (SYSTEM, "SYSTEM", sentence.clone()),
@@ -200,37 +204,53 @@ fn not_leased(endpoint: &str, why: &str) -> String {
     )
 }
 
-/// Finds out more about daemons that do not answer: whether something else does.
+/// Finds out more about daemons that do not answer: whether something else does. Takes up to [`LOOK`].
 pub(crate) async fn explain(error: Error, endpoints: impl Iterator<Item = &str>) -> Failure {
-    if matches!(error, Error::Unavailable { .. }) {
-        for endpoint in endpoints {
-            if let Ok(Some(sentence)) = timeout(2 * LOOK, stranger(endpoint)).await {
-                return Failure::Unreachable(sentence);
-            }
-        }
+    if !matches!(error, Error::Unavailable { .. }) {
+        return Failure::Client(error);
     }
-    Failure::Client(error)
+    let found = join_all(endpoints.map(stranger)).await;
+    found.into_iter().flatten().next().unwrap_or(Failure::Client(error))
 }
 
 /// What is wrong with the server at the endpoint, if there is one.
 ///
 /// Whoever speaks HTTP/2 begins with a SETTINGS frame (RFC 9113, section 3.4).
-async fn stranger(endpoint: &str) -> Option<String> {
+async fn stranger(endpoint: &str) -> Option<Failure> {
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const HEAD: usize = 9;
     const SETTINGS: u8 = 4;
     let uri: Uri = endpoint.parse().ok()?;
     let address = (uri.host()?.trim_matches(['[', ']']), uri.port_u16().unwrap_or(80));
-    let mut stream = timeout(LOOK, TcpStream::connect(address)).await.ok()?.ok()?;
-    stream.write_all(HELLO).await.ok()?;
-    let mut head = [0; 9];
-    match timeout(LOOK, stream.read_exact(&mut head)).await {
-        Ok(Ok(_)) if head[3] == SETTINGS => None,
-        Ok(_) => Some(not_leased(endpoint, "it does not speak gRPC")),
+    let until = Instant::now() + LOOK;
+    let mut stream = timeout_at(until, TcpStream::connect(address)).await.ok()?.ok()?;
+    // Fails where the connection is closed at once, as reading will.
+    let _ = stream.write_all(HELLO).await;
+    let mut head = Vec::with_capacity(HEAD);
+    let read = async {
+        // Ends early with the end of the stream, or of the connection.
+        while head.len() < HEAD && matches!(stream.read_buf(&mut head).await, Ok(1..)) {}
+    };
+    let is_open = timeout_at(until, read).await.is_err();
+    match head.get(3) {
+        Some(&SETTINGS) => None,
+        None if head.is_empty() => Some(Failure::Unreachable(unheard(endpoint, is_open))),
+        _ => Some(Failure::NotLeased(not_leased(endpoint, "it does not speak gRPC"))),
+    }
+}
+
+/// What a server may be that accepts a connection and says nothing.
+fn unheard(endpoint: &str, is_open: bool) -> String {
+    match is_open {
         // The system accepts connections for a process that is stopped.
-        Err(_) => Some(format!(
+        true => format!(
             "the process at {endpoint} does not answer, though connections to it are accepted; it may be stopped or \
              overloaded, or not be leased"
-        )),
+        ),
+        false => format!(
+            "connections to {endpoint} are closed before any answer; a daemon does that when it has as many as it may \
+             (--max-connections), and a proxy when it finds no daemon: try again later, or see their logs"
+        ),
     }
 }
 

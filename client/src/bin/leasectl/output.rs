@@ -1,12 +1,15 @@
 //! Where answers go: standard output, in the form that was asked for.
 
 use std::io::{BufWriter, Stdout, Write, stderr, stdout};
+use std::time::Duration;
 
-use rustix::fs::{OFlags, fcntl_getfl, fstat, stat};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
+use tokio::time::sleep;
 
 use crate::args::Format;
 use crate::failure::Failure;
+use crate::table::{is_deceptive, plain};
 
 /// Standard output.
 pub(crate) struct Output {
@@ -41,28 +44,59 @@ impl Output {
         Ok(self.stdout.flush()?)
     }
 
+    /// Waits until nobody can read standard output any more: the other end of a pipe or a socket is closed, or the terminal gone.
+    pub(crate) async fn unread(&self) {
+        const LOOK: Duration = Duration::from_secs(1);
+        let gone = PollFlags::ERR | PollFlags::HUP;
+        loop {
+            // These two are told without being asked for.
+            let mut stdout = [PollFd::new(self.stdout.get_ref(), PollFlags::empty())];
+            let polled = poll(&mut stdout, Some(&Timespec::default()));
+            if polled.is_ok() && stdout[0].revents().intersects(gone) {
+                return;
+            }
+            sleep(LOOK).await;
+        }
+    }
+
     /// Writes a part of an answer, which [`line`](Self::line) ends.
     pub(crate) fn part(&mut self, part: &str) -> Result<(), Failure> {
         Ok(self.stdout.write_all(part.as_bytes())?)
     }
 }
 
-/// Whether this process was started with standard output closed.
-///
-/// By now Rust's runtime has put `/dev/null` there, open for reading and writing. Shells open it for writing only, for those who
-/// want no output.
-pub(crate) fn is_nowhere() -> bool {
-    let (there, null) = (fstat(stdout()), stat("/dev/null"));
-    let is_null = matches!((there, null), (Ok(there), Ok(null)) if there.st_rdev == null.st_rdev);
-    is_null && fcntl_getfl(stdout()).is_ok_and(|flags| flags.contains(OFlags::RDWR))
-}
-
 /// Says on standard error what a person should know. That nobody can read it is no reason to stop.
+///
+/// Sentences quote what was typed and what servers have answered, so nothing in them may steer a terminal.
 pub(crate) fn complain(sentence: &str) {
-    let _ = writeln!(stderr(), "leasectl: {sentence}");
+    let _ = writeln!(stderr(), "leasectl: {}", plain(sentence));
 }
 
-/// A value on one line.
+/// A value on one line, which does no harm to a terminal either.
 pub(crate) fn json(value: &impl Serialize) -> Result<String, Failure> {
-    serde_json::to_string(value).map_err(|error| Failure::Other(error.to_string()))
+    let raw = serde_json::to_string(value).map_err(|error| Failure::Other(error.to_string()))?;
+    let mut line = String::with_capacity(raw.len());
+    // What JSON lets pass unescaped stands within strings.
+    for character in raw.chars() {
+        if is_deceptive(character) {
+            line += &format!("\\u{:04x}", u32::from(character));
+        } else {
+            line.push(character);
+        }
+    }
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_cannot_steer_a_terminal_and_says_the_same() {
+        let label = "a\u{1b}[2J\u{7f}\u{9b}31m\u{61c}\u{2028}\u{202e}b\u{2066}é漢\"\\n";
+        let line = json(&label).ok();
+        assert_eq!(line.as_deref(), Some(r#""a\u001b[2J\u007f\u009b31m\u061c\u2028\u202eb\u2066é漢\"\\n""#));
+        let said = line.and_then(|line| serde_json::from_str::<String>(&line).ok());
+        assert_eq!(said.as_deref(), Some(label));
+    }
 }

@@ -123,13 +123,21 @@ pub(crate) fn duration(duration: Duration) -> String {
 pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for character in text.chars() {
-        if character.is_control() {
+        if is_deceptive(character) {
             plain.extend(character.escape_default());
         } else {
             plain.push(character);
         }
     }
     plain
+}
+
+/// Whether a character makes text look like other text: control characters, separators of lines and paragraphs, and the
+/// controls of Unicode's bidirectional algorithm (UAX #9, 2), which reorder what stands beside them. The daemon's log escapes
+/// the same ones.
+pub(crate) fn is_deceptive(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]
@@ -158,5 +166,8 @@ mod tests {
     #[test]
     fn labels_cannot_steer_a_terminal() {
         assert_eq!(plain("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
+        let deceptive = "\u{9b}\u{61c}\u{200e}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}";
+        assert_eq!(plain(deceptive), deceptive.escape_default().to_string());
+        assert_eq!(plain("é漢字 \u{200d}\u{301}"), "é漢字 \u{200d}\u{301}", "writing needs these");
     }
 }

@@ -10,13 +10,20 @@ use crate::json::{Event, change, state, time};
 use crate::output::{Output, complain, json};
 use crate::table;
 
-/// Prints what happens, until a signal ends the process.
+/// Prints what happens, until a signal ends the process or nobody reads on.
 pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) -> Result<u8, Failure> {
     // A watch waits for daemons for as long as it takes. Whoever starts one wants to know that there is none.
     let mut first = client.list(prefix.clone()).page_size(1).stream();
     first.try_next().await?;
     let mut events = client.watch(prefix).stream();
-    while let Some(event) = events.try_next().await? {
+    loop {
+        let event = tokio::select! {
+            biased;
+            event = events.try_next() => event?,
+            // Noticed without a change to print as well.
+            () = output.unread() => return Err(Failure::NobodyReads),
+        };
+        let Some(event) = event else { return Ok(0) };
         let line = match output.is_json() {
             true => Event::of(&event).map(|event| json(&event)).transpose()?,
             false => text(&event),
@@ -25,7 +32,6 @@ pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) 
             output.line(&line)?;
         }
     }
-    Ok(0)
 }
 
 /// The line for people, if the event needs one.
