@@ -9,6 +9,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use h2::client::SendRequest;
 use h2::{Reason, RecvStream};
 use http::Request;
+use leased_client::KeyInfo;
 use leased_client::v1::{AcquireRequest, ListRequest};
 use prost::Message;
 use rstest::rstest;
@@ -25,6 +26,10 @@ fn large(key: &str) -> AcquireRequest {
     AcquireRequest { metadata, ..ask(key).ttl(secs(600)) }
 }
 
+fn asking(prefix: &str) -> ListRequest {
+    ListRequest { prefix: prefix.to_owned(), page_size: 1000, ..ListRequest::default() }
+}
+
 /// A connection whose peer takes nothing of what it is answered, and answers pings.
 async fn taking_nothing(daemon: &Daemon) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(daemon.grpc).await.unwrap();
@@ -34,16 +39,25 @@ async fn taking_nothing(daemon: &Daemon) -> SendRequest<Bytes> {
     calls
 }
 
-async fn list(calls: &SendRequest<Bytes>) -> h2::client::ResponseFuture {
+async fn list(calls: &SendRequest<Bytes>, prefix: &str) -> h2::client::ResponseFuture {
     let request = Request::post("http://leased/leased.v1.LeaseService/List")
         .header("content-type", "application/grpc")
         .header("te", "trailers");
     let mut calls = calls.clone().ready().await.unwrap();
     let (answer, mut body) = calls.send_request(request.body(()).unwrap(), false).unwrap();
-    let message = ListRequest { page_size: 1000, ..ListRequest::default() }.encode_to_vec();
+    let message = asking(prefix).encode_to_vec();
     let prefix = [&[0][..], &u32::try_from(message.len()).unwrap().to_be_bytes()].concat();
     body.send_data([prefix, message].concat().into(), true).unwrap();
     answer
+}
+
+/// Lists that nobody takes, as many as have their turn on a few connections and in the whole daemon.
+async fn untaken(daemon: &Daemon, prefix: &str) -> Vec<RecvStream> {
+    let on_one = async || {
+        let calls = taking_nothing(daemon).await;
+        join_all((0..4).map(async |_| list(&calls, prefix).await.await.unwrap().into_body())).await
+    };
+    join_all((0..8).map(|_| on_one())).await.into_iter().flatten().collect()
 }
 
 fn was_reset(body: &mut RecvStream) -> bool {
@@ -64,15 +78,14 @@ async fn of_answers_that_nobody_takes_there_are_few_at_once_and_each_ends(
     let calls = taking_nothing(&daemon).await;
     let mut heads = FuturesUnordered::new();
     for _ in 0..6 {
-        heads.push(list(&calls).await);
+        heads.push(list(&calls, "").await);
     }
     let mut untaken: Vec<RecvStream> = Vec::new();
     for _ in 0..4 {
         untaken.push(heads.next().await.unwrap().unwrap().into_body());
     }
     // The lists of another connection do not wait for these, and take turns among themselves.
-    let request = ListRequest { page_size: 1000, ..ListRequest::default() };
-    let lists = (0..12).map(async |_| client.clone().list(request.clone()).await);
+    let lists = (0..12).map(async |_| client.clone().list(asking("")).await);
     for page in join_all(lists).await {
         assert_eq!(page.unwrap().into_inner().leases.len(), KEYS);
     }
@@ -80,6 +93,47 @@ async fn of_answers_that_nobody_takes_there_are_few_at_once_and_each_ends(
     // The fifth has its turn when one of the first four was given up.
     timeout(PATIENCE, heads.next()).await.unwrap().unwrap().unwrap();
     assert!(untaken.iter_mut().any(was_reset));
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_listing_does_not_wait_for_those_who_take_nothing(#[values(Embedded, MongoDb)] home: Home) {
+    let daemon = Daemon::start(home).await;
+    let (client, holder) = (daemon.client().await, daemon.holder().await);
+    let many = (0..KEYS).map(async |key| client.clone().get_lease(large(&format!("many/{key:02}"))).await);
+    let one = (0..KEYS).map(async |_| client.clone().get_lease(large("one").shared(0)).await);
+    for held in [join_all(many).await, join_all(one).await] {
+        held.into_iter().for_each(|held| drop(held.unwrap()));
+    }
+
+    let list = async |prefix| client.clone().list(asking(prefix)).await.unwrap().into_inner();
+    // Small answers leave the turns of the daemon to others.
+    let small = untaken(&daemon, "many/00").await;
+    assert_eq!(list("many/").await.leases.len(), KEYS);
+    drop(small);
+
+    let mut rounds = 0;
+    loop {
+        let mut untaken = untaken(&daemon, "").await;
+        let first = list("many/").await;
+        let keys: Vec<KeyInfo> = holder.list("many/").stream().map(Result::unwrap).collect().await;
+        assert!(keys.into_iter().map(|info| info.key).eq((0..KEYS).map(|key| format!("many/{key:02}"))));
+        let pages = [first, list("many/").await];
+        // On a busy machine some turns may have been given up before.
+        let had_none = pages.iter().all(|page| page.leases.len() < KEYS);
+        if had_none && !untaken.iter_mut().any(was_reset) {
+            for page in pages {
+                assert!(!page.leases.is_empty() && page.encoded_len() <= 64 * 1024);
+                assert_eq!(page.next_page_token, page.leases[page.leases.len() - 1].key);
+            }
+            // A record that is too large for a short page waits for a turn.
+            assert_eq!(list("one").await.leases[0].holders.len(), KEYS);
+            assert!(untaken.iter_mut().any(was_reset));
+            break;
+        }
+        rounds += 1;
+        assert!(rounds < 5, "a listing waits until others are given up");
+    }
 }
 
 #[rstest]

@@ -76,6 +76,7 @@ fn process() -> Result<(), Failure> {
     let runtime = runtime().map_err(Failure::running)?;
     start_threads(&runtime)?;
     let ended = runtime.block_on(daemon(&config));
+    panics::daemon_has_ended();
     // A look-up that hangs does not keep the process.
     runtime.shutdown_timeout(LAST_THREADS);
     ended

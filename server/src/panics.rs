@@ -5,9 +5,10 @@
 
 use std::any::Any;
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind, set_hook};
+use std::panic::{AssertUnwindSafe, Location, catch_unwind, set_hook};
+use std::path::Path;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use pin_project_lite::pin_project;
@@ -19,10 +20,13 @@ thread_local! {
     static CONTAINED: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Whether the daemon has ended, so that its runtime is about to.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
 /// Panics that were contained, in this process.
 static CAUGHT: AtomicU64 = AtomicU64::new(0);
 
-/// Logs every panic, and ends the process with exit code 1 after one that is not contained.
+/// Logs every panic, and ends the process with exit code 1 after one that is not contained; see also [`daemon_has_ended`].
 pub fn end_the_process() {
     set_hook(Box::new(|panic| {
         let message = message(panic.payload());
@@ -31,11 +35,34 @@ pub fn end_the_process() {
             tracing::error!(message, place, "a panic ended a call, a connection or a batch");
             return;
         }
+        if ENDED.load(Ordering::Relaxed) && !panic.location().is_some_and(is_ours) {
+            tracing::error!(
+                message,
+                place,
+                "a panic in a library, at the end of the process; it changes nothing"
+            );
+            return;
+        }
         tracing::error!(message, place, "a panic ends the daemon");
         telemetry::say(&format!("ended by a panic at {place}: {message}"));
         telemetry::flush();
         std::process::exit(1);
     }));
+}
+
+/// Notes that the daemon has ended and the exit code stands. From here on a panic outside of this crate's source is logged
+/// and ends nothing.
+///
+/// The end of the runtime takes all tasks away in no order, and a task of MongoDB's driver panics if one that it relies on
+/// has gone before it. The driver has such tasks if it could not be shut down in time.
+pub fn daemon_has_ended() {
+    ENDED.store(true, Ordering::Relaxed);
+}
+
+/// Whether this is in the source of this crate.
+fn is_ours(place: &Location<'_>) -> bool {
+    let ours = Path::new(file!()).ancestors().nth(2);
+    ours.is_some_and(|ours| Path::new(place.file()).starts_with(ours))
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {

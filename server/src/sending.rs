@@ -81,18 +81,39 @@ impl Default for Turns {
     }
 }
 
-/// A large answer's turn, among those of its caller and of the whole daemon. Dropping it ends the turn.
+/// The turns of an answer that may be large: one among those of its caller, and one of the whole daemon if the answer is large.
+/// Dropping them ends them.
 #[derive(Debug)]
 pub(crate) struct Turn {
     _of_caller: lessor::Turn,
-    _of_all: Option<OwnedSemaphorePermit>,
+    of_all: Option<OwnedSemaphorePermit>,
 }
 
 impl Turns {
-    /// Adds a turn among those of the whole daemon to one among those of a caller.
-    pub(crate) async fn take(&self, of_caller: lessor::Turn) -> Turn {
-        // Nobody closes it.
-        Turn { _of_caller: of_caller, _of_all: Arc::clone(&self.0).acquire_owned().await.ok() }
+    /// Adds a turn of the whole daemon to one of a caller, if there is one to be had. Those who wait in [`Self::take`] go
+    /// first.
+    pub(crate) fn try_take(&self, of_caller: lessor::Turn) -> Turn {
+        Turn { _of_caller: of_caller, of_all: Arc::clone(&self.0).try_acquire_owned().ok() }
+    }
+
+    /// Waits for a turn of the whole daemon, unless there is one in `turn` already.
+    pub(crate) async fn take(&self, turn: &mut Turn) {
+        if turn.of_all.is_none() {
+            // Nobody closes it.
+            turn.of_all = Arc::clone(&self.0).acquire_owned().await.ok();
+        }
+    }
+}
+
+impl Turn {
+    /// Whether the answer may be large.
+    pub(crate) fn is_of_all(&self) -> bool {
+        self.of_all.is_some()
+    }
+
+    /// Gives back the turn of the whole daemon.
+    pub(crate) fn leave_all(&mut self) {
+        self.of_all = None;
     }
 }
 
@@ -152,7 +173,7 @@ mod tests {
     #[tokio::test]
     async fn a_large_answer_goes_out_whole_in_pieces_and_keeps_its_turn_until_its_end() {
         let turns = Turns::default();
-        let turn = turns.take(Caller::new().turn().await).await;
+        let turn = turns.try_take(Caller::new().turn().await);
         let message: Vec<u8> = (0..PIECE * 3 + 7).map(|byte| byte.to_le_bytes()[0]).collect();
         let mut answer: Response<()> = encoded(&message, turn);
         let mut body = answer.extensions_mut().remove::<Large>().expect("a body");
@@ -175,14 +196,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_of_all_callers_share_the_turns() {
+    async fn answers_of_all_callers_share_the_turns_and_those_that_wait_go_first() {
         let (turns, mut taken) = (Turns::default(), Vec::new());
+        let one = async || turns.try_take(Caller::new().turn().await);
         for _ in 0..TURNS {
-            taken.push(turns.take(Caller::new().turn().await).await);
+            taken.push(one().await);
         }
-        let mut next = Box::pin(async { turns.take(Caller::new().turn().await).await });
-        assert!(next.as_mut().now_or_never().is_none());
-        taken.pop();
-        next.await;
+        assert!(taken.iter().all(Turn::is_of_all) && !one().await.is_of_all());
+        let mut waiting = one().await;
+        let mut wait = Box::pin(turns.take(&mut waiting));
+        assert!(wait.as_mut().now_or_never().is_none());
+        taken[0].leave_all();
+        assert!(!one().await.is_of_all());
+        wait.await;
+        assert!(waiting.is_of_all());
     }
 }

@@ -13,16 +13,20 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::Limits;
 use crate::keepalive::{self, Answers};
-use crate::lease::{FencingToken, SETTLED_DEPARTURES};
+use crate::lease::{FencingToken, MAX_KEY_BYTES, SETTLED_DEPARTURES};
 use crate::lessor::{Caller, Lessor, Released, Touched};
 use crate::request;
 use crate::sending::{Turn, Turns, encoded};
 use crate::store::{ListQuery, Store};
 use crate::watch::{self, Events};
-use crate::wire;
+use crate::wire::{self, PART_BYTES};
 
-/// A record whose holders and waiters take more than this, in bytes, makes a large answer.
+/// An answer with more than this, in bytes, is large: it needs a turn of the whole daemon.
 const LARGE: usize = 64 * 1024;
+/// What a page may have that is to be no large answer, in bytes, beside the name of the last key for the next page.
+const SHORT_PAGE: usize = LARGE - 2 * MAX_KEY_BYTES;
+/// What is read for a page that is to be no large answer: not much more than fits into it.
+const SHORT_PAGE_KEYS: usize = 250;
 
 /// Both services, over one engine.
 #[derive(Debug)]
@@ -60,10 +64,13 @@ impl<S: Store> Service<S> {
         self.lessor.on_behalf_of(connection.cloned().unwrap_or_else(Caller::new))
     }
 
-    /// Waits for the turn of a large answer. The caller's own turn comes first, so that one caller has few places in the line for
-    /// those of the whole daemon.
-    async fn turn(&self, lessor: &Lessor<S>) -> Turn {
-        self.turns.take(lessor.turn().await).await
+    /// A page, encoded: a short one if the turn is none of the whole daemon.
+    async fn page(&self, lessor: &Lessor<S>, query: &ListQuery, turn: &Turn) -> Result<Vec<u8>, Status> {
+        let (most, keys) =
+            if turn.is_of_all() { (PART_BYTES, query.limit) } else { (SHORT_PAGE, SHORT_PAGE_KEYS) };
+        let query = ListQuery { limit: query.limit.min(keys), ..query.clone() };
+        let page = lessor.page(query).await.map_err(wire::failed)?;
+        Ok(wire::list_response(page, most).await)
     }
 }
 
@@ -133,7 +140,8 @@ impl<S: Store> LeaseService for Service<S> {
         }
         // Read anew when its turn has come, because those that wait for their turn keep nothing large.
         drop(snapshot);
-        let turn = self.turn(&lessor).await;
+        let mut turn = self.turns.try_take(lessor.turn().await);
+        self.turns.take(&mut turn).await;
         let lease = wire::to_lease(&get().await?);
         Ok(encoded(&GetResponse { lease: Some(lease) }.encode_to_vec(), turn))
     }
@@ -143,9 +151,18 @@ impl<S: Store> LeaseService for Service<S> {
         let request = request.into_inner();
         let (after, limit) = request::page(&request)?;
         let query = ListQuery { prefix: request.prefix, after, limit, include_free: request.include_free };
-        let turn = self.turn(&lessor).await;
-        let page = lessor.page(query).await.map_err(wire::failed)?;
-        Ok(encoded(&wire::list_response(page).await, turn))
+        // Nobody waits for a turn of the whole daemon here: callers who take none of their answers would make everybody wait.
+        let mut turn = self.turns.try_take(lessor.turn().await);
+        let mut message = self.page(&lessor, &query, &turn).await?;
+        if message.len() <= LARGE {
+            turn.leave_all();
+        } else if !turn.is_of_all() {
+            // A record that is large by itself waits as in `get`, and is read anew.
+            drop(message);
+            self.turns.take(&mut turn).await;
+            message = self.page(&lessor, &query, &turn).await?;
+        }
+        Ok(encoded(&message, turn))
     }
 
     type WatchStream = Events;

@@ -214,9 +214,9 @@ pub(crate) fn keepalive_responses(
     })
 }
 
-/// A page as an encoded `ListResponse`, with as many of the records as a message takes. Lets others run in between: a page of large
-/// records takes long, and the runtime looks at sockets only now and then while tasks are ready.
-pub(crate) async fn list_response(page: Page) -> Vec<u8> {
+/// A page as an encoded `ListResponse`, with as many of the records as `most` bytes take, and one at least. Lets others run in
+/// between: a page of large records takes long, and the runtime looks at sockets only now and then while tasks are ready.
+pub(crate) async fn list_response(page: Page, most: usize) -> Vec<u8> {
     // Parts of a message that are encoded one after another are the encoding of the whole.
     let mut message = Vec::new();
     let Page { snapshots, mut more } = page;
@@ -224,7 +224,7 @@ pub(crate) async fn list_response(page: Page) -> Vec<u8> {
     for snapshot in snapshots {
         let part =
             v1::ListResponse { leases: vec![to_lease(&snapshot)], ..Default::default() }.encode_to_vec();
-        if last.is_some() && message.len() + part.len() > PART_BYTES {
+        if last.is_some() && message.len() + part.len() > most {
             more = true;
             break;
         }
@@ -374,18 +374,28 @@ mod tests {
         Page { snapshots: (0..count).map(snapshot).collect(), more: false }
     }
 
+    fn response_of(message: &[u8]) -> v1::ListResponse {
+        v1::ListResponse::decode(message).expect("a message")
+    }
+
     #[tokio::test]
     async fn a_page_fits_into_a_message_and_is_encoded_in_small_steps() {
-        for (count, is_cut) in [(0, false), (1, false), (200, false), (1000, true)] {
-            let (mut encoding, mut polls) = (Box::pin(list_response(page(count))), 0);
+        let cases = [
+            (0, PART_BYTES, false),
+            (1, PART_BYTES, false),
+            (200, PART_BYTES, false),
+            (1000, PART_BYTES, true),
+        ];
+        for (count, most, is_cut) in cases.into_iter().chain([(200, STEP_BYTES, true), (2, 1, true)]) {
+            let (mut encoding, mut polls) = (Box::pin(list_response(page(count), most)), 0);
             let message = std::future::poll_fn(|context| {
                 polls += 1;
                 encoding.as_mut().poll(context)
             });
             let message = message.await;
-            assert!(message.len() <= PART_BYTES, "{count}");
+            assert!(message.len() <= most || response_of(&message).leases.len() == 1, "{count}");
             assert!(polls > message.len() / (STEP_BYTES + 8 * 1024), "{count}: {polls} polls");
-            let response = v1::ListResponse::decode(&*message).expect("a message");
+            let response = response_of(&message);
             let keys = response.leases.iter().map(|lease| lease.key.clone());
             assert!(keys.eq((0..response.leases.len()).map(|number| format!("{number:04}"))));
             assert_eq!(response.leases.len() < count, is_cut, "{count}");

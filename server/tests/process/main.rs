@@ -14,6 +14,9 @@ mod lifecycle;
 /// What is refused before anyone is served.
 mod start;
 
+/// The end of a daemon on MongoDB, and of the driver with it.
+mod endings;
+
 /// Log lines and the ready line that nobody takes.
 mod logging;
 

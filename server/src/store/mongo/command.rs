@@ -7,11 +7,12 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mongodb::Database;
+use futures_util::future::join_all;
 use mongodb::bson::{Document, Timestamp, doc};
 use mongodb::error::{Error, ErrorKind, WriteFailure};
 use mongodb::options::{Acknowledgment, WriteConcern};
-use tokio::sync::Semaphore;
+use mongodb::{Client, Database};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use crate::store::failure::Failure;
@@ -107,14 +108,22 @@ impl Runner {
     /// Waits until every command that was begun has ended, also those that nobody waits for, or for as long as one
     /// may take.
     pub(super) async fn settled(&self) {
-        let all = u32::try_from(self.most).unwrap_or(u32::MAX);
-        drop(timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await);
+        drop(self.all().await);
     }
 
-    /// Lets no command begin any more, and waits for those that were begun as [`Self::settled`] does.
-    pub(super) async fn end(&self) {
-        self.settled().await;
+    /// Lets no command begin any more, and waits for those that were begun as [`Self::settled`] does. Returns whether
+    /// all of them have ended.
+    pub(super) async fn end(&self) -> bool {
+        let turns = self.all().await;
+        // While it has all turns: one that is given back goes to a command that waits, which then begins.
         self.tasks.close();
+        turns.is_some()
+    }
+
+    /// Waits for all turns, for as long as one command may take.
+    async fn all(&self) -> Option<SemaphorePermit<'_>> {
+        let all = u32::try_from(self.most).unwrap_or(u32::MAX);
+        timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await.ok()?.ok()
     }
 
     /// Takes all turns, until what is returned is dropped.
@@ -185,6 +194,20 @@ impl Runner {
     }
 }
 
+/// Shuts a client down once its commands, which these runners run, have ended.
+///
+/// Every client must end this way. One that is dropped instead ends its sessions in a task of its own, which panics if
+/// the runtime ends before it.
+pub(super) async fn shut_down(client: &Client, runners: &[&Runner]) {
+    let ended = join_all(runners.iter().map(|runner| runner.end())).await;
+    // A command panics inside the driver when it meets a client that has been shut down.
+    if ended.into_iter().all(|ended| ended) {
+        client.clone().shutdown().await;
+    } else {
+        tracing::debug!("commands to MongoDB did not end in time");
+    }
+}
+
 /// The server's time for one command.
 fn max_time() -> i64 {
     i64::try_from(ATTEMPT.as_millis()).unwrap_or(i64::MAX)
@@ -224,9 +247,28 @@ pub(super) fn brief(error: &Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+    use tokio::sync::oneshot;
+
     use super::*;
     use crate::store::Outcome;
     use crate::store::failure::Effects;
+
+    #[tokio::test]
+    async fn a_command_that_waits_for_its_turn_does_not_begin_at_the_end() {
+        let runner = Runner::with_room_for(1);
+        let (finish, finished) = oneshot::channel::<()>();
+        let mut first = Box::pin(runner.run(async move { Ok(finished.await.is_ok()) }));
+        assert!(first.as_mut().now_or_never().is_none());
+        let mut end = Box::pin(runner.end());
+        assert!(end.as_mut().now_or_never().is_none());
+        let mut second = Box::pin(runner.run(async { Ok(()) }));
+        assert!(second.as_mut().now_or_never().is_none());
+        finish.send(()).expect("a command");
+        assert!(matches!(first.await, Ok(true)));
+        assert!(end.await);
+        assert!(matches!(second.await, Err(Failure::NotApplied(_))));
+    }
 
     #[test]
     fn a_reply_that_says_ok_may_hold_a_failure() {

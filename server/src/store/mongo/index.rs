@@ -35,7 +35,7 @@ pub(super) struct Index {
     is_there: AtomicBool,
     /// Runs the command that makes it, which ends when the index is built: on a large collection long after its caller
     /// stopped waiting. One at a time, so that no more of them pile up, and none takes a turn from commits.
-    maker: Runner,
+    pub(super) maker: Runner,
     /// When a listing may have it made; `None`: at once.
     due_at: Mutex<Option<Instant>>,
     has_warned: AtomicBool,
@@ -60,11 +60,6 @@ impl Index {
     /// Notes that MongoDB does not have the index.
     pub(super) fn lose(&self) {
         self.is_there.store(false, Ordering::Relaxed);
-    }
-
-    /// Waits until no command that makes the index is under way, and lets none begin any more.
-    pub(super) async fn end(&self) {
-        self.maker.end().await;
     }
 
     /// Whether the caller is to have the index made. Then no other caller is for a while.

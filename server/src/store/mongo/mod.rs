@@ -40,7 +40,7 @@ use uuid::Uuid;
 
 pub use check::Unusable;
 use clock::StoreClock;
-use command::Runner;
+use command::{Runner, shut_down};
 use commit::Lines;
 use daemons::{Daemons, Pace};
 use feed::Feed;
@@ -261,9 +261,8 @@ impl Store for MongoStore {
         let store = self.clone();
         let farewell = tokio::spawn(async move {
             Daemons::new(&store).depart().await;
-            // The driver panics when a command meets a client that has been shut down.
-            tokio::join!(store.runner.end(), store.feed.errands.end(), store.index.end());
-            store.database.client().clone().shutdown().await;
+            let runners = [&store.runner, &store.feed.errands, &store.index.maker];
+            tokio::join!(shut_down(store.database.client(), &runners), store.inspection.end());
         });
         if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
             tracing::debug!("MongoDB's driver did not end in time");

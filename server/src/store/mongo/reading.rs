@@ -10,7 +10,7 @@ use mongodb::options::{ClientOptions, Hint, ReadConcern};
 use mongodb::{Client, Collection};
 use tokio::task::yield_now;
 
-use super::command::{ATTEMPT, Runner, brief};
+use super::command::{ATTEMPT, Runner, brief, shut_down};
 use super::document::Edited;
 use super::index::IN_USE;
 use super::{Location, MongoStore, Unusable, document};
@@ -52,6 +52,11 @@ impl Inspection {
             gets: Runner::with_room_for(GETS),
             lists: Runner::with_room_for(LISTS),
         })
+    }
+
+    /// Lets nobody look any more, and ends the connections.
+    pub(super) async fn end(&self) {
+        shut_down(self.collection.client(), &[&self.gets, &self.lists]).await;
     }
 
     /// Takes all turns of those who list, until what is returned is dropped.
