@@ -36,19 +36,19 @@ const METHODS: [(&str, &str); 8] = [
 const UNARY: usize = 6;
 const STREAMS: usize = METHODS.len() - UNARY;
 
-/// What a method is sent. Methods of the health service take one message, those of reflection many.
+/// What a method is sent. Methods of the health service take one message. Reflection takes many, but no caller needs it for
+/// longer than a request may take, and each call of it should have an end.
 pub(crate) fn expected(path: &str) -> Expected {
     match path.rsplit_once('/') {
-        Some((_, "KeepAlive" | "ServerReflectionInfo")) => Expected::Many,
+        Some((_, "KeepAlive")) => Expected::Many,
         _ => Expected::One,
     }
 }
 
-/// What a method answers with.
+/// What a method answers with; reflection as if it were one message.
 pub(crate) fn answered(path: &str) -> Expected {
     match path.rsplit_once('/') {
-        // The health service has a `Watch` as well. Reflection is a stream too, but nobody needs one for longer than an answer may
-        // take, and what its callers leave untaken should have an end.
+        // The health service has a `Watch` as well.
         Some((_, "KeepAlive" | "Watch")) => Expected::Many,
         _ => Expected::One,
     }

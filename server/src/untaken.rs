@@ -52,9 +52,10 @@ pub(crate) struct Entered {
 }
 
 impl Untaken {
-    /// A share for so many leases, if there is one at once.
+    /// A share for so many leases, if there is one at once. A message for more than there are shares for has all of them: a
+    /// stream may be allowed to carry as many.
     pub(crate) fn share(&self, leases: usize) -> Option<Share> {
-        Arc::clone(&self.leases).try_acquire_many_owned(permits(leases)).ok()
+        Arc::clone(&self.leases).try_acquire_many_owned(permits(leases.min(LEASES))).ok()
     }
 
     /// Waits for a share for so many leases. Meanwhile the message is kept encoded, which takes a third.
@@ -74,7 +75,7 @@ impl Untaken {
         let all = Arc::clone(&self.leases);
         Ok(Box::pin(async move {
             // Nobody closes it.
-            let share = all.acquire_many_owned(permits(leases)).await.ok();
+            let share = all.acquire_many_owned(permits(leases.min(LEASES))).await.ok();
             drop(waiting);
             let message = KeepAliveRequest::decode(&*encoded).unwrap_or_default();
             Entered { message, came_at, share }
@@ -192,5 +193,25 @@ impl Stream for Answers {
         let response = std::task::ready!(self.responses.poll_recv(context));
         self.is_going = response.is_some();
         Poll::Ready(response)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_message_for_more_leases_than_the_allowance_has_all_of_it_and_others_wait() {
+        let untaken = Untaken::default();
+        let all = untaken.share(10 * LEASES).expect("nobody has a share");
+        assert!(untaken.share(1).is_none());
+        let message = KeepAliveRequest { sequence: 7, ..KeepAliveRequest::default() };
+        let mut later = untaken.later(10 * LEASES, &message, Instant::now()).expect("nobody waits");
+        assert!(later.as_mut().now_or_never().is_none());
+        drop(all);
+        let Entered { message, share, .. } = later.await;
+        assert_eq!((message.sequence, share.map(|share| share.num_permits())), (7, Some(LEASES)));
     }
 }
