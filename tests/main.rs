@@ -69,6 +69,8 @@ mod simulation;
 mod touch;
 /// A document that is no record, among those of others.
 mod unreadable;
+/// What streams are told and nobody takes.
+mod untaken;
 /// Watching keys.
 mod watch;
 /// The API stays as it is.

@@ -20,6 +20,7 @@ use tower::{Layer, Service};
 
 use crate::meter::{Histogram, Meter, Present};
 use crate::receiving::Expected;
+use crate::sending::PIECE;
 
 /// The methods that are counted: those that answer once, then the streams.
 const METHODS: [(&str, &str); 8] = [
@@ -35,19 +36,20 @@ const METHODS: [(&str, &str); 8] = [
 const UNARY: usize = 6;
 const STREAMS: usize = METHODS.len() - UNARY;
 
-/// What a method is sent. Methods of the health service take one message, those of reflection many.
+/// What a method is sent. Methods of the health service take one message. Reflection takes many, but no caller needs it for
+/// longer than a request may take, and each call of it should have an end.
 pub(crate) fn expected(path: &str) -> Expected {
     match path.rsplit_once('/') {
-        Some((_, "KeepAlive" | "ServerReflectionInfo")) => Expected::Many,
+        Some((_, "KeepAlive")) => Expected::Many,
         _ => Expected::One,
     }
 }
 
-/// What a method answers with.
+/// What a method answers with; reflection as if it were one message.
 pub(crate) fn answered(path: &str) -> Expected {
     match path.rsplit_once('/') {
         // The health service has a `Watch` as well.
-        Some((_, "KeepAlive" | "Watch" | "ServerReflectionInfo")) => Expected::Many,
+        Some((_, "KeepAlive" | "Watch")) => Expected::Many,
         _ => Expected::One,
     }
 }
@@ -221,7 +223,7 @@ where
         let Some(mut call) = this.call.take() else { return Poll::Ready(Ok(response)) };
         let refused = code(response.headers());
         if let (None, Some(open)) = (refused, call.open()) {
-            let stream = |messages| Body::new(Stream { messages, call, _open: open });
+            let stream = |messages| Body::new(Stream { messages, rest: Bytes::new(), call, _open: open });
             return Poll::Ready(Ok(response.map(stream)));
         }
         call.code = refused.unwrap_or(Code::Ok);
@@ -229,12 +231,24 @@ where
     }
 }
 
-/// A stream's messages, until its code has been told or the caller has gone.
+/// A stream's messages, until its code has been told or the caller has gone. They are handed over in pieces, so that a stream is
+/// asked for its next message only when its caller has taken nearly all of those before.
 #[derive(Debug)]
 struct Stream {
     messages: Body,
+    /// What is still to be handed over of the latest messages.
+    rest: Bytes,
     call: Call,
     _open: Present,
+}
+
+impl Stream {
+    /// The next piece of the rest. A copy: a part of a shared buffer would keep all of it for as long as the connection has the
+    /// part.
+    fn piece(&mut self) -> Frame<Bytes> {
+        let piece = self.rest.split_to(PIECE.min(self.rest.len()));
+        Frame::data(Bytes::copy_from_slice(&piece))
+    }
 }
 
 impl http_body::Body for Stream {
@@ -245,17 +259,24 @@ impl http_body::Body for Stream {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = ready!(Pin::new(&mut self.messages).poll_frame(context));
-        if let Some(Ok(frame)) = &frame
-            && let Some(code) = frame.trailers_ref().and_then(code)
-        {
+        if !self.rest.is_empty() {
+            return Poll::Ready(Some(Ok(self.piece())));
+        }
+        let Some(frame) = ready!(Pin::new(&mut self.messages).poll_frame(context)?) else {
+            return Poll::Ready(None);
+        };
+        if let Some(code) = frame.trailers_ref().and_then(code) {
             self.call.code = code;
         }
-        Poll::Ready(frame)
+        if frame.data_ref().is_none_or(|data| data.len() <= PIECE) {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        self.rest = frame.into_data().unwrap_or_default();
+        Poll::Ready(Some(Ok(self.piece())))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.messages.is_end_stream()
+        self.rest.is_empty() && self.messages.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

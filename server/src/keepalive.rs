@@ -12,13 +12,11 @@ use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult, LeaseRef, RefusalReason};
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResult, LeaseRef, RefusalReason};
 use prost::encoding::message::encoded_len;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
@@ -29,6 +27,7 @@ use crate::lessor::{CallError, Carriage, Carrier, Full, Lessor, Loss, Source, To
 use crate::panics::contain;
 use crate::request;
 use crate::store::{Store, StoreError};
+use crate::untaken::{Answers, Entered, Outlet, Share, Untaken, outlet};
 use crate::wire;
 
 /// Commits of one stream that are under way at once; what comes meanwhile shares the next one.
@@ -45,9 +44,9 @@ const MESSAGE_BYTES: usize = 512 * 1024;
 const MESSAGE_LEASES: usize = 12_500;
 /// Refused leases of one message that are told why in a sentence.
 const SENTENCES: usize = 100;
-
-/// What a stream is answered.
-pub(crate) type Answers = ReceiverStream<Result<KeepAliveResponse, Status>>;
+/// Leases of a stream that wait for their answers without a share of what the answers of the connection may take. Nearly
+/// all messages keep to this, and never wait for what other streams leave untaken.
+const FREE: usize = 64;
 
 /// What became of leases; `None` for those that were not touched.
 type Outcomes = Vec<(Arc<Carriage>, Option<Touched>)>;
@@ -68,6 +67,15 @@ struct Message {
     leases: usize,
     /// Results of the leases that are not touched.
     refused: Vec<KeepAliveResult>,
+    /// What its answer takes of the connection's allowance; `None` for one of the stream's first [`FREE`] leases.
+    share: Option<Share>,
+}
+
+impl Message {
+    /// How much its answer takes, in results; one that says nothing takes memory, too.
+    fn results(&self) -> usize {
+        (self.leases + self.refused.len()).max(1)
+    }
 }
 
 /// Messages that share a commit, in their order. Nearly always it is one.
@@ -99,23 +107,25 @@ pub(crate) fn serve<S: Store>(
     mut messages: Streaming<KeepAliveRequest>,
     lessor: Lessor<S>,
     limits: &Limits,
+    untaken: Untaken,
     draining: CancellationToken,
 ) -> Answers {
-    let (answers, receiver) = mpsc::channel(1);
-    let mut stream = Stream::new(lessor, limits);
+    let (mut outlet, answers) = outlet();
+    let mut stream = Stream::new(lessor, limits, untaken);
     tokio::spawn(async move {
+        let closed = outlet.closed();
         let end = tokio::select! {
-            end = contain(stream.run(&mut messages, &answers)) => end.unwrap_or_else(|_| Err(panicked())),
+            end = contain(stream.run(&mut messages, &mut outlet)) => end.unwrap_or_else(|_| Err(panicked())),
             () = draining.cancelled() => Err(wire::shutting_down()),
-            () = answers.closed() => return,
+            () = closed => return,
         };
         // However long the caller takes to hear how it ended.
         drop((stream, messages));
         if let Err(status) = end {
-            drop(answers.send(Err(status)).await);
+            outlet.end(status).await;
         }
     });
-    ReceiverStream::new(receiver)
+    answers
 }
 
 struct Stream<S> {
@@ -126,13 +136,19 @@ struct Stream<S> {
     coalesces: bool,
     pace: Pace,
     waiting: Option<Group>,
+    /// What the answers of the connection may take.
+    untaken: Untaken,
+    /// A message that waits for its share of that.
+    entering: Option<BoxFuture<'static, Entered>>,
+    /// Results of messages without a share that wait or are in flight.
+    free: usize,
     /// Refused leases of messages that wait or are in flight.
     refused: usize,
     in_flight: FuturesUnordered<BoxFuture<'static, Answer>>,
 }
 
 impl<S: Store> Stream<S> {
-    fn new(lessor: Lessor<S>, limits: &Limits) -> Self {
+    fn new(lessor: Lessor<S>, limits: &Limits, untaken: Untaken) -> Self {
         Self {
             carrier: lessor.carry(),
             lessor,
@@ -140,6 +156,9 @@ impl<S: Store> Stream<S> {
             coalesces: limits.coalesce_touches,
             pace: Pace::new(limits.stream_rate),
             waiting: None,
+            untaken,
+            entering: None,
+            free: 0,
             refused: 0,
             in_flight: FuturesUnordered::new(),
         }
@@ -150,10 +169,10 @@ impl<S: Store> Stream<S> {
     async fn run(
         &mut self,
         messages: &mut Streaming<KeepAliveRequest>,
-        answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
+        outlet: &mut Outlet,
     ) -> Result<(), Status> {
         let mut open = true;
-        while open || self.waiting.is_some() || !self.in_flight.is_empty() {
+        while open || self.entering.is_some() || self.waiting.is_some() || !self.in_flight.is_empty() {
             let ready_at = self.pace.ready_at();
             let may_commit = self.in_flight.len() < COMMITS;
             let now = Instant::now();
@@ -162,7 +181,7 @@ impl<S: Store> Stream<S> {
                 && let Some(group) = self.waiting.take()
             {
                 if let Some((messages, touched)) = self.begin(group)
-                    && !self.answer(answers, messages, touched, Source::Memory).await
+                    && !self.answer(outlet, messages, touched, Source::Memory).await
                 {
                     return Ok(());
                 }
@@ -170,24 +189,31 @@ impl<S: Store> Stream<S> {
             }
             tokio::select! {
                 Some((messages, touched)) = self.in_flight.next() => {
-                    if !self.answer(answers, messages, touched?, Source::Store).await {
+                    if !self.answer(outlet, messages, touched?, Source::Store).await {
                         return Ok(());
                     }
                 }
                 lost = self.carrier.lost() => {
-                    let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason)));
-                    if !tell(answers, 0, results.collect()).await {
-                        return Ok(());
+                    // A few at a time, since nobody has made room for what is told unasked.
+                    for lost in lost.chunks(FREE) {
+                        let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason)));
+                        if !outlet.tell(0, results.collect(), None).await {
+                            return Ok(());
+                        }
                     }
                 },
-                message = messages.message(), if open && self.has_room() => match message {
+                Some(entered) = OptionFuture::from(self.entering.as_mut()) => {
+                    self.entering = None;
+                    if !self.enter(entered, outlet).await? {
+                        return Ok(());
+                    }
+                }
+                message = messages.message(), if open && self.entering.is_none() && self.has_room() => match message {
                     Ok(Some(message)) => {
-                        let (came_at, sequence) = (Instant::now(), message.sequence);
-                        if let Some(results) = self.take(message, came_at)? {
-                            if !tell(answers, sequence, results).await {
-                                return Ok(());
-                            }
-                            self.lessor.counts().acked(Source::Memory, came_at.elapsed());
+                        if let Some(entered) = self.come(message)?
+                            && !self.enter(entered, outlet).await?
+                        {
+                            return Ok(());
                         }
                     }
                     Ok(None) => open = false,
@@ -207,45 +233,74 @@ impl<S: Store> Stream<S> {
         self.waiting.as_ref().map_or(0, waiting) + self.refused < self.most_leases
     }
 
+    /// Gives a message its share of what the answers of the connection may take, or lets it wait for that.
+    fn come(&mut self, message: KeepAliveRequest) -> Result<Option<Entered>, Status> {
+        if message.leases.len() > MESSAGE_LEASES {
+            return Err(wire::limit_exceeded("message_leases", MESSAGE_LEASES));
+        }
+        let came_at = Instant::now();
+        let named =
+            if message.leases.is_empty() { self.carrier.leases().len() } else { message.leases.len() };
+        let results = named.max(1);
+        if self.free + results <= FREE {
+            return Ok(Some(Entered { message, came_at, share: None }));
+        }
+        if let Some(share) = self.untaken.share(results) {
+            return Ok(Some(Entered { message, came_at, share: Some(share) }));
+        }
+        self.entering = Some(self.untaken.later(results, &message, came_at)?);
+        Ok(None)
+    }
+
+    /// Takes a message, and answers it if the store need not be asked. Returns whether the caller is still there.
+    async fn enter(&mut self, entered: Entered, outlet: &mut Outlet) -> Result<bool, Status> {
+        let Entered { message, came_at, share } = entered;
+        let sequence = message.sequence;
+        let Some((results, share)) = self.take(message, came_at, share) else { return Ok(true) };
+        if !outlet.tell(sequence, results, share).await {
+            return Ok(false);
+        }
+        self.lessor.counts().acked(Source::Memory, came_at.elapsed());
+        Ok(true)
+    }
+
     /// Checks a message and hands its touches over in one go, or lets it wait. Returns the results if the store need not be
     /// asked for any.
     fn take(
         &mut self,
         mut message: KeepAliveRequest,
         came_at: Instant,
-    ) -> Result<Option<Vec<KeepAliveResult>>, Status> {
-        if message.leases.len() > MESSAGE_LEASES {
-            return Err(wire::limit_exceeded("message_leases", MESSAGE_LEASES));
-        }
+        share: Option<Share>,
+    ) -> Option<(Vec<KeepAliveResult>, Option<Share>)> {
         let (leases, refused) = match (message.sequence, message.leases.is_empty()) {
             (0, _) => (Vec::new(), self.refuse_all(take(&mut message.leases))),
             (_, true) => (self.carrier.all(), Vec::new()),
             (_, false) => self.name(&mut message.leases),
         };
-        let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused };
+        let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused, share };
         if let Some(group) = &mut self.waiting {
-            self.refused += entry.refused.len();
+            count(&entry, &mut self.refused, &mut self.free);
             group.messages.others.push(entry);
             group.leases.extend(leases);
-            return Ok(None);
+            return None;
         }
         if self.pace.ready_at() > came_at || self.in_flight.len() >= COMMITS {
-            self.refused += entry.refused.len();
+            count(&entry, &mut self.refused, &mut self.free);
             let messages = Messages { first: entry, others: Vec::new() };
             self.waiting = Some(Group { messages, leases });
-            return Ok(None);
+            return None;
         }
         self.pace.spend();
         let due = self.due(&leases);
         if due.is_empty() {
             let mut results = self.remember(message.leases, leases);
             results.extend(entry.refused);
-            return Ok(Some(results));
+            return Some((results, entry.share));
         }
-        self.refused += entry.refused.len();
+        count(&entry, &mut self.refused, &mut self.free);
         let messages = Messages { first: entry, others: Vec::new() };
         self.in_flight.push(Box::pin(touch(self.lessor.clone(), messages, leases, due)));
-        Ok(None)
+        None
     }
 
     /// Has the stream carry the leases that a message names, as far as it may. Those that are refused are taken out of
@@ -309,17 +364,21 @@ impl<S: Store> Stream<S> {
     /// Answers messages, given what became of their leases. Returns whether the caller is still there.
     async fn answer(
         &mut self,
-        answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
+        outlet: &mut Outlet,
         messages: Messages,
         touched: Outcomes,
         source: Source,
     ) -> bool {
         let settled = self.carrier.settle(touched);
         let mut results = settled.iter().map(|(lease, touched)| result(lease, *touched));
-        for Message { sequence, came_at, leases, refused } in messages.into_iter() {
-            self.refused -= refused.len();
+        for message in messages.into_iter() {
+            self.refused -= message.refused.len();
+            if message.share.is_none() {
+                self.free -= message.results();
+            }
+            let Message { sequence, came_at, leases, refused, share } = message;
             let results = results.by_ref().take(leases).chain(refused).collect();
-            if !tell(answers, sequence, results).await {
+            if !outlet.tell(sequence, results, share).await {
                 return false;
             }
             self.lessor.counts().acked(source, came_at.elapsed());
@@ -350,18 +409,12 @@ fn refuse(
     refused.push(wire::refused(lease, reason, message));
 }
 
-/// Tells a stream these results, in as many responses as that takes. Returns whether the caller is still there.
-async fn tell(
-    answers: &mpsc::Sender<Result<KeepAliveResponse, Status>>,
-    sequence: u64,
-    results: Vec<KeepAliveResult>,
-) -> bool {
-    for response in wire::keepalive_responses(sequence, results) {
-        if answers.send(Ok(response)).await.is_err() {
-            return false;
-        }
+/// Counts a message that waits or is in flight from here on.
+fn count(message: &Message, refused: &mut usize, free: &mut usize) {
+    *refused += message.refused.len();
+    if message.share.is_none() {
+        *free += message.results();
     }
-    true
 }
 
 fn past_message_bytes() -> String {
@@ -488,41 +541,41 @@ mod tests {
         let call = Call { key, acquisition, origin: Origin::Caller, wait: Duration::ZERO };
         assert!(matches!(lessor.acquire(call).await, Ok(Acquired::Granted(_))));
 
-        let mut stream = Stream::new(lessor, &limits());
+        let mut stream = Stream::new(lessor, &limits(), Untaken::default());
         let message = || KeepAliveRequest { leases: vec![lease.clone()], sequence: 1 };
-        assert!(stream.take(message(), Instant::now()).expect("a message").is_none(), "the store is asked");
+        assert!(stream.take(message(), Instant::now(), None).is_none(), "the store is asked");
         let (_, touched) = stream.in_flight.next().await.expect("an answer");
         stream.carrier.settle(touched.expect("the store answers"));
 
         suspend(TTL / 20);
-        let results = stream.take(message(), Instant::now()).expect("a message").expect("memory does");
+        let (results, _) = stream.take(message(), Instant::now(), None).expect("memory does");
         let Some(Outcome::Kept(kept)) = &results[0].outcome else { panic!("{results:?}") };
         let remaining = Duration::try_from(kept.remaining.expect("a duration")).expect("not negative");
         assert!(remaining <= TTL - TTL / 20, "{remaining:?}");
 
         suspend(TTL / 20);
-        assert!(stream.take(message(), Instant::now()).expect("a message").is_none(), "the store is asked");
+        assert!(stream.take(message(), Instant::now(), None).is_none(), "the store is asked");
     }
 
     #[tokio::test]
     async fn no_message_is_read_while_as_many_leases_are_refused_as_a_stream_may_carry() {
         let (lessor, _folder) = lessor().await;
-        let mut stream = Stream::new(lessor, &Limits { stream_leases: 3, ..limits() });
+        let mut stream = Stream::new(lessor, &Limits { stream_leases: 3, ..limits() }, Untaken::default());
         let stranger = wire::lease_ref(&Key::try_from("job").expect("a key"), LeaseId::random());
         let message = KeepAliveRequest { leases: vec![stranger, LeaseRef::default()], sequence: 1 };
         for _ in 0..3 {
             assert!(stream.has_room());
-            let answer = stream.take(message.clone(), Instant::now()).expect("a message");
+            let answer = stream.take(message.clone(), Instant::now(), None);
             assert!(answer.is_none(), "the store is asked for one of its leases");
         }
         assert!(!stream.has_room(), "three are refused");
 
-        let (answers, mut told) = mpsc::channel(3);
+        let (mut outlet, mut told) = outlet();
         for refused in [2, 1, 0] {
             let (messages, touched) = stream.in_flight.next().await.expect("an answer");
             let touched = touched.expect("the store answers");
-            assert!(stream.answer(&answers, messages, touched, Source::Store).await);
-            assert_eq!(told.recv().await.expect("an answer").expect("results").results.len(), 2);
+            assert!(stream.answer(&mut outlet, messages, touched, Source::Store).await);
+            assert_eq!(told.next().await.expect("an answer").expect("results").results.len(), 2);
             assert!(stream.has_room());
             assert_eq!(stream.refused, refused);
         }
@@ -531,14 +584,14 @@ mod tests {
     #[tokio::test]
     async fn a_message_without_a_sequence_takes_its_turn_and_says_why_a_hundred_times() {
         let (lessor, _folder) = lessor().await;
-        let mut stream = Stream::new(lessor, &Limits { stream_rate: 1, ..limits() });
+        let mut stream = Stream::new(lessor, &Limits { stream_rate: 1, ..limits() }, Untaken::default());
         let message = |leases| KeepAliveRequest { leases: vec![LeaseRef::default(); leases], sequence: 0 };
-        let results = stream.take(message(150), Instant::now()).expect("a message").expect("results");
+        let (results, _) = stream.take(message(150), Instant::now(), None).expect("results");
         let why = |result: &&KeepAliveResult| matches!(&result.outcome, Some(Outcome::Refused(refused)) if !refused.message.is_empty());
         assert_eq!((results.len(), results.iter().filter(why).count()), (150, 100));
 
         let burst = BURST as usize + 1;
-        let mut more = (0..burst).map(|_| stream.take(message(1), Instant::now()).expect("a message"));
+        let mut more = (0..burst).map(|_| stream.take(message(1), Instant::now(), None));
         assert!(more.any(|results| results.is_none()), "it waits");
     }
 

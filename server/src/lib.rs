@@ -54,6 +54,8 @@ pub mod server;
 mod stamp;
 /// How the daemon stands.
 mod standing;
+/// What answers on keepalive streams take until they are taken.
+mod untaken;
 
 /// What was typed and what it means.
 pub mod config;

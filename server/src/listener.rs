@@ -31,6 +31,7 @@ use crate::meter::Present;
 use crate::panics::contain;
 use crate::receiving::Taken;
 use crate::sending::in_time;
+use crate::untaken::Untaken;
 
 /// How long a peer may take to say that it speaks HTTP/2.
 const GREETING: Duration = Duration::from_secs(5);
@@ -187,7 +188,8 @@ where
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
     /// Serves one connection until either side ends it; in a drain, for as long as it has calls. The unary calls of a
-    /// connection take turns as one caller, and its messages share what they may take while they come in.
+    /// connection take turns as one caller, and its messages share what they may take while they come in and their answers go
+    /// out.
     pub(crate) async fn serve<T>(self, stream: T, slot: Slot)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -196,10 +198,11 @@ where
         let peer = Arc::new(Peer::default());
         let stream = TokioIo::new(Batched::new(stream, Arc::clone(&peer)));
         let http = http2(&self.limits, Calls(Arc::clone(&peer)));
-        let (caller, receiving) = (Caller::new(), Taken::default());
+        let (caller, receiving, untaken) = (Caller::new(), Taken::default(), Untaken::default());
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(caller.clone());
             request.extensions_mut().insert(receiving.clone());
+            request.extensions_mut().insert(untaken.clone());
             // In a box, which goes when the answer begins: a stream's task would keep the room for it as long as it lives.
             Box::pin(self.service.clone().oneshot(request))
         });

@@ -1,7 +1,8 @@
 //! What the answer to a unary call may take while it goes out: its caller takes it in time, and a large one is handed over in
 //! pieces and keeps its turn until the last piece is gone.
 //!
-//! Streams are not meant: a keepalive stream or a watch lasts for as long as its caller likes.
+//! Streams are not meant: a keepalive stream or a watch lasts for as long as its caller likes. But a stream may have its call
+//! reset.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use http_body::{Body, Frame};
 use pin_project_lite::pin_project;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Sleep, sleep};
 use tonic::codegen::Bytes;
 use tonic::codegen::http::{HeaderMap, HeaderValue};
@@ -20,17 +21,19 @@ use tonic::{Response, Status};
 
 use crate::lessor;
 
-/// How long a caller may take to take the answer to a unary call.
-const TIME: Duration = Duration::from_secs(10);
+/// How long a caller may take to take the answer to a unary call, or one on a keepalive stream.
+pub(crate) const TIME: Duration = Duration::from_secs(10);
 /// Large answers under way in the whole daemon.
 const TURNS: usize = 32;
-/// Bytes of a large answer that are handed to its connection in one go. A connection asks for more only when its peer has taken
+/// Bytes of an answer that are handed to its connection in one go. A connection asks for more only when its peer has taken
 /// those before, so this is what it keeps of an answer that nobody takes.
-const PIECE: usize = 16 * 1024;
+pub(crate) const PIECE: usize = 16 * 1024;
 
 thread_local! {
     /// Whether the call that this thread polls has begun to send the answer to a unary call.
     static BEGUN: Cell<bool> = const { Cell::new(false) };
+    /// What resets the call that this thread polls.
+    static RESET: Cell<Option<oneshot::Receiver<()>>> = const { Cell::new(None) };
 }
 
 /// Notes that the call which this thread polls sends the answer to a unary call from here on.
@@ -38,13 +41,22 @@ pub(crate) fn begin() {
     BEGUN.set(true);
 }
 
+/// What resets the call which this thread polls. A connection whose peer takes nothing does not ask the body of a stream for
+/// anything, so the body could not end the stream.
+pub(crate) fn resettable() -> oneshot::Sender<()> {
+    let (sender, receiver) = oneshot::channel();
+    RESET.set(Some(receiver));
+    sender
+}
+
 pin_project! {
-    /// A call that is dropped, and thereby reset, if the answer to it is not taken in time.
+    /// A call that is dropped, and thereby reset, if the answer to it is not taken in time or its stream asks for that.
     pub(crate) struct Sending<F> {
         #[pin]
         call: F,
         // In a box, which is made for answers that have to wait for their caller, and for no streams.
         deadline: Option<Pin<Box<Sleep>>>,
+        reset: Option<oneshot::Receiver<()>>,
     }
 }
 
@@ -52,7 +64,7 @@ pin_project! {
 ///
 /// The deadline is not the body's: a connection whose peer takes nothing does not ask the body for anything.
 pub(crate) fn in_time<F: Future>(call: F) -> Sending<F> {
-    Sending { call, deadline: None }
+    Sending { call, deadline: None, reset: None }
 }
 
 impl<F: Future> Future for Sending<F> {
@@ -61,11 +73,22 @@ impl<F: Future> Future for Sending<F> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
         BEGUN.set(false);
+        RESET.set(None);
         if this.call.poll(context).is_ready() {
             return Poll::Ready(());
         }
         if BEGUN.take() {
             *this.deadline = Some(Box::pin(sleep(TIME)));
+        }
+        if let Some(reset) = RESET.take() {
+            *this.reset = Some(reset);
+        }
+        if let Some(Poll::Ready(asked)) = this.reset.as_mut().map(|reset| Pin::new(reset).poll(context)) {
+            if asked.is_ok() {
+                return Poll::Ready(());
+            }
+            // The stream has ended by itself.
+            *this.reset = None;
         }
         this.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.as_mut().poll(context))
     }

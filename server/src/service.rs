@@ -12,12 +12,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::Limits;
-use crate::keepalive::{self, Answers};
+use crate::keepalive;
 use crate::lease::{FencingToken, MAX_KEY_BYTES, SETTLED_DEPARTURES};
 use crate::lessor::{Caller, Lessor, Released, Touched};
 use crate::request;
 use crate::sending::{Turn, Turns, encoded};
 use crate::store::{ListQuery, Store};
+use crate::untaken::{Answers, Untaken};
 use crate::watch::{self, Events};
 use crate::wire::{self, PART_BYTES};
 
@@ -118,11 +119,13 @@ impl<S: Store> LeaseService for Service<S> {
         &self,
         request: Request<Streaming<KeepAliveRequest>>,
     ) -> Result<Response<Answers>, Status> {
+        let untaken = request.extensions().get::<Untaken>().cloned().unwrap_or_default();
         let messages = request.into_inner();
         let answers = keepalive::serve(
             messages,
             self.lessor.on_behalf_of(Caller::new()),
             &self.limits,
+            untaken,
             self.draining.clone(),
         );
         Ok(Response::new(answers))

@@ -63,7 +63,7 @@ impl Carrier {
     }
 
     /// The leases that are carried, for what is no message about them.
-    pub(crate) fn leases(&self) -> impl Iterator<Item = &(Key, LeaseId)> {
+    pub(crate) fn leases(&self) -> impl ExactSizeIterator<Item = &(Key, LeaseId)> {
         self.leases.keys()
     }
 
