@@ -12,7 +12,8 @@ use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{BoxFuture, OptionFuture};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, OptionFuture, ready};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use leased_proto::v1::{KeepAliveRequest, KeepAliveResult, LeaseRef, RefusalReason};
 use prost::encoding::message::encoded_len;
@@ -299,7 +300,7 @@ impl<S: Store> Stream<S> {
         }
         count(&entry, &mut self.refused, &mut self.free);
         let messages = Messages { first: entry, others: Vec::new() };
-        self.in_flight.push(Box::pin(touch(self.lessor.clone(), messages, leases, due)));
+        self.touch(messages, leases, due);
         None
     }
 
@@ -343,6 +344,15 @@ impl<S: Store> Stream<S> {
         refused
     }
 
+    /// Has the leases touched. Begins at once: nobody looks at what is in flight while the stream is told something.
+    fn touch(&mut self, messages: Messages, leases: Vec<Arc<Carriage>>, due: Vec<usize>) {
+        let mut touching = Box::pin(touch(self.lessor.clone(), messages, leases, due));
+        self.in_flight.push(match touching.as_mut().now_or_never() {
+            Some(answer) => Box::pin(ready(answer)),
+            None => touching,
+        });
+    }
+
     /// Hands over the touches of messages that have waited. Returns what to answer if memory has it all.
     fn begin(&mut self, Group { messages, leases }: Group) -> Option<(Messages, Outcomes)> {
         self.pace.spend();
@@ -350,7 +360,7 @@ impl<S: Store> Stream<S> {
         if due.is_empty() {
             return Some((messages, leases.into_iter().map(|lease| (lease, None)).collect()));
         }
-        self.in_flight.push(Box::pin(touch(self.lessor.clone(), messages, leases, due)));
+        self.touch(messages, leases, due);
         None
     }
 

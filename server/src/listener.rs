@@ -30,7 +30,7 @@ use crate::lessor::Caller;
 use crate::meter::Present;
 use crate::panics::contain;
 use crate::receiving::Taken;
-use crate::sending::in_time;
+use crate::sending::{PIECE, in_time};
 use crate::untaken::Untaken;
 
 /// How long a peer may take to say that it speaks HTTP/2.
@@ -241,6 +241,9 @@ fn http2(limits: &Limits, calls: Calls) -> auto::Builder<Calls> {
         // may come together with their ends, and those that it opened in their place. More is an attack (CVE-2023-44487).
         .max_pending_accept_reset_streams(Some(2 * limits.streams as usize))
         .max_local_error_reset_streams(Some(LOCAL_RESETS))
+        // What is sent into the window of a peer that does not read its socket is in memory until it does. A body that has
+        // ended has no deadline any more.
+        .max_send_buf_size(2 * PIECE)
         .max_header_list_size(16 * 1024)
         .keep_alive_interval(Some(PING))
         .keep_alive_timeout(PING);
@@ -252,6 +255,9 @@ mod tests {
     use std::convert::Infallible;
 
     use clap::Parser;
+    use futures_util::stream::repeat_with;
+    use http_body::Frame;
+    use http_body_util::StreamBody;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
     use tonic::codegen::Bytes;
     use tower::{Layer, service_fn};
@@ -308,6 +314,39 @@ mod tests {
         let took = reset("/leased.v1.LeaseService/Get").await.expect("an end").as_millis();
         assert!((10_000..10_100).contains(&took), "{took} ms");
         assert_eq!(reset("/leased.v1.LeaseService/Watch").await, None);
+    }
+
+    /// Windows do not bound what is sent to a peer: it may give as much as it likes, and not read its socket.
+    #[tokio::test(start_paused = true)]
+    async fn little_is_made_ready_for_a_peer_that_does_not_read_its_socket() {
+        const FRAME: usize = 16 * 1024;
+        let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
+        let made = Arc::new(AtomicUsize::new(0));
+        let frames = Arc::clone(&made);
+        let answer = move |_: Request<Incoming>| {
+            let frames = Arc::clone(&frames);
+            async move {
+                let frame = move || {
+                    frames.fetch_add(1, Ordering::Relaxed);
+                    Ok::<_, Infallible>(Frame::data(Bytes::from_static(&[0; FRAME])))
+                };
+                Ok::<_, Infallible>(Response::new(Body::new(StreamBody::new(repeat_with(frame)))))
+            }
+        };
+        let draining = CancellationToken::new();
+        let grpc = Grpc { service: service_fn(answer), limits, open: Gauge::default(), draining };
+        let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
+        let socket = 64 * 1024;
+        let (mut peer, stream) = duplex(socket);
+        tokio::spawn(grpc.serve(stream, slot));
+        let windows = b"\0\0\x06\x04\0\0\0\0\0\0\x04\x7f\xff\xff\xff\0\0\x04\x08\0\0\0\0\0\x7f\0\0\0";
+        let headers = b"\x83\x86\x84\x01\x06leased";
+        let size = u8::try_from(headers.len()).expect("short headers");
+        let hello = [HELLO, windows, &[0, 0, size], b"\x01\x05\0\0\0\x01", headers].concat();
+        peer.write_all(&hello).await.expect("a connection");
+        sleep(Duration::from_secs(1)).await;
+        let made = made.load(Ordering::Relaxed) * FRAME;
+        assert!((socket..2 * socket).contains(&made), "{made} bytes");
     }
 
     #[tokio::test(start_paused = true)]

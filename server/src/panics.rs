@@ -41,6 +41,7 @@ pub fn end_the_process() {
                 place,
                 "a panic in a library, at the end of the process; it changes nothing"
             );
+            telemetry::flush();
             return;
         }
         tracing::error!(message, place, "a panic ends the daemon");

@@ -62,7 +62,7 @@ pin_project! {
 
 /// Runs a call until its answer has been taken, or should have been.
 ///
-/// The deadline is not the body's: a connection whose peer takes nothing does not ask the body for anything.
+/// The deadline is not the body's: a connection asks the body for no more until its peer has taken what there was.
 pub(crate) fn in_time<F: Future>(call: F) -> Sending<F> {
     Sending { call, deadline: None, reset: None }
 }

@@ -14,6 +14,7 @@ use futures_util::stream::Stream;
 use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult};
 use prost::Message;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
 
@@ -145,25 +146,30 @@ impl Outlet {
         }
         // In a box, which an idle stream has no room for.
         Either::Right(Box::pin(async move {
-            let in_time = timeout(TIME, self.put(sequence, results, share)).await;
-            in_time.unwrap_or_else(|_| {
+            self.put(sequence, results, share).await.unwrap_or_else(|_| {
                 self.reset();
                 false
             })
         }))
     }
 
-    async fn put(&mut self, sequence: u64, results: Vec<KeepAliveResult>, share: Option<Share>) -> bool {
+    /// Each response has its time.
+    async fn put(
+        &mut self,
+        sequence: u64,
+        results: Vec<KeepAliveResult>,
+        share: Option<Share>,
+    ) -> Result<bool, Elapsed> {
         for response in wire::keepalive_responses(sequence, results) {
-            if self.responses.send(Ok(response)).await.is_err() {
-                return false;
+            if timeout(TIME, self.responses.send(Ok(response))).await?.is_err() {
+                return Ok(false);
             }
             self.put += 1;
         }
         while share.is_some() && self.progress.taken.load(Ordering::Acquire) < self.put {
-            self.progress.more.notified().await;
+            timeout(TIME, self.progress.more.notified()).await?;
         }
-        true
+        Ok(true)
     }
 
     /// Tells how the stream ended.

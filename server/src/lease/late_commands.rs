@@ -86,6 +86,8 @@ struct World {
     step: Step,
     /// What a daemon commits before it refuses an id that it asked for more than once.
     refusal: Option<fn(Edit, LeaseId) -> Edit>,
+    /// Whether it asks once more for an id that it meant to keep out and finds in use.
+    asks_again: bool,
     record: Record,
     now: i64,
     clients: HashMap<u8, Client>,
@@ -114,6 +116,7 @@ impl World {
         Self {
             step,
             refusal: Some(Edit::keep_out),
+            asks_again: true,
             record: Record::vacant(Key::try_from("key").expect("a key")),
             now: START,
             clients: HashMap::new(),
@@ -202,7 +205,7 @@ impl World {
                 if answers.is_none() || now <= sent_at + UNDER_WAY {
                     self.apply(&edit)?;
                     if let Some((who, number)) = answers.filter(|_| heard) {
-                        self.hear(who, number);
+                        self.hear(who, number, !edit.kept_out().is_empty());
                     }
                 }
             }
@@ -270,12 +273,15 @@ impl World {
         LeaseId::from(bytes)
     }
 
-    /// The daemon hears what the record says, and tells the caller unless it refuses.
-    fn hear(&mut self, who: u8, number: u32) {
+    /// The daemon hears what the record says, and tells the caller unless it refuses, or finds an id in use that it meant to keep
+    /// out: then it asks again.
+    fn hear(&mut self, who: u8, number: u32, was_kept_out: bool) {
         let snapshot = Snapshot { record: self.record.clone(), now: Timestamp(self.now) };
+        let asks_again = was_kept_out && self.asks_again;
         let client = self.client(who);
         if client.asks == number && matches!(client.state, Caller::Asks | Caller::Waits) {
             match snapshot.standing(id(who)) {
+                Standing::Holder(_) if asks_again => self.ask(who, true),
                 Standing::Holder(_) => client.state = Caller::Holds,
                 Standing::Waiter(_) => client.state = Caller::Waits,
                 Standing::Departed(_) => client.state = Caller::Over,
@@ -489,4 +495,19 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
     assert!(play(&history, step).is_ok());
     let cruel = World { refusal: Some(Edit::give_up), ..World::new(step) };
     assert!(cruel.play(&history).is_err(), "nobody misses that an id in use is left alone");
+
+    // Of three commands the last is refused and the first is granted after that. The second comes when the lease is over.
+    let refused =
+        [Call(TRY), Ask(TRY), Ask(TRY), Ask(TRY), Arrive(2, true), Release(HOLDER), Arrive(3, false)];
+    let granted = [Arrive(0, false), Arrive(1, true)];
+    let over = [Release(TRY), Arrive(1, false), Crowd(10), Arrive(0, false)];
+    let history = [&holds[..], &refused, &granted, &over].concat();
+    assert!(play(&history, step).is_ok());
+    let forgetful = World { asks_again: false, ..World::new(step) };
+    assert!(
+        forgetful.play(&history).is_err(),
+        "nobody misses that an id which was not kept out is asked for again"
+    );
+    let history = [&holds[..], &refused, &granted, &[Arrive(1, true)], &over].concat();
+    assert!(play(&history, step).is_ok());
 }

@@ -14,7 +14,7 @@ use crate::lease::{
     Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MEMORY, Mode, Obstacle, Reason, Snapshot,
     Standing, Timestamp, Ttl,
 };
-use crate::store::Store;
+use crate::store::{Outcome, Store, StoreError};
 
 /// The longest time for which the daemon goes on trying to give back a lease that nobody was told of.
 const GIVING_BACK: Duration = Duration::from_secs(3600);
@@ -143,7 +143,7 @@ impl<S: Store> Lessor<S> {
             ttl: acquisition.ttl,
             origin,
             entry,
-            repeated_at: None,
+            repeated_at: acquisition.repeated.then(Instant::now),
             leaves: false,
             open: true,
         };
@@ -266,14 +266,22 @@ impl<S: Store> Lessor<S> {
             while attempt.may_be_granted_yet() {
                 let snapshot = self.commit_of(&mut attempt, Part::KeepOut(id)).await?.snapshot;
                 match snapshot.standing(id) {
-                    Standing::Holder(holder) if !snapshot.conflicts(asked) => {
-                        attempt.close();
-                        return Ok(granted(&snapshot, holder, Waited::Yes));
+                    Standing::Holder(_) if !snapshot.conflicts(asked) => {
+                        // Asks again, so that the record shows that others like this may come: the release must be remembered
+                        // for long.
+                        let again = Acquisition { repeated: true, ..Acquisition::clone(asked) };
+                        let snapshot =
+                            self.commit_of(&mut attempt, Part::Acquire(again.into())).await?.snapshot;
+                        if let Standing::Holder(holder) = snapshot.standing(id) {
+                            attempt.close();
+                            return Ok(granted(&snapshot, holder, Waited::Yes));
+                        }
                     }
                     // The earlier command has taken a place.
                     Standing::Waiter(_) if attempt.leaves => {
                         self.commit_of(&mut attempt, Part::Cancel(id)).await?;
                     }
+                    Standing::Unknown => return Err(attempt.failed(no_room())),
                     _ => break,
                 }
             }
@@ -285,11 +293,7 @@ impl<S: Store> Lessor<S> {
     /// Commits a part of a call. If the store fails, a caller with an id of its own is told to repeat the call, maybe at
     /// another daemon: nothing that this one does later may take the place or the lease away from it.
     async fn commit_of(&self, attempt: &mut Attempt<S>, part: Part) -> Result<Done, CallError> {
-        let done = self.commit(attempt.key.clone(), part).await;
-        if done.is_err() && attempt.origin == Origin::Caller {
-            attempt.close();
-        }
-        done
+        self.commit(attempt.key.clone(), part).await.map_err(|error| attempt.failed(error))
     }
 
     /// The answer to a call that does not begin to wait.
@@ -335,6 +339,12 @@ impl<S: Store> Lessor<S> {
     }
 }
 
+/// The record remembers as many ids as it may, so nobody knows whether a refusal would stay one.
+fn no_room() -> CallError {
+    let cause = "the key remembers no more ids".to_owned();
+    CallError::Store(StoreError::Unavailable { outcome: Outcome::Unknown, cause })
+}
+
 /// Whether a grant came from the line, or was made before the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waited {
@@ -369,7 +379,7 @@ struct Attempt<S: Store> {
     origin: Origin,
     entry: Option<Entry>,
     /// When the id was last asked for by what may not be the only command to do so, of which one may still be under way:
-    /// the first commit, if its batch was repeated, or one for a new place.
+    /// the first commit, if the caller or the store repeated it, or one for a new place.
     repeated_at: Option<Instant>,
     /// It has left, and nobody else keeps its place.
     leaves: bool,
@@ -380,6 +390,14 @@ impl<S: Store> Attempt<S> {
     /// Whether a command that was sent earlier may take effect yet.
     fn may_be_granted_yet(&self) -> bool {
         self.repeated_at.is_some_and(|at| at.elapsed() < MEMORY)
+    }
+
+    /// The call is told of a failure.
+    fn failed(&mut self, error: CallError) -> CallError {
+        if self.origin == Origin::Caller {
+            self.close();
+        }
+        error
     }
 
     /// Nothing is to be cleaned up.

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::gated::{Gated, PATIENCE, key, until};
 use super::{Acquired, Call, CallError, Caller, Lessor, Origin};
-use crate::lease::{Acquisition, Edit, LeaseId, Mode, State, Ttl};
+use crate::lease::{Acquisition, Edit, LeaseId, Mode, SETTLED_DEPARTURES, State, Ttl};
 use crate::store::Store;
 
 fn ask(id: LeaseId, origin: Origin, wait: Duration) -> Call {
@@ -135,7 +135,35 @@ async fn a_call_whose_first_attempt_is_granted_late_is_told_so() {
     let answer = call.await.expect("no panic");
     assert!(matches!(&answer, Ok(Acquired::Granted(grant)) if grant.id == id && grant.waited), "{answer:?}");
     engine.settle().await;
-    assert_eq!(state(&engine).await, State::Held);
+    let record = engine.get(key("job")).await.expect("an answer").expect("a record").record;
+    assert!(record.holders[0].repeated, "its end is to be remembered for long");
+}
+
+/// The caller repeats what it sent to another daemon, whose command is late.
+#[tokio::test]
+async fn a_refusal_of_what_the_caller_repeats_stays_one() {
+    let (store, id) = (Gated::new().await, LeaseId::random());
+    let (engine, holder) = (store.engine(usize::MAX / 2), LeaseId::random());
+    engine.acquire(ask(holder, Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    let first = ask(id, Origin::Caller, Duration::ZERO);
+    let acquisition = Acquisition { repeated: true, ..first.acquisition.clone() };
+    let refused = engine.acquire(Call { acquisition, ..first.clone() }).await;
+    assert!(matches!(refused, Ok(Acquired::Held(_))), "{refused:?}");
+    engine.release(key("job"), holder, false).await.expect("an answer");
+
+    store.apply(key("job"), Edit::default().enqueue(first.acquisition.into())).await;
+    assert_eq!(state(&engine).await, State::Free, "nobody knows of the lease");
+}
+
+#[tokio::test]
+async fn a_call_is_not_refused_when_nobody_can_say_that_it_stays_refused() {
+    let (store, id) = (Gated::new().await, LeaseId::random());
+    let (_engine, _, call, closed) = repeated(&store, id, Origin::Caller).await;
+    let released = (0..SETTLED_DEPARTURES).map(|_| LeaseId::random());
+    store.apply(key("job"), released.fold(Edit::default(), Edit::release)).await;
+    drop(closed);
+    let answer = call.await.expect("no panic");
+    assert!(matches!(answer, Err(CallError::Store(_))), "{answer:?}");
 }
 
 /// No more is written for the many refusals that were sent once, whatever was repeated before.

@@ -21,7 +21,7 @@ use super::caller::Caller;
 use super::line::Line;
 use super::part::{Gathered, Part};
 use crate::boot_instant::BootInstant;
-use crate::lease::{Edit, Key, Snapshot};
+use crate::lease::{Edit, Key, Snapshot, Standing};
 use crate::panics::contain;
 use crate::store::{Committed, Outcome, Store, StoreError};
 
@@ -173,6 +173,15 @@ struct Leftover {
 }
 
 impl Leftover {
+    /// Whether it has had no effect, and may have one later.
+    fn is_undone(&self, answer: &Answer) -> bool {
+        match (answer, &self.part) {
+            (Ok(done), Part::GiveUp(id)) => done.snapshot.standing(*id) == Standing::Unknown,
+            (Err(StoreError::Unavailable { .. }), _) => true,
+            _ => false,
+        }
+    }
+
     /// The part as it is queued, for the first time or again.
     fn into_queued(self) -> (Key, Part, Reply) {
         (self.key.clone(), self.part.clone(), Reply::Leftover(Box::new(self)))
@@ -194,13 +203,11 @@ impl Reply {
         }
     }
 
-    /// Tells the call. Returns what is to be committed again because the store failed: only these failures pass by
-    /// themselves.
+    /// Tells the call. Returns what is to be committed again, because the store failed or the record had no room to remember
+    /// it: that passes by itself.
     fn send(self, answer: Answer) -> Option<Leftover> {
         match self {
-            Self::Leftover(leftover) if matches!(answer, Err(StoreError::Unavailable { .. })) => {
-                return Some(*leftover);
-            }
+            Self::Leftover(leftover) if leftover.is_undone(&answer) => return Some(*leftover),
             Self::Nobody | Self::Leftover(_) => {}
             Self::One(sender) => drop(sender.send(answer)),
             // The channel has room for every answer, so this fails only when nobody listens.

@@ -9,7 +9,7 @@ use super::committer::UNANSWERED;
 use super::gated::{Gated, PATIENCE, key, until};
 use super::part::Part;
 use super::{Begin, Bounds, Call, CallError, Caller, Origin, Touched, WatchEvent};
-use crate::lease::{Acquisition, Key, LeaseId, Mode};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, SETTLED_DEPARTURES};
 use crate::store::{ListQuery, Outcome, StoreError};
 
 /// Longer than any test takes.
@@ -267,4 +267,17 @@ async fn a_damaged_record_is_the_trouble_of_its_own_leases() {
         shown.push(snapshot.record.key.clone());
     }
     assert_eq!(shown, ["0", "1", "3", "4"].map(key));
+}
+
+/// The record has no room for it, and will have some when a minute is over.
+#[tokio::test]
+async fn what_an_ended_call_leaves_behind_is_committed_again_if_it_could_not_be_remembered() {
+    let store = Gated::new().await;
+    let engine = store.engine(usize::MAX / 2);
+    let released = (0..SETTLED_DEPARTURES).map(|_| LeaseId::random());
+    store.apply(key("job"), released.fold(Edit::default(), Edit::release)).await;
+    engine.committer.submit_leftover(&engine.caller, key("job"), Part::GiveUp(LeaseId::random()), LONG);
+    until(|| store.batches_of(&key("job")).0 == 2).await;
+    engine.give_up();
+    timeout(PATIENCE, engine.settle()).await.expect("an end");
 }
