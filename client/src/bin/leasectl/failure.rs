@@ -15,7 +15,7 @@ use tonic::transport::Uri;
 use crate::args::Format;
 use crate::json::{Fault, Standing, milliseconds};
 use crate::output::{complain, json};
-use crate::signals::{Whom, die_of};
+use crate::signals::{Target, die_of};
 
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
@@ -64,7 +64,7 @@ impl Failure {
         let (code, reason, sentence) = match &self {
             Self::NobodyReads => return ExitCode::SUCCESS,
             Self::Signal(signal) => {
-                die_of(*signal, Whom::Myself);
+                die_of(*signal, Target::Myself);
                 return ExitCode::from(of_signal(signal.as_raw()));
             }
             Self::Usage(sentence) => (USAGE, "USAGE", sentence.clone()),

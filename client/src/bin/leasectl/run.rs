@@ -22,7 +22,7 @@ use crate::args::Wish;
 use crate::failure::Failure;
 use crate::job::{Event, Exit, Job};
 use crate::output::complain;
-use crate::signals::{ENDING, OTHER, Signals, Whom, die_of};
+use crate::signals::{ENDING, OTHER, Signals, Target, die_of};
 use crate::times::{Times, after, until};
 use crate::wanted;
 
@@ -77,19 +77,19 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
         End::Done(exit) => {
             let had_terminal = running.job.leave();
             // A shell around leasectl ends its script only if leasectl dies of the signal as well.
-            let whom = match exit.by_key() {
+            let target = match exit.by_key() {
                 // The terminal sent the key to the command's group alone.
                 Some(signal) if had_terminal && running.group_heard(signal).await => {
-                    Some((signal, Whom::Group))
+                    Some((signal, Target::Group))
                 }
-                Some(signal) if running.signals.has_come(signal) => Some((signal, Whom::Myself)),
+                Some(signal) if running.signals.has_come(signal) => Some((signal, Target::Myself)),
                 _ => None,
             };
             let is_told =
-                whom.is_some() || exit.signal().is_some_and(|signal| running.signals.has_come(signal));
+                target.is_some() || exit.signal().is_some_and(|signal| running.signals.has_come(signal));
             give_back(running.lease, &mut running.signals, is_told).await?;
-            if let Some((signal, whom)) = whom {
-                die_of(signal, whom);
+            if let Some((signal, target)) = target {
+                die_of(signal, target);
             }
             Ok(exit.code())
         }

@@ -98,7 +98,7 @@ impl Signals {
 
 /// Who is to be ended by a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Whom {
+pub(crate) enum Target {
     /// This process.
     Myself,
     /// This process and the rest of its process group.
@@ -109,7 +109,7 @@ pub(crate) enum Whom {
 ///
 /// A shell goes on with the next line of a script when a program that was interrupted exits by itself, whatever its exit
 /// code. Returns only in the first process of a container, which the default action cannot end.
-pub(crate) fn die_of(signal: Signal, whom: Whom) {
+pub(crate) fn die_of(signal: Signal, target: Target) {
     if getpid().is_init() {
         return;
     }
@@ -118,7 +118,7 @@ pub(crate) fn die_of(signal: Signal, whom: Whom) {
         let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
         let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
     }
-    if whom == Whom::Group {
+    if target == Target::Group {
         // This process has a handler for it, and goes on to the next line.
         let _ = kill_current_process_group(signal);
     }
