@@ -20,7 +20,7 @@ use tower::{Layer, Service};
 
 use crate::meter::{Histogram, Meter, Present};
 use crate::receiving::Expected;
-use crate::sending::PIECE;
+use crate::sending::{PIECE, piece};
 
 /// The methods that are counted: those that answer once, then the streams.
 const METHODS: [(&str, &str); 8] = [
@@ -242,15 +242,6 @@ struct Stream {
     _open: Present,
 }
 
-impl Stream {
-    /// The next piece of the rest. A copy: a part of a shared buffer would keep all of it for as long as the connection has the
-    /// part.
-    fn piece(&mut self) -> Frame<Bytes> {
-        let piece = self.rest.split_to(PIECE.min(self.rest.len()));
-        Frame::data(Bytes::copy_from_slice(&piece))
-    }
-}
-
 impl http_body::Body for Stream {
     type Data = Bytes;
     type Error = Status;
@@ -260,7 +251,7 @@ impl http_body::Body for Stream {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if !self.rest.is_empty() {
-            return Poll::Ready(Some(Ok(self.piece())));
+            return Poll::Ready(Some(Ok(piece(&mut self.rest))));
         }
         let Some(frame) = ready!(Pin::new(&mut self.messages).poll_frame(context)?) else {
             return Poll::Ready(None);
@@ -272,7 +263,7 @@ impl http_body::Body for Stream {
             return Poll::Ready(Some(Ok(frame)));
         }
         self.rest = frame.into_data().unwrap_or_default();
-        Poll::Ready(Some(Ok(self.piece())))
+        Poll::Ready(Some(Ok(piece(&mut self.rest))))
     }
 
     fn is_end_stream(&self) -> bool {

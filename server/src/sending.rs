@@ -5,7 +5,6 @@
 //! reset.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -140,30 +139,37 @@ impl Turn {
     }
 }
 
+/// Takes the next [`PIECE`] of a message that has not been handed over whole. A copy: a part of a shared buffer would keep
+/// all of it for as long as the connection has the part.
+pub(crate) fn piece(rest: &mut Bytes) -> Frame<Bytes> {
+    let piece = rest.split_to(PIECE.min(rest.len()));
+    Frame::data(Bytes::copy_from_slice(&piece))
+}
+
 /// The body of a large answer: its message in pieces, and the trailers.
 #[derive(Debug, Clone)]
 pub(crate) struct Large {
-    pieces: VecDeque<Bytes>,
+    /// What goes before the message.
+    prefix: Option<Bytes>,
+    /// What is left of the message.
+    rest: Bytes,
     has_trailers: bool,
     _turn: Arc<Turn>,
 }
 
 /// An answer whose message is encoded already. The layer that bounds calls sends [`Large`] in place of `T`.
-pub(crate) fn encoded<T: Default>(message: &[u8], turn: Turn) -> Response<T> {
+pub(crate) fn encoded<T: Default>(message: Vec<u8>, turn: Turn) -> Response<T> {
     let mut answer = Response::new(T::default());
     answer.extensions_mut().insert(Large::new(message, turn));
     answer
 }
 
 impl Large {
-    fn new(message: &[u8], turn: Turn) -> Self {
+    fn new(message: Vec<u8>, turn: Turn) -> Self {
         // A message begins with a flag, 0 for "not compressed", and its length. None is larger than 4 MiB.
         let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
         let prefix = Bytes::from([&[0][..], &length.to_be_bytes()].concat());
-        // Copies: a part of a shared buffer would keep all of it for as long as the connection has the part.
-        let pieces = message.chunks(PIECE).map(Bytes::copy_from_slice);
-        let pieces = std::iter::once(prefix).chain(pieces).collect();
-        Self { pieces, has_trailers: true, _turn: Arc::new(turn) }
+        Self { prefix: Some(prefix), rest: message.into(), has_trailers: true, _turn: Arc::new(turn) }
     }
 }
 
@@ -175,8 +181,11 @@ impl Body for Large {
         mut self: Pin<&mut Self>,
         _context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(piece) = self.pieces.pop_front() {
-            return Poll::Ready(Some(Ok(Frame::data(piece))));
+        if let Some(prefix) = self.prefix.take() {
+            return Poll::Ready(Some(Ok(Frame::data(prefix))));
+        }
+        if !self.rest.is_empty() {
+            return Poll::Ready(Some(Ok(piece(&mut self.rest))));
         }
         let trailers = || HeaderMap::from_iter([(Status::GRPC_STATUS, HeaderValue::from_static("0"))]);
         let is_due = std::mem::take(&mut self.has_trailers);
@@ -198,7 +207,7 @@ mod tests {
         let turns = Turns::default();
         let turn = turns.try_take(Caller::new().turn().await);
         let message: Vec<u8> = (0..PIECE * 3 + 7).map(|byte| byte.to_le_bytes()[0]).collect();
-        let mut answer: Response<()> = encoded(&message, turn);
+        let mut answer: Response<()> = encoded(message.clone(), turn);
         let mut body = answer.extensions_mut().remove::<Large>().expect("a body");
         let (mut sent, mut trailers) = (Vec::new(), None);
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {

@@ -146,7 +146,7 @@ impl<S: Store> LeaseService for Service<S> {
         let mut turn = self.turns.try_take(lessor.turn().await);
         self.turns.take(&mut turn).await;
         let lease = wire::to_lease(&get().await?);
-        Ok(encoded(&GetResponse { lease: Some(lease) }.encode_to_vec(), turn))
+        Ok(encoded(GetResponse { lease: Some(lease) }.encode_to_vec(), turn))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
@@ -165,7 +165,7 @@ impl<S: Store> LeaseService for Service<S> {
             self.turns.take(&mut turn).await;
             message = self.page(&lessor, &query, &turn).await?;
         }
-        Ok(encoded(&message, turn))
+        Ok(encoded(message, turn))
     }
 
     type WatchStream = Events;
