@@ -425,7 +425,7 @@ impl<S: Store> Drop for Attempt<S> {
             // It may be granted for as long as its place lasts. Nobody else can ever give it back.
             Origin::Daemon => {
                 let lasts = (self.committer.store().rules().place + self.ttl.get()).min(GIVING_BACK);
-                self.committer.submit_leftover(&self.caller, key, Part::GiveUp(self.id), lasts);
+                self.committer.give_up_id(&self.caller, key, self.id, lasts);
             }
             // Not again after a failure: by then the caller may have asked for its place again, at another daemon.
             Origin::Caller if self.leaves => {

@@ -21,7 +21,7 @@ use super::caller::Caller;
 use super::line::Line;
 use super::part::{Gathered, Part};
 use crate::boot_instant::BootInstant;
-use crate::lease::{Edit, Key, Snapshot, Standing};
+use crate::lease::{Edit, Key, LeaseId, Snapshot, Standing};
 use crate::panics::contain;
 use crate::store::{Committed, Outcome, Store, StoreError};
 
@@ -156,35 +156,35 @@ struct Entering {
 #[derive(Debug)]
 enum Reply {
     Nobody,
-    /// Nobody, but after a failure of the store the part is committed again.
+    /// Nobody, but the part is committed again if that failed.
     Leftover(Box<Leftover>),
     One(oneshot::Sender<Answer>),
     /// The position of this answer among those of one submission.
     OneOfMany(usize, mpsc::Sender<(usize, Answer)>),
 }
 
-/// What an ended call leaves behind: its part undoes what the call asked for.
+/// An id that the daemon picked and that no call tells anybody of any more. It is to be given up.
 #[derive(Debug)]
 struct Leftover {
     key: Key,
-    part: Part,
-    /// From then on the part has nothing to undo any more.
+    id: LeaseId,
+    /// From then on there is nothing to give up any more.
     until: Instant,
 }
 
 impl Leftover {
-    /// Whether it has had no effect, and may have one later.
-    fn is_undone(&self, answer: &Answer) -> bool {
-        match (answer, &self.part) {
-            (Ok(done), Part::GiveUp(id)) => done.snapshot.standing(*id) == Standing::Unknown,
-            (Err(StoreError::Unavailable { .. }), _) => true,
-            _ => false,
+    /// Whether it is still to be given up, and may be later.
+    fn is_left(&self, answer: &Answer) -> bool {
+        match answer {
+            // The record had no room to remember it.
+            Ok(done) => done.snapshot.standing(self.id) == Standing::Unknown,
+            Err(error) => matches!(error, StoreError::Unavailable { .. }),
         }
     }
 
-    /// The part as it is queued, for the first time or again.
+    /// Its part as that is queued, for the first time or again.
     fn into_queued(self) -> (Key, Part, Reply) {
-        (self.key.clone(), self.part.clone(), Reply::Leftover(Box::new(self)))
+        (self.key.clone(), Part::GiveUp(self.id), Reply::Leftover(Box::new(self)))
     }
 }
 
@@ -207,7 +207,7 @@ impl Reply {
     /// it: that passes by itself.
     fn send(self, answer: Answer) -> Option<Leftover> {
         match self {
-            Self::Leftover(leftover) if leftover.is_undone(&answer) => return Some(*leftover),
+            Self::Leftover(leftover) if leftover.is_left(&answer) => return Some(*leftover),
             Self::Nobody | Self::Leftover(_) => {}
             Self::One(sender) => drop(sender.send(answer)),
             // The channel has room for every answer, so this fails only when nobody listens.
@@ -386,10 +386,10 @@ impl<S: Store> Committer<S> {
         self.gather(caller, parts.into_iter().map(|(key, part)| (key, part, Reply::Nobody)));
     }
 
-    /// Commits what a call that has ended leaves behind. Commits it again after failures of the store, for as long as it
-    /// `lasts`: an outage must not leave a lease held that nobody was told of.
-    pub(super) fn submit_leftover(self: &Arc<Self>, caller: &Caller, key: Key, part: Part, lasts: Duration) {
-        let leftover = Leftover { key, part, until: Instant::now() + lasts };
+    /// Gives up an id that a call has left behind which has ended. Tries again after failures of the store, for as long as
+    /// it `lasts`: an outage must not leave a lease held that nobody was told of.
+    pub(super) fn give_up_id(self: &Arc<Self>, caller: &Caller, key: Key, id: LeaseId, lasts: Duration) {
+        let leftover = Leftover { key, id, until: Instant::now() + lasts };
         self.gather(caller, [leftover.into_queued()]);
     }
 

@@ -7,7 +7,6 @@ use tokio::time::timeout;
 
 use super::committer::UNANSWERED;
 use super::gated::{Gated, PATIENCE, key, until};
-use super::part::Part;
 use super::{Begin, Bounds, Call, CallError, Caller, Origin, Touched, WatchEvent};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, SETTLED_DEPARTURES};
 use crate::store::{ListQuery, Outcome, StoreError};
@@ -181,8 +180,7 @@ async fn what_ended_calls_leave_behind_is_bounded() {
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
     let leave = |name: &str| {
-        let part = Part::Cancel(LeaseId::random());
-        engine.committer.submit_leftover(&engine.caller, key(name), part, LONG);
+        engine.committer.give_up_id(&engine.caller, key(name), LeaseId::random(), LONG);
     };
     for number in 0..UNANSWERED + 5000 {
         leave(&format!("{number}"));
@@ -212,7 +210,7 @@ async fn what_an_ended_call_leaves_behind_is_committed_again_while_it_matters() 
         let store = Gated::new().await;
         let engine = store.engine(usize::MAX / 2);
         store.fails.store(2, Ordering::SeqCst);
-        engine.committer.submit_leftover(&engine.caller, key("job"), Part::GiveUp(LeaseId::random()), lasts);
+        engine.committer.give_up_id(&engine.caller, key("job"), LeaseId::random(), lasts);
         timeout(PATIENCE, engine.settle()).await.expect("an end");
         assert_eq!(store.batches_of(&key("job")).0, batches, "{lasts:?}");
     }
@@ -223,7 +221,7 @@ async fn a_drain_goes_on_trying_until_its_time_is_over() {
     let store = Gated::new().await;
     let engine = store.engine(usize::MAX / 2);
     store.fails.store(usize::MAX, Ordering::SeqCst);
-    engine.committer.submit_leftover(&engine.caller, key("job"), Part::GiveUp(LeaseId::random()), LONG);
+    engine.committer.give_up_id(&engine.caller, key("job"), LeaseId::random(), LONG);
     let settled = tokio::spawn({
         let engine = engine.clone();
         async move { engine.settle().await }
@@ -276,7 +274,7 @@ async fn what_an_ended_call_leaves_behind_is_committed_again_if_it_could_not_be_
     let engine = store.engine(usize::MAX / 2);
     let released = (0..SETTLED_DEPARTURES).map(|_| LeaseId::random());
     store.apply(key("job"), released.fold(Edit::default(), Edit::release)).await;
-    engine.committer.submit_leftover(&engine.caller, key("job"), Part::GiveUp(LeaseId::random()), LONG);
+    engine.committer.give_up_id(&engine.caller, key("job"), LeaseId::random(), LONG);
     until(|| store.batches_of(&key("job")).0 == 2).await;
     engine.give_up();
     timeout(PATIENCE, engine.settle()).await.expect("an end");
