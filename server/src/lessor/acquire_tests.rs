@@ -106,6 +106,19 @@ async fn a_caller_that_asks_again_after_no_answer_keeps_its_lease() {
     assert_eq!(record.holders.iter().map(|holder| holder.id).collect::<Vec<_>>(), [id]);
 }
 
+/// It was told to repeat its call, and may stand in line at another daemon by now.
+#[tokio::test]
+async fn a_waiting_call_that_is_told_of_a_failure_of_the_store_leaves_its_place() {
+    let (store, id) = (Gated::new().await, LeaseId::random());
+    let engine = store.engine(usize::MAX / 2);
+    engine.acquire(ask(LeaseId::random(), Origin::Caller, Duration::ZERO)).await.expect("a grant");
+    store.fails.store(1, Ordering::SeqCst);
+    let answer = engine.acquire(ask(id, Origin::Caller, PATIENCE)).await;
+    assert!(matches!(answer, Err(CallError::Store(_))), "{answer:?}");
+    engine.settle().await;
+    assert_eq!(store.batches_of(&key("job")).0, 2, "nothing more is committed");
+}
+
 /// Nobody else can give it back: no caller knows the id.
 #[tokio::test]
 async fn an_id_that_the_daemon_picked_is_given_up_when_its_refusal_cannot_be_made_final() {
