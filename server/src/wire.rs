@@ -102,15 +102,14 @@ fn held(refusal: &Refusal) -> Status {
 
 /// The status of a lease that is not held.
 pub(crate) fn lost(reason: Option<Reason>) -> Status {
-    let loss = reason.map(|reason| match reason {
-        Reason::Released | Reason::Withdrawn | Reason::Settled => "released",
-        Reason::Displaced => "displaced",
-        Reason::Revoked => "revoked",
-    });
-    match loss {
-        Some(loss) => Refused::LeaseLost.status(format!("the lease was {loss}"), [("loss", loss.to_owned())]),
-        None => Refused::LeaseLost.status("the lease is not held", []),
-    }
+    let (loss, message) = match reason {
+        None => return Refused::LeaseLost.status("the lease is not held", []),
+        Some(Reason::Released | Reason::Withdrawn) => ("released", "the lease was released"),
+        Some(Reason::Settled) => ("released", "this lease id is over: it was released before, or refused"),
+        Some(Reason::Displaced) => ("displaced", "the lease was displaced"),
+        Some(Reason::Revoked) => ("revoked", "the lease was revoked"),
+    };
+    Refused::LeaseLost.status(message, [("loss", loss.to_owned())])
 }
 
 pub(crate) fn key_unknown() -> Status {
