@@ -70,12 +70,17 @@ struct Others {
 }
 
 impl Daemon {
-    /// Over a new folder, or over a new database of the MongoDB that all tests share.
+    /// Over a new folder, or over a new database of the MongoDB that all tests share. That store always answers, however
+    /// slowly on a busy machine, so calls have a long time.
     pub(crate) async fn start(home: Home) -> Self {
         Self::start_with(home, |_| {}).await
     }
 
     pub(crate) async fn start_with(home: Home, change: impl FnOnce(&mut Config)) -> Self {
+        let change = |config: &mut Config| {
+            config.limits.bounds.call = PATIENCE;
+            change(config);
+        };
         match home {
             Embedded => {
                 let folder = tempfile::tempdir().unwrap();
@@ -95,7 +100,7 @@ impl Daemon {
         }
     }
 
-    /// Over a new database of the MongoDB at `uri`.
+    /// Over a new database of the MongoDB at `uri`, for tests that make it fail.
     pub(crate) async fn over(uri: &str, change: impl FnOnce(&mut Config)) -> Self {
         let database = format!("leased-test-{}", Uuid::new_v4());
         let mut config = config(&["--mongodb-uri", uri, "--mongodb-database", &database]);
