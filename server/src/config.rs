@@ -11,8 +11,8 @@ use clap::builder::{BoolishValueParser, NonEmptyStringValueParser, Resettable};
 use clap::{ArgAction, Args as Group, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use humantime::{format_duration, parse_duration};
 
+use crate::engine::Bounds;
 use crate::lease::{Rules, Ttl};
-use crate::lessor::Bounds;
 use crate::store::mongo::Location;
 
 /// A day: the longest TTL and `min_hold`.

@@ -15,12 +15,12 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::accept::connections;
+use crate::engine::Lessor;
 use crate::health::{Health, Readiness};
-use crate::lessor::Lessor;
-use crate::listener::{Slot, serve_all};
-use crate::meter::Meter;
+use crate::metrics::registry::Meter;
 use crate::store::{FeedState, Store};
+use crate::transport::accept::connections;
+use crate::transport::listener::{Slot, serve_all};
 
 /// Connections at once.
 const CONNECTIONS: usize = 128;

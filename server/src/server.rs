@@ -21,24 +21,24 @@ use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 use tower::{Layer, ServiceBuilder};
 
-use crate::accept::connections;
-use crate::bounds::BoundCalls;
-use crate::calls::CountCalls;
 use crate::config::Config;
-use crate::express::{Express, Fork};
+use crate::engine::Lessor;
+use crate::grpc::request::MAX_REQUEST_BYTES;
+use crate::grpc::response::{MAX_MESSAGE_BYTES, limit_exceeded};
+use crate::grpc::service::Service;
 use crate::health::Health;
 use crate::http;
-use crate::lessor::Lessor;
-use crate::listener::{Grpc, serve_all};
-use crate::meter::Meter;
-use crate::process::Process;
-use crate::receiving::Room;
-use crate::request::MAX_REQUEST_BYTES;
-use crate::service::Service;
-use crate::stamp::Stamp;
-use crate::standing::Standing;
+use crate::metrics::daemon::Standing;
+use crate::metrics::process::Process;
+use crate::metrics::registry::Meter;
 use crate::store::{Metered, StartError, Store};
-use crate::wire::{MAX_MESSAGE_BYTES, limit_exceeded};
+use crate::transport::accept::connections;
+use crate::transport::bounds::BoundCalls;
+use crate::transport::direct_route::{Express, Fork};
+use crate::transport::listener::{Grpc, serve_all};
+use crate::transport::metrics_layer::CountCalls;
+use crate::transport::receiving::Room;
+use crate::transport::stamp::Stamp;
 
 /// The largest message that goes out.
 const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;

@@ -4,7 +4,7 @@
 mod conformance;
 pub mod embedded;
 mod failure;
-mod metered;
+mod instrumented;
 pub mod mongo;
 mod unreadable;
 
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use failure::{Effects, Failure};
-pub(crate) use metered::Metered;
+pub(crate) use instrumented::Metered;
 pub(crate) use unreadable::report;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};

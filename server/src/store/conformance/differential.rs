@@ -13,8 +13,8 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use rstest::rstest;
 
-use super::homes::{Applier, Home, TestStore};
-use super::wrongs::Wrong;
+use super::backends::{Applier, Home, TestStore};
+use super::mutants::Wrong;
 use crate::lease::{
     Acquisition, Edit, Key, LASTING_DEPARTURES, LeaseId, MAX_WAITERS, Mode, Record, Rules,
     SETTLED_DEPARTURES, Timestamp, Ttl,

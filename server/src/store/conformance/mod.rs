@@ -1,7 +1,7 @@
 //! One suite for all who apply the rules: the specification itself and both stores.
 
 /// Where edits are applied, and a desk to apply them at.
-mod homes;
+mod backends;
 
 /// The rules, one by one, as sentences.
 mod rules;
@@ -19,4 +19,4 @@ mod unreadable;
 mod purging;
 
 /// Deliberate wrongs, each of which a sentence notices.
-pub(in crate::store) mod wrongs;
+pub(in crate::store) mod mutants;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::{Home, TestStore, wait_for};
+use super::backends::{Home, TestStore, wait_for};
 use super::reading::{NOW, all, all_of, ask, asking, commit, empty, free, key, list, names};
 use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp, Ttl};
 use crate::store::Store;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::{Home, TestStore, wait_for};
+use super::backends::{Home, TestStore, wait_for};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, State, Timestamp, Ttl};
 use crate::store::{ForKey, ListQuery, Page, Store, StoreError};
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::{Applier, Home};
+use super::backends::{Applier, Home};
 use crate::lease::{
     Acquisition, Edit, FencingToken, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, Mode,
     Obstacle, REMEMBERED_DEPARTURES, Reason, Record, Rules, SETTLED_DEPARTURES, Snapshot, Standing, State,

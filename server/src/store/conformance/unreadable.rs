@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
-use super::homes::{Home, TestStore, wait_for};
+use super::backends::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
+use super::backends::{Home, TestStore, wait_for};
 use super::reading::{NOW, ask, asking, commit, empty, free, key};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Timestamp};
 use crate::store::{ForKey, ListQuery, Outcome, Store, StoreError};

@@ -353,7 +353,7 @@ impl MongoStore {
     fn tampered(&self, stages: Vec<Document>) -> Vec<Document> {
         #[cfg(test)]
         if let Some(wrong) = self.wrong {
-            return super::wrong::put_into(stages, wrong);
+            return super::mutants::put_into(stages, wrong);
         }
         stages
     }

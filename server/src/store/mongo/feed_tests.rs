@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Feed, Location, MongoStore, Pace, daemons};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, Timestamp};
+use crate::store::conformance::mutants::Wrong;
 use crate::store::conformance::reading::{all_of, ask, asking, key};
-use crate::store::conformance::wrongs::Wrong;
 use crate::store::{FeedEvent, FeedState, Store};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };

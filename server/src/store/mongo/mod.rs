@@ -23,7 +23,7 @@ mod reading;
 mod ready_tests;
 mod uri;
 #[cfg(test)]
-mod wrong;
+mod mutants;
 
 use std::fmt;
 use std::sync::Arc;
@@ -103,7 +103,7 @@ pub struct MongoStore {
     repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
-    pub(super) wrong: Option<super::conformance::wrongs::Wrong>,
+    pub(super) wrong: Option<super::conformance::mutants::Wrong>,
 }
 
 impl MongoStore {
