@@ -1,6 +1,7 @@
 //! The lease daemon, as a library for its binary and for tests that run it in-process.
 //!
-//! A call passes `transport`, `grpc`, `engine`, `store` and `lease`, in this order. `ARCHITECTURE.md` draws the whole.
+//! A call passes `transport`, `grpc`, `engine`, `store` and `lease`, in this order.
+//! `ARCHITECTURE.md` draws the whole.
 
 #![warn(missing_debug_implementations)]
 

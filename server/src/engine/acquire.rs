@@ -1,4 +1,5 @@
-//! An acquire from its first commit to its answer: granted, refused, or granted after a wait.
+//! Acquires, from the first commit to the answer: granted at once, refused, or granted after a
+//! wait.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,9 +7,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use super::caller::Caller;
-use super::committer::{Committer, Done};
-use super::op::Part;
+use super::committer::Committer;
+use super::op::Op;
 use super::queue::Entry;
+use super::reply::Done;
 use super::{CallError, Lessor};
 use crate::lease::{
     Acquisition, Departure, FencingToken, Holder, Key, LeaseId, MEMORY, Mode, Obstacle, Reason, Snapshot,
@@ -16,28 +18,29 @@ use crate::lease::{
 };
 use crate::store::{Outcome, Store, StoreError};
 
-/// The longest time for which the daemon goes on trying to give back a lease that nobody was told of.
-const GIVING_BACK: Duration = Duration::from_secs(3600);
+/// How long at most the daemon tries to release a lease whose call has ended without an answer.
+const MAX_GIVING_UP: Duration = Duration::from_secs(3600);
 
 /// A request for a lease.
 #[derive(Debug, Clone)]
 pub struct Call {
-    /// What to lease.
+    /// The key to lease.
     pub key: Key,
-    /// By whom and how. Its `wait` says the same as this call's.
+    /// The acquisition to commit. Its `wait` is true if this call's `wait` is not zero.
     pub acquisition: Acquisition,
-    /// Who chose the id.
+    /// Who picked the lease id.
     pub origin: Origin,
-    /// How long to stand in line at most.
+    /// How long to wait in the queue at most.
     pub wait: Duration,
 }
 
-/// Who chose a lease id, and so who can know of the lease when the answer is lost.
+/// Who picked a lease id, and so who knows of the lease if the answer is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// The caller, who may repeat the call with it; what was granted is left to that or to its TTL.
+    /// The caller. The daemon never releases the id: the caller may have repeated the call at
+    /// another daemon, and hold the lease.
     Caller,
-    /// The daemon; nobody can ask for it again, so it is given back.
+    /// The daemon. Only the daemon can release the lease if the answer is lost.
     Daemon,
 }
 
@@ -46,89 +49,89 @@ pub enum Origin {
 pub enum Acquired {
     /// The caller holds the lease.
     Granted(Grant),
-    /// Someone else holds it, also after the wait.
+    /// The lease was not granted, at once or within the wait.
     Held(Refusal),
-    /// The line takes no more.
+    /// The queue is full.
     QueueFull,
-    /// This acquisition is over: it was granted before, or its id was released.
+    /// The id is over: it was granted before, or it was released.
     Lost(Reason),
     /// The id is in use for another acquisition of the key, with another mode or limit.
     IdReused,
 }
 
-/// A lease granted.
+/// A granted lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grant {
-    /// Its id.
+    /// The lease id.
     pub id: LeaseId,
-    /// Its token.
+    /// The fencing token.
     pub token: FencingToken,
-    /// How long it and each touch lasts.
+    /// How long the grant and each touch last.
     pub ttl: Ttl,
-    /// When it was granted.
+    /// When the lease was granted.
     pub acquired_at: Timestamp,
-    /// When it runs out unless touched.
+    /// When the lease runs out unless it is touched.
     pub expires_at: Timestamp,
-    /// What was left of it by the store's clock at the commit that the answer is read from.
+    /// How much time was left at the commit that the answer is read from, by the store's clock.
     pub remaining: Duration,
-    /// Alone or with others.
+    /// Exclusive or shared.
     pub mode: Mode,
-    /// Granted from the line, or by an earlier commit than that of this call.
+    /// The lease was granted from the queue, or by a commit before this call's.
     pub waited: bool,
-    /// It displaced a holder whose time was over.
+    /// The grant displaced a holder whose lease had lapsed.
     pub took_over: bool,
 }
 
-/// Who stands in the way.
+/// Why a lease was not granted.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Refusal {
-    /// The holder's label; empty if nobody holds and the key is blocked.
+    /// The holder's label. Empty if the key has no holder.
     pub owner: String,
-    /// The holder's token, or the last one granted.
+    /// The holder's token, or the token that was granted last.
     pub token: FencingToken,
-    /// Until the holder's lease runs out or the key is not blocked any more.
+    /// How long until the holder's lease has run out and the key is not blocked any more.
     pub remaining: Duration,
-    /// How many stood before the caller, if it stood in line.
+    /// How many waiters were ahead of the caller in the queue, if it waited.
     pub position: Option<usize>,
-    /// What keeps the caller out; `None` if it might come in if it tried again.
+    /// What kept the caller out. `None` if the lease might be granted if the caller tried again.
     pub by: Option<Obstruction>,
 }
 
-/// What keeps a caller out.
+/// What keeps a caller from a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Obstruction {
-    /// A `min_hold` keeps the key taken.
+    /// The key is blocked by a `min_hold`.
     MinHold,
-    /// Somebody holds the key.
+    /// The key is held.
     Holder,
-    /// As many share the key as the smallest limit allows.
+    /// As many holders share the key as the smallest limit allows.
     Limit {
-        /// How many.
+        /// How many holders there are.
         holders: usize,
-        /// The smallest limit among theirs and the caller's own.
+        /// The smallest of the holders' limits and the caller's own.
         limit: u32,
     },
-    /// Somebody came before.
+    /// A waiter came before the caller.
     Waiter {
-        /// The label of the one who came before.
+        /// The label of that waiter.
         owner: String,
     },
 }
 
 impl<S: Store> Lessor<S> {
-    /// Asks for a lease, and stands in line for it if the call says so.
+    /// Acquires a lease, and waits for it in the queue if the call says so.
     ///
-    /// Dropping the future ends the wait and leaves no place in line behind.
+    /// Dropping the future ends the wait, and takes the call out of the queue.
     ///
     /// # Errors
-    /// [`CallError`]; after an error of the store the call may be repeated with the same id.
+    /// [`CallError`]. After an error of the store, the call may be repeated with the same id.
     pub async fn acquire(&self, call: Call) -> Result<Acquired, CallError> {
-        let answer = self.ask(call).await?;
-        self.counts().answered(&answer);
+        let answer = self.acquire_uncounted(call).await?;
+        self.metrics().answered(&answer);
         Ok(answer)
     }
 
-    async fn ask(&self, call: Call) -> Result<Acquired, CallError> {
+    async fn acquire_uncounted(&self, call: Call) -> Result<Acquired, CallError> {
         let until = Instant::now() + call.wait;
         let Call { key, acquisition, origin, .. } = call;
         let acquisition = Arc::new(acquisition);
@@ -144,17 +147,17 @@ impl<S: Store> Lessor<S> {
             origin,
             entry,
             repeated_at: acquisition.repeated.then(Instant::now),
-            leaves: false,
+            has_left: false,
             open: true,
         };
 
         let first = loop {
-            let done = self.commit_of(&mut attempt, Part::Acquire(Arc::clone(&acquisition))).await?;
+            let done = self.commit_for(&mut attempt, Op::Acquire(Arc::clone(&acquisition))).await?;
             if done.is_repeated {
                 attempt.repeated_at = Some(Instant::now());
             }
             let snapshot = done.snapshot;
-            // Neither admitted nor kept out: someone deleted the record in between.
+            // The key is free and has not admitted the call: its record was deleted meanwhile.
             let vanished = snapshot.standing(id) == Standing::Unknown
                 && snapshot.record.holders.is_empty()
                 && snapshot.record.waiters.is_empty()
@@ -165,9 +168,9 @@ impl<S: Store> Lessor<S> {
         };
         match first.standing(id) {
             Standing::Waiter(_) if waits && !first.conflicts(&acquisition) => {
-                let wait = self.counts().wait();
+                let wait = self.metrics().begin_wait();
                 let answer = self.wait(attempt, &acquisition, until).await;
-                wait.over(&answer);
+                wait.end(&answer);
                 answer
             }
             standing => {
@@ -181,12 +184,12 @@ impl<S: Store> Lessor<S> {
         if self.draining.is_cancelled() {
             return Err(CallError::ShuttingDown);
         }
-        let line = &self.audience.line;
-        let limit = line.limit();
-        line.enter(key, acquisition).ok_or(CallError::TooManyWaiting { limit })
+        let queue = &self.subscribers.queue;
+        let limit = queue.limit();
+        queue.enter(key, acquisition).ok_or(CallError::TooManyWaiting { limit })
     }
 
-    /// Stands in line until told, until the time is over, or until the daemon drains.
+    /// Waits in the queue until a record ends the wait, its time is over, or the daemon drains.
     async fn wait(
         &self,
         mut attempt: Attempt<S>,
@@ -196,24 +199,26 @@ impl<S: Store> Lessor<S> {
         let id = attempt.id;
         let Some(entry) = &mut attempt.entry else { return Err(CallError::ShuttingDown) };
         tokio::select! {
+            // If the wait ends just when its time is over, the call is answered with the record.
             biased;
-            snapshot = entry.told() => {
+            snapshot = entry.ended() => {
                 let answer = match snapshot.standing(id) {
-                    // A call with this id and another mode took the place when it was lost.
+                    // The waiter's entry lapsed, and a call with this id and another mode made a
+                    // new one.
                     Standing::Holder(_) if snapshot.conflicts(acquisition) => Acquired::IdReused,
                     Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
                     Standing::Departed(reason) => Acquired::Lost(reason),
                     Standing::Waiter(_) | Standing::Unknown => {
-                        // It has lost its place, and asked for a new one in vain.
+                        // The waiter's entry is gone, and the record had no room for a new one.
                         attempt.repeated_at = Some(Instant::now());
                         Acquired::QueueFull
                     }
                 };
                 self.conclude(attempt, answer, acquisition).await
             }
-            () = sleep_until(until) => self.leave(attempt, acquisition).await,
+            () = sleep_until(until) => self.stop_waiting(attempt, acquisition).await,
             () = self.draining.cancelled() => {
-                // The place stays for a while: the caller goes on with the same id elsewhere.
+                // The waiter's entry stays, so the caller can go on waiting at another daemon.
                 if attempt.origin == Origin::Caller {
                     attempt.close();
                 }
@@ -222,64 +227,70 @@ impl<S: Store> Lessor<S> {
         }
     }
 
-    /// Leaves the line, unless the turn came at this very moment.
-    async fn leave(&self, mut attempt: Attempt<S>, asked: &Acquisition) -> Result<Acquired, CallError> {
+    /// Leaves the queue, unless the lease is granted just then.
+    async fn stop_waiting(
+        &self,
+        mut attempt: Attempt<S>,
+        acquisition: &Acquisition,
+    ) -> Result<Acquired, CallError> {
         let id = attempt.id;
         let latest = attempt.entry.as_ref().and_then(Entry::latest);
         let last_position = latest.as_ref().and_then(|snapshot| match snapshot.standing(id) {
             Standing::Waiter(position) => Some(position),
             _ => None,
         });
-        attempt.leave_line();
-        if !attempt.leaves {
-            // Another call waits on with this id, and keeps the place.
+        attempt.leave_queue();
+        if !attempt.has_left {
+            // Another call goes on waiting with this id, and needs the waiter's entry.
             attempt.close();
-            let refusal = latest.map(|snapshot| self.refusal(&snapshot, asked, last_position));
+            let refusal = latest.map(|snapshot| self.refusal(&snapshot, acquisition, last_position));
             let refusal = refusal.unwrap_or_default();
             return Ok(Acquired::Held(refusal));
         }
-        let snapshot = self.commit_of(&mut attempt, Part::Cancel(id)).await?.snapshot;
+        let snapshot = self.commit_for(&mut attempt, Op::Cancel(id)).await?.snapshot;
         let answer = match snapshot.standing(id) {
-            Standing::Holder(_) if snapshot.conflicts(asked) => Acquired::IdReused,
+            Standing::Holder(_) if snapshot.conflicts(acquisition) => Acquired::IdReused,
             Standing::Holder(holder) => granted(&snapshot, holder, Waited::Yes),
             Standing::Departed(reason) => Acquired::Lost(reason),
             Standing::Waiter(_) | Standing::Unknown => {
-                Acquired::Held(self.refusal(&snapshot, asked, last_position))
+                Acquired::Held(self.refusal(&snapshot, acquisition, last_position))
             }
         };
-        self.conclude(attempt, answer, asked).await
+        self.conclude(attempt, answer, acquisition).await
     }
 
-    /// Answers a call. A refusal has to stay one: an earlier command that takes effect later would make a lease that nobody
-    /// knows of. So while there may be such a command, the id is kept out before the caller is told.
+    /// Ends a call with this answer, or with a grant if the lease was granted meanwhile.
     ///
-    /// It is not released: the caller may have repeated the call at another daemon, and hold the lease.
+    /// A refusal has to stay one. An earlier command of this call may be late, and be granted a
+    /// lease that nobody knows of. As long as an earlier command may be under way, the id is kept
+    /// out before the call is answered. The id is not released: the caller may have repeated the
+    /// call at another daemon, and hold the lease.
     async fn conclude(
         &self,
         mut attempt: Attempt<S>,
         answer: Acquired,
-        asked: &Acquisition,
+        acquisition: &Acquisition,
     ) -> Result<Acquired, CallError> {
         let id = attempt.id;
         if matches!(answer, Acquired::Held(_) | Acquired::QueueFull) {
-            attempt.leave_line();
-            while attempt.may_be_granted_yet() {
-                let snapshot = self.commit_of(&mut attempt, Part::KeepOut(id)).await?.snapshot;
+            attempt.leave_queue();
+            while attempt.may_still_be_granted() {
+                let snapshot = self.commit_for(&mut attempt, Op::KeepOut(id)).await?.snapshot;
                 match snapshot.standing(id) {
-                    Standing::Holder(_) if !snapshot.conflicts(asked) => {
-                        // Asks again, so that the record shows that others like this may come: the release must be remembered
-                        // for long.
-                        let again = Acquisition { repeated: true, ..Acquisition::clone(asked) };
+                    Standing::Holder(_) if !snapshot.conflicts(acquisition) => {
+                        // Asks once more, as a repetition. The record then remembers the end of
+                        // this lease for as long as a late command may ask for the id.
+                        let again = Acquisition { repeated: true, ..Acquisition::clone(acquisition) };
                         let snapshot =
-                            self.commit_of(&mut attempt, Part::Acquire(again.into())).await?.snapshot;
+                            self.commit_for(&mut attempt, Op::Acquire(again.into())).await?.snapshot;
                         if let Standing::Holder(holder) = snapshot.standing(id) {
                             attempt.close();
                             return Ok(granted(&snapshot, holder, Waited::Yes));
                         }
                     }
-                    // The earlier command has taken a place.
-                    Standing::Waiter(_) if attempt.leaves => {
-                        self.commit_of(&mut attempt, Part::Cancel(id)).await?;
+                    // The earlier command has made a waiter's entry.
+                    Standing::Waiter(_) if attempt.has_left => {
+                        self.commit_for(&mut attempt, Op::Cancel(id)).await?;
                     }
                     Standing::Unknown => return Err(attempt.failed(no_room())),
                     _ => break,
@@ -290,32 +301,34 @@ impl<S: Store> Lessor<S> {
         Ok(answer)
     }
 
-    /// Commits a part of a call. If the store fails, a caller with an id of its own is told to repeat the call, maybe at
-    /// another daemon: nothing that this one does later may take the place or the lease away from it.
-    async fn commit_of(&self, attempt: &mut Attempt<S>, part: Part) -> Result<Done, CallError> {
-        self.commit(attempt.key.clone(), part).await.map_err(|error| attempt.failed(error))
+    /// Commits an operation of a call. A failure ends the call as [`Attempt::failed`] says.
+    async fn commit_for(&self, attempt: &mut Attempt<S>, op: Op) -> Result<Done, CallError> {
+        self.commit(attempt.key.clone(), op).await.map_err(|error| attempt.failed(error))
     }
 
-    /// The answer to a call that does not begin to wait.
-    fn answer(&self, snapshot: &Snapshot, standing: Standing<'_>, asked: &Acquisition) -> Acquired {
+    /// Returns the answer to a call that does not begin to wait.
+    fn answer(&self, snapshot: &Snapshot, standing: Standing<'_>, acquisition: &Acquisition) -> Acquired {
         match standing {
-            Standing::Holder(_) | Standing::Waiter(_) if snapshot.conflicts(asked) => Acquired::IdReused,
-            // What this commit did has the instant of the record; a grant that is older was made for an earlier call.
+            Standing::Holder(_) | Standing::Waiter(_) if snapshot.conflicts(acquisition) => {
+                Acquired::IdReused
+            }
+            // A grant by this commit has the instant of the record. An older one was for an earlier
+            // call.
             Standing::Holder(holder) if holder.acquired_at < snapshot.now => {
                 granted(snapshot, holder, Waited::Yes)
             }
             Standing::Holder(holder) => granted(snapshot, holder, Waited::No),
             Standing::Departed(reason) => Acquired::Lost(reason),
-            Standing::Waiter(position) => Acquired::Held(self.refusal(snapshot, asked, Some(position))),
-            // Whoever waits is refused a place only for want of room.
-            Standing::Unknown if asked.wait => Acquired::QueueFull,
-            Standing::Unknown => Acquired::Held(self.refusal(snapshot, asked, None)),
+            Standing::Waiter(position) => Acquired::Held(self.refusal(snapshot, acquisition, Some(position))),
+            // A call that waits gets no entry only if the record has no room for it.
+            Standing::Unknown if acquisition.wait => Acquired::QueueFull,
+            Standing::Unknown => Acquired::Held(self.refusal(snapshot, acquisition, None)),
         }
     }
 
-    fn refusal(&self, snapshot: &Snapshot, asked: &Acquisition, position: Option<usize>) -> Refusal {
+    fn refusal(&self, snapshot: &Snapshot, acquisition: &Acquisition, position: Option<usize>) -> Refusal {
         let record = &snapshot.record;
-        let obstacle = snapshot.obstacle(asked, &self.store().rules());
+        let obstacle = snapshot.obstacle(acquisition, &self.store().rules());
         let by = obstacle.map(|obstacle| match obstacle {
             Obstacle::MinHold(_) => Obstruction::MinHold,
             Obstacle::Holder => Obstruction::Holder,
@@ -339,13 +352,14 @@ impl<S: Store> Lessor<S> {
     }
 }
 
-/// The record remembers as many ids as it may, so nobody knows whether a refusal would stay one.
+/// The error for a refusal that may not stay one, because the record has no room to remember the
+/// id.
 fn no_room() -> CallError {
-    let cause = "the key remembers no more ids".to_owned();
+    let cause = "the key's record has no room to remember the id".to_owned();
     CallError::Store(StoreError::Unavailable { outcome: Outcome::Unknown, cause })
 }
 
-/// Whether a grant came from the line, or was made before the call.
+/// Whether a lease was granted from the queue or before the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waited {
     Yes,
@@ -353,8 +367,8 @@ enum Waited {
 }
 
 fn granted(snapshot: &Snapshot, holder: &Holder, waited: Waited) -> Acquired {
-    // What one step does has one instant.
-    let makes_way =
+    // A grant and the displacement that makes way for it are one step, and have one instant.
+    let made_way =
         |departure: &Departure| departure.reason == Reason::Displaced && departure.at == holder.acquired_at;
     Acquired::Granted(Grant {
         id: holder.id,
@@ -365,11 +379,12 @@ fn granted(snapshot: &Snapshot, holder: &Holder, waited: Waited) -> Acquired {
         remaining: snapshot.remaining(holder),
         mode: holder.mode,
         waited: waited == Waited::Yes,
-        took_over: snapshot.record.departures.iter().any(makes_way),
+        took_over: snapshot.record.departures.iter().any(made_way),
     })
 }
 
-/// An acquire under way. Dropped before it is closed, when the caller is gone or the store failed, it cleans up.
+/// An acquire under way. Cleans up if it is dropped before it is closed: the caller has cancelled
+/// the call, or the store has failed.
 struct Attempt<S: Store> {
     committer: Arc<Committer<S>>,
     caller: Caller,
@@ -378,21 +393,23 @@ struct Attempt<S: Store> {
     ttl: Ttl,
     origin: Origin,
     entry: Option<Entry>,
-    /// When the id was last asked for by what may not be the only command to do so, of which one may still be under way:
-    /// the first commit, if the caller or the store repeated it, or one for a new place.
+    /// When the id was last asked for again: because the caller or the store repeated a command, or
+    /// for a new waiter's entry. The earlier command may still be under way.
     repeated_at: Option<Instant>,
-    /// It has left, and nobody else keeps its place.
-    leaves: bool,
+    /// The call has left the queue, and no other call needs its entry.
+    has_left: bool,
     open: bool,
 }
 
 impl<S: Store> Attempt<S> {
-    /// Whether a command that was sent earlier may take effect yet.
-    fn may_be_granted_yet(&self) -> bool {
+    /// Whether an earlier command of this call may still take effect.
+    fn may_still_be_granted(&self) -> bool {
         self.repeated_at.is_some_and(|at| at.elapsed() < MEMORY)
     }
 
-    /// The call is told of a failure.
+    /// Ends the call with an error. If the caller picked the id, nothing is cleaned up: the caller
+    /// may have repeated the call at another daemon, and would lose its waiter's entry or its
+    /// lease.
     fn failed(&mut self, error: CallError) -> CallError {
         if self.origin == Origin::Caller {
             self.close();
@@ -400,16 +417,19 @@ impl<S: Store> Attempt<S> {
         error
     }
 
-    /// Nothing is to be cleaned up.
+    /// Ends the call without anything to clean up.
     fn close(&mut self) {
         self.open = false;
     }
 
-    /// Goes first, and gives up the place then: as long as the call stands here its place is kept, and taken anew.
-    fn leave_line(&mut self) {
+    /// Removes the call from the daemon's queue.
+    ///
+    /// To be called before the waiter's entry is cancelled. As long as the call is in the daemon's
+    /// queue, a poll would find the entry gone and make a new one, for nobody.
+    fn leave_queue(&mut self) {
         if let Some(entry) = self.entry.take() {
             self.repeated_at = entry.rejoined_at().or(self.repeated_at);
-            self.leaves |= !entry.leave();
+            self.has_left |= !entry.leave();
         }
     }
 }
@@ -419,17 +439,20 @@ impl<S: Store> Drop for Attempt<S> {
         if !self.open {
             return;
         }
-        self.leave_line();
+        self.leave_queue();
         let key = self.key.clone();
         match self.origin {
-            // It may be granted for as long as its place lasts. Nobody else can ever give it back.
+            // The lease may be granted as long as the waiter's entry lasts, and only the daemon can
+            // release it. An outage can be longer than commits are repeated, so the id is given up
+            // until it succeeds.
             Origin::Daemon => {
-                let lasts = (self.committer.store().rules().place + self.ttl.get()).min(GIVING_BACK);
+                let lasts = (self.committer.store().rules().waiter_ttl + self.ttl.get()).min(MAX_GIVING_UP);
                 self.committer.give_up_id(&self.caller, key, self.id, lasts);
             }
-            // Not again after a failure: by then the caller may have asked for its place again, at another daemon.
-            Origin::Caller if self.leaves => {
-                self.committer.submit_unanswered(&self.caller, [(key, Part::Cancel(self.id))]);
+            // Not repeated after a failure: the caller may be waiting again by then, at another
+            // daemon.
+            Origin::Caller if self.has_left => {
+                self.committer.submit_unanswered(&self.caller, [(key, Op::Cancel(self.id))]);
             }
             Origin::Caller => {}
         }

@@ -1,14 +1,14 @@
-//! Who is committed when, and what becomes of the others when a batch fails.
+//! The order in which operations are committed, and the effects of a batch that fails.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::committer::UNANSWERED;
-use super::gated::{Gated, PATIENCE, key, until};
+use super::backlog::UNANSWERED;
+use super::gated::{GatedStore, PATIENCE, key, until};
 use super::{Begin, Bounds, Call, CallError, Caller, Origin, Touched, WatchEvent};
-use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, SETTLED_DEPARTURES};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, LeaseName, Mode, SETTLED_DEPARTURES};
 use crate::store::{ListQuery, Outcome, StoreError};
 
 /// Longer than any test takes.
@@ -20,9 +20,14 @@ fn ask(name: &str, id: LeaseId) -> Call {
     Call { key: key(name), acquisition, origin: Origin::Caller, wait: Duration::ZERO }
 }
 
-/// One caller touches all these, and another one a single lease of `key` when they are queued. Returns in which batch
-/// after that its touch was.
-async fn waits_for(store: &Gated, queued_commands: usize, many: Vec<(Key, LeaseId)>, key: &Key) -> usize {
+/// One caller touches the leases of `many`. When they are queued, another caller touches one lease
+/// of `key`. Returns how many of the following batches went before the one with that touch.
+async fn batches_before(
+    store: &GatedStore,
+    queued_commands: usize,
+    many: Vec<LeaseName>,
+    key: &Key,
+) -> usize {
     let engine = store.engine(queued_commands);
     let closed = store.close().await;
     let greedy = engine.on_behalf_of(Caller::new());
@@ -33,7 +38,7 @@ async fn waits_for(store: &Gated, queued_commands: usize, many: Vec<(Key, LeaseI
     let modest = engine.on_behalf_of(Caller::new());
     let touch = tokio::spawn({
         let key = key.clone();
-        async move { modest.touch(key, LeaseId::random()).await }
+        async move { modest.touch(LeaseName { key, id: LeaseId::random() }).await }
     });
     let has_come = || engine.committer.queued() > count || engine.committer.entering() > 1;
     until(has_come).await;
@@ -44,22 +49,22 @@ async fn waits_for(store: &Gated, queued_commands: usize, many: Vec<(Key, LeaseI
     with_it.into_iter().find(|number| *number >= before).expect("a batch with it") - before
 }
 
-fn strangers(count: usize, name: impl Fn(usize) -> String) -> Vec<(Key, LeaseId)> {
-    (0..count).map(|number| (key(&name(number)), LeaseId::random())).collect()
+fn random_leases(count: usize, name: impl Fn(usize) -> String) -> Vec<LeaseName> {
+    (0..count).map(|number| LeaseName { key: key(&name(number)), id: LeaseId::random() }).collect()
 }
 
 #[tokio::test]
 async fn a_lone_touch_is_in_the_next_batch_whatever_another_caller_has_queued() {
-    let store = Gated::new().await;
-    let many = strangers(20_000, |number| format!("many/{number}"));
-    assert_eq!(waits_for(&store, usize::MAX / 2, many, &key("lone")).await, 0);
+    let store = GatedStore::new().await;
+    let many = random_leases(20_000, |number| format!("many/{number}"));
+    assert_eq!(batches_before(&store, usize::MAX / 2, many, &key("lone")).await, 0);
 }
 
 #[tokio::test]
 async fn a_lone_touch_waits_for_one_edit_of_its_key_at_most() {
-    let store = Gated::new().await;
-    let many = strangers(20_000, |_| "crowded".to_owned());
-    assert!(waits_for(&store, usize::MAX / 2, many, &key("crowded")).await <= 1);
+    let store = GatedStore::new().await;
+    let many = random_leases(20_000, |_| "crowded".to_owned());
+    assert!(batches_before(&store, usize::MAX / 2, many, &key("crowded")).await <= 1);
     let batches = store.batches.lock().expect("batches");
     let largest = batches.iter().flatten().map(|(_, touched)| *touched).max();
     assert!(largest <= Some(2048), "{largest:?}");
@@ -67,21 +72,21 @@ async fn a_lone_touch_waits_for_one_edit_of_its_key_at_most() {
 
 #[tokio::test]
 async fn a_lone_touch_is_let_in_first_when_there_is_room() {
-    let store = Gated::new().await;
-    let many = strangers(20_000, |number| format!("many/{number}"));
-    assert!(waits_for(&store, 5000, many, &key("lone")).await <= 1);
+    let store = GatedStore::new().await;
+    let many = random_leases(20_000, |number| format!("many/{number}"));
+    assert!(batches_before(&store, 5000, many, &key("lone")).await <= 1);
 }
 
 #[tokio::test]
-async fn who_gives_up_waiting_for_room_leaves_none_taken() {
-    let store = Gated::new().await;
+async fn calls_that_stop_waiting_for_room_take_none() {
+    let store = GatedStore::new().await;
     let engine = store.engine(10);
     let closed = store.close().await;
-    let calls: Vec<_> = strangers(50, |number| format!("{number}"))
+    let calls: Vec<_> = random_leases(50, |number| format!("{number}"))
         .into_iter()
-        .map(|(key, id)| {
+        .map(|name| {
             let engine = engine.on_behalf_of(Caller::new());
-            tokio::spawn(async move { engine.touch(key, id).await })
+            tokio::spawn(async move { engine.touch(name).await })
         })
         .collect();
     until(|| engine.committer.entering() == 40).await;
@@ -90,22 +95,25 @@ async fn who_gives_up_waiting_for_room_leaves_none_taken() {
     drop(closed);
     engine.settle().await;
     assert_eq!(engine.committer.queued(), 0);
-    let lone = engine.touch(key("lone"), LeaseId::random()).await;
+    let lone = engine.touch(LeaseName { key: key("lone"), id: LeaseId::random() }).await;
     assert_eq!(lone.expect("an answer"), Touched::Lost(None));
 }
 
 #[tokio::test]
-async fn touches_that_wait_for_their_turn_longer_than_a_call_may_take_are_made_once() {
-    let store = Gated::new().await;
+async fn touches_that_wait_for_their_turn_longer_than_a_call_may_take_are_committed_once() {
+    let store = GatedStore::new().await;
     let engine = store.engine_within(Bounds { call: Duration::from_secs(1), ..Bounds::default() });
     let closed = store.close().await;
-    let many = strangers(3000, |number| format!("many/{number}"));
-    let last = many[2999].0.clone();
+    let many = random_leases(3000, |number| format!("many/{number}"));
+    let last = many[2999].key.clone();
     let stream = engine.on_behalf_of(Caller::new());
     let touches = tokio::spawn(async move { stream.touch_all(many.iter()).await });
     until(|| engine.committer.queued() == 3000).await;
-    // This call came later, and it is told that there is no answer in time.
-    engine.touch(key("lone"), LeaseId::random()).await.expect_err("the store is silent");
+    // A call that came later is not answered in time.
+    engine
+        .touch(LeaseName { key: key("lone"), id: LeaseId::random() })
+        .await
+        .expect_err("the store is silent");
     drop(closed);
     assert_eq!(touches.await.expect("no panic").expect("answers").len(), 3000);
     let (_, with_it) = store.batches_of(&last);
@@ -113,8 +121,8 @@ async fn touches_that_wait_for_their_turn_longer_than_a_call_may_take_are_made_o
 }
 
 #[tokio::test]
-async fn most_pages_of_one_caller_do_not_go_before_that_of_another() {
-    let store = Gated::new().await;
+async fn most_pages_of_one_caller_are_read_after_the_page_of_another() {
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
     let list = |caller: &Caller, prefix: &str| {
@@ -125,9 +133,9 @@ async fn most_pages_of_one_caller_do_not_go_before_that_of_another() {
     let (greedy, modest) = (Caller::new(), Caller::new());
     let mut lists: Vec<_> = (0..250).map(|_| list(&greedy, "many")).collect();
     lists.push(list(&modest, "lone"));
-    let place = || store.pages.lock().expect("pages").iter().position(|prefix| prefix == "lone");
-    until(|| place().is_some()).await;
-    assert!(place() <= Some(4), "{:?}", place());
+    let position = || store.pages.lock().expect("pages").iter().position(|prefix| prefix == "lone");
+    until(|| position().is_some()).await;
+    assert!(position() <= Some(4), "{:?}", position());
     drop(closed);
     for list in lists {
         list.await.expect("no panic").expect("a page");
@@ -137,46 +145,46 @@ async fn most_pages_of_one_caller_do_not_go_before_that_of_another() {
 
 #[tokio::test]
 async fn a_batch_that_panics_is_answered_as_unknown_and_the_next_ones_go_on() {
-    let store = Gated::new().await;
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     let id = LeaseId::random();
     engine.acquire(ask("job", id)).await.expect("a grant");
     for _ in 0..3 {
         store.panics.store(true, Ordering::SeqCst);
-        let failed = engine.touch(key("job"), id).await.expect_err("a panic");
+        let failed = engine.touch(LeaseName { key: key("job"), id }).await.expect_err("a panic");
         let unknown =
             |error: &StoreError| matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. });
         assert!(matches!(&failed, CallError::Store(error) if unknown(error)), "{failed:?}");
     }
-    assert!(matches!(engine.touch(key("job"), id).await, Ok(Touched::Kept(_))));
+    assert!(matches!(engine.touch(LeaseName { key: key("job"), id }).await, Ok(Touched::Kept(_))));
     timeout(PATIENCE, engine.settle()).await.expect("no batch counts as in flight");
     assert_eq!(engine.committer.queued(), 0);
 }
 
 #[tokio::test]
-async fn touches_do_not_wait_for_all_whose_turn_has_come() {
-    let store = Gated::new().await;
+async fn touches_do_not_wait_for_all_nudges() {
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
     engine.committer.submit_nudges(vec![key("first")]);
     until(|| store.batches_of(&key("first")).0 == 1).await;
-    let crowd = strangers(5000, |number| format!("many/{number}"));
-    engine.committer.submit_nudges(crowd.into_iter().map(|(key, _)| key).collect());
-    let leases = strangers(100, |number| format!("lease/{number}"));
+    let crowd = random_leases(5000, |number| format!("many/{number}"));
+    engine.committer.submit_nudges(crowd.into_iter().map(|name| name.key).collect());
+    let leases = random_leases(100, |number| format!("lease/{number}"));
     let open = async {
         until(|| engine.committer.queued() == 100).await;
         drop(closed);
     };
     let (touched, ()) = tokio::join!(engine.touch_all(leases.iter()), open);
     touched.expect("answers");
-    for (key, _) in &leases {
+    for LeaseName { key, .. } in &leases {
         assert_eq!(store.batches_of(key).1, [1], "in the next batch");
     }
 }
 
 #[tokio::test]
-async fn what_ended_calls_leave_behind_is_bounded() {
-    let store = Gated::new().await;
+async fn the_ids_that_ended_calls_leave_behind_are_bounded() {
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;
     let leave = |name: &str| {
@@ -189,7 +197,7 @@ async fn what_ended_calls_leave_behind_is_bounded() {
     let batches = || store.batches.lock().expect("batches").len();
     store.fails.store(usize::MAX, Ordering::SeqCst);
     drop(closed);
-    // Most of them have failed by then, and more come.
+    // Most of the commits have failed by then, and more calls end.
     until(|| batches() > UNANSWERED / 1000).await;
     for number in 0..5000 {
         leave(&format!("more/{number}"));
@@ -198,16 +206,16 @@ async fn what_ended_calls_leave_behind_is_bounded() {
     until(|| batches() > 2 * UNANSWERED / 1000).await;
     assert!(engine.committer.unanswered() <= UNANSWERED);
     store.fails.store(0, Ordering::SeqCst);
-    timeout(PATIENCE, engine.settle()).await.expect("it is committed");
+    timeout(PATIENCE, engine.settle()).await.expect("all of them are committed");
     assert_eq!(engine.committer.unanswered(), 0);
     leave("later");
     assert_eq!(engine.committer.unanswered(), 1, "there is room again");
 }
 
 #[tokio::test]
-async fn what_an_ended_call_leaves_behind_is_committed_again_while_it_matters() {
+async fn an_id_that_an_ended_call_leaves_behind_is_given_up_again_while_it_may_be_granted() {
     for (lasts, batches) in [(LONG, 3), (Duration::ZERO, 1)] {
-        let store = Gated::new().await;
+        let store = GatedStore::new().await;
         let engine = store.engine(usize::MAX / 2);
         store.fails.store(2, Ordering::SeqCst);
         engine.committer.give_up_id(&engine.caller, key("job"), LeaseId::random(), lasts);
@@ -217,8 +225,8 @@ async fn what_an_ended_call_leaves_behind_is_committed_again_while_it_matters() 
 }
 
 #[tokio::test]
-async fn a_drain_goes_on_trying_until_its_time_is_over() {
-    let store = Gated::new().await;
+async fn a_drain_repeats_failed_commits_until_its_time_is_over() {
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     store.fails.store(usize::MAX, Ordering::SeqCst);
     engine.committer.give_up_id(&engine.caller, key("job"), LeaseId::random(), LONG);
@@ -234,14 +242,14 @@ async fn a_drain_goes_on_trying_until_its_time_is_over() {
 }
 
 #[tokio::test]
-async fn a_damaged_record_is_the_trouble_of_its_own_leases() {
-    let store = Gated::new().await;
+async fn a_damaged_record_affects_only_its_own_leases() {
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
-    let leases = strangers(5, |number| format!("{number}"));
-    for (key, id) in &leases {
-        engine.acquire(ask(key.as_str(), *id)).await.expect("a grant");
+    let leases = random_leases(5, |number| format!("{number}"));
+    for lease in &leases {
+        engine.acquire(ask(lease.key.as_str(), lease.id)).await.expect("a grant");
     }
-    store.store.damage(&leases[2].0);
+    store.store.damage(&leases[2].key);
 
     let touched = engine.touch_all(leases.iter()).await.expect("answers");
     for (position, touched) in touched.into_iter().enumerate() {
@@ -252,10 +260,10 @@ async fn a_damaged_record_is_the_trouble_of_its_own_leases() {
         }
     }
     let unreadable = |error: CallError| matches!(error, CallError::Store(StoreError::Unreadable { .. }));
-    let damaged = || leases[2].0.clone();
+    let damaged = || leases[2].key.clone();
     assert!(unreadable(engine.get(damaged()).await.expect_err("a record")));
-    assert!(unreadable(engine.touch(damaged(), leases[2].1).await.expect_err("a touch")));
-    assert!(unreadable(engine.release(damaged(), leases[2].1, false).await.expect_err("a release")));
+    assert!(unreadable(engine.touch(leases[2].clone()).await.expect_err("a touch")));
+    assert!(unreadable(engine.release(leases[2].clone()).await.expect_err("a release")));
     assert!(unreadable(engine.revoke(damaged(), None).await.expect_err("a revocation")));
     assert!(unreadable(engine.acquire(ask("2", LeaseId::random())).await.expect_err("an acquire")));
 
@@ -267,10 +275,10 @@ async fn a_damaged_record_is_the_trouble_of_its_own_leases() {
     assert_eq!(shown, ["0", "1", "3", "4"].map(key));
 }
 
-/// The record has no room for it, and will have some when a minute is over.
+/// The record has no room for the id, and has room again after a minute.
 #[tokio::test]
-async fn what_an_ended_call_leaves_behind_is_committed_again_if_it_could_not_be_remembered() {
-    let store = Gated::new().await;
+async fn an_id_that_an_ended_call_leaves_behind_is_given_up_again_if_the_record_had_no_room() {
+    let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     let released = (0..SETTLED_DEPARTURES).map(|_| LeaseId::random());
     store.apply(key("job"), released.fold(Edit::default(), Edit::release)).await;

@@ -1,4 +1,4 @@
-//! What the engine counts: grants, touches, losses, waits. It decides nothing.
+//! The engine's metrics: grants, touches, losses and waits. Nothing in the engine depends on them.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use tokio::time::Instant;
 
 use super::{Acquired, CallError, Touched};
 use crate::lease::Reason;
-use crate::metrics::registry::{Histogram, Meter, Present};
+use crate::metrics::registry::{GaugeGuard, Histogram, MetricsRegistry};
 
-/// From an answer out of memory to a store that is away for a while, in microseconds.
-const ACKS: [u64; 15] = [
+/// Bucket bounds in microseconds, from a coalesced touch to a short outage of the store.
+const ACK_BOUNDS: [u64; 15] = [
     100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
     2_500_000, 10_000_000,
 ];
-/// From a handoff to the longest wait, in microseconds.
-const WAITS: [u64; 13] = [
+/// Bucket bounds in microseconds, from a handoff between two holders to the longest wait.
+const WAIT_BOUNDS: [u64; 13] = [
     1_000,
     10_000,
     50_000,
@@ -32,24 +32,25 @@ const WAITS: [u64; 13] = [
     3_600_000_000,
 ];
 
-/// The counters of an engine.
+/// The metrics of one engine. For what each of them counts, see its help text in [`Self::new`].
 #[derive(Debug)]
-pub(crate) struct Counts {
-    /// At once, and after a wait.
+pub(crate) struct EngineMetrics {
+    /// Grants at once, and grants after a wait.
     grants: [Counter; 2],
     takeovers: Counter,
     pub(super) releases: Counter,
     revocations: Counter,
-    /// By source.
+    /// By [`Source`].
     touches: [Counter; SOURCES.len()],
+    /// By reason.
     losses: [Counter; LOSSES.len()],
-    pub(super) carried: Gauge,
+    pub(super) tracked: Gauge,
     pub(super) orphaned: Counter,
-    /// Leases that streams named and that the daemon had no room for.
     pub(super) refused: Counter,
-    /// By source.
+    /// By [`Source`].
     acks: [Histogram; SOURCES.len()],
     waiting: Gauge,
+    /// By [`WaitEnd`].
     waits: [Counter; WAIT_ENDS.len()],
     wait_durations: Histogram,
     pub(super) gaps: Counter,
@@ -58,68 +59,73 @@ pub(crate) struct Counts {
 /// Where the answer to a touch comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A commit.
+    /// The commit of this touch.
     Store,
-    /// A commit a moment ago.
-    Memory,
+    /// The commit of an earlier touch. This one was coalesced.
+    Coalesced,
 }
 
+/// The values of the label `source`, in the order of [`Source`].
 const SOURCES: [&str; 2] = ["store", "memory"];
+/// The values of the label `reason`, in the order of [`Tally::lost`].
 const LOSSES: [&str; 4] = ["released", "displaced", "revoked", "unknown"];
 
-/// How a wait in line ends.
+/// How the wait for a lease ends.
 #[derive(Debug, Clone, Copy)]
 enum WaitEnd {
     Granted,
+    /// The time for which the call would wait was over.
     Expired,
+    /// The id was over or in use, or the queue was full.
     Lost,
     Failed,
     Drained,
+    /// The caller cancelled the call.
     Abandoned,
 }
 
+/// The values of the label `outcome`, in the order of [`WaitEnd`].
 const WAIT_ENDS: [&str; 6] = ["granted", "expired", "lost", "failed", "drained", "abandoned"];
 
-impl Counts {
-    pub(super) fn new(meter: &mut Meter) -> Self {
-        let grants = ("leased_grants", "Leases granted, as told to callers");
-        let touches = ("leased_touches", "Touches acknowledged, by what the answer was taken from");
-        let losses = ("leased_losses_told", "Losses told to holders, by how the lease went");
-        let waits = ("leased_waits", "Waits in line that are over, by how they ended");
+impl EngineMetrics {
+    pub(super) fn new(registry: &mut MetricsRegistry) -> Self {
+        let grants = ("leased_grants", "Grants told to callers");
+        let touches = ("leased_touches", "Touches acknowledged, by where the answer came from");
+        let losses = ("leased_losses_told", "Losses told to holders, by how the lease was lost");
+        let waits = ("leased_waits", "Waits for a lease that are over, by how they ended");
         let acks = (
             "leased_keepalive_ack_duration_seconds",
-            "From when a keepalive message was read until its answer was handed over",
+            "Time from reading a keepalive message to handing over its answer",
         );
         Self {
-            grants: meter.by(grants, "waited", ["false", "true"], Counter::default),
-            takeovers: meter
-                .counter("leased_takeovers", "Grants that displaced a holder whose time was over"),
-            releases: meter.counter("leased_releases", "Leases given back"),
-            revocations: meter.counter(
+            grants: registry.by(grants, "waited", ["false", "true"], Counter::default),
+            takeovers: registry
+                .counter("leased_takeovers", "Grants that displaced a holder whose lease had lapsed"),
+            releases: registry.counter("leased_releases", "Releases answered as done"),
+            revocations: registry.counter(
                 "leased_revocations",
-                "Leases taken away, and min_hold blocks ended, by an operator",
+                "Leases that Revoke took away, and min_hold blocks that it ended",
             ),
-            touches: meter.by(touches, "source", SOURCES, Counter::default),
-            losses: meter.by(losses, "reason", LOSSES, Counter::default),
-            carried: meter.gauge("leased_carried_leases", "Held leases that streams carry"),
-            orphaned: meter.counter("leased_orphaned_leases", "Held leases whose stream ended before them"),
-            refused: meter.counter(
-                "leased_leases_refused",
-                "Leases of keepalive messages that were refused for want of room in the daemon",
-            ),
-            acks: meter.by(acks, "source", SOURCES, || Histogram::of_durations(&ACKS)),
-            waiting: meter.gauge("leased_waiting_calls", "Calls that stand in line"),
-            waits: meter.by(waits, "outcome", WAIT_ENDS, Counter::default),
-            wait_durations: meter.metric(
+            touches: registry.by(touches, "source", SOURCES, Counter::default),
+            losses: registry.by(losses, "reason", LOSSES, Counter::default),
+            tracked: registry.gauge("leased_carried_leases", "Held leases that keepalive streams track"),
+            orphaned: registry.counter("leased_orphaned_leases", "Held leases whose stream ended first"),
+            refused: registry
+                .counter("leased_leases_refused", "Leases that streams named and the daemon had no room for"),
+            acks: registry.by(acks, "source", SOURCES, || Histogram::of_durations(&ACK_BOUNDS)),
+            waiting: registry.gauge("leased_waiting_calls", "Calls that wait for a lease"),
+            waits: registry.by(waits, "outcome", WAIT_ENDS, Counter::default),
+            wait_durations: registry.metric(
                 "leased_wait_duration_seconds",
-                "How long those stood in line who were granted a lease",
-                Histogram::of_durations(&WAITS),
+                "How long calls waited before they were granted a lease",
+                Histogram::of_durations(&WAIT_BOUNDS),
             ),
-            gaps: meter.counter("leased_feed_gaps", "Times that changes by others may have been missed"),
+            gaps: registry
+                .counter("leased_feed_gaps", "Times that changes by other daemons may have been missed"),
         }
     }
 
-    /// A call has its answer.
+    /// Counts the answer to an acquire.
     pub(super) fn answered(&self, answer: &Acquired) {
         if let Acquired::Granted(grant) = answer {
             self.grants[usize::from(grant.waited)].inc();
@@ -127,30 +133,30 @@ impl Counts {
         }
     }
 
-    /// An operator has taken so many leases away.
+    /// Counts leases and blocks that a revocation ended.
     pub(super) fn revoked(&self, leases: usize) {
         self.revocations.inc_by(leases.try_into().unwrap_or(u64::MAX));
     }
 
-    /// A call begins to stand in line.
-    pub(super) fn wait(&self) -> Wait<'_> {
+    /// Counts a call as waiting until the returned value is dropped.
+    pub(super) fn begin_wait(&self) -> Wait<'_> {
         Wait {
-            counts: self,
+            metrics: self,
             began_at: Instant::now(),
             end: WaitEnd::Abandoned,
-            _standing: Present::of(&self.waiting),
+            _waiting: GaugeGuard::one_more(&self.waiting),
         }
     }
 
-    /// A keepalive message has been answered.
-    pub(crate) fn acked(&self, source: Source, took: Duration) {
-        self.acks[source as usize].took(took);
+    /// Counts the answer to a keepalive message.
+    pub(crate) fn acked(&self, source: Source, duration: Duration) {
+        self.acks[source as usize].observe_duration(duration);
     }
 
-    /// Holders have been told.
+    /// Counts what holders were told.
     pub(super) fn told(&self, tally: &Tally) {
         let both = self.touches.iter().zip(tally.touches).chain(self.losses.iter().zip(tally.losses));
-        // Most messages are about one of these, and leave the others alone.
+        // Most messages change only one of these counters, and leave the others alone.
         for (counter, count) in both.filter(|(_, count)| *count > 0) {
             counter.inc_by(count);
         }
@@ -158,13 +164,13 @@ impl Counts {
 }
 
 #[cfg(test)]
-impl Default for Counts {
+impl Default for EngineMetrics {
     fn default() -> Self {
-        Self::new(&mut Meter::default())
+        Self::new(&mut MetricsRegistry::default())
     }
 }
 
-/// What holders are told in one go.
+/// Counts of what holders are told, gathered before they are added to the metrics.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     touches: [u64; SOURCES.len()],
@@ -176,7 +182,7 @@ impl Tally {
         match touched {
             Touched::Kept(_) => self.touches[source as usize] += 1,
             Touched::Lost(reason) => self.lost(reason),
-            // The store's failures are counted where it is asked.
+            // The store's own metrics count its failures.
             Touched::Unreadable => {}
         }
     }
@@ -192,17 +198,18 @@ impl Tally {
     }
 }
 
-/// A call that stands in line. If it is dropped before it has an answer the caller has gone.
+/// A waiting call. If it is dropped without [`Self::end`], the caller has cancelled the call.
 #[derive(Debug)]
 pub(super) struct Wait<'a> {
-    counts: &'a Counts,
+    metrics: &'a EngineMetrics,
     began_at: Instant,
     end: WaitEnd,
-    _standing: Present,
+    _waiting: GaugeGuard,
 }
 
 impl Wait<'_> {
-    pub(super) fn over(mut self, answer: &Result<Acquired, CallError>) {
+    /// Ends the wait with the call's answer.
+    pub(super) fn end(mut self, answer: &Result<Acquired, CallError>) {
         self.end = match answer {
             Ok(Acquired::Granted(_)) => WaitEnd::Granted,
             Ok(Acquired::Held(_)) => WaitEnd::Expired,
@@ -215,9 +222,9 @@ impl Wait<'_> {
 
 impl Drop for Wait<'_> {
     fn drop(&mut self) {
-        self.counts.waits[self.end as usize].inc();
+        self.metrics.waits[self.end as usize].inc();
         if matches!(self.end, WaitEnd::Granted) {
-            self.counts.wait_durations.took(self.began_at.elapsed());
+            self.metrics.wait_durations.observe_duration(self.began_at.elapsed());
         }
     }
 }

@@ -1,17 +1,23 @@
-//! The engine over a store: turns calls into edits, edits into batches, and keeps the line of waiting calls.
+//! The engine: turns calls into edits of records, commits the edits in batches, and answers the
+//! calls.
 //!
-//! A call adds its part to the next edit of its key ([`committer`]), and reads its answer off the record that the
-//! commit returned. A call that waits has its place in the record; [`queue`] only remembers whom to tell.
+//! A call adds its operation to the next edit of its key ([`committer`]). Its answer is read off
+//! the record that the commit returned. A call that waits has an entry in the record, and [`queue`]
+//! only remembers to wake it.
 
-/// What a call asks of a record: one operation of the next edit of its key.
+/// The operations of an edit, one for each call.
 mod op;
-/// An acquire from its first commit to its answer.
+/// Acquires, from the first commit to the answer.
 mod acquire;
-/// Gathers operations into batches and commits them.
+/// Merges operations into edits and commits them in batches.
 mod committer;
-/// Who takes turns: a stream, or the unary calls of a connection.
+/// The operations that await their commit, and whose turn is next.
+mod backlog;
+/// Who is answered when an operation has been committed.
+mod reply;
+/// Fairness between callers: streams, and the unary calls of a connection.
 mod caller;
-/// Sends each record to whoever waits for it.
+/// Passes records on to the queue, the streams and the watches.
 mod notify;
 /// Calls that wait for a lease.
 mod queue;
@@ -19,14 +25,14 @@ mod queue;
 mod streams;
 /// Watches of keys.
 mod watch;
-/// What the engine counts.
+/// The engine's metrics.
 mod metrics;
 
 #[cfg(test)]
 mod acquire_tests;
 #[cfg(test)]
 mod committer_tests;
-/// A store whose commits wait until a test lets them go.
+/// A store whose commits wait until a test lets them through.
 #[cfg(test)]
 mod gated;
 
@@ -39,33 +45,34 @@ use tokio_util::task::TaskTracker;
 
 pub use acquire::{Acquired, Call, Grant, Obstruction, Origin, Refusal};
 pub(crate) use caller::{Caller, Turn};
-use committer::{Answer, Committer, Done, lost};
+use committer::Committer;
 use metrics::Tally;
-pub(crate) use metrics::{Counts, Source};
-use notify::Audience;
-use op::Part;
-use queue::{Line, refresh};
-use streams::Carried;
-pub(crate) use streams::{Carriage, Carrier, Full, Loss};
-use watch::Watchers;
+pub(crate) use metrics::{EngineMetrics, Source};
+use notify::Subscribers;
+use op::Op;
+use queue::{WaitQueue, refresh};
+use reply::{CommitResult, Done, lost};
+use streams::StreamIndex;
+pub(crate) use streams::{Full, LeaseSet, Loss, StreamLease};
+use watch::WatchHub;
 pub use watch::{Begin, ChangeKind, Watch, WatchEvent};
 
-use crate::lease::{FencingToken, Holder, Key, LeaseId, Reason, Snapshot, Standing};
-use crate::metrics::registry::Meter;
+use crate::lease::{FencingToken, Holder, Key, LeaseId, LeaseName, Reason, Snapshot, Standing};
+use crate::metrics::registry::MetricsRegistry;
 use crate::store::{ListQuery, Outcome, Page, Store, StoreError};
 
-/// The bounds that the engine keeps.
+/// The limits of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// How long a call may take beyond its `wait`.
+    /// How long a call may take in addition to its `wait`.
     pub call: Duration,
-    /// Calls that may wait at once.
+    /// How many calls may wait for a lease at once.
     pub waiting_calls: usize,
-    /// Commands that may await their commit at once; more wait for room.
+    /// How many operations may be queued for a commit. More wait until there is room.
     pub queued_commands: usize,
-    /// Watches at once.
+    /// How many watches may be open at once.
     pub watches: usize,
-    /// Leases that keepalive streams carry at once, all streams together.
+    /// How many leases the keepalive streams may track at once, all streams together.
     pub leases: usize,
 }
 
@@ -81,49 +88,49 @@ impl Default for Bounds {
     }
 }
 
-/// Why a call has no answer.
+/// Why a call failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum CallError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Too many calls wait already.
+    /// As many calls wait already as this daemon allows.
     #[error("{limit} calls wait already, as many as this daemon allows")]
     TooManyWaiting {
-        /// The bound.
+        /// How many this daemon allows.
         limit: usize,
     },
-    /// Too many watch already.
+    /// As many watches are open already as this daemon allows.
     #[error("{limit} watches are open already, as many as this daemon allows")]
     TooManyWatches {
-        /// The bound.
+        /// How many this daemon allows.
         limit: usize,
     },
-    /// The daemon is about to end; go elsewhere.
+    /// The daemon is shutting down. Another daemon may serve the call.
     #[error("the daemon is shutting down")]
     ShuttingDown,
 }
 
-/// What became of a touch.
+/// The result of a touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Touched {
-    /// Renewed; this much time is left.
+    /// The lease is renewed, and lasts for this much longer.
     Kept(Duration),
-    /// Not held any more, and how it went if that is remembered.
+    /// The lease is not held any more, for this reason if the record remembers one.
     Lost(Option<Reason>),
-    /// The key's record cannot be read or written, so nobody knows.
+    /// The key's record cannot be read or written, so it is unknown whether the lease is held.
     Unreadable,
 }
 
-/// What became of a release.
+/// The result of a release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Released {
-    /// Given back, now or by an earlier call: the lease, or the place in line.
+    /// The lease is released, or the id has left the queue, now or by an earlier call.
     Done,
-    /// It was not held; how it went if that is remembered.
+    /// The lease was not held, for this reason if the record remembers one.
     Lost(Option<Reason>),
-    /// It was not held, and the key remembers too many ids as settled to remember this one.
+    /// The lease was not held, and the record has no room to remember that the id is settled.
     NoRoom,
 }
 
@@ -131,8 +138,8 @@ pub enum Released {
 #[derive(Debug)]
 pub struct Lessor<S> {
     committer: Arc<Committer<S>>,
-    audience: Arc<Audience>,
-    /// On whose behalf it is asked.
+    subscribers: Arc<Subscribers>,
+    /// The caller that this handle works for.
     caller: Caller,
     bounds: Bounds,
     draining: Arc<CancellationToken>,
@@ -142,7 +149,7 @@ impl<S> Clone for Lessor<S> {
     fn clone(&self) -> Self {
         Self {
             committer: Arc::clone(&self.committer),
-            audience: Arc::clone(&self.audience),
+            subscribers: Arc::clone(&self.subscribers),
             caller: self.caller.clone(),
             bounds: self.bounds,
             draining: Arc::clone(&self.draining),
@@ -151,35 +158,35 @@ impl<S> Clone for Lessor<S> {
 }
 
 impl<S: Store> Lessor<S> {
-    /// Starts an engine. Its `tasks` end when `draining` is cancelled.
+    /// Starts an engine and its background `tasks`, which end when `draining` is cancelled.
     #[must_use]
     pub(crate) fn start(
         store: S,
         bounds: Bounds,
         draining: CancellationToken,
-        meter: &mut Meter,
+        registry: &mut MetricsRegistry,
         tasks: &TaskTracker,
     ) -> Self {
-        let counts = Arc::new(Counts::new(meter));
-        let line = Arc::new(Line::new(&store, bounds.waiting_calls));
-        let carried = Arc::new(Carried::new(&counts, bounds.leases));
-        let watchers = Arc::new(Watchers::new(bounds.watches));
-        let audience = Arc::new(Audience { line, carried, watchers, counts });
+        let metrics = Arc::new(EngineMetrics::new(registry));
+        let queue = Arc::new(WaitQueue::new(&store, bounds.waiting_calls));
+        let streams = Arc::new(StreamIndex::new(&metrics, bounds.leases));
+        let watches = Arc::new(WatchHub::new(bounds.watches));
+        let subscribers = Arc::new(Subscribers { queue, streams, watches, metrics });
         let (store, queued) = (Arc::new(store), bounds.queued_commands);
-        let committer = Arc::new(Committer::new(store, Arc::clone(&audience), bounds.call, queued));
-        tasks.spawn(refresh::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        tasks.spawn(watch::keep(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        tasks.spawn(notify::follow(Arc::clone(&audience), Arc::clone(&committer), draining.clone()));
-        Self { committer, audience, caller: Caller::new(), bounds, draining: Arc::new(draining) }
+        let committer = Arc::new(Committer::new(store, Arc::clone(&subscribers), bounds.call, queued));
+        tasks.spawn(refresh::run(Arc::clone(&subscribers), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(watch::run(Arc::clone(&subscribers), Arc::clone(&committer), draining.clone()));
+        tasks.spawn(notify::follow_feed(Arc::clone(&subscribers), Arc::clone(&committer), draining.clone()));
+        Self { committer, subscribers, caller: Caller::new(), bounds, draining: Arc::new(draining) }
     }
 
-    /// This engine as `caller` asks it, who takes turns with other callers.
+    /// Returns a handle to this engine for the calls of `caller`.
     #[must_use]
     pub(crate) fn on_behalf_of(&self, caller: Caller) -> Self {
         Self { caller, ..self.clone() }
     }
 
-    /// The store, for what needs no engine.
+    /// Returns the store, for operations that need no engine.
     #[must_use]
     pub fn store(&self) -> &S {
         self.committer.store()
@@ -189,32 +196,31 @@ impl<S: Store> Lessor<S> {
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
-    pub async fn touch(&self, key: Key, id: LeaseId) -> Result<Touched, CallError> {
-        let snapshot = self.commit(key, Part::Touch(id)).await?.snapshot;
+    pub async fn touch(&self, LeaseName { key, id }: LeaseName) -> Result<Touched, CallError> {
+        let snapshot = self.commit(key, Op::Touch(id)).await?.snapshot;
         let touched = touched(&snapshot, id);
         let mut tally = Tally::default();
         tally.add(touched, Source::Store);
-        self.counts().told(&tally);
+        self.metrics().told(&tally);
         Ok(touched)
     }
 
-    /// Renews many leases in one go; the answers stand in the order of `leases`. A record that cannot be read or written
-    /// is the trouble of its leases alone.
-    ///
-    /// Only the store has a deadline, which begins when it is given a batch. The leases may need many batches, and each of
-    /// them its turn: to begin anew after so many seconds would be to touch the first ones again and again, and the last
-    /// ones never.
+    /// Renews many leases at once. The answers are in the order of `leases`. A record that cannot
+    /// be read or written only affects the answers for its own leases.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails for any of them.
     pub async fn touch_all<'a>(
         &self,
-        leases: impl Iterator<Item = &'a (Key, LeaseId)> + Clone,
+        leases: impl Iterator<Item = &'a LeaseName> + Clone,
     ) -> Result<Vec<Touched>, CallError> {
-        let parts = leases.clone().map(|(key, id)| (key.clone(), Part::Touch(*id))).collect();
-        let answers = self.committer.submit_each(&self.caller, parts).await.into_iter();
-        let touched = |((_, id), answer): (&(Key, LeaseId), Option<Answer>)| match answer {
-            Some(Ok(done)) => Ok(touched(&done.snapshot, *id)),
+        // No deadline for all of them, only that of each batch. While the daemon is busy, a
+        // deadline would end the call halfway. Its repetition would touch the first leases again,
+        // and never the last ones.
+        let ops = leases.clone().map(|name| (name.key.clone(), Op::Touch(name.id))).collect();
+        let answers = self.committer.submit_each(&self.caller, ops).await.into_iter();
+        let touched = |(name, answer): (&LeaseName, Option<CommitResult>)| match answer {
+            Some(Ok(done)) => Ok(touched(&done.snapshot, name.id)),
             Some(Err(StoreError::Unreadable { .. })) => Ok(Touched::Unreadable),
             Some(Err(error)) => Err(error.into()),
             None => Err(lost().into()),
@@ -222,51 +228,64 @@ impl<S: Store> Lessor<S> {
         leases.zip(answers).map(touched).collect()
     }
 
-    /// What a new keepalive stream carries: nothing yet.
-    pub(crate) fn carry(&self) -> Carrier {
-        Carrier::new(&self.audience.carried)
+    /// Returns an empty set of leases for a new keepalive stream.
+    pub(crate) fn lease_set(&self) -> LeaseSet {
+        LeaseSet::new(&self.subscribers.streams)
     }
 
-    /// Where calls are counted.
-    pub(crate) fn counts(&self) -> &Counts {
-        &self.audience.counts
+    /// Returns the engine's metrics.
+    pub(crate) fn metrics(&self) -> &EngineMetrics {
+        &self.subscribers.metrics
     }
 
-    /// Settles an id for good: gives a lease or a place in line back, and keeps out an acquire with the id that comes
-    /// later. Whoever is next holds the key when this returns. `given_up`: the acquire may still be under way.
+    /// Releases a lease, or takes its id out of the queue. The id is settled from then on: a later
+    /// acquire with it is refused. The next waiter of the queue holds the key when this returns.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
-    pub async fn release(&self, key: Key, id: LeaseId, given_up: bool) -> Result<Released, CallError> {
-        let part = if given_up { Part::GiveUp(id) } else { Part::Release(id) };
-        let snapshot = self.commit(key, part).await?.snapshot;
+    pub async fn release(&self, LeaseName { key, id }: LeaseName) -> Result<Released, CallError> {
+        self.settle_id(key, id, Op::Release(id)).await
+    }
+
+    /// Releases an id whose acquire may still be under way. Differs from [`Self::release`] in that
+    /// the record remembers the id for longer.
+    ///
+    /// # Errors
+    /// [`CallError::Store`] if the store fails.
+    pub async fn release_given_up(&self, LeaseName { key, id }: LeaseName) -> Result<Released, CallError> {
+        self.settle_id(key, id, Op::GiveUp(id)).await
+    }
+
+    async fn settle_id(&self, key: Key, id: LeaseId, op: Op) -> Result<Released, CallError> {
+        let snapshot = self.commit(key, op).await?.snapshot;
         let reason = match snapshot.standing(id) {
             Standing::Departed(Reason::Released | Reason::Withdrawn) => {
-                self.counts().releases.inc();
+                self.metrics().releases.inc();
                 return Ok(Released::Done);
             }
-            // Nothing is known of how it went, if it ever came.
+            // The record does not say how the lease was lost, or whether there ever was one.
             Standing::Departed(Reason::Settled) => None,
             Standing::Departed(reason) => Some(reason),
             _ => return Ok(Released::NoRoom),
         };
         let mut tally = Tally::default();
         tally.lost(reason);
-        self.counts().told(&tally);
+        self.metrics().told(&tally);
         Ok(Released::Lost(reason))
     }
 
-    /// Takes the lease with `token` away from its holder, or every holder's without one, and returns how many went. A
-    /// block by `min_hold` goes as well, and counts as one: without a token, or with the last one granted if its lease
-    /// has been released.
+    /// Revokes the lease with `token`, or the leases of all holders without a token. Returns how
+    /// many leases were revoked.
     ///
-    /// "Every holder" means those at the time of the call, found by a read: an edit that meant whoever holds when it
-    /// is committed could not be repeated after an unknown outcome. The block
-    /// is named by its end for the same reason.
+    /// Also ends a block by `min_hold`, which counts as one lease: without a token, or if `token`
+    /// was granted last and its lease has been released.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn revoke(&self, key: Key, token: Option<FencingToken>) -> Result<usize, CallError> {
+        // The edit names the holders by id, and the block by its end. An edit that revoked all
+        // holders at its commit could not be repeated after an unknown outcome: it would revoke the
+        // next holder too.
         let found = self.in_time(async { Ok(self.store().read(vec![key.clone()]).await?) }).await?;
         let Some(before) = found.into_iter().next().transpose()? else { return Ok(0) };
         let is_meant = |holder: &&Holder| token.is_none_or(|token| holder.token == token);
@@ -277,26 +296,28 @@ impl<S: Store> Lessor<S> {
         if ids.is_empty() && block.is_none() {
             return Ok(0);
         }
-        let after = self.commit(key, Part::Revoke(ids.clone(), block)).await?.snapshot;
+        let after = self.commit(key, Op::Revoke(ids.clone(), block)).await?.snapshot;
         let is_revoked = |id: &&LeaseId| after.standing(**id) == Standing::Departed(Reason::Revoked);
         let is_lifted = block.is_some() && after.record.blocked_until != block;
         let revoked = ids.iter().filter(is_revoked).count() + usize::from(is_lifted);
-        self.counts().revoked(revoked);
+        self.metrics().revoked(revoked);
         Ok(revoked)
     }
 
-    /// The key's record, if it has one.
+    /// Returns the key's record, if the key was ever granted to anyone and has not been forgotten
+    /// since.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
     pub async fn get(&self, key: Key) -> Result<Option<Snapshot>, CallError> {
         let found = self.in_time(async { Ok(self.store().inspect(key).await?) }).await?;
-        // A record without a token is one that a batch was about to make, or that remembers settled ids and nothing else.
+        // A record without a token was never granted: it only remembers settled ids, or a batch is
+        // about to make it.
         Ok(found.filter(|snapshot| snapshot.record.token != FencingToken::default()))
     }
 
-    /// A page of records. Pages that one caller asks for at once are read a few at a time, so that most of them wait for each
-    /// other and not in front of those of others.
+    /// Reads a page of records. Pages that one caller requests at once are read a few at a time, so
+    /// that they do not delay the pages of other callers.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
@@ -305,31 +326,32 @@ impl<S: Store> Lessor<S> {
         self.page(query).await
     }
 
-    /// Waits for the caller's turn to have a page read, or to be sent a large answer.
+    /// Waits for the caller's turn to have a page read or to be sent a large answer.
     pub(crate) async fn turn(&self) -> Turn {
         self.caller.turn().await
     }
 
-    /// A page of records, for a caller whose turn it is.
+    /// Reads a page of records. To be called when it is the caller's turn.
     pub(crate) async fn page(&self, query: ListQuery) -> Result<Page, CallError> {
         self.in_time(async { Ok(self.store().list(query).await?) }).await
     }
 
-    /// Waits until nothing is left to commit. While the store is away, that may be what ended calls left behind.
+    /// Waits until nothing is left to commit. During an outage of the store, ids that ended calls
+    /// left behind may still have to be given up.
     pub async fn settle(&self) {
         self.committer.settle().await;
     }
 
-    /// Commits nothing again that failed, from here on.
+    /// Stops repeating commits that failed.
     pub(crate) fn give_up(&self) {
         self.committer.give_up();
     }
 
-    async fn commit(&self, key: Key, part: Part) -> Result<Done, CallError> {
-        self.in_time(async { Ok(self.committer.submit(&self.caller, key, part).await?) }).await
+    async fn commit(&self, key: Key, op: Op) -> Result<Done, CallError> {
+        self.in_time(async { Ok(self.committer.submit(&self.caller, key, op).await?) }).await
     }
 
-    /// Ends what takes longer than a call may.
+    /// Fails a call that takes longer than [`Bounds::call`].
     async fn in_time<T>(&self, call: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
         timeout(self.bounds.call, call).await.unwrap_or_else(|_| {
             let cause = format!("no answer within {:?}", self.bounds.call);

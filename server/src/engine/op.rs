@@ -1,81 +1,88 @@
-//! What one call brings to the next edit of its key, and how parts merge into that edit.
+//! The operations that calls bring to the next edit of a key, and how they merge into that edit.
 
 use std::mem::take;
 use std::sync::{Arc, Weak};
 
 use crate::lease::{Acquisition, Edit, LeaseId, Timestamp};
 
-/// One call's share of an edit.
+/// One operation of an edit.
 #[derive(Debug, Clone)]
-pub(crate) enum Part {
-    /// Joins the line or refreshes the place there, and renews the lease if it is held already: a repeated acquire
-    /// is answered with a lease that lasts a whole TTL from the repetition on, whatever became of the first.
+pub(crate) enum Op {
+    /// Asks for a lease. If the lease is not granted at once and the acquisition waits, makes a
+    /// waiter's entry, or refreshes the entry that the id has already.
+    ///
+    /// Renews the lease if it is held already: a caller that repeats its call counts the TTL from
+    /// the repetition.
     Acquire(Arc<Acquisition>),
-    /// Keeps the place of a call that waits, while it does.
-    Refresh(LeaseId, Weak<Presence>),
-    /// Takes a new place for a call that waits and has lost its own, while it does: a place that was given up is not
-    /// taken anew. Claims the lease if there is one by now.
-    Rejoin(Arc<Acquisition>, Weak<Presence>),
-    /// Renews the lease that another daemon's commit granted to a call that waits, while it does.
-    Claim(LeaseId, Weak<Presence>),
+    /// Refreshes the waiter's entry of a call. Obsolete once the call has ended.
+    Refresh(LeaseId, Weak<Liveness>),
+    /// Makes a new waiter's entry for a call whose entry is gone, or renews the call's lease if one
+    /// has been granted. Obsolete once the call has ended: the entry would belong to nobody.
+    Rejoin(Arc<Acquisition>, Weak<Liveness>),
+    /// Renews a lease that another daemon's commit granted to a waiting call. Obsolete once the
+    /// call has ended.
+    Claim(LeaseId, Weak<Liveness>),
+    /// Renews a lease.
     Touch(LeaseId),
+    /// Releases a lease, or takes its id out of the queue.
     Release(LeaseId),
     /// Releases an id whose acquire may still be under way.
     GiveUp(LeaseId),
-    /// Keeps out an acquire with this id that comes later, unless the id is in use by then.
+    /// Keeps out a later acquire with this id, unless the id holds or waits by now.
     KeepOut(LeaseId),
-    /// Takes these leases away, and ends the block that lasts until then.
+    /// Takes these leases away, and ends a block by `min_hold` that lasts until exactly this
+    /// instant.
     Revoke(Vec<LeaseId>, Option<Timestamp>),
-    /// Leaves the line.
+    /// Takes the id out of the queue.
     Cancel(LeaseId),
-    /// Admits whoever's turn has come.
+    /// Admits the waiters whose turn has come.
     Nudge,
 }
 
-/// There is as long as a call stands in line here.
+/// Alive while a call is queued on this daemon.
 #[derive(Debug)]
-pub(crate) struct Presence;
+pub(crate) struct Liveness;
 
-/// Parts that may become one edit.
+/// Merges operations into one edit.
 #[derive(Debug, Default)]
-pub(crate) struct Gathered(Edit);
+pub(crate) struct EditBuilder(Edit);
 
-impl Gathered {
-    /// Merges `part`, unless it asks for an id that an earlier one gives up or the other way round, or for an id that an
-    /// earlier one wants with another mode or limit. Such an edit would not be idempotent, or could not answer both; the
-    /// part is for the next.
-    pub(crate) fn merge(&mut self, part: &Part) -> bool {
+impl EditBuilder {
+    /// Merges `op`, and returns whether it fits. One that does not fit is for the next edit.
+    ///
+    /// Two operations do not fit together if one asks for an id that the other gives up: an edit
+    /// with both would not be idempotent. Nor do they if they ask for one id with different modes
+    /// or limits: one record could not answer both.
+    pub(crate) fn merge(&mut self, op: &Op) -> bool {
         let edit = &self.0;
-        let fits = match part {
-            Part::Acquire(acquisition) | Part::Rejoin(acquisition, _) => {
+        let fits = match op {
+            Op::Acquire(acquisition) | Op::Rejoin(acquisition, _) => {
                 let Acquisition { id, mode, shared_limit, .. } = **acquisition;
                 !edit.releases(id)
                     && !edit.keeps_out(id)
                     && !edit.cancels(id)
                     && (!edit.enqueues(id) || edit.asks(id, mode, shared_limit))
             }
-            Part::Release(id) | Part::GiveUp(id) | Part::KeepOut(id) | Part::Cancel(id) => {
-                !edit.enqueues(*id)
-            }
-            Part::Refresh(..) | Part::Claim(..) | Part::Touch(_) | Part::Revoke(..) | Part::Nudge => true,
+            Op::Release(id) | Op::GiveUp(id) | Op::KeepOut(id) | Op::Cancel(id) => !edit.enqueues(*id),
+            Op::Refresh(..) | Op::Claim(..) | Op::Touch(_) | Op::Revoke(..) | Op::Nudge => true,
         };
         if fits {
-            self.0 = part.add_to(take(&mut self.0));
+            self.0 = op.add_to(take(&mut self.0));
         }
         fits
     }
 
-    /// The edit that contains all that was merged.
-    pub(crate) fn into_edit(self) -> Edit {
+    /// Returns the edit with all merged operations.
+    pub(crate) fn build(self) -> Edit {
         self.0
     }
 }
 
-impl Part {
+impl Op {
     fn add_to(&self, edit: Edit) -> Edit {
         match self {
             Self::Acquire(acquisition) => edit.enqueue(Arc::clone(acquisition)),
-            // The first command for the place may have been delayed, and still come.
+            // The command that asked first may have been delayed, and still arrive.
             Self::Rejoin(acquisition, _) => {
                 edit.enqueue(Arc::new(Acquisition { repeated: true, ..Acquisition::clone(acquisition) }))
             }
@@ -93,17 +100,17 @@ impl Part {
         }
     }
 
-    /// Whether what it was for is over.
-    pub(crate) fn is_moot(&self) -> bool {
+    /// Whether the waiting call that the operation is for has ended.
+    pub(crate) fn is_obsolete(&self) -> bool {
         match self {
-            Self::Refresh(_, presence) | Self::Rejoin(_, presence) | Self::Claim(_, presence) => {
-                presence.strong_count() == 0
+            Self::Refresh(_, liveness) | Self::Rejoin(_, liveness) | Self::Claim(_, liveness) => {
+                liveness.strong_count() == 0
             }
             _ => false,
         }
     }
 
-    /// About how much the part adds to a command, in bytes.
+    /// About how many bytes the operation adds to a command.
     pub(crate) fn weight(&self) -> usize {
         match self {
             Self::Acquire(acquisition) | Self::Rejoin(acquisition, _) => acquisition.size(),
@@ -118,33 +125,33 @@ mod tests {
     use super::*;
     use crate::lease::Mode;
 
-    fn acquire(id: LeaseId) -> Part {
-        Part::Acquire(Arc::new(Acquisition::waiting(id)))
+    fn acquire(id: LeaseId) -> Op {
+        Op::Acquire(Arc::new(Acquisition::waiting(id)))
     }
 
     #[test]
-    fn an_id_is_not_asked_for_and_given_up_in_one_edit() {
+    fn one_edit_does_not_ask_for_an_id_and_give_it_up() {
         let [one, two] = [LeaseId::random(), LeaseId::random()];
-        for give_up in [Part::Release(one), Part::GiveUp(one), Part::KeepOut(one), Part::Cancel(one)] {
+        for give_up in [Op::Release(one), Op::GiveUp(one), Op::KeepOut(one), Op::Cancel(one)] {
             for (first, second) in [(acquire(one), give_up.clone()), (give_up, acquire(one))] {
-                let mut gathered = Gathered::default();
-                assert!(gathered.merge(&first));
-                assert!(gathered.merge(&acquire(two)));
-                assert!(!gathered.merge(&second), "{first:?} then {second:?}");
-                assert!(gathered.merge(&Part::Touch(one)));
+                let mut builder = EditBuilder::default();
+                assert!(builder.merge(&first));
+                assert!(builder.merge(&acquire(two)));
+                assert!(!builder.merge(&second), "{first:?} then {second:?}");
+                assert!(builder.merge(&Op::Touch(one)));
             }
         }
     }
 
     #[test]
-    fn an_id_is_asked_for_in_one_way_in_one_edit() {
+    fn one_edit_asks_for_an_id_with_one_mode_and_limit() {
         let id = LeaseId::random();
         let shared = Acquisition { mode: Mode::Shared, ..Acquisition::waiting(id) };
         let wider = Acquisition { shared_limit: 2, ..shared.clone() };
-        let mut gathered = Gathered::default();
-        assert!(gathered.merge(&Part::Acquire(Arc::new(shared.clone()))));
-        assert!(gathered.merge(&Part::Acquire(Arc::new(shared))));
-        assert!(!gathered.merge(&acquire(id)));
-        assert!(!gathered.merge(&Part::Acquire(Arc::new(wider))));
+        let mut builder = EditBuilder::default();
+        assert!(builder.merge(&Op::Acquire(Arc::new(shared.clone()))));
+        assert!(builder.merge(&Op::Acquire(Arc::new(shared))));
+        assert!(!builder.merge(&acquire(id)));
+        assert!(!builder.merge(&Op::Acquire(Arc::new(wider))));
     }
 }

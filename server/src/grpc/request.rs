@@ -1,4 +1,4 @@
-//! Requests, read into what they mean and checked whole: whatever is wrong is named, field by field.
+//! Reads and checks requests. A refusal names every wrong field, and not only the first one.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -12,9 +12,9 @@ use tonic::metadata::MetadataMap;
 use super::response::limit_exceeded;
 use crate::config::{DAY, Limits};
 use crate::engine::{Begin, Call, Origin};
-use crate::lease::{Acquisition, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, Ttl};
+use crate::lease::{Acquisition, Key, LeaseId, LeaseName, MAX_SHARED_HOLDERS, Mode, Ttl};
 
-/// The largest request but for keepalive messages, in bytes.
+/// The largest request other than a keepalive message, in bytes.
 pub(crate) const MAX_REQUEST_BYTES: usize = 64 * 1024;
 const MAX_OWNER_BYTES: usize = 256;
 const MAX_METADATA_BYTES: usize = 4 * 1024;
@@ -23,7 +23,7 @@ const MAX_REASON_BYTES: usize = 1024;
 const DEFAULT_PAGE: usize = 100;
 const MAX_PAGE: usize = 1000;
 
-/// What is wrong with a request, field by field.
+/// The wrong fields of a request, each with what is wrong.
 #[derive(Debug, Default)]
 pub(crate) struct Violations(Vec<(String, String)>);
 
@@ -32,12 +32,15 @@ impl Violations {
         self.0.push((field.to_string(), what.to_string()));
     }
 
-    /// The value, or a note of why there is none.
-    fn take<T, E: Display>(&mut self, field: impl Display, value: Result<T, E>) -> Option<T> {
+    /// Returns the value, or notes a violation.
+    fn check<T, E: Display>(&mut self, field: impl Display, value: Result<T, E>) -> Option<T> {
         value.map_err(|error| self.add(field, error)).ok()
     }
 
-    /// `INVALID_ARGUMENT` naming every wrong field, if there is any.
+    /// Refuses the request if it has wrong fields.
+    ///
+    /// # Errors
+    /// `INVALID_ARGUMENT` with the wrong fields, if there are any.
     pub(crate) fn into_result(self) -> Result<(), Status> {
         if self.0.is_empty() {
             return Ok(());
@@ -45,17 +48,23 @@ impl Violations {
         Err(Reason::invalid_request(self.sentence(), self.0))
     }
 
-    /// What is wrong, for people.
+    /// Returns a sentence that says what is wrong.
     fn sentence(&self) -> String {
         let fields: Vec<String> = self.0.iter().map(|(field, what)| format!("{field} {what}")).collect();
         fields.join("; ")
     }
 
-    /// The parts, all of which are there if nothing is wrong.
+    /// Returns the value, unless there are violations.
     fn finish<T>(self, value: Option<T>) -> Result<T, Status> {
         self.into_result()?;
-        value.ok_or_else(|| Status::internal("a request was neither right nor wrong"))
+        value.ok_or_else(missing_value)
     }
+}
+
+/// Returns the status of a request with a field that has neither a value nor a violation. That
+/// would be a defect of this file.
+fn missing_value() -> Status {
+    Status::internal("a field of the request was neither read nor refused")
 }
 
 /// Checks the size of a request other than a keepalive message.
@@ -68,67 +77,74 @@ pub(crate) fn small(request: &impl Message) -> Result<(), Status> {
 }
 
 pub(crate) fn key(field: &str, text: &str) -> Result<Key, Status> {
-    let mut wrong = Violations::default();
-    let key = wrong.take(field, Key::try_from(text));
-    wrong.finish(key)
+    let mut violations = Violations::default();
+    let key = violations.check(field, Key::try_from(text));
+    violations.finish(key)
 }
 
-/// Reads the lease named in the field `field`, which is spelled only if something is wrong: messages name many.
+/// Reads the lease in the field `field`. The name of the field is written out only for a violation,
+/// because a keepalive message has many leases.
 fn lease(
-    wrong: &mut Violations,
+    violations: &mut Violations,
     field: impl Display,
     lease: Option<&v1::LeaseRef>,
-) -> Option<(Key, LeaseId)> {
+) -> Option<LeaseName> {
     let Some(lease) = lease else {
-        wrong.add(field, "must be set");
+        violations.add(field, "must be set");
         return None;
     };
-    let key = wrong.take(format_args!("{field}.key"), Key::try_from(lease.key.as_str()));
-    let id = wrong.take(format_args!("{field}.lease_id"), LeaseId::try_from(lease.lease_id.as_str()));
-    key.zip(id)
+    let key = violations.check(format_args!("{field}.key"), Key::try_from(lease.key.as_str()));
+    let id = violations.check(format_args!("{field}.lease_id"), LeaseId::try_from(lease.lease_id.as_str()));
+    Some(LeaseName { key: key?, id: id? })
 }
 
-/// Reads a request that is about one lease.
-pub(crate) fn one_lease(named: Option<&v1::LeaseRef>) -> Result<(Key, LeaseId), Status> {
-    let mut wrong = Violations::default();
-    let lease = lease(&mut wrong, "lease", named);
-    wrong.finish(lease)
+/// Reads the lease of a request about one lease.
+pub(crate) fn one_lease(named: Option<&v1::LeaseRef>) -> Result<LeaseName, Status> {
+    let mut violations = Violations::default();
+    let lease = lease(&mut violations, "lease", named);
+    violations.finish(lease)
 }
 
-/// Reads one of the leases that a keepalive message names, or says in a sentence what is wrong with it.
-pub(crate) fn one_of_many(named: &v1::LeaseRef) -> Result<(Key, LeaseId), String> {
-    let mut wrong = Violations::default();
-    lease(&mut wrong, "lease", Some(named)).ok_or_else(|| wrong.sentence())
+/// Reads one of the leases of a keepalive message.
+///
+/// # Errors
+/// A sentence that says what is wrong. The other leases of the message are touched all the same.
+pub(crate) fn one_of_many(named: &v1::LeaseRef) -> Result<LeaseName, String> {
+    let mut violations = Violations::default();
+    lease(&mut violations, "lease", Some(named)).ok_or_else(|| violations.sentence())
 }
 
-/// Reads an acquire. `headers` may bound the wait: the answer is to come before the caller stops listening.
+/// Reads an acquire. A deadline in `headers` bounds the wait.
 pub(crate) fn acquire(
     request: v1::AcquireRequest,
     headers: &MetadataMap,
     limits: &Limits,
 ) -> Result<Call, Status> {
     small(&request)?;
-    let mut wrong = Violations::default();
-    let key = wrong.take("key", Key::try_from(request.key.as_str()));
+    let mut violations = Violations::default();
+    let key = violations.check("key", Key::try_from(request.key.as_str()));
     let (id, origin) = if request.lease_id.is_empty() {
         (Some(LeaseId::random()), Origin::Daemon)
     } else {
-        (wrong.take("lease_id", LeaseId::try_from(request.lease_id.as_str())), Origin::Caller)
+        (violations.check("lease_id", LeaseId::try_from(request.lease_id.as_str())), Origin::Caller)
     };
     if request.owner.len() > MAX_OWNER_BYTES {
-        wrong.add("owner", format_args!("must be at most {MAX_OWNER_BYTES} bytes long"));
+        violations.add("owner", format_args!("must be at most {MAX_OWNER_BYTES} bytes long"));
     }
-    let ttl = wrong.take("ttl", ttl(request.ttl, limits));
-    let wait = wrong.take("wait", within(request.wait, limits.max_wait));
-    let min_hold = wrong.take("min_hold", within(request.min_hold, DAY));
-    wrong.take("metadata", metadata(&request.metadata));
-    let mode = wrong.take("mode", mode(request.mode));
+    let ttl = violations.check("ttl", ttl(request.ttl, limits));
+    let wait = violations.check("wait", within(request.wait, limits.max_wait));
+    let min_hold = violations.check("min_hold", within(request.min_hold, DAY));
+    violations.check("metadata", metadata(&request.metadata));
+    let mode = violations.check("mode", mode(request.mode));
     if request.shared_limit > 0 && mode == Some(Mode::Exclusive) {
-        wrong.add("shared_limit", "is for shared leases; set mode to MODE_SHARED");
+        violations.add("shared_limit", "is for shared leases; set mode to MODE_SHARED");
     }
-    let parts = key.zip(id).zip(ttl).zip(wait).zip(min_hold).zip(mode);
-    let (((((key, id), ttl), wait), min_hold), mode) = wrong.finish(parts)?;
-    let wait = wait.min(patience(headers).unwrap_or(Duration::MAX));
+    violations.into_result()?;
+    let fields = (key, id, ttl, wait, min_hold, mode);
+    let (Some(key), Some(id), Some(ttl), Some(wait), Some(min_hold), Some(mode)) = fields else {
+        return Err(missing_value());
+    };
+    let wait = wait.min(longest_wait(headers).unwrap_or(Duration::MAX));
     let acquisition = Acquisition {
         id,
         owner: request.owner,
@@ -139,6 +155,7 @@ pub(crate) fn acquire(
             limit => limit.min(MAX_SHARED_HOLDERS),
         },
         ttl,
+        // Whole milliseconds, because that is what both stores keep.
         min_hold: Duration::from_millis(u64::try_from(min_hold.as_millis()).unwrap_or(u64::MAX)),
         wait: !wait.is_zero(),
         repeated: is_repeated(headers),
@@ -162,7 +179,8 @@ fn within(asked: Option<prost_types::Duration>, most: Duration) -> Result<Durati
     asked.ok_or_else(|| format!("must be between 0s and {most:?}"))
 }
 
-/// A duration as its proto defines it: nanoseconds within a second, and none below zero.
+/// Converts a duration. Refuses what the proto forbids: nanoseconds of a second or more. Refuses
+/// negative durations as well.
 fn duration(asked: prost_types::Duration) -> Result<Duration, ()> {
     let seconds = u64::try_from(asked.seconds).map_err(drop)?;
     match u32::try_from(asked.nanos) {
@@ -188,19 +206,20 @@ fn mode(number: i32) -> Result<Mode, &'static str> {
     match v1::Mode::try_from(number) {
         Ok(v1::Mode::Unspecified | v1::Mode::Exclusive) => Ok(Mode::Exclusive),
         Ok(v1::Mode::Shared) => Ok(Mode::Shared),
-        Err(_) => Err("is no mode that this daemon knows"),
+        Err(_) => Err("is not a mode that this daemon knows"),
     }
 }
 
-/// How long a call with a deadline may stand in line: until just before the caller stops listening, for the status
-/// that says who holds the key is worth more than a bare cancellation.
-fn patience(headers: &MetadataMap) -> Option<Duration> {
+/// Returns how long a call with a deadline may wait in the queue: until shortly before the
+/// deadline. So the caller gets the status that says who holds the key, and not only
+/// DEADLINE_EXCEEDED.
+fn longest_wait(headers: &MetadataMap) -> Option<Duration> {
     let timeout = grpc_timeout(headers.get("grpc-timeout")?.to_str().ok()?)?;
     Some(timeout - (timeout / 5).min(Duration::from_millis(100)))
 }
 
-/// Whether the caller has made this call before and does not know what came of it. gRPC sets the header when it repeats
-/// a call itself; others may.
+/// Returns true if the caller has made this call before and does not know its outcome. gRPC sets
+/// the header when it repeats a call itself, and callers that repeat calls may set it too.
 pub(crate) fn is_repeated(headers: &MetadataMap) -> bool {
     let attempts = headers.get("grpc-previous-rpc-attempts").and_then(|value| value.to_str().ok());
     attempts.is_some_and(|attempts| attempts.parse::<u32>().is_ok_and(|attempts| attempts > 0))
@@ -224,52 +243,53 @@ pub(crate) fn grpc_timeout(text: &str) -> Option<Duration> {
     })
 }
 
-/// Reads a page request: the prefix, the key the page begins after, and how many keys it holds.
+/// Reads a listing request. Returns the key after which the page begins, and the most keys that it
+/// may have.
 pub(crate) fn page(request: &v1::ListRequest) -> Result<(Option<Key>, usize), Status> {
     small(request)?;
-    let mut wrong = Violations::default();
+    let mut violations = Violations::default();
     let size = match usize::try_from(request.page_size) {
         Ok(0) => DEFAULT_PAGE,
         Ok(size) => size.min(MAX_PAGE),
         Err(_) => {
-            wrong.add("page_size", "must not be negative");
+            violations.add("page_size", "must not be negative");
             0
         }
     };
-    prefix(&mut wrong, &request.prefix);
-    // A page token is the last key of the page before.
+    prefix(&mut violations, &request.prefix);
+    // A page token is the last key of the previous page.
     let after = Key::try_from(request.page_token.as_str()).ok();
     let fits = after.as_ref().is_none_or(|key| key.as_str().starts_with(&request.prefix));
     if !fits || (after.is_none() && !request.page_token.is_empty()) {
-        wrong.add("page_token", "is not one that a page of this listing ended with");
+        violations.add("page_token", "is not the next_page_token of a page with this prefix");
     }
-    wrong.finish(Some((after, size)))
+    violations.finish(Some((after, size)))
 }
 
-fn prefix(wrong: &mut Violations, prefix: &str) {
+fn prefix(violations: &mut Violations, prefix: &str) {
     if prefix.len() > crate::lease::MAX_KEY_BYTES {
-        wrong.add("prefix", "is longer than any key");
+        violations.add("prefix", "is longer than any key");
     }
 }
 
 pub(crate) fn revoke(request: &v1::RevokeRequest) -> Result<Key, Status> {
     small(request)?;
-    let mut wrong = Violations::default();
-    let key = wrong.take("key", Key::try_from(request.key.as_str()));
+    let mut violations = Violations::default();
+    let key = violations.check("key", Key::try_from(request.key.as_str()));
     if request.fencing_token < 0 {
-        wrong.add("fencing_token", "must not be negative");
+        violations.add("fencing_token", "must not be negative");
     }
     if request.reason.len() > MAX_REASON_BYTES {
-        wrong.add("reason", format_args!("must be at most {MAX_REASON_BYTES} bytes long"));
+        violations.add("reason", format_args!("must be at most {MAX_REASON_BYTES} bytes long"));
     }
-    wrong.finish(key)
+    violations.finish(key)
 }
 
 pub(crate) fn watch(request: &v1::WatchRequest) -> Result<Begin, Status> {
     small(request)?;
-    let mut wrong = Violations::default();
-    prefix(&mut wrong, &request.prefix);
-    wrong.into_result()?;
+    let mut violations = Violations::default();
+    prefix(&mut violations, &request.prefix);
+    violations.into_result()?;
     Ok(if request.changes_only { Begin::Here } else { Begin::WithSnapshot })
 }
 
@@ -280,13 +300,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_many_wrong_fields_a_few_are_named_and_the_rest_is_counted() {
+    fn a_few_of_many_wrong_fields_are_named_and_the_rest_are_counted() {
         for what in
             ["must not be empty", &"is wrong in a way that takes many words ".repeat(20), &"é ".repeat(150)]
         {
-            let mut wrong = Violations::default();
-            (0..200).for_each(|number| wrong.add(format_args!("leases[{number}].lease_id"), what));
-            let status = wrong.into_result().expect_err("200 wrong fields");
+            let mut violations = Violations::default();
+            (0..200).for_each(|number| violations.add(format_args!("leases[{number}].lease_id"), what));
+            let status = violations.into_result().expect_err("200 wrong fields");
             assert_eq!(Reason::of(&status), Some(Reason::InvalidRequest));
             let named = status.get_details_bad_request().expect("fields").field_violations;
             assert!((1..=20).contains(&named.len()), "{}", named.len());
@@ -303,10 +323,10 @@ mod tests {
 
     #[test]
     fn a_few_wrong_fields_are_all_named() {
-        let mut wrong = Violations::default();
-        wrong.add("key", "must not be empty");
-        wrong.add("wait", "must be between 0s and 1h");
-        let status = wrong.into_result().expect_err("wrong fields");
+        let mut violations = Violations::default();
+        violations.add("key", "must not be empty");
+        violations.add("wait", "must be between 0s and 1h");
+        let status = violations.into_result().expect_err("wrong fields");
         assert_eq!(status.message(), "key must not be empty; wait must be between 0s and 1h");
         assert_eq!(status.get_details_bad_request().expect("fields").field_violations.len(), 2);
     }
@@ -323,12 +343,12 @@ mod tests {
     }
 
     #[test]
-    fn durations_that_their_proto_forbids_are_refused() {
+    fn durations_that_the_proto_forbids_are_refused() {
         let of = |seconds, nanos| duration(prost_types::Duration { seconds, nanos });
         assert_eq!(of(1, 500_000_000), Ok(Duration::from_millis(1500)));
         for (seconds, nanos) in [(-1, 0), (0, -1), (1, -1), (0, 1_000_000_000), (i64::MIN, i32::MIN)] {
             assert_eq!(of(seconds, nanos), Err(()), "{seconds}s {nanos}ns");
         }
-        assert!(of(i64::MAX, 999_999_999).is_ok(), "enormous, but a duration; the bounds refuse it");
+        assert!(of(i64::MAX, 999_999_999).is_ok(), "enormous but valid; the limits refuse it");
     }
 }

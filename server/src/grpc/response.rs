@@ -1,4 +1,4 @@
-//! What callers are told: answers, refusals as statuses, records as anyone may see them.
+//! Writes responses: results, refusals as statuses, and records without their secrets.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,45 +15,47 @@ use crate::lease::{
 };
 use crate::store::{Page, StoreError};
 
-/// The largest message that is read at all. Of what a keepalive message names past its own, smaller limit the caller is
-/// told lease by lease; past this one its stream ends.
+/// The largest message that is read, in bytes. A larger keepalive message ends its stream. Below
+/// that, the leases of a message that exceed its own limits are refused one by one.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
-/// What a message that goes out may have, in bytes: below the 4 MiB that gRPC clients take unless they are told
-/// otherwise.
+/// The largest part of an answer or page that is sent in one message, in bytes. Below the 4 MiB
+/// that gRPC clients accept unless told otherwise.
 pub(crate) const PART_BYTES: usize = 3 * 1024 * 1024;
-/// What is encoded of a page in one go, in bytes, before others get their turn.
+/// How many bytes of a page are encoded before other tasks may run.
 const STEP_BYTES: usize = 64 * 1024;
-/// What is shown of a lease id that is none.
+/// How much of an invalid lease id is shown to its caller, in bytes.
 const MAX_ECHOED_ID_BYTES: usize = 64;
 
-/// The status of a message past the limit on messages.
+/// Returns the status of a message larger than [`MAX_MESSAGE_BYTES`].
 pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
 }
 
-/// How a call is repeated. An acquire whose id the daemon was to pick has none to repeat; what it may have been granted is
-/// given back.
+/// How to repeat a call. An acquire may have left the choice of the id to the daemon. Then there is
+/// no id to repeat, and the daemon releases what it may have granted.
 pub(crate) const WITH_ITS_ID: &str = "with the same lease id if the call named one";
 
-/// What is said of a key whose record is damaged.
-const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must mend or delete it, and \
-                          the daemon's log says why";
+/// The message about a key whose record is damaged.
+const UNREADABLE: &str = "the record of this key cannot be read or written; an operator must repair or delete it, and \
+                          the daemon's log says what is wrong";
 
+/// Returns the status of a call that exceeds a limit. The details have the limit's name and value.
 pub(crate) fn limit_exceeded(limit: &str, value: usize) -> Status {
-    let message = format!("past the limit {limit} of {value}");
+    let message = format!("exceeds the limit {limit} of {value}");
     Refused::LimitExceeded.status(message, [("limit", limit.to_owned()), ("value", value.to_string())])
 }
 
-pub(crate) fn acquired(key: &Key, answer: Acquired) -> Result<v1::AcquireResponse, Status> {
-    match answer {
+/// Returns the response to an acquire.
+pub(crate) fn acquired(key: &Key, acquired: Acquired) -> Result<v1::AcquireResponse, Status> {
+    match acquired {
         Acquired::Granted(grant) => Ok(granted(key, &grant)),
         Acquired::Held(refusal) => Err(held(&refusal)),
         Acquired::QueueFull => {
-            Err(Refused::QueueFull.status("the line of this key is full; try again later", []))
+            Err(Refused::QueueFull.status("the queue of this key is full; try again later", []))
         }
         Acquired::Lost(reason) => Err(lost(Some(reason))),
         Acquired::IdReused => Err(Refused::IdReused.status(
-            "this lease id is in use on this key with another mode or shared_limit; take a new id",
+            "this lease id is in use on this key with another mode or shared_limit; choose a new id",
             [],
         )),
     }
@@ -72,18 +74,20 @@ fn granted(key: &Key, grant: &Grant) -> v1::AcquireResponse {
     }
 }
 
+/// Returns the status of an acquire that was not granted, with what keeps it from being granted.
 fn held(refusal: &Refusal) -> Status {
     let Refusal { owner, token, remaining, position, by } = refusal;
+    // Quoted, because the owner's label is text that its caller chose.
     let label = |owner: &str| if owner.is_empty() { "another".to_owned() } else { format!("{owner:?}") };
     let (name, message) = match by {
         Some(Obstruction::MinHold) => {
-            ("min_hold", format!("kept taken by a min_hold for another {} ms", remaining.as_millis()))
+            ("min_hold", format!("blocked by a min_hold for another {} ms", remaining.as_millis()))
         }
         Some(Obstruction::Limit { holders, limit }) => {
-            ("limit", format!("shared by {holders} already, where no more than {limit} may hold together"))
+            ("limit", format!("shared by {holders} already, and at most {limit} may share it"))
         }
         Some(Obstruction::Waiter { owner }) => {
-            ("waiter", format!("{} stands in line before this call", label(owner)))
+            ("waiter", format!("{} is ahead of this call in the queue", label(owner)))
         }
         Some(Obstruction::Holder) | None => ("holder", format!("held by {}", label(owner))),
     };
@@ -100,23 +104,24 @@ fn held(refusal: &Refusal) -> Status {
     Refused::LeaseHeld.status(message, entries)
 }
 
-/// The status of a lease that is not held.
+/// Returns the status of a lease that is not held.
 pub(crate) fn lost(reason: Option<Reason>) -> Status {
     let (loss, message) = match reason {
         None => return Refused::LeaseLost.status("the lease is not held", []),
         Some(Reason::Released | Reason::Withdrawn) => ("released", "the lease was released"),
-        Some(Reason::Settled) => ("released", "this lease id is over: it was released before, or refused"),
+        Some(Reason::Settled) => ("released", "this lease id has ended: it was released before, or refused"),
         Some(Reason::Displaced) => ("displaced", "the lease was displaced"),
         Some(Reason::Revoked) => ("revoked", "the lease was revoked"),
     };
     Refused::LeaseLost.status(message, [("loss", loss.to_owned())])
 }
 
+/// Returns the status of a key without a record.
 pub(crate) fn key_unknown() -> Status {
-    Refused::KeyUnknown.status("this key was never leased, or was forgotten since", [])
+    Refused::KeyUnknown.status("this key was never leased, or has been forgotten since", [])
 }
 
-/// The status of a call without an answer. What the store said stays in the log.
+/// Returns the status of a call that failed. What the store itself says is only in the log.
 pub(crate) fn failed(error: CallError) -> Status {
     match error {
         CallError::Store(StoreError::Unavailable { outcome, .. }) => {
@@ -128,21 +133,24 @@ pub(crate) fn failed(error: CallError) -> Status {
             Refused::StoreUnavailable.status(message, [("outcome", name.to_owned())])
         }
         CallError::Store(StoreError::Unreadable { .. }) => unreadable(),
-        CallError::Store(StoreError::Refused { .. }) => Refused::StoreUnavailable
-            .status("the store refused; the daemon's log says why", [("outcome", "not_applied".to_owned())]),
+        CallError::Store(StoreError::Refused { .. }) => Refused::StoreUnavailable.status(
+            "the store refused the call; the daemon's log says why",
+            [("outcome", "not_applied".to_owned())],
+        ),
         CallError::TooManyWaiting { limit } => limit_exceeded("waiting_calls", limit),
         CallError::TooManyWatches { limit } => limit_exceeded("watches", limit),
         CallError::ShuttingDown => shutting_down(),
     }
 }
 
-/// The status of a call for a key whose record is damaged.
+/// Returns the status of a call for a key whose record is damaged.
 pub(crate) fn unreadable() -> Status {
     Refused::RecordUnreadable.status(UNREADABLE, [])
 }
 
+/// Returns the status of a call that a drain ends.
 pub(crate) fn shutting_down() -> Status {
-    let message = format!("the daemon is shutting down; go on at another, {WITH_ITS_ID}");
+    let message = format!("the daemon is shutting down; repeat the call at another one, {WITH_ITS_ID}");
     Refused::ShuttingDown.status(message, [])
 }
 
@@ -150,7 +158,7 @@ pub(crate) fn lease_ref(key: &Key, id: LeaseId) -> v1::LeaseRef {
     v1::LeaseRef { key: key.as_str().to_owned(), lease_id: id.reveal() }
 }
 
-/// What a keepalive stream is told of one lease.
+/// Returns the result of a touch for the answer on a keepalive stream.
 pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::KeepAliveResult {
     use v1::keep_alive_result::Outcome;
     let outcome = match touched {
@@ -172,8 +180,8 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
     v1::KeepAliveResult { lease: Some(lease), outcome: Some(outcome) }
 }
 
-/// What a keepalive stream is told of a lease that is not touched. Shows what the caller sent, cut to what a key and an id
-/// may have at most.
+/// Returns the result for a lease that is not touched. Shows the key and the id as the caller sent
+/// them, cut to a largest length.
 pub(crate) fn refused(
     mut lease: v1::LeaseRef,
     reason: v1::RefusalReason,
@@ -188,14 +196,18 @@ pub(crate) fn refused(
     }
 }
 
+/// Cuts a text to at most `most` bytes, between two characters.
 fn cut(text: &mut String, most: usize) {
     let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
     text.truncate(end.unwrap_or(0));
+    // The text may have been megabytes long, and the answer stays in memory until the caller reads
+    // it.
     text.shrink_to_fit();
 }
 
-/// What a keepalive stream is told in one go, as responses that each fit into a message. All but the last part of an
-/// answer say that more follow; losses told unasked (`sequence` 0) stand each for itself.
+/// Splits results into responses that each fit into a message. In an answer all responses but the
+/// last one say that more follow. Losses that no message asked for (`sequence` 0) are complete in
+/// each response.
 pub(crate) fn keepalive_responses(
     sequence: u64,
     results: Vec<v1::KeepAliveResult>,
@@ -213,10 +225,10 @@ pub(crate) fn keepalive_responses(
     })
 }
 
-/// A page as an encoded `ListResponse`, with as many of the records as `most` bytes take, and one at least. Lets others run in
-/// between: a page of large records takes long, and the runtime looks at sockets only now and then while tasks are ready.
+/// Encodes a page as a `ListResponse` with as many of the records as fit into `most` bytes, and at
+/// least one.
 pub(crate) async fn list_response(page: Page, most: usize) -> Vec<u8> {
-    // Parts of a message that are encoded one after another are the encoding of the whole.
+    // The encodings of a message's parts, one after the other, are the encoding of the message.
     let mut message = Vec::new();
     let Page { snapshots, mut more } = page;
     let (mut last, mut step) = (None, 0);
@@ -232,6 +244,8 @@ pub(crate) async fn list_response(page: Page, most: usize) -> Vec<u8> {
         last = Some(snapshot.record.key);
         if step > STEP_BYTES {
             step = 0;
+            // A page of large records takes long, and the runtime polls its sockets only from time
+            // to time while tasks are ready.
             yield_now().await;
         }
     }
@@ -242,7 +256,7 @@ pub(crate) async fn list_response(page: Page, most: usize) -> Vec<u8> {
     message
 }
 
-/// What a watch stream is told.
+/// Returns an event for a watch stream.
 pub(crate) fn watch_response(event: &WatchEvent) -> v1::WatchResponse {
     use v1::watch_response::Event;
     let event = match event {
@@ -263,7 +277,7 @@ pub(crate) fn watch_response(event: &WatchEvent) -> v1::WatchResponse {
     v1::WatchResponse { event: Some(event) }
 }
 
-/// A record as anyone may see it: no lease ids, no places that have lapsed.
+/// Returns a record as anyone may see it: without lease ids, and without waiters that have lapsed.
 pub(crate) fn to_lease(snapshot: &Snapshot) -> v1::Lease {
     let record = &snapshot.record;
     let state = match snapshot.state() {
@@ -276,7 +290,7 @@ pub(crate) fn to_lease(snapshot: &Snapshot) -> v1::Lease {
         state: state.into(),
         fencing_token: record.token.0,
         holders: record.holders.iter().map(|holder| to_holder(snapshot, holder)).collect(),
-        waiters: snapshot.line().map(to_waiter).collect(),
+        waiters: snapshot.queue().map(to_waiter).collect(),
         blocked_until: record.blocked_until.filter(|until| *until > snapshot.now).map(to_timestamp),
     }
 }
@@ -304,7 +318,7 @@ fn to_waiter(waiter: &Waiter) -> v1::Waiter {
     }
 }
 
-/// A limit as callers write it: 0 for any number.
+/// Returns a limit in the form of requests, in which 0 stands for any number.
 fn shown_limit(mode: Mode, limit: u32) -> u32 {
     if mode == Mode::Shared && limit < MAX_SHARED_HOLDERS { limit } else { 0 }
 }
@@ -335,7 +349,7 @@ mod tests {
     use super::*;
     use crate::lease::{Acquisition, Edit, Record, Rules, step};
 
-    /// Kept leases on the longest keys.
+    /// Returns results for kept leases on the longest keys.
     fn results(count: usize) -> Vec<v1::KeepAliveResult> {
         let key = Key::try_from("k".repeat(MAX_KEY_BYTES).as_str()).expect("a key");
         let kept = Touched::Kept(Duration::from_millis(86_399_999));
@@ -343,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_stream_is_told_fits_into_messages_and_the_last_part_says_so() {
+    fn an_answer_is_split_into_messages_and_the_last_one_says_so() {
         for (count, sequence) in [(0, 7), (1, 7), (5000, 7), (10_000, 7), (10_000, 0)] {
             let all = results(count);
             let parts: Vec<_> = keepalive_responses(sequence, all.clone()).collect();
@@ -355,14 +369,14 @@ mod tests {
             assert!(more[..more.len() - 1].iter().all(|more| *more == (sequence > 0)), "{count}: {more:?}");
             assert!(
                 parts.into_iter().flat_map(|part| part.results).eq(all),
-                "{count}: all of them, in their order"
+                "{count}: all results in their order"
             );
         }
     }
 
-    /// Held keys of some 4 KiB each.
+    /// Returns a page of held keys with about 4 KiB each.
     fn page(count: usize) -> Page {
-        let rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+        let rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
         let snapshot = |number| {
             let metadata = BTreeMap::from([("x".to_owned(), "y".repeat(4000))]);
             let acquisition = Acquisition { metadata, ..Acquisition::waiting(LeaseId::random()) };
@@ -378,7 +392,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_page_fits_into_a_message_and_is_encoded_in_small_steps() {
+    async fn a_page_fits_into_a_message_and_its_encoding_yields_often() {
         let cases = [
             (0, PART_BYTES, false),
             (1, PART_BYTES, false),
@@ -404,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_is_shown_as_it_was_sent_but_cut() {
+    fn a_refused_lease_is_shown_as_it_was_sent_but_cut() {
         for (key, shown) in [("a\nb".to_owned(), "a\nb".to_owned()), ("é".repeat(400), "é".repeat(256))] {
             let lease = v1::LeaseRef { key, lease_id: "ééé".repeat(20) };
             let refused = refused(lease, v1::RefusalReason::Invalid, "no").lease.expect("a lease");

@@ -1,4 +1,4 @@
-//! The watch stream: what happens to keys, as messages. A slow reader slows its own stream and nobody else.
+//! The watch stream: changes of keys, as messages. A slow reader delays only its own stream.
 
 use leased_proto::v1::WatchResponse;
 use tokio::sync::mpsc;
@@ -12,17 +12,19 @@ use crate::panics::contain;
 use crate::store::Store;
 use crate::transport::bounds::panicked;
 
-/// Messages that are ready before the caller has taken them.
+/// How many messages may wait for the caller to read them.
 const READY: usize = 16;
 
-/// What a watch stream is sent.
+/// The messages of a watch stream.
 pub(crate) type Events = ReceiverStream<Result<WatchResponse, Status>>;
 
 /// Serves one watch until the caller goes away or the daemon drains.
 pub(crate) fn serve<S: Store>(mut watch: Watch<S>, draining: CancellationToken) -> Events {
     let (events, receiver) = mpsc::channel(READY);
+    // In a task, so that the watch ends at once when the caller goes away or the daemon drains. The
+    // body of the response is not polled while the caller reads nothing.
     tokio::spawn(async move {
-        let show = async {
+        let forward = async {
             loop {
                 let response = response::watch_response(&watch.next().await);
                 if events.send(Ok(response)).await.is_err() {
@@ -31,11 +33,13 @@ pub(crate) fn serve<S: Store>(mut watch: Watch<S>, draining: CancellationToken) 
             }
         };
         tokio::select! {
-            shown = contain(show) => if shown.is_err() {
+            ended = contain(forward) => if ended.is_err() {
                 let _ = events.send(Err(panicked())).await;
             },
             () = events.closed() => {}
-            () = draining.cancelled() => drop(events.send(Err(response::shutting_down())).await),
+            () = draining.cancelled() => {
+                let _ = events.send(Err(response::shutting_down())).await;
+            }
         }
     });
     ReceiverStream::new(receiver)

@@ -1,4 +1,5 @@
-//! How the daemon stands, read when its metrics are asked for: build, limits, readiness, store and feed.
+//! The metrics that are read from the daemon at each scrape: build, limits, readiness, store and
+//! change feed.
 
 use std::fmt;
 
@@ -14,27 +15,31 @@ use crate::health::{Health, Readiness};
 use crate::store::{FeedState, Store};
 use crate::{panics, telemetry};
 
-/// A daemon, to be asked how it stands.
-pub(crate) struct Standing<S> {
+/// Reads the metrics of a daemon.
+pub(crate) struct DaemonCollector<S> {
     pub(crate) lessor: Lessor<S>,
     pub(crate) health: Health,
     pub(crate) limits: Limits,
 }
 
-/// A registry wants to be shown, and a store need not be.
-impl<S> fmt::Debug for Standing<S> {
+/// The registry requires `Debug`, which a store need not have.
+impl<S> fmt::Debug for DaemonCollector<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Standing").field("health", &self.health).finish_non_exhaustive()
+        f.debug_struct("DaemonCollector").field("health", &self.health).finish_non_exhaustive()
     }
 }
 
-impl<S: Store> Collector for Standing<S> {
+impl<S: Store> Collector for DaemonCollector<S> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let store = self.lessor.store();
         let (version, name) = (("version", env!("CARGO_PKG_VERSION")), ("store", store.name()));
         let id = store.id().to_string();
         let info = [version, name, ("store_id", id.as_str())];
-        gauge(&mut encoder, ("leased_build_info", "What runs, on which store."), [(info, 1_u64)])?;
+        gauge(
+            &mut encoder,
+            ("leased_build_info", "The version of the daemon and its store."),
+            [(info, 1_u64)],
+        )?;
 
         let Limits { connections, bounds, .. } = self.limits;
         let limits = [
@@ -44,10 +49,14 @@ impl<S: Store> Collector for Standing<S> {
             ("leases", bounds.leases),
         ];
         let limits = limits.map(|(limit, most)| ([("limit", limit)], most as u64));
-        gauge(&mut encoder, ("leased_limit", "How many there may be at once."), limits)?;
+        gauge(&mut encoder, ("leased_limit", "How many of each there may be at once."), limits)?;
 
         let is_ready = u64::from(self.health.readiness() == Readiness::Ready);
-        gauge(&mut encoder, ("leased_ready", "Whether the daemon should be asked."), [([], is_ready)])?;
+        gauge(
+            &mut encoder,
+            ("leased_ready", "1 if the daemon is ready to serve, else 0."),
+            [([], is_ready)],
+        )?;
 
         let repetitions = ConstCounter::new(store.repetitions());
         let help = "Attempts at batches that failed and were repeated.";
@@ -56,14 +65,14 @@ impl<S: Store> Collector for Standing<S> {
         repetitions.encode(family.encode_family(&[name])?)?;
 
         let steps = ConstCounter::new(store.clock_steps());
-        let help = "Times that the store's clock and this host's came apart by more than the grace.";
+        let help = "Times that the store's clock and the clock of this host diverged by more than the grace.";
         let mut family =
             encoder.encode_descriptor("leased_store_clock_steps", help, None, MetricType::Counter)?;
         steps.encode(family.encode_family(&[name])?)?;
 
         for (name, help, count) in [
             ("leased_panics", "Panics that ended a call or a connection.", panics::caught()),
-            ("leased_log_lines_dropped", "Log lines that could not be written.", telemetry::lines_dropped()),
+            ("leased_log_lines_dropped", "Log lines that were dropped.", telemetry::lines_dropped()),
         ] {
             let counter = ConstCounter::new(count);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
@@ -76,17 +85,22 @@ impl<S: Store> Collector for Standing<S> {
             ("broken", feed == FeedState::Broken),
         ];
         let states = states.map(|(state, is_so)| ([("state", state)], u64::from(is_so)));
-        gauge(&mut encoder, ("leased_feed_state", "How the change feed stands: one of them is 1."), states)?;
+        gauge(
+            &mut encoder,
+            ("leased_feed_state", "The state of the change feed: 1 for the present state."),
+            states,
+        )?;
         let lag = match feed {
             FeedState::Behind(lag) => lag.as_secs_f64(),
+            // Not 0, which would say that the feed is up to date.
             FeedState::Off | FeedState::Broken => f64::NAN,
         };
-        let help = "How far the change feed may be behind; NaN if it tells nothing.";
+        let help = "How far the change feed may be behind. NaN unless it is following.";
         gauge(&mut encoder, ("leased_feed_lag_seconds", help), [([], lag)])
     }
 }
 
-/// A gauge for each set of labels.
+/// Encodes a gauge with a value for each set of labels.
 fn gauge<const N: usize, const L: usize>(
     encoder: &mut DescriptorEncoder<'_>,
     (name, help): (&str, &str),

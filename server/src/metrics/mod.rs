@@ -1,8 +1,8 @@
 //! The metrics of one daemon.
 
-/// The registry. Each metric is registered once, and its callers keep handles.
+/// The registry. Each metric is registered once, and the code that counts keeps a handle to it.
 pub(crate) mod registry;
-/// What is read from the daemon at each scrape.
+/// The metrics that are read from the daemon at each scrape.
 pub(crate) mod daemon;
-/// What the operating system says of the process at each scrape.
+/// The metrics of the process that the operating system knows, read at each scrape.
 pub(crate) mod process;

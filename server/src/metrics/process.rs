@@ -1,6 +1,8 @@
-//! What the system says of this process, by the names that Prometheus has for it. Linux only: elsewhere it says nothing.
+//! The metrics of the process that the operating system knows, with Prometheus' standard names.
+//! Linux only.
 //!
-//! Read from `/proc` here: the crates that do it bring a whole library for it, or count processor time in whole seconds.
+//! The code reads `/proc` itself. Crates for this bring in a large library, or count processor time
+//! in whole seconds.
 
 use std::fmt;
 use std::fs;
@@ -12,27 +14,27 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use rustix::param::{clock_ticks_per_second, page_size};
 use rustix::process::{Resource, getrlimit};
 
-/// This process, looked at whenever it is asked about.
+/// Reads the metrics of this process at each scrape.
 #[derive(Debug)]
 pub(crate) struct Process;
 
-/// How the process does.
+/// The resources that the process uses.
 #[derive(Debug, PartialEq)]
 struct Usage {
     cpu_seconds: f64,
-    /// Since the epoch.
+    /// When the process started, in seconds since the Unix epoch.
     start_seconds: f64,
     virtual_bytes: u64,
     resident_bytes: u64,
 }
 
 impl Usage {
-    /// Reads `/proc/self/stat` and `/proc/stat`, as `man 5 proc` describes them.
+    /// Reads the contents of `/proc/self/stat` and `/proc/stat`. See `man 5 proc`.
     fn read(process: &str, system: &str) -> Option<Self> {
-        // The program's name comes in brackets, and may contain anything.
+        // The name of the program is in parentheses, and may itself contain spaces and parentheses.
         let (_, fields) = process.rsplit_once(')')?;
         let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
-        // The first of these is the third of the line.
+        // `man 5 proc` numbers the fields from 1. The first one after the name is number 3.
         let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
         let seconds = |ticks: u64| ticks as f64 / clock_ticks_per_second() as f64;
         let booted_at =
@@ -56,21 +58,25 @@ impl Collector for Process {
             metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
         };
         if let Some(usage) = Usage::of_this() {
-            show("process_cpu_seconds", "Processor time spent.", &ConstCounter::new(usage.cpu_seconds))?;
+            show("process_cpu_seconds", "Processor time used.", &ConstCounter::new(usage.cpu_seconds))?;
             show(
                 "process_start_time_seconds",
-                "When it began, since the epoch.",
+                "When the process started, in seconds since the Unix epoch.",
                 &ConstGauge::new(usage.start_seconds),
             )?;
-            show("process_virtual_memory_bytes", "Address space.", &ConstGauge::new(usage.virtual_bytes))?;
-            show("process_resident_memory_bytes", "Memory.", &ConstGauge::new(usage.resident_bytes))?;
+            show("process_virtual_memory_bytes", "Virtual memory.", &ConstGauge::new(usage.virtual_bytes))?;
+            show(
+                "process_resident_memory_bytes",
+                "Resident memory.",
+                &ConstGauge::new(usage.resident_bytes),
+            )?;
         }
         if let Ok(open) = fs::read_dir("/proc/self/fd") {
-            // The listing has one of its own.
+            // The listing itself has one open.
             let open = open.count().saturating_sub(1);
             show("process_open_fds", "Open file descriptors.", &ConstGauge::new(open as u64))?;
             if let Some(most) = getrlimit(Resource::Nofile).current {
-                show("process_max_fds", "How many there may be.", &ConstGauge::new(most))?;
+                show("process_max_fds", "The limit on open file descriptors.", &ConstGauge::new(most))?;
             }
         }
         Ok(())
@@ -82,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_with_brackets_and_spaces_is_passed_over() {
+    fn a_program_name_with_parentheses_and_spaces_is_skipped() {
         let process = "42 (a) b) S 1 42 42 0 -1 4194560 100 0 0 0 250 50 0 0 20 0 4 0 1000 8192000 300 1";
         let usage = Usage::read(process, "cpu 1 2\nbtime 1700000000\n").expect("a line that can be read");
         let ticks = clock_ticks_per_second() as f64;

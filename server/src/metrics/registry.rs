@@ -1,4 +1,8 @@
-//! The metrics registry of one daemon. Each metric is registered once; the code that counts keeps a handle to it.
+//! The metrics registry of one daemon. Each metric is registered once, and the code that counts
+//! keeps a handle to it.
+//!
+//! There is no global registry, because several daemons run in one test process. Hence
+//! `prometheus-client`, whose registry is a value.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,34 +17,36 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Metric, Registry};
 
-/// A label's name and one of its values. None of them comes from a caller, so there are never more series than at start.
+/// The name of a label and one of its values. Values are constants and never come from a caller, so
+/// the number of series is fixed at start.
 pub(crate) type Label = (&'static str, &'static str);
 
-/// A daemon's metrics.
+/// The metrics of a daemon.
 #[derive(Debug, Default)]
-pub(crate) struct Meter(Registry);
+pub(crate) struct MetricsRegistry(Registry);
 
-impl Meter {
-    /// The content type of [`Meter::text`].
+impl MetricsRegistry {
+    /// The content type of [`MetricsRegistry::text`].
     pub(crate) const CONTENT_TYPE: &str = prometheus_text::CONTENT_TYPE;
 
-    /// Registers `metric`. `_total` is added to the name of a counter.
+    /// Registers `metric`. The text format adds `_total` to the name of a counter.
     pub(crate) fn metric<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
         self.0.register(name, help, metric.clone());
         metric
     }
 
-    /// A counter.
+    /// Registers a counter.
     pub(crate) fn counter(&mut self, name: &str, help: &str) -> Counter {
         self.metric(name, help, Counter::default())
     }
 
-    /// A gauge.
+    /// Registers a gauge.
     pub(crate) fn gauge(&mut self, name: &str, help: &str) -> Gauge {
         self.metric(name, help, Gauge::default())
     }
 
-    /// A metric for each of these sets of labels, in rows and columns; all sets have the same names.
+    /// Registers a metric for each set of labels, and returns the metrics in the same rows and
+    /// columns. All sets have the same label names.
     pub(crate) fn table<const R: usize, const C: usize, const N: usize, M>(
         &mut self,
         (name, help): (&str, &str),
@@ -56,7 +62,7 @@ impl Meter {
         metrics
     }
 
-    /// A metric for each value of one label.
+    /// Registers a metric for each value of one label.
     pub(crate) fn by<const C: usize, M: Metric + TypedMetric + Clone>(
         &mut self,
         about: (&str, &str),
@@ -68,15 +74,15 @@ impl Meter {
         row
     }
 
-    /// What is known only when it is asked for.
-    pub(crate) fn ask(&mut self, collector: impl Collector) {
+    /// Registers a collector, which reads its values at each scrape.
+    pub(crate) fn collect(&mut self, collector: impl Collector) {
         self.0.register_collector(Box::new(collector));
     }
 
-    /// All metrics as they are now, in Prometheus' text format.
+    /// Returns all metrics with their present values, in Prometheus' text format.
     ///
     /// # Errors
-    /// If one of them cannot be written down.
+    /// If a metric cannot be encoded.
     pub(crate) fn text(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         prometheus_text::encode(&mut text, &self.0)?;
@@ -84,28 +90,30 @@ impl Meter {
     }
 }
 
-/// How often something took how much. Observing is two relaxed additions and takes no lock.
+/// A histogram. An observation is two relaxed additions, while the histogram of `prometheus-client`
+/// takes a lock for each observation.
 #[derive(Debug, Clone)]
 pub(crate) struct Histogram(Arc<Buckets>);
 
 #[derive(Debug)]
 struct Buckets {
-    /// In units of the observations, rising.
+    /// The upper bounds of the buckets in rising order, in the unit of observations.
     bounds: &'static [u64],
-    /// How many observations are one of the unit that is shown.
+    /// The unit that is shown divided by the unit of observations.
     scale: f64,
-    /// One more than there are bounds.
+    /// The observations in each bucket. The last bucket has no bound.
     counts: Box<[AtomicU64]>,
     sum: AtomicU64,
 }
 
 impl Histogram {
-    /// Counts of things.
+    /// Returns a histogram of numbers.
     pub(crate) fn of_counts(bounds: &'static [u64]) -> Self {
         Self::new(bounds, 1.0)
     }
 
-    /// Durations, shown in seconds; the bounds are in microseconds.
+    /// Returns a histogram of durations. The bounds are in microseconds, and the metric is shown in
+    /// seconds.
     pub(crate) fn of_durations(bounds: &'static [u64]) -> Self {
         Self::new(bounds, 1e6)
     }
@@ -115,13 +123,13 @@ impl Histogram {
         Self(Arc::new(Buckets { bounds, scale, counts, sum: AtomicU64::new(0) }))
     }
 
-    /// For histograms of durations.
-    pub(crate) fn took(&self, duration: Duration) {
+    /// Observes a duration, in a histogram of durations.
+    pub(crate) fn observe_duration(&self, duration: Duration) {
         self.observe(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
     }
 
-    /// For histograms of counts.
-    pub(crate) fn counted(&self, count: usize) {
+    /// Observes a number, in a histogram of numbers.
+    pub(crate) fn observe_count(&self, count: usize) {
         self.observe(u64::try_from(count).unwrap_or(u64::MAX));
     }
 
@@ -138,7 +146,8 @@ impl EncodeMetric for Histogram {
         let bounds = bounds.iter().map(|bound| *bound as f64 / scale).chain([f64::INFINITY]);
         let buckets: Vec<(f64, u64)> =
             bounds.zip(counts.iter().map(|count| count.load(Ordering::Relaxed))).collect();
-        // Read once, so that the last bucket and the count are the same whatever is observed meanwhile.
+        // The sum of the buckets that were read, so that the count agrees with them even if other
+        // threads observe meanwhile.
         let count = buckets.iter().map(|(_, count)| count).sum();
         let sum = sum.load(Ordering::Relaxed) as f64 / scale;
         encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
@@ -153,18 +162,18 @@ impl TypedMetric for Histogram {
     const TYPE: MetricType = MetricType::Histogram;
 }
 
-/// One more of a gauge for as long as this lives.
+/// Adds one to a gauge until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Present(Gauge);
+pub(crate) struct GaugeGuard(Gauge);
 
-impl Present {
-    pub(crate) fn of(gauge: &Gauge) -> Self {
+impl GaugeGuard {
+    pub(crate) fn one_more(gauge: &Gauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
 }
 
-impl Drop for Present {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
@@ -175,13 +184,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bound_belongs_to_its_bucket_and_what_is_larger_than_all_to_the_last() {
-        let mut meter = Meter::default();
-        let [took] = meter.by(("took_seconds", "How long it took"), "who", ["me"], || {
+    fn a_bound_belongs_to_its_bucket_and_a_value_above_all_bounds_to_the_last() {
+        let mut registry = MetricsRegistry::default();
+        let [took] = registry.by(("took_seconds", "How long it took"), "who", ["me"], || {
             Histogram::of_durations(&[1_000, 2_500_000])
         });
         for millis in [0, 1, 2, 2500, 2501] {
-            took.took(Duration::from_millis(millis));
+            took.observe_duration(Duration::from_millis(millis));
         }
         let expected = r#"# HELP took_seconds How long it took.
 # TYPE took_seconds histogram
@@ -191,6 +200,6 @@ took_seconds_bucket{who="me",le="+Inf"} 5
 took_seconds_sum{who="me"} 5.004
 took_seconds_count{who="me"} 5
 "#;
-        assert_eq!(meter.text().expect("text"), expected);
+        assert_eq!(registry.text().expect("text"), expected);
     }
 }

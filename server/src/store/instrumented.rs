@@ -1,4 +1,4 @@
-//! A store, counted: batches, how long they take and how large they are, and what failed.
+//! Metrics around any store: the size and duration of batches, and failures.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,19 +14,19 @@ use super::{
     Committed, FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, StartError, Store, StoreError, report,
 };
 use crate::lease::{Edit, Key, Rules, Snapshot};
-use crate::metrics::registry::{Histogram, Meter, Present};
+use crate::metrics::registry::{GaugeGuard, Histogram, MetricsRegistry};
 
-/// Up to what a batch holds at most.
+/// Bucket bounds up to the most keys of a batch.
 const KEYS: [u64; 10] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000];
-/// From a sync of a fast disk to the deadline of a batch, in microseconds.
+/// Bucket bounds in microseconds, from a sync of a fast disk to the deadline of a batch.
 const DURATIONS: [u64; 14] = [
     250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000,
     5_000_000,
 ];
 
-/// Whatever the store inside does, counted.
+/// A store that counts what the store inside does.
 #[derive(Debug)]
-pub(crate) struct Metered<S> {
+pub(crate) struct Instrumented<S> {
     store: S,
     batches: Gauge,
     keys: Histogram,
@@ -36,7 +36,7 @@ pub(crate) struct Metered<S> {
     errors: [[Counter; KINDS.len()]; OPERATIONS.len()],
 }
 
-/// What a store is asked.
+/// A method of a store, as a label.
 #[derive(Debug, Clone, Copy)]
 enum Operation {
     Commit,
@@ -49,23 +49,23 @@ enum Operation {
 const OPERATIONS: [&str; 5] = ["commit", "read", "list", "purge", "check"];
 const KINDS: [&str; 4] = ["not_applied", "unknown", "refused", "unreadable"];
 
-impl<S: Store> Metered<S> {
-    /// Counts what is asked of `store` from here on.
-    pub(crate) fn new(store: S, meter: &mut Meter) -> Self {
+impl<S: Store> Instrumented<S> {
+    /// Wraps `store` and registers its metrics.
+    pub(crate) fn new(store: S, registry: &mut MetricsRegistry) -> Self {
         let name = store.name();
         let in_flight = ("leased_batches_in_flight", "Batches that the store has not answered yet");
-        let [batches] = meter.by(in_flight, "store", [name], Gauge::default);
+        let [batches] = registry.by(in_flight, "store", [name], Gauge::default);
         let keys = ("leased_batch_keys", "Keys in a batch");
-        let [keys] = meter.by(keys, "store", [name], || Histogram::of_counts(&KEYS));
+        let [keys] = registry.by(keys, "store", [name], || Histogram::of_counts(&KEYS));
         let durations =
             ("leased_batch_duration_seconds", "How long the store took for a batch, repetitions included");
-        let [durations] = meter.by(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
+        let [durations] = registry.by(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
         let purged = ("leased_keys_purged", "Keys forgotten because they had long been free or lapsed");
-        let [purged] = meter.by(purged, "store", [name], Counter::default);
+        let [purged] = registry.by(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));
         let errors = ("leased_store_errors", "What the store did not do, by what is known of the outcome");
-        let errors = meter.table(errors, labels, Counter::default);
+        let errors = registry.table(errors, labels, Counter::default);
         Self { store, batches, keys, durations, purged, errors }
     }
 
@@ -73,14 +73,14 @@ impl<S: Store> Metered<S> {
         answer.inspect_err(|error| self.count(operation, error))
     }
 
-    /// Counts the failures for single keys too.
+    /// Counts the failures of single keys.
     fn note_each(&self, operation: Operation, records: &[ForKey]) {
         for error in records.iter().filter_map(|record| record.as_ref().err()) {
             self.count(operation, error);
         }
     }
 
-    /// Logs some of those about single records as well.
+    /// Counts a failure. Logs those about single records, up to a rate.
     fn count(&self, operation: Operation, error: &StoreError) {
         let kind = match error {
             StoreError::Unavailable { outcome: Outcome::NotApplied, .. } => 0,
@@ -95,17 +95,17 @@ impl<S: Store> Metered<S> {
     }
 }
 
-impl<S: Store> Store for Metered<S> {
+impl<S: Store> Store for Instrumented<S> {
     async fn commit(
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Committed, StoreError> {
-        self.keys.counted(batch.len());
-        let _in_flight = Present::of(&self.batches);
+        self.keys.observe_count(batch.len());
+        let _in_flight = GaugeGuard::one_more(&self.batches);
         let sent_at = Instant::now();
         let answer = self.store.commit(batch, deadline).await;
-        self.durations.took(sent_at.elapsed());
+        self.durations.observe_duration(sent_at.elapsed());
         let committed = self.note(Operation::Commit, answer)?;
         self.note_each(Operation::Commit, &committed.records);
         Ok(committed)

@@ -1,5 +1,5 @@
-//! Accepting connections, none of them lost when file descriptors run out; and writing to them once for all answers that
-//! are ready together.
+//! Accepts connections, also after file descriptors have run out, and sends responses that are
+//! ready together in one write.
 
 use std::io;
 use std::pin::Pin;
@@ -14,30 +14,33 @@ use tokio::time::sleep;
 
 use super::listener::Peer;
 
-/// The pause after an accept failed, most likely for want of file descriptors.
+/// The pause after an accept failed, most likely because file descriptors ran out.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// A connection that yields once before each write, so that all answers of a batch leave in one system call.
+/// A connection that yields once before each write, so that all responses of a batch leave in one
+/// system call.
 ///
-/// A batch makes many answers at once. Without the yield the runtime would turn to the connection after each of them, and
-/// each answer would cost a system call and a packet. If no other task is ready, the write takes place at once.
+/// A batch makes many responses ready at once. Without the yield the runtime would poll the
+/// connection after each of them, and each response would cost a system call and a packet, here and
+/// at the client. That would take a quarter of the throughput of acquire and release pairs. If no
+/// other task is ready, the write takes place at once.
 #[derive(Debug)]
 pub(crate) struct Batched<T> {
     stream: T,
-    /// Whether it has yielded before the write that is due.
+    /// Whether the connection has yielded before the next write.
     has_yielded: bool,
-    /// Bytes that came in.
-    heard: usize,
+    /// How many bytes have arrived.
+    received: usize,
     peer: Arc<Peer>,
 }
 
 impl<T> Batched<T> {
     pub(crate) fn new(stream: T, peer: Arc<Peer>) -> Self {
-        Self { stream, has_yielded: false, heard: 0, peer }
+        Self { stream, has_yielded: false, received: 0, peer }
     }
 
-    /// Ready when the write may take place.
-    fn poll_turn(&mut self, context: &Context<'_>) -> Poll<()> {
+    /// Yields once, and then is ready for one write.
+    fn poll_yielded(&mut self, context: &Context<'_>) -> Poll<()> {
         self.has_yielded = !self.has_yielded;
         if self.has_yielded {
             context.waker().wake_by_ref();
@@ -47,7 +50,8 @@ impl<T> Batched<T> {
     }
 }
 
-/// Accepts the connections of `listener`, one for each that is asked for; further ones wait in the system's backlog.
+/// Returns the connections of `listener`. A connection is accepted when the stream is polled. Until
+/// then it waits in the system's backlog.
 pub(crate) fn connections(listener: TcpListener) -> impl Stream<Item = TcpStream> {
     stream::unfold(listener, async |listener| Some((accept(&listener).await, listener)))
 }
@@ -56,7 +60,8 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                // Without it a small message may wait for the answer to the one before.
+                // With Nagle's algorithm a small message may wait until the peer acknowledges the
+                // one before.
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "a connection without TCP_NODELAY");
                 }
@@ -78,8 +83,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for Batched<T> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        self.heard = self.heard.saturating_add(buffer.filled().len() - before);
-        self.peer.heard(self.heard);
+        self.received = self.received.saturating_add(buffer.filled().len() - before);
+        self.peer.received(self.received);
         read
     }
 }
@@ -90,7 +95,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Batched<T> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_turn(context));
+        ready!(self.poll_yielded(context));
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
@@ -99,7 +104,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Batched<T> {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_turn(context));
+        ready!(self.poll_yielded(context));
         Pin::new(&mut self.stream).poll_write_vectored(context, slices)
     }
 

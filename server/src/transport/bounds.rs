@@ -1,5 +1,5 @@
-//! What every call is given before its handler sees it: its deadline, bounds on what comes in and goes out, and a panic that stays
-//! its own.
+//! The layer that bounds every call: it enforces the deadline, bounds the request and the response,
+//! and turns a panic into a status of the call.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -14,33 +14,33 @@ use tonic::codegen::Bytes;
 use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service};
 
-use super::metrics_layer::{answered, expected};
-use super::receiving::{Expected, Receiving, Room, Taken};
-use super::sending::{self, Large};
+use super::metrics_layer::{request_messages, response_messages};
+use super::receiving::{BytesInUse, Messages, ReceiveBudget, Receiving};
+use super::sending::{self, LargeBody};
 use crate::grpc::request::grpc_timeout;
 use crate::grpc::response::WITH_ITS_ID;
 use crate::panics::{Contained, contain};
 
 /// Bounds the calls that pass.
 #[derive(Debug, Clone)]
-pub(crate) struct BoundCalls(pub(crate) Room);
+pub(crate) struct BoundsLayer(pub(crate) ReceiveBudget);
 
-impl<S> Layer<S> for BoundCalls {
-    type Service = Bounded<S>;
+impl<S> Layer<S> for BoundsLayer {
+    type Service = BoundedService<S>;
 
-    fn layer(&self, service: S) -> Bounded<S> {
-        Bounded { service, room: self.0.clone() }
+    fn layer(&self, inner: S) -> BoundedService<S> {
+        BoundedService { inner, budget: self.0.clone() }
     }
 }
 
 /// A service whose calls are bounded.
 #[derive(Debug, Clone)]
-pub(crate) struct Bounded<S> {
-    service: S,
-    room: Room,
+pub(crate) struct BoundedService<S> {
+    inner: S,
+    budget: ReceiveBudget,
 }
 
-impl<S, B> Service<Request<B>> for Bounded<S>
+impl<S, B> Service<Request<B>> for BoundedService<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
@@ -48,40 +48,41 @@ where
 {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Answer<S::Future>;
+    type Future = ResponseFuture<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.service.poll_ready(context)
+        self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let deadline = deadline(&request).map(sleep);
         let path = request.uri().path();
-        let (expected, answered) = (expected(path), answered(path));
-        let connection = request.extensions().get::<Taken>().cloned().unwrap_or_default();
-        let receiving = |body| Body::new(Receiving::new(body, expected, self.room.clone(), connection));
+        let (expected, messages) = (request_messages(path), response_messages(path));
+        let connection = request.extensions().get::<BytesInUse>().cloned().unwrap_or_default();
+        let receiving = |body| Body::new(Receiving::new(body, expected, self.budget.clone(), connection));
         let request = request.map(receiving);
-        Answer { answer: contain(self.service.call(request)), answered, deadline }
+        ResponseFuture { inner: contain(self.inner.call(request)), messages, deadline }
     }
 }
 
-/// How long the caller will wait.
+/// Returns how long the caller waits for a response.
 fn deadline<B>(request: &Request<B>) -> Option<Duration> {
     grpc_timeout(request.headers().get("grpc-timeout")?.to_str().ok()?)
 }
 
 pin_project! {
-    /// The answer to a call; to a stream, its head.
-    pub(crate) struct Answer<F> {
+    /// The response of a [`BoundedService`] service. For a stream, its headers: the deadline does
+    /// not cover the messages.
+    pub(crate) struct ResponseFuture<F> {
         #[pin]
-        answer: Contained<F>,
-        answered: Expected,
+        inner: Contained<F>,
+        messages: Messages,
         #[pin]
         deadline: Option<Sleep>,
     }
 }
 
-impl<F> Future for Answer<F>
+impl<F> Future for ResponseFuture<F>
 where
     F: Future<Output = Result<Response<Body>, Infallible>>,
 {
@@ -89,31 +90,33 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        if let Poll::Ready(answer) = this.answer.poll(context) {
-            let answer = answer.unwrap_or_else(|_| Ok(panicked().into_http()));
-            return Poll::Ready(answer.map(|answer| bounded(answer, *this.answered)));
+        if let Poll::Ready(response) = this.inner.poll(context) {
+            let response = response.unwrap_or_else(|_| Ok(panicked().into_http()));
+            return Poll::Ready(response.map(|response| bounded(response, *this.messages)));
         }
-        // Not left to tonic's server: that calls it CANCELLED.
+        // tonic's server would answer CANCELLED after a deadline, so the deadline is enforced here.
         let late = this.deadline.as_pin_mut().map_or(Poll::Pending, |deadline| deadline.poll(context));
         late.map(|()| Ok(Status::deadline_exceeded("the call's deadline has passed").into_http()))
     }
 }
 
-/// The answer as it goes out: one message is to be taken in time, and a large one has a body of its own.
-fn bounded(mut answer: Response<Body>, answered: Expected) -> Response<Body> {
-    if answered == Expected::One {
-        sending::begin();
+/// Bounds a response: starts the deadline for reading a unary one, and gives a large one its
+/// [`LargeBody`].
+fn bounded(mut response: Response<Body>, messages: Messages) -> Response<Body> {
+    if messages == Messages::One {
+        sending::start_deadline();
     }
-    match answer.extensions_mut().remove::<Large>() {
-        Some(large) => answer.map(|_| Body::new(large)),
-        None => answer,
+    match response.extensions_mut().remove::<LargeBody>() {
+        Some(large) => response.map(|_| Body::new(large)),
+        None => response,
     }
 }
 
-/// The status of a call or stream that panicked. It carries no reason, since nobody knows what was done.
+/// Returns the status of a call or stream that panicked. The status has no `ErrorInfo`, because
+/// what the call did is unknown.
 pub(crate) fn panicked() -> Status {
     Status::unavailable(format!(
-        "the daemon failed in this call, and its log says where; repeat it, {WITH_ITS_ID}"
+        "the daemon failed in this call, and its log says where; repeat the call, {WITH_ITS_ID}"
     ))
 }
 
@@ -133,14 +136,14 @@ mod tests {
             Ok::<_, Infallible>(Response::new(Body::empty()))
         });
         let request = Request::builder().header("grpc-timeout", timeout).body(Body::empty());
-        let bounds = BoundCalls(Room::new(1000));
-        let answer = bounds.layer(service).oneshot(request.expect("a request")).await;
-        let answer = answer.expect("an answer");
-        Status::from_header_map(answer.headers()).map(|status| status.code())
+        let bounds = BoundsLayer(ReceiveBudget::new(1000));
+        let response = bounds.layer(service).oneshot(request.expect("a request")).await;
+        let response = response.expect("a response");
+        Status::from_header_map(response.headers()).map(|status| status.code())
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_passed_deadline_is_called_that() {
+    async fn a_passed_deadline_is_answered_deadline_exceeded() {
         assert_eq!(code("10m", || sleep(Duration::from_millis(11))).await, Some(Code::DeadlineExceeded));
         assert_eq!(code("0n", std::future::pending).await, Some(Code::DeadlineExceeded));
         assert_eq!(code("10m", || sleep(Duration::from_millis(9))).await, None);
@@ -148,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_handler_that_panics_is_unavailable_and_the_next_call_is_not() {
+    async fn a_call_whose_handler_panics_is_unavailable_and_the_next_one_is_served() {
         assert_eq!(code("1S", || async { panic!("in a test") }).await, Some(Code::Unavailable));
         assert_eq!(code("1S", || async {}).await, None);
     }

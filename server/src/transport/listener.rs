@@ -1,4 +1,7 @@
-//! Serves connections: no more than are allowed, and none that is silent for long.
+//! Serves connections: at most a given number, and none that is silent for long.
+//!
+//! hyper serves the connections and not tonic's server. tonic's server leaves silent connections
+//! open, waits for them in a drain, and answers a passed deadline with CANCELLED.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -25,55 +28,59 @@ use tonic::codegen::http::{Request, Response};
 use tower::{Service, ServiceExt};
 
 use super::accept::Batched;
-use super::receiving::Taken;
-use super::sending::{PIECE, in_time};
+use super::receiving::BytesInUse;
+use super::sending::{CHUNK_BYTES, in_time};
 use crate::config::Limits;
 use crate::engine::Caller;
-use crate::grpc::untaken::Untaken;
-use crate::metrics::registry::Present;
+use crate::grpc::unread::UnreadAnswers;
+use crate::metrics::registry::GaugeGuard;
 use crate::panics::contain;
 
-/// How long a peer may take to say that it speaks HTTP/2.
-const GREETING: Duration = Duration::from_secs(5);
-/// A peer that says nothing is asked for a sign of life after this, and has as long to give one. Without pings a half-open
-/// connection looks alive for minutes. In the middle of a block of headers no peer can answer (RFC 9113, 6.10), so twice this
-/// bounds how long headers may take to come in.
+/// How long a peer may take to send the HTTP/2 preface.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A silent peer is sent a ping after this, and has as long to answer it. Without pings a half-open
+/// connection looks alive for minutes. A peer cannot answer in the middle of a header block (RFC
+/// 9113, 6.10), so headers must arrive within twice this.
 const PING: Duration = Duration::from_secs(5);
 /// How long a connection without calls may take to close in a drain.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// What an HTTP/2 client says first (RFC 9113, 3.4), in bytes.
-const PREFACE: usize = 24;
-/// Between two log lines about connections that were closed for being too many.
-const SPARSELY: Duration = Duration::from_secs(10);
-/// How often a peer may make h2 reset a stream, in the life of a connection. h2 counts for life, so this is far beyond what
-/// mistakes of an honest client come to; each reset takes some hundred bytes until the peer has read it.
-const LOCAL_RESETS: usize = 16 * 1024;
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The length of the HTTP/2 preface (RFC 9113, 3.4), in bytes.
+const PREFACE_BYTES: usize = 24;
+/// The least time between two log lines about refused connections.
+const WARNING_INTERVAL: Duration = Duration::from_secs(10);
+/// How often a peer may make h2 reset a stream before h2 closes the connection. h2 counts over the
+/// life of the connection, so this is far more than an honest client causes by mistake. Each reset
+/// takes some hundred bytes until the peer has read it.
+const MAX_LOCAL_RESETS: usize = 16 * 1024;
 
-/// A connection's share of those that are allowed at once.
-pub(crate) type Slot = OwnedSemaphorePermit;
+/// Permits one connection. Dropping it permits another one.
+pub(crate) type ConnectionSlot = OwnedSemaphorePermit;
 
-/// Serves what comes in, each connection in a task, at most `most` at once, until `ended` or nothing more comes; then waits for
-/// those that are open. Further ones are closed at once and counted in `refused`. Dropping this cuts all connections.
+/// Serves the connections of `incoming`, each in a task, until `ended` is cancelled or `incoming`
+/// ends. Then waits until all connections are closed.
+///
+/// At most `most` connections are open at once. Further ones are closed and counted in `refused`.
+/// Dropping the future cuts all connections.
 pub(crate) async fn serve_all<T, F>(
     incoming: impl Stream<Item = T>,
     most: usize,
     refused: Counter,
     ended: CancellationToken,
-    serve: impl Fn(T, Slot) -> F,
+    serve: impl Fn(T, ConnectionSlot) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let room = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+    let slots = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
     let cut = CancellationToken::new();
     let _cut_all = cut.clone().drop_guard();
     let connections = TaskTracker::new();
     {
         let mut incoming = pin!(incoming.take_until(ended.cancelled()));
-        let mut complaint = Complaint::default();
+        let mut warning = RefusalWarning::default();
         while let Some(stream) = incoming.next().await {
-            let Ok(slot) = Arc::clone(&room).try_acquire_owned() else {
+            let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
                 refused.inc();
-                complaint.refused(most);
+                warning.refused(most);
                 continue;
             };
             let (connection, cut) = (serve(stream, slot), cut.clone());
@@ -84,89 +91,95 @@ pub(crate) async fn serve_all<T, F>(
                 }
             }));
         }
-        // The port is closed here: a peer that comes now should go elsewhere, and not wait.
+        // `incoming` is dropped here, which closes the port: a peer that connects now is refused
+        // and can go to another daemon at once.
     }
     connections.close();
     connections.wait().await;
 }
 
-/// Says now and then how many connections were closed for being too many.
+/// Logs from time to time how many connections were refused.
 #[derive(Debug, Default)]
-struct Complaint {
+struct RefusalWarning {
     last: Option<Instant>,
-    unsaid: u64,
+    unlogged: u64,
 }
 
-impl Complaint {
+impl RefusalWarning {
     fn refused(&mut self, most: usize) {
-        self.unsaid += 1;
-        if self.last.is_none_or(|last| last.elapsed() >= SPARSELY) {
-            tracing::warn!(closed = self.unsaid, limit = most, "as many connections are open as are allowed");
-            *self = Self { last: Some(Instant::now()), unsaid: 0 };
+        self.unlogged += 1;
+        if self.last.is_none_or(|last| last.elapsed() >= WARNING_INTERVAL) {
+            tracing::warn!(
+                closed = self.unlogged,
+                limit = most,
+                "as many connections are open as are allowed"
+            );
+            *self = Self { last: Some(Instant::now()), unlogged: 0 };
         }
     }
 }
 
-/// What is known of the other side of a connection.
+/// The state of the other side of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Peer {
-    /// It has said that it speaks HTTP/2.
-    has_greeted: AtomicBool,
-    /// Calls that are open.
+    /// Whether the peer has sent as many bytes as the HTTP/2 preface has.
+    has_sent_preface: AtomicBool,
+    /// How many calls are open.
     calls: AtomicUsize,
 }
 
 impl Peer {
-    /// `bytes` have come from it in all.
-    pub(crate) fn heard(&self, bytes: usize) {
-        if bytes >= PREFACE {
-            self.has_greeted.store(true, Ordering::Relaxed);
+    /// Notes that the peer has sent `bytes` in all.
+    pub(crate) fn received(&self, bytes: usize) {
+        if bytes >= PREFACE_BYTES {
+            self.has_sent_preface.store(true, Ordering::Relaxed);
         }
     }
 
-    fn has_greeted(&self) -> bool {
-        self.has_greeted.load(Ordering::Relaxed)
+    fn has_sent_preface(&self) -> bool {
+        self.has_sent_preface.load(Ordering::Relaxed)
     }
 
-    /// Ready if it has not greeted in time.
-    async fn is_silent(&self) {
-        sleep(GREETING).await;
-        if self.has_greeted() {
+    /// Completes if the peer has not sent the preface in time.
+    async fn preface_timed_out(&self) {
+        sleep(PREFACE_TIMEOUT).await;
+        if self.has_sent_preface() {
             pending().await
         }
     }
 
-    /// Ready once it has had time to close the connection and has no calls open.
-    async fn is_done(&self) {
-        sleep(FAREWELL).await;
+    /// Completes once the peer has had time to close the connection and has no open calls.
+    async fn calls_are_done(&self) {
+        sleep(CLOSE_TIMEOUT).await;
         while self.calls.load(Ordering::Relaxed) > 0 {
-            sleep(FAREWELL / 10).await;
+            sleep(CLOSE_TIMEOUT / 10).await;
         }
     }
 }
 
-/// Runs the calls of one connection, and knows how many there are.
+/// Runs the calls of one connection in tasks, and counts them.
 #[derive(Debug, Clone)]
-struct Calls(Arc<Peer>);
+struct CallExecutor(Arc<Peer>);
 
-/// A call that is open.
-struct Open(Arc<Peer>);
+/// Counts an open call until it is dropped.
+struct OpenCall(Arc<Peer>);
 
-impl Drop for Open {
+impl Drop for OpenCall {
     fn drop(&mut self) {
         self.0.calls.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl<F> Executor<F> for Calls
+impl<F> Executor<F> for CallExecutor
 where
     F: Future + Send + 'static,
     F::Output: Send,
 {
     fn execute(&self, call: F) {
         self.0.calls.fetch_add(1, Ordering::Relaxed);
-        let open = Open(Arc::clone(&self.0));
-        // An async block would have room for the call twice: where it is captured, and where it is awaited.
+        let open = OpenCall(Arc::clone(&self.0));
+        // Combinators, because an async block would have space for the call twice: where it is
+        // captured, and where it is awaited.
         tokio::spawn(contain(in_time(call)).map(|_| drop(open)));
     }
 }
@@ -176,7 +189,7 @@ where
 pub(crate) struct Grpc<S> {
     pub(crate) service: S,
     pub(crate) limits: Limits,
-    /// Connections that are open.
+    /// Counts open connections.
     pub(crate) open: Gauge,
     pub(crate) draining: CancellationToken,
 }
@@ -187,23 +200,27 @@ where
     S::Future: Send,
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
-    /// Serves one connection until either side ends it; in a drain, for as long as it has calls. The unary calls of a
-    /// connection take turns as one caller, and its messages share what they may take while they come in and their answers go
-    /// out.
-    pub(crate) async fn serve<T>(self, stream: T, slot: Slot)
+    /// Serves one connection until either side closes it. In a drain, the connection is closed once
+    /// it has no calls.
+    ///
+    /// All calls of the connection share one [`Caller`] for their turns, one [`BytesInUse`] for
+    /// requests and one [`UnreadAnswers`] for answers on keepalive streams.
+    pub(crate) async fn serve<T>(self, stream: T, slot: ConnectionSlot)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let _held = (slot, Present::of(&self.open));
+        let _held = (slot, GaugeGuard::one_more(&self.open));
         let peer = Arc::new(Peer::default());
         let stream = TokioIo::new(Batched::new(stream, Arc::clone(&peer)));
-        let http = http2(&self.limits, Calls(Arc::clone(&peer)));
-        let (caller, receiving, untaken) = (Caller::new(), Taken::default(), Untaken::default());
+        let http = http2(&self.limits, CallExecutor(Arc::clone(&peer)));
+        let (caller, in_use, unread) = (Caller::new(), BytesInUse::default(), UnreadAnswers::default());
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(caller.clone());
-            request.extensions_mut().insert(receiving.clone());
-            request.extensions_mut().insert(untaken.clone());
-            // In a box, which goes when the answer begins: a stream's task would keep the room for it as long as it lives.
+            request.extensions_mut().insert(in_use.clone());
+            request.extensions_mut().insert(unread.clone());
+            // Boxed, and dropped when the response begins. A task keeps the space of the largest
+            // state that it is ever in, so a stream would keep the space of this future for its
+            // whole life.
             Box::pin(self.service.clone().oneshot(request))
         });
         let mut connection = pin!(http.serve_connection(stream, service));
@@ -214,36 +231,38 @@ where
                 }
                 return;
             }
-            () = peer.is_silent() => {
+            () = peer.preface_timed_out() => {
                 tracing::debug!("closed a connection that was silent");
                 return;
             }
             () = self.draining.cancelled() => {}
         }
-        if !peer.has_greeted() {
+        // A peer that has not even sent the preface has no calls to wait for.
+        if !peer.has_sent_preface() {
             return;
         }
         connection.as_mut().graceful_shutdown();
         tokio::select! {
             _ = connection => {}
-            () = peer.is_done() => {}
+            () = peer.calls_are_done() => {}
         }
     }
 }
 
-fn http2(limits: &Limits, calls: Calls) -> auto::Builder<Calls> {
-    let mut builder = auto::Builder::new(calls).http2_only();
+fn http2(limits: &Limits, executor: CallExecutor) -> auto::Builder<CallExecutor> {
+    let mut builder = auto::Builder::new(executor).http2_only();
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams)
-        // Calls that were cancelled before this side has seen them: after a hitch in the network all that a client has open
-        // may come together with their ends, and those that it opened in their place. More is an attack (CVE-2023-44487).
+        // Calls that the client cancelled before this side has seen them. After a hitch in the
+        // network, the open calls of a client may arrive together with their cancellations and with
+        // the calls opened in their stead. More is an attack (CVE-2023-44487).
         .max_pending_accept_reset_streams(Some(2 * limits.streams as usize))
-        .max_local_error_reset_streams(Some(LOCAL_RESETS))
-        // What is sent into the window of a peer that does not read its socket is in memory until it does. A body that has
-        // ended has no deadline any more.
-        .max_send_buf_size(2 * PIECE)
+        .max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
+        // Data for a peer that does not read its socket stays in memory, however large the peer's
+        // window is. No deadline ends that once the whole body has been handed out.
+        .max_send_buf_size(2 * CHUNK_BYTES)
         .max_header_list_size(16 * 1024)
         .keep_alive_interval(Some(PING))
         .keep_alive_timeout(PING);
@@ -264,20 +283,21 @@ mod tests {
 
     use super::*;
     use crate::config::{Args, Config};
-    use crate::transport::bounds::BoundCalls;
-    use crate::transport::receiving::Room;
+    use crate::transport::bounds::BoundsLayer;
+    use crate::transport::receiving::ReceiveBudget;
 
-    /// How a client begins: the preface and an empty SETTINGS frame.
+    /// What a client sends first: the preface and an empty SETTINGS frame.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-    /// When the call is reset whose caller takes nothing of its answer and answers pings; within a minute.
+    /// Returns after how long a call is reset whose caller reads nothing of the response but
+    /// answers pings. `None` if it is not reset within a minute.
     async fn reset(path: &str) -> Option<Duration> {
         let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
-        let answer = |_: Request<Body>| async {
-            let body = http_body_util::Full::new(Bytes::from_static(b"an answer"));
+        let handler = |_: Request<Body>| async {
+            let body = http_body_util::Full::new(Bytes::from_static(b"a response"));
             Ok::<_, Infallible>(Response::new(Body::new(body)))
         };
-        let service = BoundCalls(Room::new(1000)).layer(service_fn(answer));
+        let service = BoundsLayer(ReceiveBudget::new(1000)).layer(service_fn(handler));
         let grpc = Grpc { service, limits, open: Gauge::default(), draining: CancellationToken::new() };
         let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
         let (mut peer, stream) = duplex(64 * 1024);
@@ -310,20 +330,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_unary_call_whose_answer_is_not_taken_is_reset_after_ten_seconds_and_a_stream_is_not() {
-        let took = reset("/leased.v1.LeaseService/Get").await.expect("an end").as_millis();
-        assert!((10_000..10_100).contains(&took), "{took} ms");
+    async fn a_unary_call_whose_response_is_not_read_is_reset_after_ten_seconds_and_a_stream_is_not() {
+        let elapsed = reset("/leased.v1.LeaseService/Get").await.expect("an end").as_millis();
+        assert!((10_000..10_100).contains(&elapsed), "{elapsed} ms");
         assert_eq!(reset("/leased.v1.LeaseService/Watch").await, None);
     }
 
-    /// Windows do not bound what is sent to a peer: it may give as much as it likes, and not read its socket.
+    /// Windows do not bound the memory for a peer: it may open a large window and not read its
+    /// socket.
     #[tokio::test(start_paused = true)]
-    async fn little_is_made_ready_for_a_peer_that_does_not_read_its_socket() {
+    async fn little_is_buffered_for_a_peer_that_does_not_read_its_socket() {
         const FRAME: usize = 16 * 1024;
         let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
         let made = Arc::new(AtomicUsize::new(0));
         let frames = Arc::clone(&made);
-        let answer = move |_: Request<Incoming>| {
+        let handler = move |_: Request<Incoming>| {
             let frames = Arc::clone(&frames);
             async move {
                 let frame = move || {
@@ -334,7 +355,7 @@ mod tests {
             }
         };
         let draining = CancellationToken::new();
-        let grpc = Grpc { service: service_fn(answer), limits, open: Gauge::default(), draining };
+        let grpc = Grpc { service: service_fn(handler), limits, open: Gauge::default(), draining };
         let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
         let socket = 64 * 1024;
         let (mut peer, stream) = duplex(socket);
@@ -350,9 +371,10 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn headers_that_do_not_come_whole_end_their_connection_within_ten_seconds() {
+    async fn incomplete_headers_end_their_connection_within_ten_seconds() {
         let limits = Config::try_from(Args::parse_from(["leased"])).expect("the defaults").limits;
-        // Half of a HEADERS frame, and a whole one that another is to follow.
+        // A part of a HEADERS frame, and a complete frame without END_HEADERS, which a CONTINUATION
+        // must follow.
         for begun in [&b"\0\0\x01\x01\0"[..], b"\0\0\x01\x01\0\0\0\0\x01\x83"] {
             let service = service_fn(|_: Request<Incoming>| async {
                 Ok::<_, Infallible>(Response::new(Body::empty()))
@@ -364,8 +386,8 @@ mod tests {
             tokio::spawn(grpc.serve(stream, slot));
             peer.write_all(&[HELLO, begun].concat()).await.expect("a connection");
             peer.read_to_end(&mut Vec::new()).await.expect("an end");
-            let took = began.elapsed();
-            assert!(took <= Duration::from_millis(10_100), "{took:?}");
+            let elapsed = began.elapsed();
+            assert!(elapsed <= Duration::from_millis(10_100), "{elapsed:?}");
         }
     }
 }

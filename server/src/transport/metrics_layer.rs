@@ -1,5 +1,7 @@
-//! Calls as they are counted: by method and code, with how long they took and how many streams are open. It sees heads and
-//! trailers, and no messages.
+//! The layer that counts calls by method and status code, measures their duration, and counts open
+//! streams.
+//!
+//! The layer reads the status code from headers or trailers, so it decodes no messages.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,11 +20,11 @@ use tonic::codegen::http::{HeaderMap, Request, Response};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use super::receiving::Expected;
-use super::sending::{PIECE, piece};
-use crate::metrics::registry::{Histogram, Meter, Present};
+use super::receiving::Messages;
+use super::sending::{CHUNK_BYTES, next_chunk};
+use crate::metrics::registry::{GaugeGuard, Histogram, MetricsRegistry};
 
-/// The methods that are counted: those that answer once, then the streams.
+/// The methods that are counted: first those with one response message, then the streams.
 const METHODS: [(&str, &str); 8] = [
     (LEASE_SERVICE, "Acquire"),
     (LEASE_SERVICE, "Release"),
@@ -36,25 +38,28 @@ const METHODS: [(&str, &str); 8] = [
 const UNARY: usize = 6;
 const STREAMS: usize = METHODS.len() - UNARY;
 
-/// What a method is sent. Methods of the health service take one message. Reflection takes many, but no caller needs it for
-/// longer than a request may take, and each call of it should have an end.
-pub(crate) fn expected(path: &str) -> Expected {
+/// Returns how many messages a request of a method has.
+///
+/// A reflection call may send many, but counts as one message, so that its time is bounded like
+/// that of any other request.
+pub(crate) fn request_messages(path: &str) -> Messages {
     match path.rsplit_once('/') {
-        Some((_, "KeepAlive")) => Expected::Many,
-        _ => Expected::One,
+        Some((_, "KeepAlive")) => Messages::Many,
+        _ => Messages::One,
     }
 }
 
-/// What a method answers with; reflection as if it were one message.
-pub(crate) fn answered(path: &str) -> Expected {
+/// Returns how many messages a response of a method has. Reflection counts as one message here too.
+pub(crate) fn response_messages(path: &str) -> Messages {
     match path.rsplit_once('/') {
-        // The health service has a `Watch` as well.
-        Some((_, "KeepAlive" | "Watch")) => Expected::Many,
-        _ => Expected::One,
+        // `Watch` is also a method of the health service, and a stream there too.
+        Some((_, "KeepAlive" | "Watch")) => Messages::Many,
+        _ => Messages::One,
     }
 }
 
-/// In the order of their numbers: <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>.
+/// The status codes in the order of their numbers:
+/// <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>.
 const CODES: [&str; 17] = [
     "OK",
     "CANCELLED",
@@ -75,7 +80,8 @@ const CODES: [&str; 17] = [
     "UNAUTHENTICATED",
 ];
 
-/// From a call that the store is not asked for to one that waits for long, in microseconds.
+/// Buckets for durations, in microseconds: from a call that needs no store to one that waits in a
+/// queue.
 const DURATIONS: [u64; 15] = [
     250,
     500,
@@ -94,9 +100,9 @@ const DURATIONS: [u64; 15] = [
     300_000_000,
 ];
 
-/// The counters of all methods.
+/// The metrics of all methods.
 #[derive(Debug)]
-struct Counts {
+struct CallMetrics {
     calls: [[Counter; CODES.len()]; METHODS.len()],
     durations: [Histogram; UNARY],
     open: [Gauge; STREAMS],
@@ -104,23 +110,23 @@ struct Counts {
 
 /// Counts the calls that pass.
 #[derive(Debug, Clone)]
-pub(crate) struct CountCalls(Arc<Counts>);
+pub(crate) struct MetricsLayer(Arc<CallMetrics>);
 
-impl CountCalls {
-    /// Nothing has been called yet.
-    pub(crate) fn new(meter: &mut Meter) -> Self {
+impl MetricsLayer {
+    /// Registers the metrics, with all series at zero.
+    pub(crate) fn new(registry: &mut MetricsRegistry) -> Self {
         let labels = METHODS.map(|(_, method)| CODES.map(|code| [("method", method), ("code", code)]));
         let unary: [&str; UNARY] = std::array::from_fn(|method| METHODS[method].1);
         let streams: [&str; STREAMS] = std::array::from_fn(|method| METHODS[UNARY + method].1);
-        let durations = ("leased_call_duration_seconds", "How long calls took that are answered once");
-        Self(Arc::new(Counts {
-            calls: meter.table(
+        let durations = ("leased_call_duration_seconds", "How long unary calls took");
+        Self(Arc::new(CallMetrics {
+            calls: registry.table(
                 ("leased_calls", "Calls that have ended, by status code"),
                 labels,
                 Counter::default,
             ),
-            durations: meter.by(durations, "method", unary, || Histogram::of_durations(&DURATIONS)),
-            open: meter.by(
+            durations: registry.by(durations, "method", unary, || Histogram::of_durations(&DURATIONS)),
+            open: registry.by(
                 ("leased_open_streams", "Streams that are open"),
                 "method",
                 streams,
@@ -129,89 +135,94 @@ impl CountCalls {
         }))
     }
 
-    /// A call begins, if it is one that counts.
-    fn begin(&self, path: &str) -> Option<Call> {
+    /// Notes that a call begins. `None` if its method is not counted.
+    fn begin(&self, path: &str) -> Option<MeteredCall> {
         let (service, name) = path.strip_prefix('/')?.split_once('/')?;
         let method = METHODS.iter().position(|method| *method == (service, name))?;
-        // A caller that goes away is told nothing.
-        Some(Call { counts: Arc::clone(&self.0), method, began_at: Instant::now(), code: Code::Cancelled })
+        // The code of a call that is dropped without a status: its caller has gone away.
+        Some(MeteredCall {
+            metrics: Arc::clone(&self.0),
+            method,
+            began_at: Instant::now(),
+            code: Code::Cancelled,
+        })
     }
 }
 
-/// A call that has not ended. Dropping it ends it.
+/// A call that has not ended. Dropping it counts the call with its code and duration.
 #[derive(Debug)]
-struct Call {
-    counts: Arc<Counts>,
+struct MeteredCall {
+    metrics: Arc<CallMetrics>,
     method: usize,
     began_at: Instant,
     code: Code,
 }
 
-impl Call {
-    /// A stream's share in the count of those that are open; `None` for methods that answer once.
-    fn open(&self) -> Option<Present> {
+impl MeteredCall {
+    /// Counts an open stream until the guard is dropped. `None` for unary methods.
+    fn open(&self) -> Option<GaugeGuard> {
         let stream = self.method.checked_sub(UNARY)?;
-        Some(Present::of(&self.counts.open[stream]))
+        Some(GaugeGuard::one_more(&self.metrics.open[stream]))
     }
 }
 
-impl Drop for Call {
+impl Drop for MeteredCall {
     fn drop(&mut self) {
-        self.counts.calls[self.method][self.code as usize].inc();
-        if let Some(durations) = self.counts.durations.get(self.method) {
-            durations.took(self.began_at.elapsed());
+        self.metrics.calls[self.method][self.code as usize].inc();
+        if let Some(durations) = self.metrics.durations.get(self.method) {
+            durations.observe_duration(self.began_at.elapsed());
         }
     }
 }
 
-/// The code in a head or in trailers.
+/// Returns the status code in headers or trailers.
 fn code(headers: &HeaderMap) -> Option<Code> {
     Some(Code::from_bytes(headers.get(Status::GRPC_STATUS)?.as_bytes()))
 }
 
-impl<S> Layer<S> for CountCalls {
-    type Service = Counted<S>;
+impl<S> Layer<S> for MetricsLayer {
+    type Service = MeteredService<S>;
 
-    fn layer(&self, service: S) -> Counted<S> {
-        Counted { service, counter: self.clone() }
+    fn layer(&self, inner: S) -> MeteredService<S> {
+        MeteredService { inner, metrics: self.clone() }
     }
 }
 
 /// A service whose calls are counted.
 #[derive(Debug, Clone)]
-pub(crate) struct Counted<S> {
-    service: S,
-    counter: CountCalls,
+pub(crate) struct MeteredService<S> {
+    inner: S,
+    metrics: MetricsLayer,
 }
 
-impl<S, B> Service<Request<B>> for Counted<S>
+impl<S, B> Service<Request<B>> for MeteredService<S>
 where
     S: Service<Request<B>, Response = Response<Body>>,
 {
     type Response = Response<Body>;
     type Error = S::Error;
-    type Future = Answer<S::Future>;
+    type Future = ResponseFuture<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.service.poll_ready(context)
+        self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let call = self.counter.begin(request.uri().path());
-        Answer { answer: self.service.call(request), call }
+        let call = self.metrics.begin(request.uri().path());
+        ResponseFuture { inner: self.inner.call(request), call }
     }
 }
 
 pin_project! {
-    /// The answer to a call.
-    pub(crate) struct Answer<F> {
+    /// The response of a [`MeteredService`]. For a stream, its headers.
+    pub(crate) struct ResponseFuture<F> {
         #[pin]
-        answer: F,
-        call: Option<Call>,
+        inner: F,
+        call: Option<MeteredCall>,
     }
 }
 
-impl<F, E> Future for Answer<F>
+impl<F, E> Future for ResponseFuture<F>
 where
     F: Future<Output = Result<Response<Body>, E>>,
 {
@@ -219,11 +230,13 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = ready!(this.answer.poll(context))?;
+        let response = ready!(this.inner.poll(context))?;
         let Some(mut call) = this.call.take() else { return Poll::Ready(Ok(response)) };
+        // Headers with a code end the call without any message.
         let refused = code(response.headers());
         if let (None, Some(open)) = (refused, call.open()) {
-            let stream = |messages| Body::new(Stream { messages, rest: Bytes::new(), call, _open: open });
+            let stream =
+                |messages| Body::new(MeteredStream { messages, rest: Bytes::new(), call, _open: open });
             return Poll::Ready(Ok(response.map(stream)));
         }
         call.code = refused.unwrap_or(Code::Ok);
@@ -231,18 +244,22 @@ where
     }
 }
 
-/// A stream's messages, until its code has been told or the caller has gone. They are handed over in pieces, so that a stream is
-/// asked for its next message only when its caller has taken nearly all of those before.
+/// The body of a stream. Counts the call with the code in the trailers, or as cancelled when the
+/// caller goes away.
+///
+/// The body hands out chunks of at most [`CHUNK_BYTES`]. A connection asks for the next one only
+/// when its caller has read nearly all before, so a stream makes no messages far ahead of its
+/// caller.
 #[derive(Debug)]
-struct Stream {
+struct MeteredStream {
     messages: Body,
-    /// What is still to be handed over of the latest messages.
+    /// The part of the latest data that has not been handed out.
     rest: Bytes,
-    call: Call,
-    _open: Present,
+    call: MeteredCall,
+    _open: GaugeGuard,
 }
 
-impl http_body::Body for Stream {
+impl http_body::Body for MeteredStream {
     type Data = Bytes;
     type Error = Status;
 
@@ -251,7 +268,7 @@ impl http_body::Body for Stream {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if !self.rest.is_empty() {
-            return Poll::Ready(Some(Ok(piece(&mut self.rest))));
+            return Poll::Ready(Some(Ok(next_chunk(&mut self.rest))));
         }
         let Some(frame) = ready!(Pin::new(&mut self.messages).poll_frame(context)?) else {
             return Poll::Ready(None);
@@ -259,11 +276,11 @@ impl http_body::Body for Stream {
         if let Some(code) = frame.trailers_ref().and_then(code) {
             self.call.code = code;
         }
-        if frame.data_ref().is_none_or(|data| data.len() <= PIECE) {
+        if frame.data_ref().is_none_or(|data| data.len() <= CHUNK_BYTES) {
             return Poll::Ready(Some(Ok(frame)));
         }
         self.rest = frame.into_data().unwrap_or_default();
-        Poll::Ready(Some(Ok(piece(&mut self.rest))))
+        Poll::Ready(Some(Ok(next_chunk(&mut self.rest))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -280,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_stand_in_the_order_of_their_numbers() {
+    fn codes_are_in_the_order_of_their_numbers() {
         for (number, name) in CODES.iter().enumerate() {
             let code = Code::from(i32::try_from(number).expect("a code"));
             assert_eq!(code as usize, number);
@@ -289,8 +306,8 @@ mod tests {
     }
 
     #[test]
-    fn a_call_of_another_service_does_not_count() {
-        let calls = CountCalls::new(&mut Meter::default());
+    fn a_call_of_another_service_is_not_counted() {
+        let calls = MetricsLayer::new(&mut MetricsRegistry::default());
         assert!(calls.begin("/leased.v1.LeaseService/Acquire").is_some());
         assert!(calls.begin("/leased.v1.AdminService/Acquire").is_none());
         assert!(calls.begin("/grpc.health.v1.Health/Check").is_none());

@@ -1,5 +1,7 @@
-//! What a request may take while it comes in: a message is whole in time, and all messages under way share a bound, of which
-//! one connection gets a part. What is whole already is the handler's.
+//! Bounds a request while it arrives: each message must arrive in time, and all partly received
+//! messages share a budget of memory, of which one connection may use a part.
+//!
+//! A complete message belongs to the handler and no longer counts.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,87 +16,98 @@ use tonic::codegen::Bytes;
 
 use crate::grpc::response::{MAX_MESSAGE_BYTES, limit_exceeded};
 
-/// How long a message may take to come in, and a request that is one message from its head to its end.
+/// How long a message may take to arrive. For a request of one message: from its headers to its
+/// end.
 const TIME: Duration = Duration::from_secs(10);
-/// A message begins with a flag and its length in four bytes (gRPC over HTTP/2, "Length-Prefixed-Message").
+/// How many bytes precede a message: a flag, and its length in four bytes (gRPC over HTTP/2,
+/// "Length-Prefixed-Message").
 const PREFIX: usize = 5;
-/// So many connections together may fill the room.
+/// One connection may use the budget divided by this.
 const SHARES: usize = 16;
 
-/// The room that messages under way share.
+/// The memory that partly received messages share.
 #[derive(Debug, Clone)]
-pub(crate) struct Room {
-    taken: Taken,
+pub(crate) struct ReceiveBudget {
+    in_use: BytesInUse,
+    /// The budget of the whole daemon.
     bytes: usize,
-    /// What one connection may have of it, so that no peer takes it all.
+    /// The part that one connection may use, so that no peer uses all.
     share: usize,
+    /// How long a message may take to arrive.
     time: Duration,
 }
 
-impl Room {
-    /// Room for so many bytes in the whole daemon. A connection may have the largest message in any case.
+impl ReceiveBudget {
+    /// Returns a budget of `bytes` for the whole daemon. A connection may always receive the
+    /// largest message.
     pub(crate) fn new(bytes: usize) -> Self {
         let share = (bytes / SHARES).max(PREFIX + MAX_MESSAGE_BYTES);
-        Self { taken: Taken::default(), bytes, share, time: TIME }
+        Self { in_use: BytesInUse::default(), bytes, share, time: TIME }
     }
 }
 
-/// Bytes of messages under way, of one connection or in the whole daemon. Clones are the same bytes.
+/// How many bytes of partly received messages are in memory, of one connection or of the whole
+/// daemon. Clones share the number.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Taken(Arc<AtomicUsize>);
+pub(crate) struct BytesInUse(Arc<AtomicUsize>);
 
-impl Taken {
-    /// A message has `now` bytes here, after `before`. Returns how many all messages have.
+impl BytesInUse {
+    /// Notes that a message has grown from `before` bytes to `now`. Returns the new sum of all
+    /// messages.
     fn shift(&self, before: usize, now: usize) -> usize {
-        let taken = self.0.fetch_add(now, Ordering::Relaxed) + now;
+        // Added before subtracting, so that the number never goes below zero.
+        let sum = self.0.fetch_add(now, Ordering::Relaxed) + now;
         self.0.fetch_sub(before, Ordering::Relaxed);
-        taken - before
+        sum - before
     }
 }
 
-/// What a method is sent, or answers with.
+/// How many messages a request or response of a method has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Expected {
-    /// One message, and the end.
+pub(crate) enum Messages {
+    /// One message, and then the end.
     One,
-    /// Messages for as long as the caller likes.
+    /// Any number of messages, for as long as the caller likes.
     Many,
 }
 
-/// A request's body that keeps to the bounds, or fails with the status that says which it passed.
+/// The body of a request. Fails with a status that names the limit if the request exceeds one.
 #[derive(Debug)]
 pub(crate) struct Receiving<B> {
     body: B,
-    expected: Expected,
+    expected: Messages,
     message: Message,
-    room: Room,
-    /// What its connection has of the room.
-    connection: Taken,
-    /// What this body has of the room.
+    budget: ReceiveBudget,
+    /// The bytes in use by the connection.
+    connection: BytesInUse,
+    /// The bytes in use by this body.
     held: usize,
-    /// When what is under way began.
+    /// When the message that is arriving began.
     since: Instant,
-    /// Made when the body first lets the handler wait.
+    /// Made when the handler first has to wait, so that a request which arrives at once needs no
+    /// timer.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl<B> Receiving<B> {
-    pub(crate) fn new(body: B, expected: Expected, room: Room, connection: Taken) -> Self {
+    pub(crate) fn new(body: B, expected: Messages, budget: ReceiveBudget, connection: BytesInUse) -> Self {
         let (message, since) = (Message::default(), Instant::now());
-        Self { body, expected, message, room, connection, held: 0, since, timer: None }
+        Self { body, expected, message, budget, connection, held: 0, since, timer: None }
     }
 
-    /// Takes note of what came in.
+    /// Counts data that has arrived, and checks the budgets.
     fn received(&mut self, data: &[u8]) -> Result<(), Status> {
-        let was_whole = self.held == 0;
+        let was_complete = self.held == 0;
         let held = self.message.received(data);
-        if self.expected == Expected::Many && (was_whole || held < self.held + data.len()) {
-            // Another message than before is under way, or none.
+        if self.expected == Messages::Many && (was_complete || held < self.held + data.len()) {
+            // A new message has begun, or none is arriving.
             (self.since, self.timer) = (Instant::now(), None);
         }
         let before = std::mem::replace(&mut self.held, held);
-        let Room { taken, bytes, share, .. } = &self.room;
-        let (by_all, by_connection) = (taken.shift(before, held), self.connection.shift(before, held));
+        let ReceiveBudget { in_use, bytes, share, .. } = &self.budget;
+        let (by_all, by_connection) = (in_use.shift(before, held), self.connection.shift(before, held));
+        // A message that is complete by now passes even if the budget is exceeded, because it no
+        // longer counts.
         if held > 0 && by_connection > *share {
             return Err(limit_exceeded("connection_receiving_bytes", *share));
         }
@@ -104,12 +117,13 @@ impl<B> Receiving<B> {
         Ok(())
     }
 
-    /// Ready when what is under way should have been here.
+    /// Ready when the message that is arriving is late.
     fn poll_late(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        if self.expected == Expected::Many && self.held == 0 {
+        // A stream may be silent between messages for as long as it likes.
+        if self.expected == Messages::Many && self.held == 0 {
             return Poll::Pending;
         }
-        let end = self.since + self.room.time;
+        let end = self.since + self.budget.time;
         self.timer.get_or_insert_with(|| Box::pin(sleep_until(end))).as_mut().poll(context)
     }
 }
@@ -134,7 +148,7 @@ where
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(Status::from_error(error.into())))),
             Poll::Ready(None) => Poll::Ready(None),
             Poll::Pending => self.poll_late(context).map(|()| {
-                let seconds = usize::try_from(self.room.time.as_secs()).unwrap_or(usize::MAX);
+                let seconds = usize::try_from(self.budget.time.as_secs()).unwrap_or(usize::MAX);
                 Some(Err(limit_exceeded("receiving_seconds", seconds)))
             }),
         }
@@ -151,42 +165,44 @@ where
 
 impl<B> Drop for Receiving<B> {
     fn drop(&mut self) {
-        self.room.taken.shift(self.held, 0);
+        self.budget.in_use.shift(self.held, 0);
         self.connection.shift(self.held, 0);
     }
 }
 
-/// How far the latest message has come in.
+/// A parser of message boundaries: how much of the latest message has arrived.
 #[derive(Debug, Default)]
 struct Message {
     prefix: [u8; PREFIX],
-    /// Bytes of it that are here, prefix included; 0 between messages.
-    here: usize,
-    /// Bytes to come behind the prefix.
+    /// How many bytes of the message have arrived, with its prefix. 0 between messages.
+    arrived: usize,
+    /// How many bytes behind the prefix are still to arrive.
     missing: usize,
 }
 
 impl Message {
-    /// Bytes of the message that is under way after `data`; 0 if none is.
+    /// Reads `data`. Returns how many bytes of an incomplete message have arrived then, or 0 if all
+    /// messages are complete.
     fn received(&mut self, mut data: &[u8]) -> usize {
         while !data.is_empty() {
-            if let Some(prefix) = self.prefix.get_mut(self.here..).filter(|prefix| !prefix.is_empty()) {
+            if let Some(prefix) = self.prefix.get_mut(self.arrived..).filter(|prefix| !prefix.is_empty()) {
                 let (some, rest) = data.split_at(prefix.len().min(data.len()));
                 prefix[..some.len()].copy_from_slice(some);
-                (self.here, data) = (self.here + some.len(), rest);
-                if self.here == PREFIX {
+                (self.arrived, data) = (self.arrived + some.len(), rest);
+                if self.arrived == PREFIX {
                     let [_, length @ ..] = self.prefix;
                     self.missing = u32::from_be_bytes(length) as usize;
                 }
             } else {
                 let count = self.missing.min(data.len());
-                (self.here, self.missing, data) = (self.here + count, self.missing - count, &data[count..]);
+                (self.arrived, self.missing, data) =
+                    (self.arrived + count, self.missing - count, &data[count..]);
             }
-            if self.here >= PREFIX && self.missing == 0 {
-                self.here = 0;
+            if self.arrived >= PREFIX && self.missing == 0 {
+                self.arrived = 0;
             }
         }
-        self.here
+        self.arrived
     }
 }
 
@@ -209,7 +225,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn messages_are_told_apart_wherever_their_bytes_are_cut(
+        fn message_boundaries_are_found_wherever_the_bytes_are_cut(
             sizes in prop::collection::vec(0_usize..40, 1..8),
             cuts in prop::collection::vec(1_usize..20, 1..40),
         ) {
@@ -234,19 +250,23 @@ mod tests {
 
     type Frames = Pin<Box<dyn tokio_stream::Stream<Item = Result<Frame<Bytes>, Status>> + Send>>;
 
-    /// A body that is fed by hand.
+    /// A body whose data the test sends.
     type Fed = Receiving<http_body_util::StreamBody<Frames>>;
 
-    /// A body on a connection of its own.
-    fn fed(expected: Expected, room: &Room) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
-        fed_on(&Taken::default(), expected, room)
+    /// Returns a body on a new connection, and the sender of its data.
+    fn fed(expected: Messages, budget: &ReceiveBudget) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
+        fed_on(&BytesInUse::default(), expected, budget)
     }
 
-    fn fed_on(connection: &Taken, expected: Expected, room: &Room) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
+    fn fed_on(
+        connection: &BytesInUse,
+        expected: Messages,
+        budget: &ReceiveBudget,
+    ) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
         let (sender, receiver) = mpsc::unbounded_channel::<Vec<u8>>();
         let frames = UnboundedReceiverStream::new(receiver).map(|data| Ok(Frame::data(Bytes::from(data))));
         let body = http_body_util::StreamBody::new(Box::pin(frames) as Frames);
-        (sender, Receiving::new(body, expected, room.clone(), connection.clone()))
+        (sender, Receiving::new(body, expected, budget.clone(), connection.clone()))
     }
 
     async fn next(body: &mut Fed) -> Option<Result<Frame<Bytes>, Status>> {
@@ -254,8 +274,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_request_that_does_not_end_in_time_is_past_a_limit() {
-        let (sender, mut body) = fed(Expected::One, &Room::new(1000));
+    async fn a_request_that_does_not_end_in_time_exceeds_a_limit() {
+        let (sender, mut body) = fed(Messages::One, &ReceiveBudget::new(1000));
         let began = Instant::now();
         sender.send(message(100)).expect("a reader");
         next(&mut body).await.expect("a frame").expect("the message");
@@ -264,11 +284,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_may_rest_between_messages_and_not_in_one() {
-        let (sender, mut body) = fed(Expected::Many, &Room::new(1000));
+    async fn a_stream_may_pause_between_messages_but_not_within_one() {
+        let (sender, mut body) = fed(Messages::Many, &ReceiveBudget::new(1000));
         for _ in 0..3 {
             let rest = tokio::time::timeout(TIME * 10, next(&mut body)).await;
-            assert!(rest.is_err(), "nothing is wrong with silence");
+            assert!(rest.is_err(), "a silent stream is not refused");
             sender.send(message(100)).expect("a reader");
             next(&mut body).await.expect("a frame").expect("a message");
         }
@@ -282,7 +302,7 @@ mod tests {
             }
         };
         let status = tokio::select! {
-            () = trickle => unreachable!("it goes on for ever"),
+            () = trickle => unreachable!("the trickle never ends"),
             status = async { loop { if let Err(status) = next(&mut body).await.expect("no end") { break status } } } => status,
         };
         assert_eq!(status.code(), Code::ResourceExhausted);
@@ -290,47 +310,47 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn messages_under_way_share_the_room_and_whole_ones_need_none() {
-        let room = Room::new(1000);
-        let (first, mut holding) = fed(Expected::Many, &room);
+    async fn partly_received_messages_share_the_budget_and_complete_ones_need_none() {
+        let budget = ReceiveBudget::new(1000);
+        let (first, mut holding) = fed(Messages::Many, &budget);
         first.send(message(2000)[..900].to_vec()).expect("a reader");
-        next(&mut holding).await.expect("a frame").expect("there is room");
-        let (second, mut other) = fed(Expected::One, &room);
+        next(&mut holding).await.expect("a frame").expect("within the budget");
+        let (second, mut other) = fed(Messages::One, &budget);
         second.send(message(2000)[..200].to_vec()).expect("a reader");
-        let status = next(&mut other).await.expect("a frame").expect_err("no room");
+        let status = next(&mut other).await.expect("a frame").expect_err("past the budget");
         assert_eq!(status.code(), Code::ResourceExhausted);
         drop(other);
-        let (third, mut whole) = fed(Expected::One, &room);
+        let (third, mut complete) = fed(Messages::One, &budget);
         third.send(message(5000)).expect("a reader");
-        next(&mut whole).await.expect("a frame").expect("it is whole");
+        next(&mut complete).await.expect("a frame").expect("a complete message");
         first.send(message(2000)[900..].to_vec()).expect("a reader");
         next(&mut holding).await.expect("a frame").expect("the rest");
-        assert_eq!(room.taken.shift(0, 0), 0);
+        assert_eq!(budget.in_use.shift(0, 0), 0);
     }
 
     #[tokio::test]
-    async fn a_connection_has_its_share_of_the_room_and_the_largest_message_fits() {
-        assert_eq!(Room::new(1 << 30).share, 1 << 26);
-        let room = Room::new(64 << 20);
-        let (one, other) = (Taken::default(), Taken::default());
+    async fn a_connection_has_its_share_of_the_budget_and_the_largest_message_fits() {
+        assert_eq!(ReceiveBudget::new(1 << 30).share, 1 << 26);
+        let budget = ReceiveBudget::new(64 << 20);
+        let (one, other) = (BytesInUse::default(), BytesInUse::default());
         let mut largest = message(MAX_MESSAGE_BYTES);
         let last = largest.split_off(largest.len() - 1);
-        let (first, mut holding) = fed_on(&one, Expected::Many, &room);
+        let (first, mut holding) = fed_on(&one, Messages::Many, &budget);
         first.send(largest).expect("a reader");
-        next(&mut holding).await.expect("a frame").expect("there is room");
+        next(&mut holding).await.expect("a frame").expect("within the budget");
 
-        let (second, mut same) = fed_on(&one, Expected::Many, &room);
+        let (second, mut same) = fed_on(&one, Messages::Many, &budget);
         second.send(message(2000)[..200].to_vec()).expect("a reader");
-        let status = next(&mut same).await.expect("a frame").expect_err("no room");
+        let status = next(&mut same).await.expect("a frame").expect_err("past the budget");
         assert!(status.message().contains("connection_receiving_bytes"), "{status:?}");
         drop(same);
-        let (third, mut another) = fed_on(&other, Expected::Many, &room);
+        let (third, mut another) = fed_on(&other, Messages::Many, &budget);
         third.send(message(2000)[..200].to_vec()).expect("a reader");
         next(&mut another).await.expect("a frame").expect("it has a share of its own");
 
         first.send(last).expect("a reader");
         next(&mut holding).await.expect("a frame").expect("the rest");
         drop(another);
-        assert_eq!([one, other, room.taken].map(|taken| taken.shift(0, 0)), [0; 3]);
+        assert_eq!([one, other, budget.in_use].map(|in_use| in_use.shift(0, 0)), [0; 3]);
     }
 }

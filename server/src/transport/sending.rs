@@ -1,8 +1,12 @@
-//! What the answer to a unary call may take while it goes out: its caller takes it in time, and a large one is handed over in
-//! pieces and keeps its turn until the last piece is gone.
+//! Bounds the response to a unary call while it is sent.
 //!
-//! Streams are not meant: a keepalive stream or a watch lasts for as long as its caller likes. But a stream may have its call
-//! reset.
+//! The caller must read the response in time. A large response is sent in chunks and keeps its
+//! permit until the last chunk has been handed to the connection. Otherwise each call of a
+//! connection that reads nothing would keep its response in memory, and many pages to encode would
+//! keep the runtime from its sockets.
+//!
+//! A keepalive stream or a watch may last for as long as its caller likes, so the deadline is not
+//! for streams. But a stream can have its call reset.
 
 use std::cell::Cell;
 use std::pin::Pin;
@@ -20,28 +24,32 @@ use tonic::{Response, Status};
 
 use crate::engine;
 
-/// How long a caller may take to take the answer to a unary call, or one on a keepalive stream.
+/// How long a caller may take to read the response to a unary call, or an answer on a keepalive
+/// stream.
 pub(crate) const TIME: Duration = Duration::from_secs(10);
-/// Large answers under way in the whole daemon.
-const TURNS: usize = 32;
-/// Bytes of an answer that are handed to its connection in one go. A connection asks for more only when its peer has taken
-/// those before, so this is what it keeps of an answer that nobody takes.
-pub(crate) const PIECE: usize = 16 * 1024;
+/// How many large responses the whole daemon sends at once.
+const LARGE_RESPONSES: usize = 32;
+/// How many bytes of a response are handed to its connection at once. A connection asks for the
+/// next chunk when its peer has read the one before. So this is what a connection keeps of a
+/// response that nobody reads.
+pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
 
 thread_local! {
-    /// Whether the call that this thread polls has begun to send the answer to a unary call.
-    static BEGUN: Cell<bool> = const { Cell::new(false) };
-    /// What resets the call that this thread polls.
+    /// Whether the call that this thread polls has begun to send the response to a unary call.
+    static DEADLINE_STARTS: Cell<bool> = const { Cell::new(false) };
+    /// Resets the call that this thread polls.
     static RESET: Cell<Option<oneshot::Receiver<()>>> = const { Cell::new(None) };
 }
 
-/// Notes that the call which this thread polls sends the answer to a unary call from here on.
-pub(crate) fn begin() {
-    BEGUN.set(true);
+/// Starts the deadline for reading the response of the unary call that this thread polls.
+pub(crate) fn start_deadline() {
+    DEADLINE_STARTS.set(true);
 }
 
-/// What resets the call which this thread polls. A connection whose peer takes nothing does not ask the body of a stream for
-/// anything, so the body could not end the stream.
+/// Returns a sender that resets the call that this thread polls.
+///
+/// The body of a stream could not end the stream itself: a connection whose peer reads nothing does
+/// not poll the body.
 pub(crate) fn resettable() -> oneshot::Sender<()> {
     let (sender, receiver) = oneshot::channel();
     RESET.set(Some(receiver));
@@ -49,19 +57,22 @@ pub(crate) fn resettable() -> oneshot::Sender<()> {
 }
 
 pin_project! {
-    /// A call that is dropped, and thereby reset, if the answer to it is not taken in time or its stream asks for that.
+    /// The task of a call. Ends, which resets the call, if its response is not read in time or if
+    /// its stream asks for a reset.
     pub(crate) struct Sending<F> {
         #[pin]
         call: F,
-        // In a box, which is made for answers that have to wait for their caller, and for no streams.
+        // Boxed, because only a response that waits for its caller needs a timer, and a stream
+        // never does.
         deadline: Option<Pin<Box<Sleep>>>,
         reset: Option<oneshot::Receiver<()>>,
     }
 }
 
-/// Runs a call until its answer has been taken, or should have been.
+/// Runs a call until its response has been read, or until the deadline for that.
 ///
-/// The deadline is not the body's: a connection asks the body for no more until its peer has taken what there was.
+/// The body could not enforce the deadline, because a connection does not poll it until the peer
+/// has read what was sent before.
 pub(crate) fn in_time<F: Future>(call: F) -> Sending<F> {
     Sending { call, deadline: None, reset: None }
 }
@@ -71,12 +82,14 @@ impl<F: Future> Future for Sending<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
-        BEGUN.set(false);
+        // The call sets these while it is polled. Code deep inside the service has no other way to
+        // reach its task.
+        DEADLINE_STARTS.set(false);
         RESET.set(None);
         if this.call.poll(context).is_ready() {
             return Poll::Ready(());
         }
-        if BEGUN.take() {
+        if DEADLINE_STARTS.take() {
             *this.deadline = Some(Box::pin(sleep(TIME)));
         }
         if let Some(reset) = RESET.take() {
@@ -86,94 +99,98 @@ impl<F: Future> Future for Sending<F> {
             if asked.is_ok() {
                 return Poll::Ready(());
             }
-            // The stream has ended by itself.
+            // The sender was dropped without a reset.
             *this.reset = None;
         }
         this.deadline.as_mut().map_or(Poll::Pending, |deadline| deadline.as_mut().poll(context))
     }
 }
 
-/// The turns that large answers take. Clones are the same turns.
+/// The permits to send large responses. Clones share the permits.
 #[derive(Debug, Clone)]
-pub(crate) struct Turns(Arc<Semaphore>);
+pub(crate) struct ResponsePermits(Arc<Semaphore>);
 
-impl Default for Turns {
+impl Default for ResponsePermits {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(TURNS)))
+        Self(Arc::new(Semaphore::new(LARGE_RESPONSES)))
     }
 }
 
-/// The turns of an answer that may be large: one among those of its caller, and one of the whole daemon if the answer is large.
-/// Dropping them ends them.
+/// Permits a response that may be large. Has one of its caller's turns, and one of the daemon's
+/// permits if the response is large.
 #[derive(Debug)]
-pub(crate) struct Turn {
-    _of_caller: engine::Turn,
-    of_all: Option<OwnedSemaphorePermit>,
+pub(crate) struct ResponsePermit {
+    _caller_turn: engine::Turn,
+    large: Option<OwnedSemaphorePermit>,
 }
 
-impl Turns {
-    /// Adds a turn of the whole daemon to one of a caller, if there is one to be had. Those who wait in [`Self::take`] go
-    /// first.
-    pub(crate) fn try_take(&self, of_caller: engine::Turn) -> Turn {
-        Turn { _of_caller: of_caller, of_all: Arc::clone(&self.0).try_acquire_owned().ok() }
+impl ResponsePermits {
+    /// Returns a permit for a large response if one of the daemon's is free, else one for a small
+    /// response.
+    pub(crate) fn try_acquire(&self, caller_turn: engine::Turn) -> ResponsePermit {
+        ResponsePermit { _caller_turn: caller_turn, large: Arc::clone(&self.0).try_acquire_owned().ok() }
     }
 
-    /// Waits for a turn of the whole daemon, unless there is one in `turn` already.
-    pub(crate) async fn take(&self, turn: &mut Turn) {
-        if turn.of_all.is_none() {
-            // Nobody closes it.
-            turn.of_all = Arc::clone(&self.0).acquire_owned().await.ok();
+    /// Waits until `permit` allows a large response. Callers that wait here come before
+    /// [`Self::try_acquire`].
+    pub(crate) async fn acquire(&self, permit: &mut ResponsePermit) {
+        if permit.large.is_none() {
+            // An error would mean that the semaphore is closed, and nobody closes it.
+            permit.large = Arc::clone(&self.0).acquire_owned().await.ok();
         }
     }
 }
 
-impl Turn {
-    /// Whether the answer may be large.
-    pub(crate) fn is_of_all(&self) -> bool {
-        self.of_all.is_some()
+impl ResponsePermit {
+    /// Returns true if the response may be large.
+    pub(crate) fn allows_large(&self) -> bool {
+        self.large.is_some()
     }
 
-    /// Gives back the turn of the whole daemon.
-    pub(crate) fn leave_all(&mut self) {
-        self.of_all = None;
+    /// Gives the daemon's permit back, because the response has turned out to be small.
+    pub(crate) fn give_up_large(&mut self) {
+        self.large = None;
     }
 }
 
-/// Takes the next [`PIECE`] of a message that has not been handed over whole. A copy: a part of a shared buffer would keep
-/// all of it for as long as the connection has the part.
-pub(crate) fn piece(rest: &mut Bytes) -> Frame<Bytes> {
-    let piece = rest.split_to(PIECE.min(rest.len()));
-    Frame::data(Bytes::copy_from_slice(&piece))
+/// Takes the next [`CHUNK_BYTES`] of a message.
+pub(crate) fn next_chunk(rest: &mut Bytes) -> Frame<Bytes> {
+    let chunk = rest.split_to(CHUNK_BYTES.min(rest.len()));
+    // A copy: a slice would keep the whole message in memory for as long as the connection has the
+    // slice.
+    Frame::data(Bytes::copy_from_slice(&chunk))
 }
 
-/// The body of a large answer: its message in pieces, and the trailers.
+/// The body of a large response: its message in chunks, and then the trailers.
 #[derive(Debug, Clone)]
-pub(crate) struct Large {
-    /// What goes before the message.
+pub(crate) struct LargeBody {
+    /// The bytes that precede the message, until they are handed out.
     prefix: Option<Bytes>,
-    /// What is left of the message.
+    /// The part of the message that has not been handed out.
     rest: Bytes,
     has_trailers: bool,
-    _turn: Arc<Turn>,
+    _permit: Arc<ResponsePermit>,
 }
 
-/// An answer whose message is encoded already. The layer that bounds calls sends [`Large`] in place of `T`.
-pub(crate) fn encoded<T: Default>(message: Vec<u8>, turn: Turn) -> Response<T> {
-    let mut answer = Response::new(T::default());
-    answer.extensions_mut().insert(Large::new(message, turn));
-    answer
+/// Returns a response whose message is encoded already. [`BoundsLayer`](super::bounds::BoundsLayer)
+/// sends the [`LargeBody`] in place of `T`.
+pub(crate) fn encoded<T: Default>(message: Vec<u8>, permit: ResponsePermit) -> Response<T> {
+    let mut response = Response::new(T::default());
+    response.extensions_mut().insert(LargeBody::new(message, permit));
+    response
 }
 
-impl Large {
-    fn new(message: Vec<u8>, turn: Turn) -> Self {
-        // A message begins with a flag, 0 for "not compressed", and its length. None is larger than 4 MiB.
+impl LargeBody {
+    fn new(message: Vec<u8>, permit: ResponsePermit) -> Self {
+        // The prefix is a flag, 0 for "not compressed", and the length. No message is larger than 4
+        // MiB.
         let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
         let prefix = Bytes::from([&[0][..], &length.to_be_bytes()].concat());
-        Self { prefix: Some(prefix), rest: message.into(), has_trailers: true, _turn: Arc::new(turn) }
+        Self { prefix: Some(prefix), rest: message.into(), has_trailers: true, _permit: Arc::new(permit) }
     }
 }
 
-impl Body for Large {
+impl Body for LargeBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -185,7 +202,7 @@ impl Body for Large {
             return Poll::Ready(Some(Ok(Frame::data(prefix))));
         }
         if !self.rest.is_empty() {
-            return Poll::Ready(Some(Ok(piece(&mut self.rest))));
+            return Poll::Ready(Some(Ok(next_chunk(&mut self.rest))));
         }
         let trailers = || HeaderMap::from_iter([(Status::GRPC_STATUS, HeaderValue::from_static("0"))]);
         let is_due = std::mem::take(&mut self.has_trailers);
@@ -203,44 +220,44 @@ mod tests {
     use crate::engine::Caller;
 
     #[tokio::test]
-    async fn a_large_answer_goes_out_whole_in_pieces_and_keeps_its_turn_until_its_end() {
-        let turns = Turns::default();
-        let turn = turns.try_take(Caller::new().turn().await);
-        let message: Vec<u8> = (0..PIECE * 3 + 7).map(|byte| byte.to_le_bytes()[0]).collect();
-        let mut answer: Response<()> = encoded(message.clone(), turn);
-        let mut body = answer.extensions_mut().remove::<Large>().expect("a body");
+    async fn a_large_response_is_sent_in_chunks_and_keeps_its_permit_until_its_end() {
+        let permits = ResponsePermits::default();
+        let permit = permits.try_acquire(Caller::new().turn().await);
+        let message: Vec<u8> = (0..CHUNK_BYTES * 3 + 7).map(|byte| byte.to_le_bytes()[0]).collect();
+        let mut response: Response<()> = encoded(message.clone(), permit);
+        let mut body = response.extensions_mut().remove::<LargeBody>().expect("a body");
         let (mut sent, mut trailers) = (Vec::new(), None);
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             match frame.expect("a frame").into_data() {
                 Ok(data) => {
-                    assert!(data.len() <= PIECE && trailers.is_none());
+                    assert!(data.len() <= CHUNK_BYTES && trailers.is_none());
                     sent.extend(data);
                 }
                 Err(frame) => trailers = frame.into_trailers().ok(),
             }
-            assert_eq!(turns.0.available_permits(), TURNS - 1);
+            assert_eq!(permits.0.available_permits(), LARGE_RESPONSES - 1);
         }
         let length = u32::try_from(message.len()).expect("a length").to_be_bytes();
         assert!(sent == [&[0][..], &length, &message].concat());
         assert_eq!(trailers.expect("trailers")[Status::GRPC_STATUS], "0");
         drop(body);
-        assert_eq!(turns.0.available_permits(), TURNS);
+        assert_eq!(permits.0.available_permits(), LARGE_RESPONSES);
     }
 
     #[tokio::test]
-    async fn answers_of_all_callers_share_the_turns_and_those_that_wait_go_first() {
-        let (turns, mut taken) = (Turns::default(), Vec::new());
-        let one = async || turns.try_take(Caller::new().turn().await);
-        for _ in 0..TURNS {
-            taken.push(one().await);
+    async fn large_responses_of_all_callers_share_the_permits_and_waiting_ones_come_first() {
+        let (permits, mut acquired) = (ResponsePermits::default(), Vec::new());
+        let one = async || permits.try_acquire(Caller::new().turn().await);
+        for _ in 0..LARGE_RESPONSES {
+            acquired.push(one().await);
         }
-        assert!(taken.iter().all(Turn::is_of_all) && !one().await.is_of_all());
+        assert!(acquired.iter().all(ResponsePermit::allows_large) && !one().await.allows_large());
         let mut waiting = one().await;
-        let mut wait = Box::pin(turns.take(&mut waiting));
+        let mut wait = Box::pin(permits.acquire(&mut waiting));
         assert!(wait.as_mut().now_or_never().is_none());
-        taken[0].leave_all();
-        assert!(!one().await.is_of_all());
+        acquired[0].give_up_large();
+        assert!(!one().await.allows_large());
         wait.await;
-        assert!(waiting.is_of_all());
+        assert!(waiting.allows_large());
     }
 }

@@ -1,46 +1,50 @@
-//! How often calls in line are looked after: the more there are the more seldom, so that a crowd that waits does not keep
-//! the store from what it waits for.
+//! How often the daemon polls the keys for which its calls wait. The more calls wait, the less
+//! often it polls.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use crate::store::Store;
 
-/// Between two looks at a key, in milliseconds: a release that another daemon committed is noticed within two seconds, the
-/// way to the store included, also when the feed fails.
-const CHECK: Range<u64> = 1000..1800;
-/// Looks a second from which on they become more seldom.
-const LOOKS: usize = 5000;
+/// The time between two polls of a key, in milliseconds. A release that another daemon committed is
+/// noticed within two seconds even if the feed fails, the time that the store takes included.
+const POLL_MILLIS: Range<u64> = 1000..1800;
+/// Above this many polls a second the intervals grow with the number of calls. Without that, 20,000
+/// waiting calls loaded MongoDB so much that takeovers took twice as long.
+const POLLS_PER_SECOND: usize = 5000;
 
-/// The pace of one daemon's line.
+/// The intervals at which one daemon polls and refreshes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Pace {
-    /// How long a place lasts without a refresh.
-    place: Duration,
+pub(crate) struct PollInterval {
+    /// How long a waiter's entry lasts without a refresh.
+    waiter_ttl: Duration,
     /// Whether other daemons change records too.
     is_shared: bool,
 }
 
-impl Pace {
+impl PollInterval {
     pub(crate) fn of(store: &impl Store) -> Self {
-        Self { place: store.rules().place, is_shared: store.is_shared() }
+        Self { waiter_ttl: store.rules().waiter_ttl, is_shared: store.is_shared() }
     }
 
-    /// Between two refreshes of a place while so many calls wait. A place outlasts two that fail.
+    /// The time between two refreshes of a waiter's entry while this many calls wait.
     pub(crate) fn refresh(self, calls: usize) -> Duration {
-        let crowd = Duration::from_secs((calls / LOOKS) as u64);
-        crowd.clamp(self.place / 5, self.place * 3 / 10)
+        let crowd = Duration::from_secs((calls / POLLS_PER_SECOND) as u64);
+        // At three tenths of its lifetime, an entry outlasts two refreshes that fail.
+        crowd.clamp(self.waiter_ttl / 5, self.waiter_ttl * 3 / 10)
     }
 
-    /// Until the next look at a key, which is a refresh if one is due. Where nobody else changes it, these will do.
-    pub(crate) fn look(self, calls: usize) -> Duration {
+    /// The time until the next poll of a key while this many calls wait. A poll is a refresh if one
+    /// is due.
+    pub(crate) fn poll(self, calls: usize) -> Duration {
         let refresh = self.refresh(calls);
+        // Without other daemons there is nothing to find out, so every poll is a refresh.
         if !self.is_shared {
             return refresh;
         }
-        let check = Duration::from_millis(fastrand::u64(CHECK));
-        let crowd = u32::try_from((calls / LOOKS).max(1)).unwrap_or(u32::MAX);
-        check.saturating_mul(crowd).min(refresh)
+        let poll = Duration::from_millis(fastrand::u64(POLL_MILLIS));
+        let crowd = u32::try_from((calls / POLLS_PER_SECOND).max(1)).unwrap_or(u32::MAX);
+        poll.saturating_mul(crowd).min(refresh)
     }
 }
 
@@ -48,28 +52,28 @@ impl Pace {
 mod tests {
     use super::*;
 
-    const PLACE: Duration = Duration::from_secs(15);
-    const SHARED: Pace = Pace { place: PLACE, is_shared: true };
+    const WAITER_TTL: Duration = Duration::from_secs(15);
+    const SHARED: PollInterval = PollInterval { waiter_ttl: WAITER_TTL, is_shared: true };
 
     #[test]
-    fn few_are_looked_at_often() {
+    fn few_calls_are_polled_often() {
         for calls in [1, 100, 5000] {
             assert_eq!(SHARED.refresh(calls), Duration::from_secs(3));
-            assert!(SHARED.look(calls) < Duration::from_millis(1800));
+            assert!(SHARED.poll(calls) < Duration::from_millis(1800));
         }
     }
 
     #[test]
-    fn a_crowd_is_looked_at_seldom_and_keeps_its_places() {
+    fn many_calls_are_polled_less_often_and_keep_their_entries() {
         for calls in [25_000, 50_000, usize::MAX] {
             assert_eq!(SHARED.refresh(calls), Duration::from_millis(4500));
-            assert_eq!(SHARED.look(calls), Duration::from_millis(4500), "each look is a refresh");
+            assert_eq!(SHARED.poll(calls), Duration::from_millis(4500), "each poll is a refresh");
         }
     }
 
     #[test]
-    fn alone_with_its_store_a_daemon_only_refreshes() {
-        let alone = Pace { is_shared: false, ..SHARED };
-        assert_eq!(alone.look(1), Duration::from_secs(3));
+    fn a_daemon_that_is_alone_on_its_store_only_refreshes() {
+        let alone = PollInterval { is_shared: false, ..SHARED };
+        assert_eq!(alone.poll(1), Duration::from_secs(3));
     }
 }

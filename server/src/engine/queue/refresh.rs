@@ -1,7 +1,8 @@
-//! Looking after the line: nudges, checks and refreshes, when they are due. Remembers nothing.
+//! The background tasks of the queue: they nudge keys, read records and refresh waiters' entries
+//! when these are due. They keep no state of their own.
 //!
-//! Looks go in lots, one after the other, so that those of a crowd never stand between the store and a call for longer
-//! than one lot takes. Nudges wait for nothing, and take turns with calls.
+//! Polls go one chunk at a time, so they never delay a call by more than one chunk. Nudges do not
+//! wait for polls. They take turns with calls.
 
 use std::sync::Arc;
 
@@ -10,64 +11,74 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::committer::Committer;
-use crate::engine::notify::{self, Audience};
-use crate::engine::op::Part;
-use crate::engine::queue::{Line, Looks};
+use crate::engine::notify::{self, Subscribers};
+use crate::engine::op::Op;
+use crate::engine::queue::{DuePolls, WaitQueue};
 use crate::lease::{Key, LeaseId, Snapshot, Standing};
 use crate::store::Store;
 
-/// Looks after the line until the daemon drains. Places last on for a while, so that their callers can go on
-/// elsewhere.
-pub(crate) async fn keep<S: Store>(
-    audience: Arc<Audience>,
+/// Runs the tasks until the daemon drains. Waiters' entries outlast the drain for a while, so their
+/// callers can go on waiting at another daemon.
+pub(crate) async fn run<S: Store>(
+    subscribers: Arc<Subscribers>,
     committer: Arc<Committer<S>>,
     draining: CancellationToken,
 ) {
     tokio::select! {
         () = draining.cancelled() => {}
-        () = nudge(&audience.line, &committer) => {}
-        () = look(&audience, &committer) => {}
+        () = nudge(&subscribers.queue, &committer) => {}
+        () = poll(&subscribers, &committer) => {}
     }
 }
 
-async fn nudge<S: Store>(line: &Line, committer: &Arc<Committer<S>>) {
+async fn nudge<S: Store>(queue: &WaitQueue, committer: &Arc<Committer<S>>) {
     loop {
-        line.nudge_due().await;
-        committer.submit_nudges(line.take_nudges(Instant::now()));
-        // There may be many more, and the first can be committed meanwhile.
+        queue.nudge_due().await;
+        committer.submit_nudges(queue.take_nudges(Instant::now()));
+        // More chunks may be due. The committer can begin with the first one meanwhile.
         yield_now().await;
     }
 }
 
-async fn look<S: Store>(audience: &Audience, committer: &Arc<Committer<S>>) {
+async fn poll<S: Store>(subscribers: &Subscribers, committer: &Arc<Committer<S>>) {
     loop {
-        audience.line.look_due().await;
-        let Looks { checks, refreshes } = audience.line.take_looks(Instant::now());
-        // A failure of either is made good by the next look; a place outlasts several.
-        let check = async { drop(notify::read(audience, committer, &checks).await) };
-        tokio::join!(check, refresh(&audience.line, committer, refreshes));
+        subscribers.queue.poll_due().await;
+        let DuePolls { reads, refreshes } = subscribers.queue.take_polls(Instant::now());
+        // If either fails, the next poll makes up for it: a waiter's entry outlasts several polls.
+        let read = async {
+            let _ = notify::read_and_notify(subscribers, committer, &reads).await;
+        };
+        tokio::join!(read, refresh(&subscribers.queue, committer, refreshes));
     }
 }
 
-/// Prolongs places, and takes new ones for calls whose places are gone. A call that finds no room for another is told.
-async fn refresh<S: Store>(line: &Line, committer: &Arc<Committer<S>>, places: Vec<(LeaseId, (Key, Part))>) {
-    let gone = placeless(committer, places).await;
+/// Refreshes waiters' entries, and makes new ones for calls whose entries are gone. A call for
+/// which the record has no room ends with [`WaitQueue::give_up`].
+async fn refresh<S: Store>(
+    queue: &WaitQueue,
+    committer: &Arc<Committer<S>>,
+    refreshes: Vec<(LeaseId, (Key, Op))>,
+) {
+    // A refresh never makes an entry: one that arrives late would make it for a call that has
+    // ended.
+    let gone = commit_entries(committer, refreshes).await;
     let rejoin = |(id, snapshot): (LeaseId, Arc<Snapshot>)| {
         let key = snapshot.record.key.clone();
-        line.rejoin(&key, id).map(|part| (id, (key, part)))
+        queue.rejoin(&key, id).map(|op| (id, (key, op)))
     };
-    for (id, snapshot) in placeless(committer, gone.into_iter().filter_map(rejoin).collect()).await {
-        line.give_up(id, &snapshot);
+    for (id, snapshot) in commit_entries(committer, gone.into_iter().filter_map(rejoin).collect()).await {
+        queue.give_up(id, &snapshot);
     }
 }
 
-/// Commits what is to keep these places, and returns those that are gone after it, with the records that say so.
-async fn placeless<S: Store>(
+/// Commits operations that keep or make waiters' entries. Returns the ids that have no entry
+/// afterwards, with the records that show it.
+async fn commit_entries<S: Store>(
     committer: &Arc<Committer<S>>,
-    places: Vec<(LeaseId, (Key, Part))>,
+    entries: Vec<(LeaseId, (Key, Op))>,
 ) -> Vec<(LeaseId, Arc<Snapshot>)> {
-    let (ids, parts): (Vec<LeaseId>, Vec<(Key, Part)>) = places.into_iter().unzip();
-    let answers = committer.submit_own(parts).await;
+    let (ids, ops): (Vec<LeaseId>, Vec<(Key, Op)>) = entries.into_iter().unzip();
+    let answers = committer.submit_own(ops).await;
     let records = ids.into_iter().zip(answers).filter_map(|(id, answer)| Some((id, answer?.ok()?.snapshot)));
     records.filter(|(id, snapshot)| snapshot.standing(*id) == Standing::Unknown).collect()
 }

@@ -1,5 +1,5 @@
-//! A schedule of keys: each is entered for an instant, and those that are due are taken out in lots. What is to be done for
-//! a key is the caller's business.
+//! A schedule of keys. Each key is entered for an instant, and due keys are taken out in chunks.
+//! What to do for a key is up to the caller.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,21 +10,23 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::lease::Key;
 
-/// Keys that are taken in one go.
-pub(crate) const LOT: usize = 1000;
-/// Longer than any timer is set for.
+/// The most keys taken out at once. A chunk bounds how long the work for many due keys can keep the
+/// store from other calls.
+pub(crate) const CHUNK: usize = 1000;
+/// How long to sleep while the schedule is empty.
 const FAR: Duration = Duration::from_secs(3600);
 
-/// Each key is due once at most.
+/// Keys by the instant at which they are due. A key is in the schedule once at most.
 #[derive(Debug, Default)]
-pub(crate) struct Agenda {
+pub(crate) struct Schedule {
     due: Mutex<BTreeSet<(Instant, Key)>>,
-    /// Rings when one is due earlier than all before.
-    sooner: Notify,
+    /// Notified when a key becomes the first one due.
+    earlier: Notify,
 }
 
-impl Agenda {
-    /// Enters the key for the instant `to`, instead of `from`.
+impl Schedule {
+    /// Moves the key from the instant `from` to the instant `to`. Without `from` the key is new,
+    /// and without `to` it is removed.
     pub(crate) fn shift(&self, key: &Key, from: Option<Instant>, to: Option<Instant>) {
         let mut due = self.due();
         if let Some(from) = from {
@@ -33,7 +35,7 @@ impl Agenda {
         let Some(to) = to else { return };
         due.insert((to, key.clone()));
         if due.first().is_some_and(|(_, first)| first == key) {
-            self.sooner.notify_one();
+            self.earlier.notify_one();
         }
     }
 
@@ -45,20 +47,20 @@ impl Agenda {
                 return;
             }
             tokio::select! {
-                () = self.sooner.notified() => {}
+                () = self.earlier.notified() => {}
                 () = sleep_until(next) => {}
             }
         }
     }
 
-    /// Takes out the keys that are due by `now`, as many as a [`LOT`].
+    /// Takes out the keys that are due by `now`, at most a [`CHUNK`] of them.
     pub(crate) fn take(&self, now: Instant) -> Vec<Key> {
         let mut due = self.due();
-        let mut lot = Vec::new();
-        while lot.len() < LOT && due.first().is_some_and(|(due, _)| *due <= now) {
-            lot.extend(due.pop_first().map(|(_, key)| key));
+        let mut chunk = Vec::new();
+        while chunk.len() < CHUNK && due.first().is_some_and(|(due, _)| *due <= now) {
+            chunk.extend(due.pop_first().map(|(_, key)| key));
         }
-        lot
+        chunk
     }
 
     #[cfg(test)]
@@ -67,7 +69,7 @@ impl Agenda {
     }
 
     fn due(&self) -> MutexGuard<'_, BTreeSet<(Instant, Key)>> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change under this lock.
         self.due.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

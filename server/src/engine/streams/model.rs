@@ -1,5 +1,5 @@
-//! A store, this daemon's commits to it and two keepalive streams, moved a step at a time: nothing is concurrent, and
-//! anything may come late.
+//! A model of a store, of this daemon's commits to it and of two keepalive streams. It performs one
+//! action at a time, so nothing is concurrent, and any message may be late.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -10,80 +10,95 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use tokio::time::advance;
 
-use super::{Carriage, Carried, Carrier, Loss};
+use super::{LeaseSet, Loss, StreamIndex, StreamLease};
 use crate::boot_instant::{BootInstant, suspend};
-use crate::engine::op::{Gathered, Part};
+use crate::engine::op::{EditBuilder, Op};
 use crate::engine::{Touched, touched};
 use crate::lease::{
-    Acquisition, Edit, FencingToken, Key, LeaseId, Mode, Reason, Record, Rules, Snapshot, Timestamp, Ttl,
-    step,
+    Acquisition, Edit, FencingToken, Key, LeaseId, LeaseName, Mode, Reason, Record, Rules, Snapshot,
+    Timestamp, Ttl, step,
 };
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(900) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_millis(900) };
 const START: i64 = 1_000_000;
-/// Fewer than the departures that are remembered, so that none comes back.
+/// Fewer leases than a record remembers departures, so that no lease is granted again after its
+/// end.
 pub(crate) const LEASES: u8 = 5;
 pub(crate) const STREAMS: usize = 2;
 
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Op {
+pub(crate) enum Action {
+    /// Time passes.
     Pass(u64),
-    /// This daemon's machine is suspended; the store's time goes on.
+    /// This daemon's machine is suspended. The store's time goes on.
     Suspend(u64),
-    /// A message of a stream: one lease, or all.
+    /// A message on a stream names one lease.
     Name(usize, u8),
+    /// A message on a stream names all leases of the stream.
     All(usize),
     Acquire(Side, u8, Option<u32>, u64),
     Touch(Side, u8),
     Release(Side, u8),
     Revoke(Side, usize),
-    /// What has gathered is sent; reaches the store; is read again there; its record comes back.
+    /// The queued operations are sent in one commit.
     Send,
+    /// The commit in flight reaches the store.
     Reach,
+    /// The result of the commit in flight is read again.
     Reread,
-    Land,
-    /// Someone reads the record, and what was read comes to this daemon some time.
+    /// The result of the commit in flight returns to this daemon.
+    Return,
+    /// The record is read. The read is under way to this daemon from now on.
     Read,
-    Hear(usize),
-    /// A stream is answered, or told unasked.
+    /// One of the reads under way arrives at this daemon.
+    Receive(usize),
+    /// A message on a stream is answered.
     Answer(usize),
-    Tell(usize),
-    /// All of it without anything in between: what has gathered is committed; a message is answered.
+    /// A stream reports losses outside of answers.
+    Report(usize),
+    /// The queued operations are sent, reach the store and return, without other actions in
+    /// between.
     Commit,
-    Talk(usize, u8),
+    /// A message on a stream names one lease, is committed and answered, without other actions in
+    /// between.
+    Exchange(usize, u8),
 }
 
+/// The daemon at which a call is made.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Side {
+    /// This daemon.
     Here,
+    /// Another daemon.
     Elsewhere,
 }
 
-/// What is wrong about what the streams' side hears.
+/// What is deliberately wrong with the inputs of the streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Twin {
-    Right,
-    /// Stale records cannot be told from new ones.
+pub(crate) enum Mutant {
+    /// Nothing.
+    None,
+    /// Stale records look newer than all others.
     StaleLooksNew,
     /// The age of a touch counts from its answer.
-    AgeFromReceipt,
-    /// What others did does not end that a lease is fresh.
-    Deaf,
-    /// This daemon's clock stands still while its machine is suspended.
-    Asleep,
+    AgeFromAnswer,
+    /// Records that other daemons wrote are ignored.
+    IgnoresRemoteReads,
+    /// This daemon's clock stops while its machine is suspended.
+    ClockStopsInSuspension,
 }
 
 fn id(number: u8) -> LeaseId {
     LeaseId::from([number + 1; 16])
 }
 
-/// A message: what it names, and what it is answered as far as memory does not do.
-type Message = Vec<(Arc<Carriage>, Option<Touched>)>;
+/// The leases of a message with the results of their touches. `None` if the touch was coalesced.
+type Message = Vec<(Arc<StreamLease>, Option<Touched>)>;
 
 #[derive(Default)]
 struct Stream {
-    carrier: Option<Carrier>,
-    /// Ready to be answered.
+    lease_set: Option<LeaseSet>,
+    /// Messages that are ready to be answered.
     answers: Vec<Message>,
 }
 
@@ -94,43 +109,46 @@ struct Commit {
     result: Option<Snapshot>,
 }
 
-/// The store, this daemon's commits to it, and two streams.
+/// The whole model.
 pub(crate) struct World {
-    twin: Twin,
+    mutant: Mutant,
     start: BootInstant,
-    /// Suspension that this daemon's clock has missed.
-    overslept: Duration,
+    /// How long suspensions were during which this daemon's clock stopped.
+    missed_suspension: Duration,
     record: Record,
-    carried: Arc<Carried>,
+    index: Arc<StreamIndex>,
     streams: [Stream; STREAMS],
-    gathering: Vec<Part>,
-    waiting: Vec<(usize, Message)>,
+    queued: Vec<Op>,
+    unanswered: Vec<(usize, Message)>,
     in_flight: Option<Commit>,
     reads: Vec<Snapshot>,
-    /// The truth of each lease: since when it holds, until when it lasts, and how it went.
+    /// The version of the record at each grant.
     granted: HashMap<LeaseId, (FencingToken, i64)>,
+    /// When each lease runs out.
     expiry: HashMap<LeaseId, Timestamp>,
+    /// Why each lease ended.
     gone: HashMap<LeaseId, Reason>,
-    /// What this daemon has been shown to be gone.
+    /// The leases that a record has shown this daemon to be lost.
     learned: HashSet<LeaseId>,
-    /// What the streams have been told to be lost: in answers, unasked.
-    answered: Vec<Arc<Carriage>>,
-    told: Vec<Arc<Carriage>>,
+    /// The leases whose loss was in an answer.
+    answered: Vec<Arc<StreamLease>>,
+    /// The leases whose loss was reported outside of answers.
+    reported: Vec<Arc<StreamLease>>,
 }
 
 impl World {
-    pub(crate) fn new(twin: Twin) -> Self {
-        let carried = Arc::new(Carried::default());
-        let stream = || Stream { carrier: Some(Carrier::new(&carried)), answers: Vec::new() };
+    pub(crate) fn new(mutant: Mutant) -> Self {
+        let index = Arc::new(StreamIndex::default());
+        let stream = || Stream { lease_set: Some(LeaseSet::new(&index)), answers: Vec::new() };
         Self {
-            twin,
+            mutant,
             start: BootInstant::now(),
-            overslept: Duration::ZERO,
+            missed_suspension: Duration::ZERO,
             record: Record::vacant(Key::try_from("key").expect("a key")),
             streams: [stream(), stream()],
-            carried,
-            gathering: Vec::new(),
-            waiting: Vec::new(),
+            index,
+            queued: Vec::new(),
+            unanswered: Vec::new(),
             in_flight: None,
             reads: Vec::new(),
             granted: HashMap::new(),
@@ -138,12 +156,12 @@ impl World {
             gone: HashMap::new(),
             learned: HashSet::new(),
             answered: Vec::new(),
-            told: Vec::new(),
+            reported: Vec::new(),
         }
     }
 
     fn now(&self) -> Timestamp {
-        Timestamp(START) + (BootInstant::now() - self.start) + self.overslept
+        Timestamp(START) + (BootInstant::now() - self.start) + self.missed_suspension
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -151,7 +169,7 @@ impl World {
     }
 
     fn apply(&mut self, edit: &Edit) {
-        // As in a store: only an arrival or a release makes a record.
+        // As in a store, only an acquire or a release makes a record.
         if self.record.rev == 0 && edit.enqueued().is_empty() && edit.released().is_empty() {
             return;
         }
@@ -163,7 +181,7 @@ impl World {
         self.gone.extend(self.record.departures.iter().map(|departure| (departure.id, departure.reason)));
     }
 
-    /// Remembers what a record shows that comes to this daemon.
+    /// Notes the losses that a record shows to this daemon.
     fn learn(&mut self, snapshot: &Snapshot) {
         let shown = snapshot.record.version();
         let is_gone = |id: &LeaseId| !snapshot.record.holders.iter().any(|holder| holder.id == *id);
@@ -171,109 +189,109 @@ impl World {
         self.learned.extend(granted_before.map(|(id, _)| *id).filter(is_gone));
     }
 
-    pub(crate) async fn take(&mut self, op: Op) -> Result<(), TestCaseError> {
-        match op {
-            Op::Pass(millis) => advance(Duration::from_millis(millis)).await,
-            Op::Suspend(millis) if self.twin == Twin::Asleep => {
-                self.overslept += Duration::from_millis(millis);
+    pub(crate) async fn perform(&mut self, action: Action) -> Result<(), TestCaseError> {
+        match action {
+            Action::Pass(millis) => advance(Duration::from_millis(millis)).await,
+            Action::Suspend(millis) if self.mutant == Mutant::ClockStopsInSuspension => {
+                self.missed_suspension += Duration::from_millis(millis);
             }
-            Op::Suspend(millis) => suspend(Duration::from_millis(millis)),
-            Op::Name(stream, lease) => {
-                let lease = (self.record.key.clone(), id(lease));
-                let named = self.carrier(stream).naming(usize::MAX).name(lease).expect("room");
+            Action::Suspend(millis) => suspend(Duration::from_millis(millis)),
+            Action::Name(stream, lease) => {
+                let lease = LeaseName { key: self.record.key.clone(), id: id(lease) };
+                let named = self.lease_set(stream).begin_message(usize::MAX).add(lease).expect("room");
                 self.message(stream, vec![named]);
             }
-            Op::All(stream) => {
-                let named = self.carrier(stream).all();
+            Action::All(stream) => {
+                let named = self.lease_set(stream).begin_message_for_all();
                 self.message(stream, named);
             }
-            Op::Acquire(side, lease, limit, ttl) => {
-                self.call(side, Part::Acquire(acquisition(lease, limit, ttl)))
+            Action::Acquire(side, lease, limit, ttl) => {
+                self.call(side, Op::Acquire(acquisition(lease, limit, ttl)))
             }
-            Op::Touch(side, lease) => self.call(side, Part::Touch(id(lease))),
-            Op::Release(side, lease) => self.call(side, Part::Release(id(lease))),
-            Op::Revoke(side, place) => {
-                let id = self.record.holders.get(place).map(|holder| holder.id);
-                self.call(side, Part::Revoke(id.into_iter().collect(), None));
+            Action::Touch(side, lease) => self.call(side, Op::Touch(id(lease))),
+            Action::Release(side, lease) => self.call(side, Op::Release(id(lease))),
+            Action::Revoke(side, slot) => {
+                let id = self.record.holders.get(slot).map(|holder| holder.id);
+                self.call(side, Op::Revoke(id.into_iter().collect(), None));
             }
-            Op::Send if self.in_flight.is_none() => self.send(),
-            Op::Reach => self.reach(),
-            Op::Reread => {
+            Action::Send if self.in_flight.is_none() => self.send(),
+            Action::Reach => self.reach(),
+            Action::Reread => {
                 let again = self.snapshot();
                 if let Some(result) = self.in_flight.as_mut().and_then(|commit| commit.result.as_mut()) {
                     *result = again;
                 }
             }
-            Op::Land => self.land(),
-            Op::Read if self.record.rev > 0 => self.reads.push(self.snapshot()),
-            Op::Hear(which) if !self.reads.is_empty() => {
+            Action::Return => self.return_result(),
+            Action::Read if self.record.rev > 0 => self.reads.push(self.snapshot()),
+            Action::Receive(which) if !self.reads.is_empty() => {
                 let read = self.reads.swap_remove(which % self.reads.len());
-                self.hear(read);
+                self.receive(read);
             }
-            Op::Answer(stream) => self.answer(stream)?,
-            Op::Tell(stream) => self.tell(stream)?,
-            Op::Commit => self.commit(),
-            Op::Talk(stream, lease) => {
-                let lease = (self.record.key.clone(), id(lease));
-                let named = self.carrier(stream).naming(usize::MAX).name(lease).expect("room");
+            Action::Answer(stream) => self.answer(stream)?,
+            Action::Report(stream) => self.report(stream)?,
+            Action::Commit => self.commit(),
+            Action::Exchange(stream, lease) => {
+                let lease = LeaseName { key: self.record.key.clone(), id: id(lease) };
+                let named = self.lease_set(stream).begin_message(usize::MAX).add(lease).expect("room");
                 self.message(stream, vec![named]);
                 self.commit();
                 self.answer(stream)?;
             }
-            Op::Send | Op::Read | Op::Hear(_) => {}
+            Action::Send | Action::Read | Action::Receive(_) => {}
         }
         Ok(())
     }
 
-    fn carrier(&mut self, stream: usize) -> &mut Carrier {
-        self.streams[stream].carrier.as_mut().expect("until the end")
+    fn lease_set(&mut self, stream: usize) -> &mut LeaseSet {
+        self.streams[stream].lease_set.as_mut().expect("until the end")
     }
 
-    fn message(&mut self, stream: usize, named: Vec<Arc<Carriage>>) {
+    fn message(&mut self, stream: usize, named: Vec<Arc<StreamLease>>) {
         let now = BootInstant::now();
-        let due = named.iter().filter(|lease| !lease.is_fresh(now));
-        let touches: Vec<Part> = due.map(|lease| Part::Touch(lease.lease().1)).collect();
+        let due = named.iter().filter(|lease| !lease.can_coalesce(now));
+        let touches: Vec<Op> = due.map(|lease| Op::Touch(lease.name().id)).collect();
         let message: Message = named.into_iter().map(|lease| (lease, None)).collect();
         if touches.is_empty() {
             self.streams[stream].answers.push(message);
         } else {
-            self.gathering.extend(touches);
-            self.waiting.push((stream, message));
+            self.queued.extend(touches);
+            self.unanswered.push((stream, message));
         }
     }
 
-    fn call(&mut self, side: Side, part: Part) {
+    fn call(&mut self, side: Side, op: Op) {
         match side {
-            Side::Here => self.gathering.push(part),
+            Side::Here => self.queued.push(op),
             Side::Elsewhere => {
-                let mut gathered = Gathered::default();
-                gathered.merge(&part);
-                self.apply(&gathered.into_edit());
+                let mut builder = EditBuilder::default();
+                builder.merge(&op);
+                self.apply(&builder.build());
             }
         }
     }
 
     fn send(&mut self) {
-        let mut gathered = Gathered::default();
-        let rest = self.gathering.iter().position(|part| !gathered.merge(part));
-        // What does not fit waits for the next edit; messages are all touches, which always fit, so they go first.
-        let rest = rest.map_or_else(Vec::new, |rest| self.gathering.split_off(rest));
-        self.gathering.clear();
-        let (touches, rest): (Vec<_>, Vec<_>) =
-            rest.into_iter().partition(|part| matches!(part, Part::Touch(_)));
-        assert!(touches.iter().all(|touch| gathered.merge(touch)), "a touch goes with anything");
-        self.gathering = rest;
-        let messages = std::mem::take(&mut self.waiting);
+        let mut builder = EditBuilder::default();
+        let rest = self.queued.iter().position(|op| !builder.merge(op));
+        // Operations that do not fit wait for the next edit. Touches always fit, so all touches of
+        // the messages are in this one.
+        let rest = rest.map_or_else(Vec::new, |rest| self.queued.split_off(rest));
+        self.queued.clear();
+        let (touches, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(|op| matches!(op, Op::Touch(_)));
+        assert!(touches.iter().all(|touch| builder.merge(touch)), "a touch fits into any edit");
+        self.queued = rest;
+        let messages = std::mem::take(&mut self.unanswered);
         self.in_flight =
-            Some(Commit { edit: gathered.into_edit(), sent_at: BootInstant::now(), messages, result: None });
+            Some(Commit { edit: builder.build(), sent_at: BootInstant::now(), messages, result: None });
     }
 
     fn commit(&mut self) {
         self.reach();
-        self.land();
+        self.return_result();
         self.send();
         self.reach();
-        self.land();
+        self.return_result();
     }
 
     fn reach(&mut self) {
@@ -285,7 +303,7 @@ impl World {
         self.in_flight = Some(commit);
     }
 
-    fn land(&mut self) {
+    fn return_result(&mut self) {
         let Some(Commit { edit, sent_at, messages, result: Some(result) }) =
             self.in_flight.take_if(|commit| commit.result.is_some())
         else {
@@ -293,47 +311,50 @@ impl World {
         };
         self.learn(&result);
         let result = Arc::new(result);
-        let counted_from = if self.twin == Twin::AgeFromReceipt { BootInstant::now() } else { sent_at };
-        self.carried.own(&result, &edit, counted_from);
+        let counted_from = if self.mutant == Mutant::AgeFromAnswer { BootInstant::now() } else { sent_at };
+        self.index.local_commit(&result, &edit, counted_from);
         for (stream, mut message) in messages {
             for (lease, answer) in &mut message {
-                let id = lease.lease().1;
+                let id = lease.name().id;
                 *answer = edit.touched().contains(&id).then(|| touched(&result, id));
             }
             self.streams[stream].answers.push(message);
         }
     }
 
-    fn hear(&mut self, mut read: Snapshot) {
+    fn receive(&mut self, mut read: Snapshot) {
         self.learn(&read);
-        match self.twin {
-            Twin::Deaf => return,
-            Twin::StaleLooksNew => read.record.token.0 += 1_000_000,
-            Twin::Right | Twin::AgeFromReceipt | Twin::Asleep => {}
+        match self.mutant {
+            Mutant::IgnoresRemoteReads => return,
+            Mutant::StaleLooksNew => read.record.token.0 += 1_000_000,
+            Mutant::None | Mutant::AgeFromAnswer | Mutant::ClockStopsInSuspension => {}
         }
-        self.carried.foreign(&Arc::new(read));
+        self.index.remote_read(&Arc::new(read));
     }
 
     fn answer(&mut self, stream: usize) -> Result<(), TestCaseError> {
         let Some(message) = self.streams[stream].answers.pop() else { return Ok(()) };
         let by_commit: Vec<_> = message.iter().map(|(_, answer)| *answer).collect();
-        let settled = self.carrier(stream).settle(message);
+        let settled = self.lease_set(stream).settle(message);
         for ((lease, answer), by_commit) in settled.into_iter().zip(by_commit) {
-            let id = lease.lease().1;
+            let id = lease.name().id;
             match answer {
                 Touched::Unreadable => prop_assert!(false, "every record can be read"),
                 Touched::Kept(remaining) => {
-                    prop_assert!(!self.learned.contains(&id), "kept, after its loss was learned");
+                    prop_assert!(!self.learned.contains(&id), "kept, although a record has shown its loss");
                     if by_commit.is_none() {
                         let truth = self.expiry[&id] - self.now();
-                        prop_assert!(remaining <= truth, "{remaining:?} from memory, in truth {truth:?}");
+                        prop_assert!(
+                            remaining <= truth,
+                            "{remaining:?} in a coalesced answer, {truth:?} in the store"
+                        );
                     }
                 }
-                // It was not granted yet.
+                // The lease had not been granted at the commit.
                 Touched::Lost(None) if by_commit == Some(Touched::Lost(None)) => {}
                 Touched::Lost(reason) => {
                     prop_assert_eq!(reason, self.gone.get(&id).copied(), "answered");
-                    prop_assert!(!is_among(&self.told, &lease), "answered after it was told unasked");
+                    prop_assert!(!is_among(&self.reported, &lease), "answered after it was reported");
                     self.answered.push(lease);
                 }
             }
@@ -341,18 +362,19 @@ impl World {
         Ok(())
     }
 
-    fn tell(&mut self, stream: usize) -> Result<(), TestCaseError> {
-        for (lease, Loss(reason)) in self.carrier(stream).lost().now_or_never().unwrap_or_default() {
-            prop_assert!(reason.is_some(), "the reason is known to the record");
-            prop_assert_eq!(reason, self.gone.get(&lease.lease().1).copied(), "told unasked");
-            prop_assert!(!is_among(&self.answered, &lease), "told after it was answered");
-            prop_assert!(!is_among(&self.told, &lease), "told twice");
-            self.told.push(lease);
+    fn report(&mut self, stream: usize) -> Result<(), TestCaseError> {
+        for (lease, Loss(reason)) in self.lease_set(stream).lost().now_or_never().unwrap_or_default() {
+            prop_assert!(reason.is_some(), "the record has the reason");
+            prop_assert_eq!(reason, self.gone.get(&lease.name().id).copied(), "reported");
+            prop_assert!(!is_among(&self.answered, &lease), "reported after it was answered");
+            prop_assert!(!is_among(&self.reported, &lease), "reported twice");
+            self.reported.push(lease);
         }
         Ok(())
     }
 
-    /// Everything under way arrives, and this daemon commits once more: every loss is known and has been told.
+    /// Lets everything under way arrive and commits once more. Every loss must have been reported
+    /// then.
     pub(crate) fn end(&mut self) -> Result<(), TestCaseError> {
         for _ in 0..3 {
             self.commit();
@@ -361,20 +383,20 @@ impl World {
             while !self.streams[stream].answers.is_empty() {
                 self.answer(stream)?;
             }
-            self.tell(stream)?;
-            for lease in self.carrier(stream).all() {
-                let id = lease.lease().1;
-                prop_assert!(!self.gone.contains_key(&id), "lost, and the stream was not told");
+            self.report(stream)?;
+            for lease in self.lease_set(stream).begin_message_for_all() {
+                let id = lease.name().id;
+                prop_assert!(!self.gone.contains_key(&id), "lost, and not reported");
             }
         }
         self.streams = Default::default();
-        let left = self.carried.keys();
-        prop_assert!(left.is_empty(), "streams that ended carry {left:?}");
+        let left = self.index.keys();
+        prop_assert!(left.is_empty(), "streams that have ended still track leases of {left:?}");
         Ok(())
     }
 }
 
-fn is_among(some: &[Arc<Carriage>], lease: &Arc<Carriage>) -> bool {
+fn is_among(some: &[Arc<StreamLease>], lease: &Arc<StreamLease>) -> bool {
     some.iter().any(|one| Arc::ptr_eq(one, lease))
 }
 

@@ -1,134 +1,148 @@
-//! One lease on one keepalive stream: what is known of it, from when a message names it until it is lost or the stream
+//! One lease on one keepalive stream, from the message that names it until it is lost or the stream
 //! ends.
+//!
+//! ```text
+//!  named ──► unconfirmed ── a commit here shows it held ──► held ── a record shows it gone ──► lost ──► told
+//!                 │                                                                                     ▲
+//!                 └──────── the answer to the message that names it says that it is lost ───────────────┘
+//! ```
 
 use std::mem::replace;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::Place;
+use super::Slot;
 use super::lease_set::Inbox;
 use crate::boot_instant::BootInstant;
 use crate::engine::Touched;
-use crate::lease::{Edit, Holder, Key, LeaseId, Reason, Snapshot, Standing};
+use crate::lease::{Edit, Holder, LeaseName, Reason, Snapshot, Standing};
 
-/// A lease is not touched again while its last touch is younger than this part of its TTL.
-const FRESH_PART: u32 = 10;
+/// A touch is coalesced while the latest written one is younger than the TTL divided by this.
+const COALESCE_DIVISOR: u32 = 10;
 
-/// A lease on a stream. Named again after its loss it is another one.
+/// A lease on a stream. A lease that is named again after its loss gets a new one.
 #[derive(Debug)]
-pub(crate) struct Carriage {
-    lease: (Key, LeaseId),
-    /// What was sent before says nothing: it may be older than the grant, or than a loss that was told.
+pub(crate) struct StreamLease {
+    name: LeaseName,
+    /// When a message named the lease first.
     since: BootInstant,
     inbox: Arc<Inbox>,
     state: Mutex<State>,
-    _place: Place,
+    _slot: Slot,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// A commit of this daemon has shown it held.
+    /// A commit of this daemon has shown the lease held.
     held: bool,
     renewal: Option<Renewal>,
     loss: Option<Loss>,
-    /// Messages that name it and are not answered yet. Their answers tell of a loss, and nothing else does.
-    under_way: usize,
-    /// The stream knows that it is lost, or that it never was its.
+    /// Messages that name the lease and are not answered yet. While there are any, only their
+    /// answers tell of a loss.
+    unanswered: usize,
+    /// The stream knows that the lease is lost, or that it never was the stream's.
     told: bool,
 }
 
-/// A touch that is durable.
+/// The latest touch that was written.
 #[derive(Debug, Clone, Copy)]
 struct Renewal {
-    /// Before the commit was sent, so that the touch is never taken for younger than it is. On the boot clock: what is
-    /// left to the holder runs out while the machine is suspended.
+    /// When its commit was sent. An answer takes time, so counting from the answer would make the
+    /// touch look younger than it is. On the boot clock, because the holder's time runs out while
+    /// the machine is suspended.
     sent_at: BootInstant,
-    /// What was left as of the commit.
+    /// How long the lease lasted as of the commit.
     remaining: Duration,
-    fresh_for: Duration,
+    coalesce_for: Duration,
 }
 
-/// How a lease went, if that is known.
+/// How a lease was lost; `None` if the record does not remember.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Loss(pub(crate) Option<Reason>);
 
-/// Whether a lease is to hear of more records.
+/// Whether later records concern a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
-    Carried,
+    /// They do.
+    Kept,
+    /// The lease is lost, so they do not.
     Lost,
 }
 
 impl Renewal {
     fn new(snapshot: &Snapshot, holder: &Holder, sent_at: BootInstant) -> Self {
-        Self { sent_at, remaining: snapshot.remaining(holder), fresh_for: holder.ttl.get() / FRESH_PART }
+        let coalesce_for = holder.ttl.get() / COALESCE_DIVISOR;
+        Self { sent_at, remaining: snapshot.remaining(holder), coalesce_for }
     }
 
-    /// What is left at `now`, or less.
+    /// How long the lease lasts from `now` on, at least.
     fn remaining(&self, now: BootInstant) -> Duration {
         self.remaining.saturating_sub(now - self.sent_at)
     }
 
-    fn is_fresh(&self, now: BootInstant) -> bool {
-        now - self.sent_at < self.fresh_for && !self.remaining(now).is_zero()
+    fn can_coalesce(&self, now: BootInstant) -> bool {
+        now - self.sent_at < self.coalesce_for && !self.remaining(now).is_zero()
     }
 }
 
-impl Carriage {
-    pub(crate) fn new(
-        lease: (Key, LeaseId),
-        since: BootInstant,
-        place: Place,
-        inbox: &Arc<Inbox>,
-    ) -> Arc<Self> {
-        Arc::new(Self { lease, since, inbox: Arc::clone(inbox), state: Mutex::default(), _place: place })
+impl StreamLease {
+    pub(crate) fn new(name: LeaseName, since: BootInstant, slot: Slot, inbox: &Arc<Inbox>) -> Arc<Self> {
+        Arc::new(Self { name, since, inbox: Arc::clone(inbox), state: Mutex::default(), _slot: slot })
     }
 
-    /// Key and id.
-    pub(crate) fn lease(&self) -> &(Key, LeaseId) {
-        &self.lease
+    pub(crate) fn name(&self) -> &LeaseName {
+        &self.name
     }
 
-    /// Whether it was touched so lately that memory will do at `now`.
-    pub(crate) fn is_fresh(&self, now: BootInstant) -> bool {
-        self.state().renewal.is_some_and(|renewal| renewal.is_fresh(now))
+    /// Whether a touch at `now` can be answered without writing it.
+    pub(crate) fn can_coalesce(&self, now: BootInstant) -> bool {
+        self.state().renewal.is_some_and(|renewal| renewal.can_coalesce(now))
     }
 
-    /// Takes note of a record that a commit of this daemon returned, which applied `edit`.
-    pub(crate) fn own(self: &Arc<Self>, snapshot: &Snapshot, edit: &Edit, sent_at: BootInstant) -> Fate {
+    /// Notes the record after a commit of this daemon, which was sent at `sent_at` and applied
+    /// `edit`.
+    pub(crate) fn local_commit(
+        self: &Arc<Self>,
+        snapshot: &Snapshot,
+        edit: &Edit,
+        sent_at: BootInstant,
+    ) -> Fate {
+        // The commit may be older than the grant, or than a loss that the stream was told of.
         if sent_at < self.since {
-            return Fate::Carried;
+            return Fate::Kept;
         }
-        let id = self.lease.1;
+        let id = self.name.id;
         let mut state = self.state();
         match snapshot.standing(id) {
             Standing::Holder(holder) => {
                 if !replace(&mut state.held, true) {
-                    self.inbox.counts().carried.inc();
+                    self.inbox.metrics().tracked.inc();
                 }
                 if edit.touches(id) {
                     state.renewal = Some(Renewal::new(snapshot, holder, sent_at));
                 }
-                Fate::Carried
+                Fate::Kept
             }
-            // Not held before as far as is known, so the answer to the message that names it says what it is.
-            _ if !state.held => Fate::Carried,
+            // The answer to the message that names the lease says that it is not held.
+            _ if !state.held => Fate::Kept,
             standing => self.lose(state, standing),
         }
     }
 
-    /// Takes note of a record that others left after all that commits of this daemon have shown.
-    pub(crate) fn foreign(self: &Arc<Self>, snapshot: &Snapshot) -> Fate {
+    /// Notes a record that another daemon may have written, and that is newer than the latest
+    /// commit of this daemon.
+    pub(crate) fn remote_read(self: &Arc<Self>, snapshot: &Snapshot) -> Fate {
         let state = self.state();
-        match snapshot.standing(self.lease.1) {
-            Standing::Holder(_) => Fate::Carried,
-            _ if !state.held => Fate::Carried,
+        match snapshot.standing(self.name.id) {
+            Standing::Holder(_) => Fate::Kept,
+            // The record may have been read before the lease was granted.
+            _ if !state.held => Fate::Kept,
             standing => self.lose(state, standing),
         }
     }
 
-    /// Lets no message be answered from memory until the next touch. Returns whether it was held before.
-    pub(crate) fn doubt(&self) -> bool {
+    /// Has the next touch written. Returns whether the lease was held so far.
+    pub(crate) fn stop_coalescing(&self) -> bool {
         let mut state = self.state();
         state.renewal = None;
         state.held
@@ -136,7 +150,7 @@ impl Carriage {
 
     fn lose(self: &Arc<Self>, mut state: MutexGuard<'_, State>, standing: Standing<'_>) -> Fate {
         if state.loss.is_none() {
-            self.inbox.counts().carried.dec();
+            self.inbox.metrics().tracked.dec();
             state.renewal = None;
             state.loss = Some(Loss(match standing {
                 Standing::Departed(reason) => Some(reason),
@@ -148,37 +162,40 @@ impl Carriage {
         Fate::Lost
     }
 
-    /// Whether a commit of this daemon has shown it held, and no record since has shown it lost.
+    /// Whether a commit of this daemon has shown the lease held, and no record since has shown it
+    /// lost.
     pub(crate) fn is_held(&self) -> bool {
         let state = self.state();
         state.held && state.loss.is_none()
     }
 
-    /// Whether records concern it no more.
-    pub(crate) fn is_over(&self) -> bool {
+    /// Whether the stream has been told of the loss.
+    pub(crate) fn is_told(&self) -> bool {
         self.state().told
     }
 
-    /// A message names it; not after its loss.
-    pub(crate) fn embark(&self) -> Fate {
+    /// Counts one more unanswered message that names the lease, unless the lease is lost.
+    pub(crate) fn begin_message(&self) -> Fate {
         let mut state = self.state();
         if state.loss.is_some() {
             return Fate::Lost;
         }
-        state.under_way += 1;
-        Fate::Carried
+        state.unanswered += 1;
+        Fate::Kept
     }
 
-    /// The lease was lost and is named again: the answer to that tells how it stands, if nothing has before.
+    /// Gives way to a new one of the same name. The answer to the message that names the lease
+    /// again says whether it is lost.
     pub(crate) fn supersede(&self) {
         self.state().told = true;
     }
 
-    /// What a message that named it is answered at `now`; `touched` is `None` if memory was to do. What has been
-    /// learned meanwhile counts.
+    /// Returns what to answer at `now` to a message that named the lease. `touched` is the result
+    /// of its touch, or `None` if the touch was coalesced. A loss that became known meanwhile comes
+    /// first.
     pub(crate) fn settle(&self, touched: Option<Touched>, now: BootInstant) -> Touched {
         let mut state = self.state();
-        state.under_way -= 1;
+        state.unanswered -= 1;
         let reason = match (state.loss, touched) {
             (Some(Loss(None)), Some(Touched::Lost(reason))) | (None, Some(Touched::Lost(reason))) => reason,
             (Some(Loss(reason)), _) => reason,
@@ -189,15 +206,17 @@ impl Carriage {
                 return Touched::Kept(remaining.unwrap_or_default());
             }
         };
-        // A lease that was not held yet when the one message came may be by the time of the next.
-        state.told = state.loss.is_some() || state.under_way == 0;
+        // With another message unanswered the lease may be granted by now, and its answer will say
+        // so.
+        state.told = state.loss.is_some() || state.unanswered == 0;
         Touched::Lost(reason)
     }
 
-    /// The loss, if the stream is to be told of it now.
+    /// Returns the loss if the stream is to be told of it now, outside of an answer. Marks it as
+    /// told.
     pub(crate) fn tell(&self) -> Option<Loss> {
         let mut state = self.state();
-        let loss = state.loss.filter(|_| !state.told && state.under_way == 0)?;
+        let loss = state.loss.filter(|_| !state.told && state.unanswered == 0)?;
         state.told = true;
         Some(loss)
     }
@@ -208,12 +227,12 @@ impl Carriage {
     }
 }
 
-impl Drop for Carriage {
+impl Drop for StreamLease {
     fn drop(&mut self) {
         let State { held, loss, .. } = *self.state();
         if held && loss.is_none() {
-            self.inbox.counts().carried.dec();
-            self.inbox.counts().orphaned.inc();
+            self.inbox.metrics().tracked.dec();
+            self.inbox.metrics().orphaned.inc();
         }
     }
 }

@@ -1,50 +1,54 @@
-//! What happened to a key between two looks at its record.
+//! The changes of a key between two states of its record.
 //!
-//! A record tells more than its present state: who departed lately, and why. So a lease that came and went between two
-//! looks is not overlooked, as long as no more departed than a record remembers.
+//! A record shows more than its present state: it also shows which ids departed lately, and why. So
+//! a lease that was granted and ended between the two states is reported too, unless the record has
+//! forgotten the departure by then.
 
 use std::collections::HashSet;
 
 use crate::lease::{Departure, LeaseId, Reason, Record, Snapshot, State, Timestamp};
 
-/// What happened.
+/// A kind of change of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ChangeKind {
-    /// A lease was granted; or one that had lapsed was touched back to life.
+    /// A lease was granted, or a lapsed lease was touched and is live again.
     Granted,
-    /// A lease was given back; or it is gone, and nobody remembers how.
+    /// A lease was released, or it is gone and the record does not say how.
     Released,
-    /// The holders' time ran out.
+    /// The holders' leases ran out.
     Lapsed,
-    /// A lease was taken away.
+    /// A lease was revoked.
     Revoked,
-    /// Someone joined the line.
+    /// A waiter joined the queue.
     Queued,
-    /// Someone left the line without a lease.
+    /// A waiter left the queue without a lease.
     LeftQueue,
 }
 
-/// A change, and when it happened by the store's clock, as far as that is known.
+/// A change, and when it happened by the store's clock. If that is not known, it is the time of the
+/// later state.
 pub(crate) type Change = (ChangeKind, Timestamp);
 
-/// An earlier look.
+/// The earlier state of a key.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Before<'a> {
+pub(crate) struct Previous<'a> {
     pub(crate) record: &'a Record,
-    /// It has been told that the holders' time ran out.
+    /// The leases of all holders had run out.
     pub(crate) has_lapsed: bool,
 }
 
-/// The changes from `before` to `after`, in the order in which they happened. Without a look before, nobody held or
-/// waited.
-pub(crate) fn changes(before: Option<Before<'_>>, after: &Snapshot) -> Vec<Change> {
+/// Returns the changes from `before` to `after`, in the order in which they happened. Without
+/// `before` the key had no holders and no waiters.
+pub(crate) fn changes(before: Option<Previous<'_>>, after: &Snapshot) -> Vec<Change> {
+    // A departure that `before` shows already has been reported.
     let (held, waited, departed) = before.map(|before| ids(before.record)).unwrap_or_default();
     let (holds, waits, _) = ids(&after.record);
     let has_lapsed = before.is_some_and(|before| before.has_lapsed);
     let mut changes = Vec::new();
 
-    let news = after.record.departures.iter().rev().filter(|departure| !departed.contains(&departure.id));
-    for Departure { id, reason, at, .. } in news {
+    let departures =
+        after.record.departures.iter().rev().filter(|departure| !departed.contains(&departure.id));
+    for Departure { id, reason, at, .. } in departures {
         let was_granted = !matches!(reason, Reason::Withdrawn | Reason::Settled);
         if was_granted && !held.contains(id) {
             changes.push((ChangeKind::Granted, *at));
@@ -59,6 +63,8 @@ pub(crate) fn changes(before: Option<Before<'_>>, after: &Snapshot) -> Vec<Chang
         }
     }
     let gone: HashSet<LeaseId> = after.record.departures.iter().map(|departure| departure.id).collect();
+    // Ids that are gone without a departure: a record forgets departures, and a deleted record has
+    // none.
     let vanished = held.iter().filter(|id| !holds.contains(id) && !gone.contains(id));
     changes.extend(vanished.map(|_| (ChangeKind::Released, after.now)));
     let left = waited.iter().filter(|id| !waits.contains(id) && !holds.contains(id) && !gone.contains(id));
@@ -71,6 +77,7 @@ pub(crate) fn changes(before: Option<Before<'_>>, after: &Snapshot) -> Vec<Chang
 
     match (has_lapsed, after.state()) {
         (false, State::Lapsed) if before.is_some() => changes.push((ChangeKind::Lapsed, after.now)),
+        // A holder that was there before is live again, because a touch renewed its lapsed lease.
         (true, State::Held) if holds.is_subset(&held) => changes.push((ChangeKind::Granted, after.now)),
         _ => {}
     }
@@ -79,7 +86,7 @@ pub(crate) fn changes(before: Option<Before<'_>>, after: &Snapshot) -> Vec<Chang
 
 type Ids = HashSet<LeaseId>;
 
-/// Who holds, who waits, and who departed.
+/// Returns the ids of the holders, of the waiters and of the departures.
 fn ids(record: &Record) -> (Ids, Ids, Ids) {
     (
         record.holders.iter().map(|holder| holder.id).collect(),
@@ -97,9 +104,9 @@ mod tests {
     use super::*;
     use crate::lease::{Acquisition, Edit, Key, Rules, step};
 
-    const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+    const RULES: Rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
 
-    /// A key that is looked at now and then.
+    /// A key and what was seen of it last.
     struct Watched {
         record: Record,
         seen: Option<Record>,
@@ -111,7 +118,7 @@ mod tests {
         LeaseId::from([number; 16])
     }
 
-    fn ask(number: u8) -> Edit {
+    fn acquire(number: u8) -> Edit {
         Edit::default().enqueue(Arc::new(Acquisition::waiting(id(number))))
     }
 
@@ -126,14 +133,14 @@ mod tests {
             self
         }
 
-        fn passes(&mut self, millis: i64) -> &mut Self {
+        fn pass(&mut self, millis: i64) -> &mut Self {
             self.now += millis;
             self
         }
 
-        fn look(&mut self) -> Vec<ChangeKind> {
+        fn observe(&mut self) -> Vec<ChangeKind> {
             let after = Snapshot { record: self.record.clone(), now: Timestamp(self.now) };
-            let before = self.seen.as_ref().map(|record| Before { record, has_lapsed: self.has_lapsed });
+            let before = self.seen.as_ref().map(|record| Previous { record, has_lapsed: self.has_lapsed });
             let found = changes(before, &after).into_iter().map(|(kind, _)| kind).collect();
             self.has_lapsed = after.state() == State::Lapsed;
             self.seen = Some(after.record);
@@ -142,53 +149,53 @@ mod tests {
     }
 
     #[test]
-    fn each_change_has_its_name() {
+    fn each_kind_of_change_is_reported() {
         let mut key = Watched::new();
-        assert_eq!(key.apply(&ask(1)).look(), [Granted]);
-        assert_eq!(key.apply(&Edit::default().touch(id(1))).look(), []);
-        assert_eq!(key.apply(&ask(2)).look(), [Queued]);
-        assert_eq!(key.apply(&ask(2)).look(), [], "a place refreshed");
-        assert_eq!(key.apply(&ask(3)).look(), [Queued]);
-        assert_eq!(key.apply(&Edit::default().cancel(id(2))).look(), [LeftQueue]);
-        assert_eq!(key.apply(&Edit::default().release(id(1))).look(), [Released, Granted]);
-        assert_eq!(key.apply(&Edit::default().revoke(id(3))).look(), [Revoked]);
+        assert_eq!(key.apply(&acquire(1)).observe(), [Granted]);
+        assert_eq!(key.apply(&Edit::default().touch(id(1))).observe(), []);
+        assert_eq!(key.apply(&acquire(2)).observe(), [Queued]);
+        assert_eq!(key.apply(&acquire(2)).observe(), [], "the waiter's entry is refreshed");
+        assert_eq!(key.apply(&acquire(3)).observe(), [Queued]);
+        assert_eq!(key.apply(&Edit::default().cancel(id(2))).observe(), [LeftQueue]);
+        assert_eq!(key.apply(&Edit::default().release(id(1))).observe(), [Released, Granted]);
+        assert_eq!(key.apply(&Edit::default().revoke(id(3))).observe(), [Revoked]);
     }
 
     #[test]
-    fn a_release_of_what_was_never_granted_is_no_end_of_a_lease() {
+    fn a_release_of_an_id_that_never_held_is_not_reported_as_released() {
         let mut key = Watched::new();
-        key.apply(&ask(1)).apply(&ask(2)).look();
-        assert_eq!(key.apply(&Edit::default().release(id(2))).look(), [LeftQueue]);
-        assert_eq!(key.apply(&Edit::default().release(id(3))).look(), [], "nobody knows it");
+        key.apply(&acquire(1)).apply(&acquire(2)).observe();
+        assert_eq!(key.apply(&Edit::default().release(id(2))).observe(), [LeftQueue]);
+        assert_eq!(key.apply(&Edit::default().release(id(3))).observe(), [], "the id is unknown");
     }
 
     #[test]
-    fn time_alone_is_a_change_that_is_told_once() {
+    fn a_lapse_is_reported_once() {
         let mut key = Watched::new();
-        key.apply(&ask(1)).look();
-        assert_eq!(key.passes(999).look(), []);
-        assert_eq!(key.passes(1).look(), [Lapsed]);
-        assert_eq!(key.passes(1000).look(), []);
-        assert_eq!(key.apply(&Edit::default().touch(id(1))).look(), [Granted], "back to life");
-        assert_eq!(key.passes(1000).look(), [Lapsed]);
-        assert_eq!(key.apply(&ask(2)).look(), [Granted], "its place was taken");
+        key.apply(&acquire(1)).observe();
+        assert_eq!(key.pass(999).observe(), []);
+        assert_eq!(key.pass(1).observe(), [Lapsed]);
+        assert_eq!(key.pass(1000).observe(), []);
+        assert_eq!(key.apply(&Edit::default().touch(id(1))).observe(), [Granted], "live again");
+        assert_eq!(key.pass(1000).observe(), [Lapsed]);
+        assert_eq!(key.apply(&acquire(2)).observe(), [Granted], "the lapse was reported before");
     }
 
     #[test]
-    fn a_record_that_is_deleted_frees_the_key() {
+    fn a_deleted_record_releases_the_lease_and_empties_the_queue() {
         let mut key = Watched::new();
-        key.apply(&ask(1)).apply(&ask(2)).look();
+        key.apply(&acquire(1)).apply(&acquire(2)).observe();
         key.record = Record::vacant(key.record.key.clone());
-        assert_eq!(key.look(), [Released, LeftQueue]);
+        assert_eq!(key.observe(), [Released, LeftQueue]);
     }
 
     #[test]
-    fn what_came_and_went_between_two_looks_is_told() {
+    fn a_lease_that_was_granted_and_ended_between_two_states_is_reported() {
         let mut key = Watched::new();
-        key.apply(&ask(1)).look();
-        key.apply(&Edit::default().release(id(1))).apply(&ask(2)).apply(&Edit::default().release(id(2)));
-        key.apply(&ask(3)).passes(1000).apply(&ask(4));
-        assert_eq!(key.look(), [Released, Granted, Released, Granted, Lapsed, Granted]);
-        assert_eq!(key.look(), []);
+        key.apply(&acquire(1)).observe();
+        key.apply(&Edit::default().release(id(1))).apply(&acquire(2)).apply(&Edit::default().release(id(2)));
+        key.apply(&acquire(3)).pass(1000).apply(&acquire(4));
+        assert_eq!(key.observe(), [Released, Granted, Released, Granted, Lapsed, Granted]);
+        assert_eq!(key.observe(), []);
     }
 }

@@ -1,8 +1,9 @@
-//! Those who watch keys by prefix: what is known of the keys, and what each watcher has still to be told.
+//! The watches of this daemon, and the changes that each of them has still to report.
 //!
-//! A watcher has a queue, filled from the records that pass and emptied by its own stream. One that does not keep up
-//! loses its queue and begins anew with a snapshot, so memory stays bounded and the watcher learns that it lost changes.
-//! What is known of a key is shared by all who watch it.
+//! Each watch has a queue of changes. Records fill it as they are seen, and the watch's stream
+//! empties it. A watch that is too slow loses its queue and begins again with a snapshot. So memory
+//! is bounded, and the client learns that it missed changes. All watches of a key share the record
+//! seen last.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,86 +12,93 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::diff::{Before, ChangeKind, changes};
-use super::seen::Known;
+use super::diff::{ChangeKind, Previous, changes};
+use super::seen::SeenRecords;
 use crate::lease::{Departure, Key, Record, Snapshot};
 
-/// Changes that a queue holds.
+/// The most changes in a queue.
 const QUEUE: usize = 4096;
-/// Bytes of the records in a queue, as [`size`] counts.
+/// The most bytes that the records in a queue take, as [`size`] counts them.
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
 
-/// Keys that are gone through in one go after a watch has ended.
-const TIDIED: usize = 256;
+/// How many keys are gone through under one lock after a watch has ended.
+const FORGET_CHUNK: usize = 256;
 
-/// The watchers of this daemon.
+/// All watches of this daemon.
 #[derive(Debug)]
-pub(crate) struct Watchers {
+pub(crate) struct WatchHub {
+    /// The most watches.
     limit: usize,
-    /// How many there are; none, most of the time, and then nobody need take the lock.
+    /// How many watches there are. Outside of the lock, because every commit asks for it, and there
+    /// are none most of the time.
     count: AtomicUsize,
     state: Mutex<State>,
-    /// Rings when there is something to look at earlier than was thought.
-    sooner: Notify,
+    /// Notified when the background task has work earlier than it expects.
+    earlier: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     watchers: BTreeMap<u64, Watcher>,
     last_number: u64,
-    known: Known,
-    /// What ended watches leave to be forgotten.
-    ended: VecDeque<Ended>,
-    /// Changes may have been missed.
+    seen: SeenRecords,
+    /// Watches that have ended, and whose keys are still to be forgotten.
+    ended: VecDeque<EndedWatch>,
+    /// Changes may have been missed, so all watched keys are to be read.
     is_stale: bool,
 }
 
-/// A watch that has ended: the keys with its prefix that nobody else watches are forgotten, a few at a time.
+/// A watch that has ended. The keys that no other watch covers are forgotten, a few at a time.
 #[derive(Debug)]
-struct Ended {
+struct EndedWatch {
     prefix: String,
-    /// How far that has come.
+    /// The last key that was gone through.
     after: Option<Key>,
 }
 
+/// One watch, as the hub keeps it.
 #[derive(Debug)]
 struct Watcher {
     prefix: String,
     started: Instant,
     queue: VecDeque<(ChangeKind, Arc<Snapshot>)>,
+    /// The size of the records in the queue.
     bytes: usize,
-    /// It has lost its queue.
+    /// The watch was too slow and has lost its queue.
     is_behind: bool,
     wake: Arc<Notify>,
 }
 
-/// A watcher's own side; dropping it ends the watch.
+/// One watch, as its stream keeps it. Dropping it ends the watch.
 #[derive(Debug)]
-pub(crate) struct Watching {
-    watchers: Arc<Watchers>,
+pub(crate) struct Subscription {
+    hub: Arc<WatchHub>,
     number: u64,
     wake: Arc<Notify>,
 }
 
-/// What a watcher is told next.
+/// What a watch is to do next.
 #[derive(Debug)]
-pub(crate) enum Told {
+pub(crate) enum WatcherEvent {
+    /// Report this change.
     Change(ChangeKind, Arc<Snapshot>),
-    /// It was too slow, and begins anew with a snapshot.
+    /// Begin again with a snapshot, because changes were lost.
     FellBehind,
 }
 
-impl Watchers {
+impl WatchHub {
+    /// Creates the hub of a daemon that may have `limit` watches.
     pub(crate) fn new(limit: usize) -> Self {
-        Self { limit, count: AtomicUsize::new(0), state: Mutex::default(), sooner: Notify::new() }
+        Self { limit, count: AtomicUsize::new(0), state: Mutex::default(), earlier: Notify::new() }
     }
 
     pub(crate) fn limit(&self) -> usize {
         self.limit
     }
 
-    /// Begins a watch; what happens from here on is queued. `None`: too many watch.
-    pub(crate) fn begin(self: &Arc<Self>, prefix: String) -> Option<Watching> {
+    /// Begins a watch, and queues all changes for it from now on. Returns `None` if there are too
+    /// many watches.
+    pub(crate) fn begin(self: &Arc<Self>, prefix: String) -> Option<Subscription> {
         let mut state = self.state();
         if state.watchers.len() >= self.limit {
             return None;
@@ -102,101 +110,106 @@ impl Watchers {
         let watcher = Watcher { prefix, started, queue, bytes: 0, is_behind: false, wake: Arc::clone(&wake) };
         state.watchers.insert(number, watcher);
         self.count.store(state.watchers.len(), Ordering::SeqCst);
-        Some(Watching { watchers: Arc::clone(self), number, wake })
+        Some(Subscription { hub: Arc::clone(self), number, wake })
     }
 
-    /// Takes note of a record, unless a later one is known.
+    /// Notes a record, unless a later one has been seen.
     pub(crate) fn observe(&self, snapshot: &Arc<Snapshot>) {
         if self.count.load(Ordering::SeqCst) > 0 {
-            self.change(|state| state.observe(snapshot));
+            self.update(|state| state.observe(snapshot));
         }
     }
 
-    /// Takes note that a read that began at `asked_at` found no record of the key.
-    pub(crate) fn missing(&self, key: &Key, asked_at: Instant) {
-        self.change(|state| {
-            let Some(before) = state.known.get(key).filter(|known| known.seen_at < asked_at) else { return };
+    /// Notes that a read which began at `asked_at` found no record of the key.
+    pub(crate) fn remote_missing(&self, key: &Key, asked_at: Instant) {
+        self.update(|state| {
+            // A record that was seen during the read may be newer than its answer.
+            let Some(before) = state.seen.get(key).filter(|seen| seen.seen_at < asked_at) else { return };
             let vacant = Snapshot { record: Record::vacant(key.clone()), now: before.snapshot.now };
-            state.learn(&Arc::new(vacant));
+            state.report(&Arc::new(vacant));
         });
     }
 
-    /// Whether anyone watches the key, and has not seen its record as of `rev`.
-    pub(crate) fn wants(&self, key: &Key, rev: Option<i64>) -> bool {
+    /// Whether the key is watched and its record as of `rev` has not been seen. Without `rev`:
+    /// whether the key is watched.
+    pub(crate) fn needs_read(&self, key: &Key, rev: Option<i64>) -> bool {
         if self.count.load(Ordering::SeqCst) == 0 {
             return false;
         }
         let state = self.state();
-        let seen = state.known.get(key).map(|known| known.snapshot.record.rev);
+        let seen = state.seen.get(key).map(|seen| seen.snapshot.record.rev);
         state.is_watched(key) && (rev.is_none() || seen < rev)
     }
 
-    /// Has every watched key looked at anew.
+    /// Has every watched key read again, because changes may have been missed.
     pub(crate) fn rebuild(&self) {
         let mut state = self.state();
         state.is_stale = !state.watchers.is_empty();
-        self.sooner.notify_one();
+        self.earlier.notify_one();
     }
 
-    /// When a key is to be looked at next, if any is.
+    /// Returns when the next read is due.
     pub(crate) fn next_due(&self) -> Option<Instant> {
         let state = self.state();
-        if state.is_stale { Some(Instant::now()) } else { state.known.next_due() }
+        if state.is_stale { Some(Instant::now()) } else { state.seen.next_due() }
     }
 
-    /// Forgets some of the keys that nobody watches any more, and returns whether there may be others.
-    pub(crate) fn tidy(&self) -> bool {
+    /// Forgets some of the keys that are not watched any more. Returns whether there may be others.
+    pub(crate) fn forget_unwatched(&self) -> bool {
         let mut state = self.state();
-        let State { watchers, known, ended, .. } = &mut *state;
-        let Some(Ended { prefix, after }) = ended.front_mut() else { return false };
+        let State { watchers, seen, ended, .. } = &mut *state;
+        let Some(EndedWatch { prefix, after }) = ended.front_mut() else { return false };
         let is_watched = |key: &Key| watchers.values().any(|watcher| watcher.watches(key));
-        *after = known.tidy(prefix, after.as_ref(), TIDIED, is_watched);
+        *after = seen.forget_unwatched(prefix, after.as_ref(), FORGET_CHUNK, is_watched);
         if after.is_none() {
             ended.pop_front();
         }
         !ended.is_empty()
     }
 
-    /// Returns when there may be something to look at earlier than was thought.
-    pub(crate) async fn sooner(&self) {
-        self.sooner.notified().await;
+    /// Waits until the background task has work earlier than it expects.
+    pub(crate) async fn earlier(&self) {
+        self.earlier.notified().await;
     }
 
-    /// Held keys whose time is over by `now`, as far as is known.
+    /// Takes the keys to poll by `now`: as far as is known, the leases of their holders have run
+    /// out.
     pub(crate) fn take_due(&self, now: Instant) -> Vec<Key> {
-        self.state().known.take_due(now)
+        self.state().seen.take_due(now)
     }
 
-    /// If changes may have been missed: all prefixes to list, and the keys to look at for those that are in no listing
-    /// any more. A lease that came and went meanwhile on a key that was free before is found by neither.
+    /// If changes may have been missed, returns the prefixes to list and the keys to read. The keys
+    /// may be free by now, and then no listing contains them.
+    ///
+    /// Neither finds a lease that was granted and ended meanwhile on a key that was free before.
     pub(crate) fn take_stale(&self) -> Option<(Vec<String>, Vec<Key>)> {
         let mut state = self.state();
         std::mem::take(&mut state.is_stale).then(|| {
             let mut prefixes: Vec<String> = Vec::new();
             let all: BTreeSet<&String> = state.watchers.values().map(|watcher| &watcher.prefix).collect();
-            // In this order a prefix comes right before those that it covers.
+            // In this order, all prefixes that begin with another one come right after that one.
             for prefix in all {
                 if prefixes.last().is_none_or(|last| !prefix.starts_with(last)) {
                     prefixes.push(prefix.clone());
                 }
             }
-            (prefixes, state.known.taken())
+            (prefixes, state.seen.occupied())
         })
     }
 
-    /// Changes the state, and wakes who looks at keys if one is due earlier than before.
-    fn change(&self, change: impl FnOnce(&mut State)) {
+    /// Changes the state, and wakes the background task if a key is due earlier than before.
+    fn update(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state();
-        let before = state.known.next_due();
+        let before = state.seen.next_due();
         change(&mut state);
-        let after = state.known.next_due();
+        let after = state.seen.next_due();
         if after.is_some() && (before.is_none() || after < before) {
-            self.sooner.notify_one();
+            self.earlier.notify_one();
         }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -208,54 +221,56 @@ impl State {
 
     fn observe(&mut self, snapshot: &Arc<Snapshot>) {
         let record = &snapshot.record;
-        let is_news = match self.known.get(&record.key).map(|known| &known.snapshot) {
-            Some(known) => (record.version(), snapshot.now) >= (known.record.version(), known.now),
-            // Without a revision there is no record.
+        let is_new = match self.seen.get(&record.key).map(|seen| &seen.snapshot) {
+            Some(seen) => (record.version(), snapshot.now) >= (seen.record.version(), seen.now),
+            // A key without a record has revision 0.
             None => record.rev > 0,
         };
-        if is_news && self.is_watched(&record.key) {
-            self.learn(snapshot);
+        if is_new && self.is_watched(&record.key) {
+            self.report(snapshot);
         }
     }
 
-    /// Tells what is new, and remembers it.
-    fn learn(&mut self, snapshot: &Arc<Snapshot>) {
+    /// Queues the changes that a record shows, and keeps the record.
+    fn report(&mut self, snapshot: &Arc<Snapshot>) {
         let key = &snapshot.record.key;
-        let before = self.known.get(key);
-        let news = changes(
-            before.map(|known| Before { record: &known.snapshot.record, has_lapsed: known.has_lapsed }),
+        let before = self.seen.get(key);
+        let changes = changes(
+            before.map(|seen| Previous { record: &seen.snapshot.record, has_lapsed: seen.has_lapsed }),
             snapshot,
         );
-        let seen_at = before.map(|known| known.seen_at);
-        let forgotten = self.known.forgotten();
+        let seen_at = before.map(|seen| seen.seen_at);
+        let forgotten_until = self.seen.forgotten_until();
         for watcher in self.watchers.values_mut().filter(|watcher| watcher.watches(key)) {
-            // What happened before the watch may be among the news, if the key was not known, or was seen last for a watch
-            // before this one.
-            let begun = || snapshot.now.0.saturating_sub(elapsed(watcher.started));
+            // Some of the changes may be older than the watch, if the key was not seen before or
+            // was seen last for an earlier watch. The watch does not report these.
+            let begun = || snapshot.now.0.saturating_sub(millis_since(watcher.started));
             let since = match seen_at {
-                None => Some(forgotten.max(begun())),
+                None => Some(forgotten_until.max(begun())),
                 Some(seen_at) if seen_at < watcher.started => Some(begun()),
                 Some(_) => None,
             };
-            for (kind, at) in &news {
+            for (kind, at) in &changes {
                 if since.is_none_or(|since| at.0 > since) {
                     watcher.push(*kind, snapshot);
                 }
             }
         }
-        self.known.note(snapshot);
+        self.seen.note(snapshot);
     }
 }
 
-/// Milliseconds since then, and a little more: both clocks are read in whole ones.
-fn elapsed(instant: Instant) -> i64 {
+/// Returns the milliseconds since `instant`, and two more: this clock and the store's are both read
+/// in whole milliseconds.
+fn millis_since(instant: Instant) -> i64 {
     i64::try_from(instant.elapsed().as_millis()).unwrap_or(i64::MAX).saturating_add(2)
 }
 
-/// What a record takes in memory, in bytes. [`Record::size`] leaves out what the rules do not measure, and that may be most of it:
-/// a record remembers more than a thousand departures.
+/// Returns the memory that a record takes, in bytes.
 fn size(snapshot: &Snapshot) -> usize {
     let record = &snapshot.record;
+    // `Record::size` leaves departures out. They may be most of a record: there may be over a
+    // thousand.
     let departures = record.departures.capacity() * size_of::<Departure>();
     size_of::<Snapshot>() + record.key.as_str().len() + record.size() + departures
 }
@@ -284,19 +299,21 @@ impl Watcher {
     }
 }
 
-impl Watching {
-    /// Takes a page of a listing, and returns what to tell of it: the records as they are known now. What is queued of
-    /// these keys is older than that, and dropped.
+impl Subscription {
+    /// Notes the records of a page. Returns the records to show for the page: the ones that were
+    /// seen last, without free keys.
     pub(crate) fn page(&self, page: Vec<Snapshot>) -> Vec<Arc<Snapshot>> {
         let mut shown = Vec::with_capacity(page.len());
-        self.watchers.change(|state| {
+        self.hub.update(|state| {
             for snapshot in page {
                 let snapshot = Arc::new(snapshot);
                 state.observe(&snapshot);
-                let known = state.known.get(&snapshot.record.key);
-                shown.push(known.map_or(snapshot, |known| Arc::clone(&known.snapshot)));
+                let seen = state.seen.get(&snapshot.record.key);
+                shown.push(seen.map_or(snapshot, |seen| Arc::clone(&seen.snapshot)));
             }
             if let Some(watcher) = state.watchers.get_mut(&self.number) {
+                // The queued changes of these keys are older than the records shown, so they are
+                // dropped.
                 let keys: HashSet<&Key> = shown.iter().map(|snapshot| &snapshot.record.key).collect();
                 watcher.queue.retain(|(_, snapshot)| !keys.contains(&snapshot.record.key));
                 watcher.bytes = watcher.queue.iter().map(|(_, snapshot)| size(snapshot)).sum();
@@ -306,61 +323,63 @@ impl Watching {
         shown
     }
 
-    /// Forgets what is queued: the watch begins here.
+    /// Drops the queue: the watch begins with the next change.
     pub(crate) fn begin_here(&self) {
-        if let Some(watcher) = self.watchers.state().watchers.get_mut(&self.number) {
+        if let Some(watcher) = self.hub.state().watchers.get_mut(&self.number) {
             watcher.clear();
             watcher.is_behind = false;
             watcher.started = Instant::now();
         }
     }
 
-    /// Waits for what comes next.
-    pub(crate) async fn next(&self) -> Told {
+    /// Waits for the next event.
+    pub(crate) async fn next(&self) -> WatcherEvent {
         loop {
-            if let Some(told) = self.take() {
-                return told;
+            if let Some(event) = self.try_next() {
+                return event;
             }
             self.wake.notified().await;
         }
     }
 
-    fn take(&self) -> Option<Told> {
-        let mut state = self.watchers.state();
+    fn try_next(&self) -> Option<WatcherEvent> {
+        let mut state = self.hub.state();
         let watcher = state.watchers.get_mut(&self.number)?;
         if std::mem::take(&mut watcher.is_behind) {
-            return Some(Told::FellBehind);
+            return Some(WatcherEvent::FellBehind);
         }
         let (kind, snapshot) = watcher.queue.pop_front()?;
         watcher.bytes -= size(&snapshot);
-        Some(Told::Change(kind, snapshot))
+        Some(WatcherEvent::Change(kind, snapshot))
     }
 }
 
-impl Drop for Watching {
+impl Drop for Subscription {
     fn drop(&mut self) {
-        // Commits need the lock that is taken here, so what is known is not gone through in here.
-        let forgotten = {
-            let mut state = self.watchers.state();
+        // Commits need this lock. So keys are forgotten later, and what the last watch leaves is
+        // freed after unlocking.
+        let seen = {
+            let mut state = self.hub.state();
             let Some(watcher) = state.watchers.remove(&self.number) else { return };
-            self.watchers.count.store(state.watchers.len(), Ordering::SeqCst);
+            self.hub.count.store(state.watchers.len(), Ordering::SeqCst);
             if state.watchers.is_empty() {
                 state.ended.clear();
-                std::mem::take(&mut state.known)
+                std::mem::take(&mut state.seen)
             } else {
-                // Watches that come and go leave no more than those that there may be: then all keys are gone through.
-                let prefix = if state.ended.len() < self.watchers.limit {
+                // Watches may end faster than their keys are forgotten. Past the limit one entry
+                // with an empty prefix stands for all of them: it goes through all keys.
+                let prefix = if state.ended.len() < self.hub.limit {
                     watcher.prefix
                 } else {
                     state.ended.clear();
                     String::new()
                 };
-                state.ended.push_back(Ended { prefix, after: None });
-                self.watchers.sooner.notify_one();
-                Known::default()
+                state.ended.push_back(EndedWatch { prefix, after: None });
+                self.hub.earlier.notify_one();
+                SeenRecords::default()
             }
         };
-        drop(forgotten);
+        drop(seen);
     }
 }
 
@@ -370,41 +389,42 @@ mod tests {
     use crate::lease::{Acquisition, Edit, LeaseId, Reason, Rules, Timestamp, step};
 
     fn held(key: &str) -> Arc<Snapshot> {
-        let rules = Rules { grace: std::time::Duration::ZERO, place: std::time::Duration::from_secs(15) };
+        let rules =
+            Rules { grace: std::time::Duration::ZERO, waiter_ttl: std::time::Duration::from_secs(15) };
         let edit = Edit::default().enqueue(Arc::new(Acquisition::waiting(LeaseId::random())));
         let (key, now) = (Key::try_from(key).expect("a key"), Timestamp(1_000_000));
         Arc::new(Snapshot { record: step(Record::vacant(key), &edit, now, &rules), now })
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_nobody_watches_any_more_is_forgotten_a_few_keys_at_a_time() {
-        let watchers = Arc::new(Watchers::new(10));
-        let all = watchers.begin("job/".to_owned()).expect("room");
-        let some = watchers.begin("job/7".to_owned()).expect("room");
-        (0..1000).for_each(|number| watchers.observe(&held(&format!("job/{number}"))));
+    async fn keys_that_are_not_watched_any_more_are_forgotten_a_few_at_a_time() {
+        let hub = Arc::new(WatchHub::new(10));
+        let all = hub.begin("job/".to_owned()).expect("room");
+        let some = hub.begin("job/7".to_owned()).expect("room");
+        (0..1000).for_each(|number| hub.observe(&held(&format!("job/{number}"))));
         drop(all);
-        assert_eq!(watchers.state().known.len(), 1000, "the end of a watch goes through no keys");
+        assert_eq!(hub.state().seen.len(), 1000, "a watch that ends goes through no keys itself");
         let mut before = 1000;
-        while watchers.tidy() {
-            let left = watchers.state().known.len();
-            assert!(before - left <= TIDIED, "{before} and then {left}");
+        while hub.forget_unwatched() {
+            let left = hub.state().seen.len();
+            assert!(before - left <= FORGET_CHUNK, "{before} and then {left}");
             before = left;
         }
-        assert_eq!(watchers.state().known.len(), 111, "those that another one watches");
+        assert_eq!(hub.state().seen.len(), 111, "the keys that another watch covers");
         drop(some);
-        assert_eq!(watchers.state().known.len(), 0);
+        assert_eq!(hub.state().seen.len(), 0);
     }
 
     #[tokio::test]
-    async fn a_queue_is_bounded_by_all_that_its_records_take() {
-        let watchers = Arc::new(Watchers::new(1));
-        let watching = watchers.begin(String::new()).expect("room");
+    async fn a_queue_is_bounded_by_the_memory_that_its_records_take() {
+        let hub = Arc::new(WatchHub::new(1));
+        let subscription = hub.begin(String::new()).expect("room");
         let at = Timestamp(1_000_000);
         let departure = || Departure { id: LeaseId::random(), reason: Reason::Released, at, lasting: true };
         let mut pushed = 0;
-        // Free records, of which each remembers as many departures as it may.
-        while !matches!(watching.take(), Some(Told::FellBehind)) {
-            let mut state = watchers.state();
+        // Records of free keys, each with as many departures as a record may have.
+        while !matches!(subscription.try_next(), Some(WatcherEvent::FellBehind)) {
+            let mut state = hub.state();
             let watcher = state.watchers.values_mut().next().expect("a watch");
             while !watcher.is_behind {
                 let departures = (0..1024).map(|_| departure()).collect();
@@ -417,30 +437,31 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn watches_that_come_and_go_leave_no_more_than_there_may_be() {
-        let watchers = Arc::new(Watchers::new(3));
-        let _stays = watchers.begin("other".to_owned()).expect("room");
+    async fn watches_that_have_ended_are_bounded_by_the_limit_on_watches() {
+        let hub = Arc::new(WatchHub::new(3));
+        let _stays = hub.begin("other".to_owned()).expect("room");
         for number in 0..20 {
-            drop(watchers.begin(number.to_string()).expect("room"));
-            assert!(watchers.state().ended.len() <= 3);
+            drop(hub.begin(number.to_string()).expect("room"));
+            assert!(hub.state().ended.len() <= 3);
         }
-        while watchers.tidy() {}
-        assert!(watchers.state().ended.is_empty());
+        while hub.forget_unwatched() {}
+        assert!(hub.state().ended.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_new_watch_is_not_told_what_happened_between_an_earlier_one_and_itself() {
-        let watchers = Arc::new(Watchers::new(3));
-        let _other = watchers.begin("other".to_owned()).expect("room");
-        let earlier = watchers.begin("job".to_owned()).expect("room");
+    async fn a_new_watch_reports_no_change_from_between_an_earlier_watch_and_its_own_beginning() {
+        let hub = Arc::new(WatchHub::new(3));
+        let _other = hub.begin("other".to_owned()).expect("room");
+        let earlier = hub.begin("job".to_owned()).expect("room");
         let first = held("job");
-        watchers.observe(&first);
+        hub.observe(&first);
         drop(earlier);
         tokio::time::advance(std::time::Duration::from_secs(5)).await;
-        let watching = watchers.begin("job".to_owned()).expect("room");
+        let subscription = hub.begin("job".to_owned()).expect("room");
         let mut record = first.record.clone();
-        let rules = Rules { grace: std::time::Duration::ZERO, place: std::time::Duration::from_secs(15) };
-        // Released before the new watch, and acquired anew after it began.
+        let rules =
+            Rules { grace: std::time::Duration::ZERO, waiter_ttl: std::time::Duration::from_secs(15) };
+        // Released before the new watch began, and acquired again afterwards.
         record = step(
             record.clone(),
             &Edit::default().release(record.holders[0].id),
@@ -450,8 +471,8 @@ mod tests {
         let edit = Edit::default().enqueue(Arc::new(Acquisition::waiting(LeaseId::random())));
         tokio::time::advance(std::time::Duration::from_secs(1)).await;
         let now = Timestamp(1_006_000);
-        watchers.observe(&Arc::new(Snapshot { record: step(record, &edit, now, &rules), now }));
-        assert!(matches!(watching.take(), Some(Told::Change(ChangeKind::Granted, _))));
-        assert!(watching.take().is_none());
+        hub.observe(&Arc::new(Snapshot { record: step(record, &edit, now, &rules), now }));
+        assert!(matches!(subscription.try_next(), Some(WatcherEvent::Change(ChangeKind::Granted, _))));
+        assert!(subscription.try_next().is_none());
     }
 }

@@ -1,10 +1,11 @@
-//! A watch from its snapshot to its changes, and the look at keys on which time alone changes something.
+//! Watches: each shows a snapshot of its keys and then their changes. A background task polls the
+//! watched keys on which time alone may change something.
 
-/// What happened between two records of a key.
+/// The changes between two states of a record.
 mod diff;
-/// What is known of the watched keys.
+/// The records that were seen last of the watched keys.
 mod seen;
-/// All watches: what each has still to be told.
+/// All watches, and the changes that each has still to report.
 mod hub;
 
 use std::collections::VecDeque;
@@ -16,89 +17,96 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::committer::Committer;
-use super::notify::{self, Audience};
+use super::notify::{self, Subscribers};
 use super::{CallError, Lessor};
 use crate::lease::{Key, Snapshot};
 use crate::store::{ListQuery, Page, Store, StoreError};
 pub use diff::ChangeKind;
-pub(crate) use hub::Watchers;
-use hub::{Told, Watching};
+pub(crate) use hub::WatchHub;
+use hub::{Subscription, WatcherEvent};
 
-/// Keys in a page of a listing.
+/// How many keys a page of a listing has.
 const PAGE: usize = 500;
-/// The pause after the store has failed.
+/// The pause before a failed read is repeated.
 const RETRY: Duration = Duration::from_millis(500);
-/// Longer than any timer is set for.
+/// How long the background task sleeps while no key is due.
 const FAR: Duration = Duration::from_secs(3600);
 
 /// Where a watch begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Begin {
-    /// With every key that is held, waited for or blocked.
+    /// With a snapshot of every key that is held, waited for or blocked.
     WithSnapshot,
     /// With the next change.
     Here,
 }
 
-/// What a watch shows.
+/// An event of a watch.
 #[derive(Debug, Clone)]
 pub enum WatchEvent {
-    /// A key as it is; before any change. After the first changes it means that some were lost: it all begins anew.
+    /// A key as it is when the watch begins. Later it means that changes were lost, and that the
+    /// watch begins again.
     Snapshot(Arc<Snapshot>),
-    /// Every key has been shown.
+    /// The snapshot is complete.
     SnapshotEnd,
-    /// What happened to a key, and how it is after that.
+    /// A change of a key, and the state of the key after it.
     Change(ChangeKind, Arc<Snapshot>),
 }
 
-/// The keys with a prefix, watched. Dropping it ends the watch.
+/// A watch of all keys with a prefix. Dropping it ends the watch.
 #[derive(Debug)]
 pub struct Watch<S> {
     lessor: Lessor<S>,
     prefix: String,
-    watching: Watching,
-    /// The listing that is under way.
+    subscription: Subscription,
+    /// The snapshot that is under way.
     listing: Option<Listing>,
 }
 
 #[derive(Debug, Default)]
 struct Listing {
+    /// The last key that has been read.
     after: Option<Key>,
+    /// Records that have been read and not yet shown.
     ready: VecDeque<Arc<Snapshot>>,
     is_complete: bool,
 }
 
 impl<S: Store> Lessor<S> {
-    /// Watches the keys that begin with `prefix`. When this returns, no later change is missed.
+    /// Watches the keys that begin with `prefix`. The watch reports every change after this
+    /// returns.
     ///
     /// # Errors
-    /// [`CallError::TooManyWatches`]; [`CallError::Store`] if a watch that begins here cannot learn what there is.
+    /// [`CallError::TooManyWatches`]. [`CallError::Store`] if the watch begins with the next
+    /// change, and the keys cannot be read.
     pub async fn watch(&self, prefix: String, begin: Begin) -> Result<Watch<S>, CallError> {
-        let watchers = &self.audience.watchers;
-        let limit = watchers.limit();
-        let watching = watchers.begin(prefix.clone()).ok_or(CallError::TooManyWatches { limit })?;
-        let mut watch = Watch { lessor: self.clone(), prefix, watching, listing: Some(Listing::default()) };
+        let watches = &self.subscribers.watches;
+        let limit = watches.limit();
+        let subscription = watches.begin(prefix.clone()).ok_or(CallError::TooManyWatches { limit })?;
+        let mut watch =
+            Watch { lessor: self.clone(), prefix, subscription, listing: Some(Listing::default()) };
+        // Without knowing the present state, the watch could not tell what the next change is.
         if begin == Begin::Here {
             while watch.listing.as_ref().is_some_and(|listing| !listing.is_complete) {
-                watch.turn_page().await?;
+                watch.read_page().await?;
             }
             watch.listing = None;
-            watch.watching.begin_here();
+            watch.subscription.begin_here();
         }
         Ok(watch)
     }
 }
 
 impl<S: Store> Watch<S> {
-    /// Waits for what is to be shown next. While the store is away nothing is.
+    /// Waits for the next event. Repeats reads that fail.
     ///
-    /// Dropping the future loses nothing.
+    /// Cancel safe.
     pub async fn next(&mut self) -> WatchEvent {
         loop {
             let Some(listing) = &mut self.listing else {
-                match self.watching.next().await {
-                    Told::Change(kind, snapshot) => return WatchEvent::Change(kind, snapshot),
-                    Told::FellBehind => self.listing = Some(Listing::default()),
+                match self.subscription.next().await {
+                    WatcherEvent::Change(kind, snapshot) => return WatchEvent::Change(kind, snapshot),
+                    WatcherEvent::FellBehind => self.listing = Some(Listing::default()),
                 }
                 continue;
             };
@@ -109,18 +117,18 @@ impl<S: Store> Watch<S> {
                 self.listing = None;
                 return WatchEvent::SnapshotEnd;
             }
-            if self.turn_page().await.is_err() {
+            if self.read_page().await.is_err() {
                 sleep(RETRY).await;
             }
         }
     }
 
-    async fn turn_page(&mut self) -> Result<(), CallError> {
+    async fn read_page(&mut self) -> Result<(), CallError> {
         let Some(listing) = &mut self.listing else { return Ok(()) };
         let page = self.lessor.list(query(&self.prefix, listing.after.clone())).await?;
-        listing.after = last(&page).or(listing.after.take());
+        listing.after = last_key(&page).or(listing.after.take());
         listing.is_complete = !page.more;
-        listing.ready.extend(self.watching.page(page.snapshots));
+        listing.ready.extend(self.subscription.page(page.snapshots));
         Ok(())
     }
 }
@@ -129,43 +137,48 @@ fn query(prefix: &str, after: Option<Key>) -> ListQuery {
     ListQuery { prefix: prefix.to_owned(), after, limit: PAGE, include_free: false }
 }
 
-fn last(page: &Page) -> Option<Key> {
+fn last_key(page: &Page) -> Option<Key> {
     page.snapshots.last().map(|snapshot| snapshot.record.key.clone())
 }
 
-/// Looks at keys whose holders' time is over, until the daemon drains: another daemon may have had them touched, and if
-/// not it is a change that nobody commits. And looks at all when changes may have been missed.
-pub(crate) async fn keep<S: Store>(
-    audience: Arc<Audience>,
+/// Reads watched keys in the background until the daemon drains: keys whose leases have run out,
+/// and all keys when changes may have been missed. Also forgets keys that are not watched any more.
+///
+/// A lease that runs out is a change that no commit shows. The read finds out whether another
+/// daemon has renewed the lease before.
+pub(crate) async fn run<S: Store>(
+    subscribers: Arc<Subscribers>,
     committer: Arc<Committer<S>>,
     draining: CancellationToken,
 ) {
-    let watchers = &audience.watchers;
+    let watches = &subscribers.watches;
     loop {
-        let due = watchers.next_due().unwrap_or_else(|| Instant::now() + FAR);
+        let due = watches.next_due().unwrap_or_else(|| Instant::now() + FAR);
         tokio::select! {
             () = draining.cancelled() => return,
-            () = watchers.sooner() => {}
+            () = watches.earlier() => {}
             () = sleep_until(due) => {}
         }
-        while watchers.tidy() {
+        // In chunks, because commits need the same lock.
+        while watches.forget_unwatched() {
             yield_now().await;
         }
-        if let Some((prefixes, keys)) = watchers.take_stale()
-            && rebuild(&audience, &committer, prefixes, &keys).await.is_err()
+        if let Some((prefixes, keys)) = watches.take_stale()
+            && rebuild(&subscribers, &committer, prefixes, &keys).await.is_err()
         {
-            watchers.rebuild();
+            watches.rebuild();
             sleep(RETRY).await;
         }
-        let due = watchers.take_due(Instant::now());
-        // What could not be read is due again soon.
-        drop(notify::read(&audience, &committer, &due).await);
+        let due = watches.take_due(Instant::now());
+        // Keys that could not be read are due again soon.
+        let _ = notify::read_and_notify(&subscribers, &committer, &due).await;
     }
 }
 
-/// Looks at everything under these prefixes, and at these keys, which may be free now and in no listing.
+/// Lists all keys with these prefixes and reads these keys, and passes the records on to the
+/// subscribers.
 async fn rebuild<S: Store>(
-    audience: &Audience,
+    subscribers: &Subscribers,
     committer: &Arc<Committer<S>>,
     prefixes: Vec<String>,
     keys: &[Key],
@@ -174,14 +187,14 @@ async fn rebuild<S: Store>(
         let mut after = None;
         loop {
             let page = committer.store().list(query(&prefix, after.take())).await?;
-            after = last(&page);
+            after = last_key(&page);
             for snapshot in page.snapshots {
-                committer.submit_unanswered(committer.daemon(), audience.foreign(&Arc::new(snapshot)));
+                committer.submit_unanswered(committer.daemon(), subscribers.remote_read(&Arc::new(snapshot)));
             }
             if !page.more {
                 break;
             }
         }
     }
-    notify::read(audience, committer, keys).await
+    notify::read_and_notify(subscribers, committer, keys).await
 }

@@ -1,4 +1,4 @@
-//! What was seen last of the keys that are watched, and when their holders' time is over.
+//! The record that was seen last of each watched key, and when its holders' leases run out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -9,58 +9,62 @@ use tokio::time::Instant;
 
 use crate::lease::{Key, Snapshot, State};
 
-/// Free keys that are remembered, so that what departed from them is not told again.
+/// The most free keys that are kept. While a key is kept, its departures are not reported twice.
 const FREE_KEYS: usize = 16_384;
-/// Until a key is looked at again whose look has failed, or whose holders' time is over: another daemon may have had
-/// it touched back to life, of which nobody tells. That pause doubles with each look, up to sixty-four times this.
-const AGAIN: Duration = Duration::from_secs(1);
+/// The pause before a key is polled again, after a read that failed or found the key lapsed. For a
+/// key that stays lapsed the pause doubles with each poll, up to 64 times this.
+const POLL_PAUSE: Duration = Duration::from_secs(1);
 
-/// Keys that are held or waited for, and some that were until lately.
+/// The records of keys that are held or waited for, and of some keys that have become free.
 #[derive(Debug, Default)]
-pub(crate) struct Known {
-    keys: BTreeMap<Key, Seen>,
-    /// When each held key is to be looked at: when it lapses, unless it is touched.
+pub(crate) struct SeenRecords {
+    keys: BTreeMap<Key, SeenRecord>,
+    /// When to poll each held or lapsed key. A held key is polled when it lapses, unless it is
+    /// touched.
     due: BTreeSet<(Instant, Key)>,
-    /// Keys that are free; the longest free first.
+    /// The free keys. The key that has been free longest has the lowest number.
     free: BTreeMap<u64, Key>,
     last_number: u64,
-    /// The latest departure, by the store's clock, from a key that has been forgotten.
-    forgotten: i64,
+    /// The latest departure from a key that has been forgotten, by the store's clock.
+    forgotten_until: i64,
 }
 
-/// A key as it was seen last.
+/// The record that was seen last of a key.
 #[derive(Debug)]
-pub(crate) struct Seen {
+pub(crate) struct SeenRecord {
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) seen_at: Instant,
-    /// Its holders' time is over.
+    /// The leases of all holders had run out.
     pub(crate) has_lapsed: bool,
-    /// How often it has been seen so in a row.
-    lapsed_looks: u32,
+    /// How often in a row the key was seen lapsed.
+    lapsed_polls: u32,
     due: Option<Instant>,
-    /// Its place among the free.
+    /// The key's number in [`SeenRecords::free`].
     free: Option<u64>,
 }
 
-impl Known {
-    pub(crate) fn get(&self, key: &Key) -> Option<&Seen> {
+impl SeenRecords {
+    pub(crate) fn get(&self, key: &Key) -> Option<&SeenRecord> {
         self.keys.get(key)
     }
 
-    /// Of a key that is not known, what departed up to this instant may have been told.
-    pub(crate) fn forgotten(&self) -> i64 {
-        self.forgotten
+    /// Returns the instant up to which departures from a key that is not in here may have been
+    /// reported already.
+    pub(crate) fn forgotten_until(&self) -> i64 {
+        self.forgotten_until
     }
 
-    /// Remembers a record.
+    /// Keeps a record instead of the one that was seen before.
     pub(crate) fn note(&mut self, snapshot: &Arc<Snapshot>) {
         let (record, now) = (&snapshot.record, Instant::now());
         let key = record.key.clone();
-        let lapsed_looks = self.forget(&key).map_or(0, |seen| seen.lapsed_looks);
-        let (due, lapsed_looks) = match snapshot.state() {
+        let lapsed_polls = self.forget(&key).map_or(0, |seen| seen.lapsed_polls);
+        let (due, lapsed_polls) = match snapshot.state() {
             State::Free => (None, 0),
             State::Held => (record.holders.iter().map(|holder| snapshot.remaining(holder)).max(), 0),
-            State::Lapsed => (Some(AGAIN * 2_u32.pow(lapsed_looks.min(6))), lapsed_looks + 1),
+            // Polled although it has lapsed: another daemon's touch may make it live again, and the
+            // feed reports no touches.
+            State::Lapsed => (Some(POLL_PAUSE * 2_u32.pow(lapsed_polls.min(6))), lapsed_polls + 1),
         };
         let due = due.map(|pause| now + pause);
         let is_free = record.holders.is_empty() && record.waiters.is_empty();
@@ -70,62 +74,62 @@ impl Known {
             self.last_number
         });
         self.due.extend(due.map(|due| (due, key.clone())));
-        let (snapshot, has_lapsed) = (Arc::clone(snapshot), lapsed_looks > 0);
-        self.keys.insert(key, Seen { snapshot, seen_at: now, has_lapsed, lapsed_looks, due, free });
-        self.bound();
+        let (snapshot, has_lapsed) = (Arc::clone(snapshot), lapsed_polls > 0);
+        self.keys.insert(key, SeenRecord { snapshot, seen_at: now, has_lapsed, lapsed_polls, due, free });
+        self.limit_free();
     }
 
-    /// The earliest lapse.
+    /// Returns when the next poll is due.
     pub(crate) fn next_due(&self) -> Option<Instant> {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// Keys whose time is over by `now`, if they were not touched meanwhile; each once, and again a while later.
+    /// Takes the keys to poll by `now`. They are due again a while later, in case the read fails.
     pub(crate) fn take_due(&mut self, now: Instant) -> Vec<Key> {
         let mut keys = Vec::new();
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
             let Some((_, key)) = self.due.pop_first() else { break };
             if let Some(seen) = self.keys.get_mut(&key) {
-                seen.due = Some(now + AGAIN);
-                self.due.insert((now + AGAIN, key.clone()));
+                seen.due = Some(now + POLL_PAUSE);
+                self.due.insert((now + POLL_PAUSE, key.clone()));
             }
             keys.push(key);
         }
         keys
     }
 
-    /// The keys that are held or waited for.
-    pub(crate) fn taken(&self) -> Vec<Key> {
-        let taken = self.keys.iter().filter(|(_, seen)| seen.free.is_none());
-        taken.map(|(key, _)| key.clone()).collect()
+    /// Returns the keys that are held or waited for.
+    pub(crate) fn occupied(&self) -> Vec<Key> {
+        let occupied = self.keys.iter().filter(|(_, seen)| seen.free.is_none());
+        occupied.map(|(key, _)| key.clone()).collect()
     }
 
-    /// Of the next `count` keys with this prefix after `after`, forgets those that are not wanted any more. Returns the
-    /// last of them, if there may be more.
-    pub(crate) fn tidy(
+    /// Goes through the next `count` keys with this prefix after `after`, and forgets the ones that
+    /// are not watched. Returns the last key that it went through, if there may be more.
+    pub(crate) fn forget_unwatched(
         &mut self,
         prefix: &str,
         after: Option<&Key>,
         count: usize,
-        wanted: impl Fn(&Key) -> bool,
+        is_watched: impl Fn(&Key) -> bool,
     ) -> Option<Key> {
         let start = after.map_or(Bound::Included(prefix), |after| Bound::Excluded(after.as_str()));
         let rest = self.keys.range::<str, _>((start, Bound::Unbounded)).map(|(key, _)| key);
         let keys: Vec<Key> =
             rest.take_while(|key| key.as_str().starts_with(prefix)).take(count).cloned().collect();
-        for key in keys.iter().filter(|key| !wanted(key)) {
+        for key in keys.iter().filter(|key| !is_watched(key)) {
             self.forget(key);
         }
         if keys.len() == count { keys.into_iter().next_back() } else { None }
     }
 
-    /// How many keys are known.
+    /// How many keys are in here.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.keys.len()
     }
 
-    fn forget(&mut self, key: &Key) -> Option<Seen> {
+    fn forget(&mut self, key: &Key) -> Option<SeenRecord> {
         let seen = self.keys.remove(key)?;
         if let Some(due) = seen.due {
             self.due.remove(&(due, key.clone()));
@@ -136,13 +140,13 @@ impl Known {
         Some(seen)
     }
 
-    /// Forgets the longest free when there are too many.
-    fn bound(&mut self) {
+    /// Forgets the keys that have been free longest, if there are too many free keys.
+    fn limit_free(&mut self) {
         while self.free.len() > FREE_KEYS {
             let Some((_, key)) = self.free.pop_first() else { return };
             let Some(seen) = self.forget(&key) else { continue };
             let departed = seen.snapshot.record.departures.iter().map(|departure| departure.at.0);
-            self.forgotten = departed.fold(self.forgotten, i64::max);
+            self.forgotten_until = departed.fold(self.forgotten_until, i64::max);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Where edits are applied: by [`step`] alone, by the embedded store, or by a real MongoDB; at instants that the test
-//! chooses.
+//! The backends that apply the edits of a test: [`step`] alone, the embedded store, or a real
+//! MongoDB. The test sets their clocks.
 
 use std::collections::HashMap;
 use std::panic::panic_any;
@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::mutants::Wrong;
+use super::mutants::Mutant;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
@@ -22,33 +22,33 @@ use crate::store::{
     Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, Store, StoreError, makes_record,
 };
 
-/// Who applies the edits of a test.
+/// What applies the edits of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Home {
+pub(super) enum Backend {
     /// The specification.
     Step,
     Embedded,
     MongoDb,
-    /// The specification with a deliberate wrong in it.
-    WrongStep(Wrong),
-    /// MongoDB with a deliberate wrong in its pipeline.
-    WrongPipeline(Wrong),
+    /// The specification with a mistake.
+    MutantStep(Mutant),
+    /// MongoDB with a mistake in its pipeline.
+    MutantPipeline(Mutant),
 }
 
-/// What a desk panics with when the store gives no answer.
+/// The panic of [`Applier::apply`] when the store gives no answer.
 #[derive(Debug)]
 pub(super) struct Unanswered(pub(super) StoreError);
 
 impl Unanswered {
-    /// Whether an edit left a record that cannot be read, which a wrong rule may do. Whatever else a store fails with says
-    /// nothing of the rules: that it is away, or that the database cannot compute the pipeline.
+    /// Whether an edit left a record that cannot be read, as a mutant may do. Other failures do not
+    /// show a mutant: the store may be away, or the database may be unable to run the pipeline.
     pub(super) fn is_of_a_record(&self) -> bool {
         let Self(error) = self;
         matches!(error, StoreError::Unreadable { cause, .. } if cause.ends_with("is missing or of another type"))
     }
 }
 
-/// Either store, at instants that the test chooses.
+/// Either store, with a clock that the test sets.
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
 pub(super) enum TestStore {
@@ -56,15 +56,15 @@ pub(super) enum TestStore {
     MongoDb(MongoStore),
 }
 
-/// What is wrong with a record. The embedded store has one way for all: bytes that are no record.
+/// How a record is damaged. The embedded store has only one way: bytes that are no record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Damage {
-    /// No expression about holders can be computed.
+    /// MongoDB cannot evaluate any expression about holders.
     HoldersAreText,
     HolderIsText,
     TokenIsText,
     BlockIsText,
-    /// It is written, and cannot be read after that.
+    /// MongoDB can update the record, and the store cannot read it.
     UnknownReason,
 }
 
@@ -84,31 +84,35 @@ impl Damage {
     }
 }
 
-/// Applies batches.
+/// Applies batches of edits.
 #[expect(clippy::large_enum_variant, reason = "there are few of them, in tests")]
 #[derive(Debug)]
 pub(super) enum Applier {
-    Step { records: HashMap<Key, Record>, rules: Rules, wrong: Option<Wrong> },
+    Step { records: HashMap<Key, Record>, rules: Rules, mutant: Option<Mutant> },
     Store(TestStore),
 }
 
-/// The runtime of all stores in tests; MongoDB's driver leaves tasks in it.
+/// Runs `work` on a runtime that all tests share. MongoDB's driver leaves tasks in its runtime,
+/// which must outlive them.
 pub(super) fn wait_for<T>(work: impl Future<Output = T>) -> T {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| Runtime::new().expect("a runtime")).block_on(work)
 }
 
-impl Home {
-    /// An applier that knows no key yet. Its records are its own, but not its whole store, if that is MongoDB.
+impl Backend {
+    /// Creates an applier. On MongoDB all appliers share a collection, so each test must use keys
+    /// of its own.
     pub(super) fn applier(self, rules: Rules) -> Applier {
         match self {
-            Self::Step => Applier::Step { records: HashMap::new(), rules, wrong: None },
-            Self::WrongStep(wrong) => Applier::Step { records: HashMap::new(), rules, wrong: Some(wrong) },
+            Self::Step => Applier::Step { records: HashMap::new(), rules, mutant: None },
+            Self::MutantStep(mutant) => {
+                Applier::Step { records: HashMap::new(), rules, mutant: Some(mutant) }
+            }
             Self::Embedded => Applier::Store(self.store(rules)),
-            Self::MongoDb | Self::WrongPipeline(_) => {
+            Self::MongoDb | Self::MutantPipeline(_) => {
                 let mut store = wait_for(mongodb("conformance", rules));
-                store.wrong = match self {
-                    Self::WrongPipeline(wrong) => Some(wrong),
+                store.mutant = match self {
+                    Self::MutantPipeline(mutant) => Some(mutant),
                     _ => None,
                 };
                 Applier::Store(TestStore::MongoDb(store))
@@ -116,15 +120,16 @@ impl Home {
         }
     }
 
-    /// A store with a clock of its own: MongoDB's stand beside each other, an embedded one needs a file of its own.
-    pub(super) fn beside(self, store: &TestStore) -> TestStore {
+    /// Creates a store with a clock of its own. MongoDB stores share the collection of `store`. An
+    /// embedded store needs its own file.
+    pub(super) fn another(self, store: &TestStore) -> TestStore {
         match store {
             TestStore::Embedded(..) => self.store(store.rules()),
             TestStore::MongoDb(_) => store.clone(),
         }
     }
 
-    /// A store that is empty.
+    /// Creates an empty store.
     pub(super) fn store(self, rules: Rules) -> TestStore {
         match self {
             Self::Embedded => {
@@ -144,20 +149,24 @@ async fn mongodb(collection: &str, rules: Rules) -> MongoStore {
 }
 
 impl Applier {
-    /// Applies the batch at `now` and returns the records after it. Panics with [`Unanswered`] if there is none.
+    /// Applies the batch at `now` and returns the records after it.
+    ///
+    /// # Panics
+    /// With [`Unanswered`] if the store gives no answer.
     pub(super) fn apply(&mut self, batch: Vec<(Key, Edit)>, now: Timestamp) -> Vec<Record> {
         self.try_apply(batch, now).unwrap_or_else(|unanswered| panic_any(unanswered))
     }
 
-    /// Applies the batch at `now` and returns the records after it.
+    /// Applies the batch at `now` and returns the records after it, or that the store gives no
+    /// answer.
     pub(super) fn try_apply(
         &mut self,
         batch: Vec<(Key, Edit)>,
         now: Timestamp,
     ) -> Result<Vec<Record>, Unanswered> {
         match self {
-            Self::Step { records, rules, wrong } => {
-                let step = wrong.map_or(step as Step, Wrong::step);
+            Self::Step { records, rules, mutant } => {
+                let step = mutant.map_or(step as Step, Mutant::step);
                 let record = |(key, edit)| specified(records, step, key, &edit, now, rules);
                 Ok(batch.into_iter().map(record).collect())
             }
@@ -171,7 +180,7 @@ impl Applier {
     }
 }
 
-/// The specification, or what stands for it.
+/// The type of the specification and of its mutants.
 pub(super) type Step = fn(Record, &Edit, Timestamp, &Rules) -> Record;
 
 fn specified(
@@ -182,6 +191,7 @@ fn specified(
     now: Timestamp,
     rules: &Rules,
 ) -> Record {
+    // Like the stores, keeps no record of a key for an edit that makes none.
     let before = records.remove(&key).or_else(|| makes_record(edit).then(|| Record::vacant(key.clone())));
     let Some(before) = before else { return Record::vacant(key) };
     let after = step(before, edit, now, rules);
@@ -190,11 +200,11 @@ fn specified(
 }
 
 impl TestStore {
-    /// Makes the record of `key` one that cannot be read or written, in one of several ways.
-    pub(super) fn damage(&self, key: &Key, way: Damage) {
+    /// Damages the record of `key`.
+    pub(super) fn damage(&self, key: &Key, damage: Damage) {
         match self {
             Self::Embedded(store, _) => store.damage(key),
-            Self::MongoDb(store) => wait_for(store.damage(key, way.fields())),
+            Self::MongoDb(store) => wait_for(store.damage(key, damage.fields())),
         }
     }
 

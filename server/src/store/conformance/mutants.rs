@@ -1,12 +1,12 @@
-//! Deliberate wrongs, in the specification and in the pipeline, and for each the sentence that notices it. Were one of
-//! these rules lost in a change, that sentence would say so.
+//! Mutants of the specification and of the pipeline. For each mutant one test of the rules must
+//! fail, so that a change which breaks that rule cannot pass unnoticed.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::{catch_unwind, panic_any};
 
 use rstest::rstest;
 
-use super::backends::{Home, Step, Unanswered};
+use super::backends::{Backend, Step, Unanswered};
 use super::{differential, rules};
 use crate::lease::{
     Departure, Edit, FencingToken, Key, LeaseId, MAX_SHARED_HOLDERS, Mode, REMEMBERED_DEPARTURES, Reason,
@@ -14,9 +14,9 @@ use crate::lease::{
 };
 use crate::store::StoreError;
 
-/// A rule broken.
+/// A deliberate mistake in one rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::store) enum Wrong {
+pub(in crate::store) enum Mutant {
     TokenResetOnRelease,
     TouchWithoutId,
     ReleaseWithoutId,
@@ -26,36 +26,36 @@ pub(in crate::store) enum Wrong {
     RevisionKept,
     MinHoldIgnored,
     DeparturesForgotten,
-    /// A release leaves a place in line.
-    PlaceOutlivesRelease,
-    /// A release that finds nothing leaves nothing.
+    /// A release does not remove a waiter.
+    WaiterOutlivesRelease,
+    /// A release of an unknown id is not remembered.
     UnknownReleaseForgotten,
-    /// An id that is in use is kept out.
+    /// An id in use is kept out.
     KeptOutWhatIsInUse,
-    /// Releases that find nothing leave no room for other departures.
+    /// Releases of unknown ids take the room of other departures.
     SettledTakeAllRoom,
-    /// Departures are forgotten by their number alone.
+    /// A lasting departure is forgotten as soon as eight newer ones exist.
     LastingForgotten,
-    /// A departure that an edit names is forgotten like others.
+    /// A departure whose id the edit names is forgotten like any other.
     NamedForgotten,
-    /// That an id was asked for again is not noted.
+    /// A repeated acquire does not mark the holder as repeated.
     RepetitionUnmarked,
-    /// An id in use with another mode is renewed.
+    /// An acquire with another mode renews an id in use.
     OtherModeRenewed,
-    /// Holders' limits bind nobody who comes later.
+    /// The limits of holders do not apply to later callers.
     HoldersLimitIgnored,
-    /// A block is not lifted.
+    /// A block cannot be lifted.
     BlockKept,
-    /// A caller's value stands in the pipeline as it is.
+    /// A caller's value is in the pipeline without `$literal`.
     OutsideLiteral,
-    /// Changes to the line-up look like touches.
-    EpochKept,
-    /// Touches look like changes to the line-up.
-    EpochAlwaysRises,
+    /// Changes of holders or queue look like touches to the change feed.
+    NotifyRevKept,
+    /// Touches look like changes of holders or queue to the change feed.
+    NotifyRevAlwaysRises,
 }
 
-impl Wrong {
-    /// The specification with this wrong in it.
+impl Mutant {
+    /// The specification with this mistake.
     pub(super) fn step(self) -> Step {
         match self {
             Self::TokenResetOnRelease => |record, edit, now, rules| {
@@ -98,7 +98,7 @@ impl Wrong {
                 departures: Vec::new(),
                 ..step(record, edit, now, rules)
             },
-            Self::PlaceOutlivesRelease => |record, edit, now, rules| {
+            Self::WaiterOutlivesRelease => |record, edit, now, rules| {
                 let released = |waiter: &&Waiter| edit.released().contains(&waiter.acquisition.id);
                 let kept: Vec<Waiter> = record.waiters.iter().filter(released).cloned().collect();
                 let mut after = step(record, edit, now, rules);
@@ -115,7 +115,8 @@ impl Wrong {
                 step(record, &released, now, rules)
             },
             Self::SettledTakeAllRoom => |mut record, edit, now, rules| {
-                // What is withdrawn counts for the whole room alone.
+                // The limit of half the room counts only settled departures, so this hides them
+                // from it.
                 let is_settled = |departure: &&mut Departure| departure.reason == Reason::Settled;
                 let settled = record.departures.iter_mut().filter(is_settled);
                 let settled: HashSet<LeaseId> = settled
@@ -137,10 +138,10 @@ impl Wrong {
             },
             Self::NamedForgotten => |record, edit, now, rules| {
                 let mut after = step(record, edit, now, rules);
-                let mut place = 0;
+                let mut position = 0;
                 after.departures.retain(|departure| {
-                    place += 1;
-                    place <= REMEMBERED_DEPARTURES || departure.lasting
+                    position += 1;
+                    position <= REMEMBERED_DEPARTURES || departure.lasting
                 });
                 after
             },
@@ -168,76 +169,75 @@ impl Wrong {
                 let blocked_until = record.blocked_until;
                 Record { blocked_until, ..step(record, edit, now, rules) }
             },
-            Self::OutsideLiteral => panic!("the specification quotes nothing"),
-            Self::EpochKept | Self::EpochAlwaysRises => panic!("the specification has no epoch"),
+            Self::OutsideLiteral => panic!("the specification evaluates no text"),
+            Self::NotifyRevKept | Self::NotifyRevAlwaysRises => panic!("the specification has no notify_rev"),
         }
     }
 }
 
-/// Runs a sentence that must fail, and not because the store cannot answer.
-fn is_noticed(sentence: fn(Home), home: Home) -> bool {
-    let Err(panic) = catch_unwind(|| sentence(home)) else { return false };
+/// Runs a test of the rules. Returns whether it fails, other than because the store does not
+/// answer.
+fn is_caught(rule: fn(Backend), backend: Backend) -> bool {
+    let Err(panic) = catch_unwind(|| rule(backend)) else { return false };
     if let Some(unanswered) = panic.downcast_ref::<Unanswered>()
         && !unanswered.is_of_a_record()
     {
-        panic!("the sentence came to no end: {unanswered:?}");
+        panic!("the store did not answer: {unanswered:?}");
     }
     true
 }
 
 #[test]
-fn a_pipeline_that_the_database_cannot_compute_is_no_wrong_that_is_noticed() {
+fn a_pipeline_that_the_database_cannot_run_does_not_count_as_a_caught_mutant() {
     fn unanswered(cause: &str) -> Unanswered {
         let key = Key::try_from("key").expect("a key");
         Unanswered(StoreError::Unreadable { key, cause: cause.to_owned() })
     }
-    let sentence: fn(Home) = |_| panic_any(unanswered("field holders is missing or of another type"));
-    assert!(is_noticed(sentence, Home::Step));
-    let broken: fn(Home) = |_| panic_any(unanswered("Error code 40324 (Location40324): Unrecognized stage"));
-    assert!(catch_unwind(|| is_noticed(broken, Home::Step)).is_err());
+    let rule: fn(Backend) = |_| panic_any(unanswered("field holders is missing or of another type"));
+    assert!(is_caught(rule, Backend::Step));
+    let broken: fn(Backend) =
+        |_| panic_any(unanswered("Error code 40324 (Location40324): Unrecognized stage"));
+    assert!(catch_unwind(|| is_caught(broken, Backend::Step)).is_err());
 }
 
-fn twice_asked_is_remembered(home: Home) {
-    rules::what_may_still_be_asked_for_is_remembered_for_a_minute_when_it_is_over(0, home);
+fn a_repeated_acquire_is_remembered(backend: Backend) {
+    rules::an_id_that_may_still_be_asked_for_is_remembered_for_a_minute_after_its_end(0, backend);
 }
 
 #[rstest]
-#[case(Wrong::TokenResetOnRelease, rules::a_token_rises_also_when_the_clock_stands_still_or_steps_back)]
-#[case(Wrong::TouchWithoutId, rules::touching_what_one_does_not_hold_changes_nothing_but_the_revision)]
-#[case(Wrong::ReleaseWithoutId, rules::a_release_is_remembered_and_may_be_repeated)]
-#[case(Wrong::LapsedWaiterAdmitted, rules::a_lapsed_place_is_lost_at_its_turn_and_not_before)]
-#[case(Wrong::SharedOvertakes, rules::a_shared_request_does_not_overtake_an_earlier_exclusive_one)]
+#[case(Mutant::TokenResetOnRelease, rules::a_token_rises_even_when_the_clock_stands_still_or_steps_back)]
+#[case(Mutant::TouchWithoutId, rules::a_touch_of_an_id_that_holds_nothing_changes_only_the_revision)]
+#[case(Mutant::ReleaseWithoutId, rules::a_release_is_remembered_and_may_be_repeated)]
+#[case(Mutant::LapsedWaiterAdmitted, rules::a_lapsed_waiter_is_removed_at_its_turn_and_not_before)]
+#[case(Mutant::SharedOvertakes, rules::a_shared_request_does_not_overtake_an_earlier_exclusive_one)]
+#[case(Mutant::GraceIgnored, rules::a_lease_is_displaced_when_its_ttl_and_the_grace_are_over_and_not_before)]
+#[case(Mutant::RevisionKept, rules::every_edit_raises_the_revision_even_a_nudge)]
+#[case(Mutant::MinHoldIgnored, rules::min_hold_keeps_others_out_after_an_early_release)]
 #[case(
-    Wrong::GraceIgnored,
-    rules::a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_before
+    Mutant::DeparturesForgotten,
+    rules::a_late_duplicate_of_an_acquire_whose_lease_departed_grants_nothing
 )]
-#[case(Wrong::RevisionKept, rules::every_edit_is_a_write_and_be_it_a_nudge)]
-#[case(Wrong::MinHoldIgnored, rules::min_hold_keeps_others_out_after_an_early_release)]
-#[case(Wrong::DeparturesForgotten, rules::a_late_duplicate_of_a_call_whose_lease_departed_makes_no_ghost)]
-#[case(Wrong::PlaceOutlivesRelease, rules::a_release_takes_the_place_in_line_too_and_for_good)]
+#[case(Mutant::WaiterOutlivesRelease, rules::a_release_removes_a_waiter_for_good)]
+#[case(Mutant::UnknownReleaseForgotten, rules::a_release_before_its_acquire_settles_the_id_for_a_minute)]
+#[case(Mutant::KeptOutWhatIsInUse, rules::an_id_is_kept_out_for_a_minute_unless_it_is_in_use)]
 #[case(
-    Wrong::UnknownReleaseForgotten,
-    rules::a_release_that_comes_before_its_acquire_settles_the_id_for_a_minute
+    Mutant::SettledTakeAllRoom,
+    rules::releases_of_unknown_ids_leave_half_of_the_memory_to_leases_that_are_taken_away
 )]
-#[case(Wrong::KeptOutWhatIsInUse, rules::an_id_is_kept_out_for_a_minute_unless_it_is_in_use)]
-#[case(
-    Wrong::SettledTakeAllRoom,
-    rules::releases_that_find_nothing_leave_half_of_the_memory_to_leases_that_are_taken_away
-)]
-#[case(Wrong::LastingForgotten, rules::a_release_that_comes_before_its_acquire_settles_the_id_for_a_minute)]
-#[case(Wrong::NamedForgotten, rules::an_edit_never_makes_the_record_forget_whom_it_names)]
-#[case(Wrong::RepetitionUnmarked, twice_asked_is_remembered)]
-#[case(Wrong::OtherModeRenewed, rules::an_id_in_use_with_another_mode_or_limit_stays_as_it_is)]
-#[case(Wrong::HoldersLimitIgnored, rules::the_smallest_limit_of_those_who_share_holds_for_all)]
-#[case(Wrong::BlockKept, rules::a_block_that_is_lifted_lets_the_next_in_and_lifting_may_be_repeated)]
-#[case(Wrong::OutsideLiteral, rules::what_a_caller_writes_is_text_and_nothing_else)]
-fn each_wrong_is_noticed(#[case] wrong: Wrong, #[case] sentence: fn(Home)) {
-    if wrong != Wrong::OutsideLiteral {
-        assert!(is_noticed(sentence, Home::WrongStep(wrong)), "in the specification");
+#[case(Mutant::LastingForgotten, rules::a_release_before_its_acquire_settles_the_id_for_a_minute)]
+#[case(Mutant::NamedForgotten, rules::an_edit_never_makes_the_record_forget_an_id_that_it_names)]
+#[case(Mutant::RepetitionUnmarked, a_repeated_acquire_is_remembered)]
+#[case(Mutant::OtherModeRenewed, rules::an_acquire_with_another_mode_or_limit_does_not_change_an_id_in_use)]
+#[case(Mutant::HoldersLimitIgnored, rules::the_smallest_limit_of_shared_holders_applies_to_all)]
+#[case(Mutant::BlockKept, rules::lifting_a_block_admits_the_next_waiter_and_may_be_repeated)]
+#[case(Mutant::OutsideLiteral, rules::a_callers_text_is_never_evaluated)]
+fn each_mutant_is_caught(#[case] mutant: Mutant, #[case] rule: fn(Backend)) {
+    if mutant != Mutant::OutsideLiteral {
+        assert!(is_caught(rule, Backend::MutantStep(mutant)), "in the specification");
     }
-    assert!(is_noticed(sentence, Home::WrongPipeline(wrong)), "in the pipeline");
+    assert!(is_caught(rule, Backend::MutantPipeline(mutant)), "in the pipeline");
     // Random edits have too few ids to fill a record's memory.
-    if wrong != Wrong::SettledTakeAllRoom {
-        assert!(differential::finds_a_difference(wrong), "by random edits");
+    if mutant != Mutant::SettledTakeAllRoom {
+        assert!(differential::catches(mutant), "by random edits");
     }
 }

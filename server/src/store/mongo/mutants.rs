@@ -1,92 +1,92 @@
-//! Deliberate wrongs in the pipeline, for the tests that must notice them.
+//! Mutants of the pipeline. Tests must catch each of them.
 
 use mongodb::bson::{Bson, Document, doc};
 
-use crate::store::conformance::mutants::Wrong;
+use crate::store::conformance::mutants::Mutant;
 
-/// The pipeline with a wrong in it.
-pub(super) fn put_into(mut stages: Vec<Document>, wrong: Wrong) -> Vec<Document> {
+/// Changes the pipeline into a mutant.
+pub(super) fn put_into(mut stages: Vec<Document>, mutant: Mutant) -> Vec<Document> {
     let waiters =
         |mode: &str| doc! { "$filter": { "input": "$waiters", "cond": { "$eq": ["$$this.mode", mode] } } };
-    match wrong {
-        Wrong::TokenResetOnRelease => {
+    match mutant {
+        Mutant::TokenResetOnRelease => {
             let free = doc! { "$eq": ["$holders", []] };
             stages.push(doc! { "$set": { "token": { "$cond": [free, 0_i64, "$token"] } } });
         }
-        Wrong::SharedOvertakes => {
-            let line = doc! { "$concatArrays": [waiters("shared"), waiters("exclusive")] };
+        Mutant::SharedOvertakes => {
+            let queue = doc! { "$concatArrays": [waiters("shared"), waiters("exclusive")] };
             stages.insert(
                 0,
-                doc! { "$set": { "waiters": { "$cond": [{ "$isArray": "$waiters" }, line, []] } } },
+                doc! { "$set": { "waiters": { "$cond": [{ "$isArray": "$waiters" }, queue, []] } } },
             );
         }
-        Wrong::RevisionKept => set(&mut stages, "rev", "$rev".into()),
-        Wrong::MinHoldIgnored => set(&mut stages, "blocked_until", "$blocked_until".into()),
-        Wrong::DeparturesForgotten => stages.push(doc! { "$set": { "departures": [] } }),
-        Wrong::TouchWithoutId => replace(&mut stages, |operator, operands| {
+        Mutant::RevisionKept => set(&mut stages, "rev", "$rev".into()),
+        Mutant::MinHoldIgnored => set(&mut stages, "blocked_until", "$blocked_until".into()),
+        Mutant::DeparturesForgotten => stages.push(doc! { "$set": { "departures": [] } }),
+        Mutant::TouchWithoutId => replace(&mut stages, |operator, operands| {
             let [Bson::Document(_), touched, Bson::String(holder)] = operands else { return None };
             (operator == "$cond" && holder == "$$h").then(|| touched.clone())
         }),
-        Wrong::ReleaseWithoutId => replace(&mut stages, |operator, operands| {
+        Mutant::ReleaseWithoutId => replace(&mut stages, |operator, operands| {
             (operator == "$in" && operands.first()? == &"$$h.id".into()).then_some(true.into())
         }),
-        Wrong::LapsedWaiterAdmitted => replace(&mut stages, |operator, operands| {
+        Mutant::LapsedWaiterAdmitted => replace(&mut stages, |operator, operands| {
             (operator == "$lte" && operands.first()? == &"$$this.expires_at".into()).then_some(false.into())
         }),
-        Wrong::GraceIgnored => replace(&mut stages, |operator, operands| {
+        Mutant::GraceIgnored => replace(&mut stages, |operator, operands| {
             let expiry = operands.first()?;
             (operator == "$add" && expiry == &"$$h.expires_at".into()).then(|| expiry.clone())
         }),
-        Wrong::EpochKept => set(&mut stages, "epoch", "$epoch".into()),
-        Wrong::EpochAlwaysRises => {
+        Mutant::NotifyRevKept => set(&mut stages, "notify_rev", "$notify_rev".into()),
+        Mutant::NotifyRevAlwaysRises => {
             let next = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
-            stages.insert(0, doc! { "$set": { "epoch": next.clone() } });
-            set(&mut stages, "epoch", next.into());
+            stages.insert(0, doc! { "$set": { "notify_rev": next.clone() } });
+            set(&mut stages, "notify_rev", next.into());
         }
-        Wrong::PlaceOutlivesRelease => replace(&mut stages, |operator, operands| {
+        Mutant::WaiterOutlivesRelease => replace(&mut stages, |operator, operands| {
             (operator == "$in" && operands.first()? == &"$$left.id".into()).then_some(false.into())
         }),
-        Wrong::UnknownReleaseForgotten => replace(&mut stages, |operator, operands| {
+        Mutant::UnknownReleaseForgotten => replace(&mut stages, |operator, operands| {
             let room = operands.last()?.as_document()?.get_array("$min").ok()?;
             (operator == "$slice" && room.first()? == &"$$room".into()).then(|| Bson::Array(Vec::new()))
         }),
-        Wrong::KeptOutWhatIsInUse => replace(&mut stages, |operator, operands| {
+        Mutant::KeptOutWhatIsInUse => replace(&mut stages, |operator, operands| {
             let over = operands.first_chunk::<2>()?;
             let is_known = over == &["$departures.id".into(), "$$gone.id".into()];
             (operator == "$concatArrays" && is_known).then(|| doc! { "$concatArrays": over.to_vec() }.into())
         }),
-        Wrong::SettledTakeAllRoom => replace(&mut stages, |operator, operands| {
+        Mutant::SettledTakeAllRoom => replace(&mut stages, |operator, operands| {
             (operator == "$min" && operands.first()? == &"$$room".into()).then(|| operands[0].clone())
         }),
-        Wrong::LastingForgotten => replace(&mut stages, |operator, operands| {
+        Mutant::LastingForgotten => replace(&mut stages, |operator, operands| {
             (operator == "$and" && operands.first()? == &"$$d.lasting".into()).then_some(false.into())
         }),
-        Wrong::NamedForgotten => replace(&mut stages, |operator, operands| {
+        Mutant::NamedForgotten => replace(&mut stages, |operator, operands| {
             let named = operands.last()?.as_document()?.get_array("$in").ok()?;
             (operator == "$or" && named.first()? == &"$$d.id".into()).then(|| operands[0].clone())
         }),
-        Wrong::RepetitionUnmarked => replace(&mut stages, |operator, operands| {
+        Mutant::RepetitionUnmarked => replace(&mut stages, |operator, operands| {
             let [whose, Bson::Document(change)] = operands else { return None };
             let mut unmarked = change.clone();
             unmarked.remove("repeated").filter(|_| operator == "$mergeObjects")?;
             Some(doc! { "$mergeObjects": [whose.clone(), unmarked] }.into())
         }),
-        Wrong::OtherModeRenewed => replace(&mut stages, |operator, operands| {
+        Mutant::OtherModeRenewed => replace(&mut stages, |operator, operands| {
             let is_same = operator == "$in" && operands.first()?.as_document()?.contains_key("shared_limit");
             is_same.then_some(true.into())
         }),
-        Wrong::HoldersLimitIgnored => replace(&mut stages, |operator, operands| {
+        Mutant::HoldersLimitIgnored => replace(&mut stages, |operator, operands| {
             (operator == "$min" && operands.first()? == &"$$value.limit".into()).then(|| operands[1].clone())
         }),
-        Wrong::BlockKept => replace(&mut stages, |operator, operands| {
+        Mutant::BlockKept => replace(&mut stages, |operator, operands| {
             (operator == "$in" && operands.first()? == &"$$until".into()).then_some(false.into())
         }),
-        Wrong::OutsideLiteral => unquote(&mut stages),
+        Mutant::OutsideLiteral => unquote(&mut stages),
     }
     stages
 }
 
-/// Sets a field otherwise wherever a stage sets it.
+/// Replaces the value of a field in every stage that sets it.
 fn set(stages: &mut [Document], field: &str, value: Bson) {
     for stage in stages {
         if let Ok(fields) = stage.get_document_mut("$set").map(|fields| fields as &mut Document)
@@ -97,7 +97,8 @@ fn set(stages: &mut [Document], field: &str, value: Bson) {
     }
 }
 
-/// Replaces every expression `{ operator: [operands] }` for which there is a replacement.
+/// Replaces every expression `{ operator: [operands] }` for which `by` returns another one. If
+/// there is none, the mutant equals the pipeline, and the test that must catch the mutant fails.
 fn replace(stages: &mut [Document], by: impl Fn(&str, &[Bson]) -> Option<Bson> + Copy) {
     rewrite(stages, &|expression| match expression.iter().next() {
         Some((operator, Bson::Array(operands))) => by(operator, operands),
@@ -105,10 +106,12 @@ fn replace(stages: &mut [Document], by: impl Fn(&str, &[Bson]) -> Option<Bson> +
     });
 }
 
+/// Replaces every `$literal` by its value.
 fn unquote(stages: &mut [Document]) {
     rewrite(stages, &|expression| expression.get("$literal").cloned());
 }
 
+/// Replaces every document in the stages for which `by` returns another value.
 fn rewrite(stages: &mut [Document], by: &dyn Fn(&Document) -> Option<Bson>) {
     for stage in stages {
         for (_, value) in stage.iter_mut() {

@@ -1,4 +1,4 @@
-//! A list in the order of arrival in which each name stands once, and is found without a walk.
+//! A list in the order of insertion without duplicates, in which an entry is found by its name.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use super::{Acquisition, LeaseId, Timestamp};
 
-/// Lists up to this long are walked: most have one entry, for which an index would be an allocation more.
-const WALKED: usize = 16;
+/// Lists up to this length are searched linearly. Most lists have one entry, and an index would
+/// cost an allocation.
+const LINEAR: usize = 16;
 
-/// What an entry of a list is called.
+/// An entry of a [`UniqueList`], and the name by which the list finds it.
 pub(crate) trait Named {
     type Name: Copy + Eq + Hash;
 
@@ -41,20 +42,20 @@ impl Named for Arc<Acquisition> {
     }
 }
 
-/// The list. Only its entries count when it is compared.
+/// A list with at most one entry of each name. Two lists are equal if their entries are.
 #[derive(Debug, Clone)]
-pub(crate) struct Distinct<T: Named> {
+pub(crate) struct UniqueList<T: Named> {
     entries: Vec<T>,
-    /// The position of each entry, if the list is too long to be walked.
+    /// The position of each entry, if the list is longer than [`LINEAR`].
     #[expect(
         clippy::box_collection,
-        reason = "an edit has eight lists, hardly any with an index; a pointer is smaller"
+        reason = "an edit has nine lists, and few need an index; a pointer is smaller"
     )]
     index: Option<Box<HashMap<T::Name, usize>>>,
 }
 
-impl<T: Named> Distinct<T> {
-    /// Adds an entry, unless one has its name already; then returns that one.
+impl<T: Named> UniqueList<T> {
+    /// Adds an entry. If the list has one of the same name, adds nothing and returns that one.
     pub(super) fn add(&mut self, entry: T) -> Option<&mut T> {
         let name = entry.name();
         if let Some(position) = self.position(name) {
@@ -62,8 +63,9 @@ impl<T: Named> Distinct<T> {
         }
         self.entries.push(entry);
         let length = self.entries.len();
-        if length > WALKED {
-            // The index is empty until the list is too long, and has all entries but the new one from then on.
+        if length > LINEAR {
+            // On the first overflow the index is empty, so this adds all entries. Later it adds
+            // only the new one.
             let index = self.index.get_or_insert_default();
             let first = index.len();
             index.extend((first..length).map(|position| (self.entries[position].name(), position)));
@@ -71,17 +73,18 @@ impl<T: Named> Distinct<T> {
         None
     }
 
-    /// Whether an entry has this name.
+    /// Returns true if an entry has this name.
     pub(super) fn has(&self, name: T::Name) -> bool {
         self.position(name).is_some()
     }
 
-    /// The entry with this name.
+    /// Returns the entry with this name.
     pub(super) fn get(&self, name: T::Name) -> Option<&T> {
         self.position(name).map(|position| &self.entries[position])
     }
 
-    /// Changes each entry in a way that leaves it its name.
+    /// Applies `change` to each entry. `change` must keep the entry's name, which the index relies
+    /// on.
     pub(super) fn change(&mut self, change: impl FnMut(&mut T)) {
         self.entries.iter_mut().for_each(change);
     }
@@ -94,21 +97,21 @@ impl<T: Named> Distinct<T> {
     }
 }
 
-impl<T: Named> Default for Distinct<T> {
+impl<T: Named> Default for UniqueList<T> {
     fn default() -> Self {
         Self { entries: Vec::new(), index: None }
     }
 }
 
-impl<T: Named + PartialEq> PartialEq for Distinct<T> {
+impl<T: Named + PartialEq> PartialEq for UniqueList<T> {
     fn eq(&self, other: &Self) -> bool {
         self.entries == other.entries
     }
 }
 
-impl<T: Named + Eq> Eq for Distinct<T> {}
+impl<T: Named + Eq> Eq for UniqueList<T> {}
 
-impl<T: Named> Deref for Distinct<T> {
+impl<T: Named> Deref for UniqueList<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -121,9 +124,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_name_stands_once_in_lists_of_any_length() {
-        for length in [1, WALKED, WALKED + 1, 5 * WALKED] {
-            let mut list = Distinct::default();
+    fn a_list_of_any_length_has_each_name_once() {
+        for length in [1, LINEAR, LINEAR + 1, 5 * LINEAR] {
+            let mut list = UniqueList::default();
             let instants: Vec<_> = (0..length).map(|number| Timestamp(number as i64)).collect();
             for instant in &instants {
                 assert_eq!(list.add(*instant), None);

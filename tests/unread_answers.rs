@@ -1,4 +1,4 @@
-//! Callers who do not take what their streams are told, beside others who do.
+//! Callers that do not read the answers on their streams, beside others that do.
 
 use std::future::poll_fn;
 
@@ -20,12 +20,14 @@ use crate::keepalive::KeepAlive;
 use crate::support::exposition::Exposition;
 use crate::support::{Daemon, Embedded, PATIENCE, http, named};
 
-/// Leases in a large message. The answers to three fit into what a connection may leave untaken, and to no more.
+/// How many leases a large message names. A connection may have three answers of this size unread,
+/// and no fourth.
 const LEASES: usize = 8000;
-/// Streams that take nothing: more than may wait for their answers.
+/// How many streams read nothing: more than may wait for their answers.
 const STREAMS: usize = 30;
 
-/// A connection whose caller takes the first 64 KiB of each answer, unless it wants more, and answers pings.
+/// Opens a connection that answers pings. It receives the first 64 KiB of each answer, and more
+/// only if the test releases flow control.
 async fn connection(daemon: &Daemon) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(daemon.grpc).await.unwrap();
     let (calls, connection) = h2::client::Builder::new()
@@ -50,7 +52,7 @@ fn framed(message: &impl Message) -> Bytes {
     [&[0][..], &u32::try_from(message.len()).unwrap().to_be_bytes(), &message].concat().into()
 }
 
-/// Names leases that nobody holds.
+/// Returns a message that names leases which nobody holds.
 fn naming(leases: usize) -> KeepAliveRequest {
     let leases = (0..leases).map(|number| named(&number.to_string(), Uuid::new_v4())).collect();
     KeepAliveRequest { leases, sequence: 1 }
@@ -63,7 +65,7 @@ enum End {
     Status(String),
 }
 
-/// Waits for the end of a stream, and takes nothing.
+/// Waits for the end of a stream without releasing flow control.
 async fn end(mut body: RecvStream) -> End {
     loop {
         match body.data().await {
@@ -81,21 +83,22 @@ async fn end(mut body: RecvStream) -> End {
     }
 }
 
-/// Losses that were made into answers.
+/// Returns how many losses the daemon has put into answers so far.
 async fn losses(daemon: &Daemon) -> f64 {
     let (_, text) = http(daemon.http, "/metrics").await.unwrap();
     Exposition::parse(&text).unwrap().value("leased_losses_told_total", &[])
 }
 
 #[tokio::test]
-async fn large_keepalive_answers_that_nobody_takes_are_few_and_end_while_others_are_answered() {
+async fn unread_keepalive_answers_are_few_and_end_while_others_are_answered() {
     let daemon = Daemon::start(Embedded).await;
     let calls = connection(&daemon).await;
     let mut ends = FuturesUnordered::new();
     let mut messages = Vec::new();
     for _ in 0..STREAMS {
         let (answer, mut message) = open(&calls, "leased.v1.LeaseService/KeepAlive").await;
-        // One after the other, since messages that are not whole yet have a limit of their own.
+        // The messages are sent one after the other, since incomplete messages have a limit of
+        // their own.
         let named = framed(&naming(LEASES));
         message.reserve_capacity(named.len());
         while message.capacity() < named.len() {
@@ -105,11 +108,11 @@ async fn large_keepalive_answers_that_nobody_takes_are_few_and_end_while_others_
         messages.push(message);
         ends.push(async { end(answer.await.unwrap().into_body()).await });
     }
-    // Too many wait for room.
+    // The first stream ends because too many wait until their answers may be sent.
     let first = timeout(PATIENCE, ends.next()).await.unwrap().unwrap();
     assert!(matches!(&first, End::Status(why) if why.contains("connection_waiting_bytes")), "{first:?}");
 
-    // A small message on the same connection, and a large one on another.
+    // The daemon still answers a small message on this connection, and a large one on another.
     let (answer, mut message) = open(&calls, "leased.v1.LeaseService/KeepAlive").await;
     message.send_data(framed(&naming(3)), true).unwrap();
     let mut body = timeout(PATIENCE, answer).await.unwrap().unwrap().into_body();
@@ -127,18 +130,19 @@ async fn large_keepalive_answers_that_nobody_takes_are_few_and_end_while_others_
     while let Some(Some(ended)) = futures_util::FutureExt::now_or_never(ends.next()) {
         resets += usize::from(ended == End::Reset);
     }
-    // Each that ends lets one more be answered.
+    // Each reset lets the daemon answer one more stream.
     let most = by_others + (3 + resets) * LEASES;
     assert!(told <= f64::from(u32::try_from(most).unwrap()), "{told} after {resets} ends");
 }
 
 #[tokio::test]
-async fn a_reflection_stream_ends_by_itself() {
+async fn the_daemon_ends_an_idle_reflection_stream() {
     let daemon = Daemon::start(Embedded).await;
     let calls = connection(&daemon).await;
     let symbol = MessageRequest::FileContainingSymbol("leased.v1.LeaseService".to_owned());
     let request = framed(&ServerReflectionRequest { host: String::new(), message_request: Some(symbol) });
-    // Both say no more; the answers to one of them fit into what is taken.
+    // Both streams send no further request. The single answer fits into 64 KiB; the eight answers
+    // do not.
     for requests in [1, 8] {
         let (answer, mut message) =
             open(&calls, "grpc.reflection.v1.ServerReflection/ServerReflectionInfo").await;

@@ -1,6 +1,7 @@
-//! Leases that are kept alive on streams, each touched at its time whether or not the last answer has come: an open load.
+//! An open loop: leases that are kept alive on streams, each touched when it is due, whether or not
+//! the last answer has come.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -8,57 +9,59 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::cpu::{Cpu, Processes};
+use crate::lock::lock;
 use crate::peer::{Peer, Turn, all, connections, hold};
 use crate::sample::Sample;
 use crate::tally::Shared;
 use crate::trial::Trial;
 
-/// Leases that are taken before the streams that carry them are opened: few, so that none runs out meanwhile.
+/// How many leases are acquired before their streams are opened. Few, so that none runs out
+/// meanwhile.
 const BATCH: usize = 1000;
-/// Streams on a connection.
-const A_CONNECTION: usize = 200;
-/// Callers that take leases at once; they share connections of their own.
+/// The most streams on a connection.
+const STREAMS_PER_CONNECTION: usize = 200;
+/// How many callers acquire leases at the same time. They share connections of their own.
 const CALLERS: usize = 512;
 
-/// Streams of equally many leases, but for the last.
+/// An open loop: streams with the same number of leases each, except the last of each batch.
 #[derive(Debug)]
-pub(crate) struct Crowd<P: Peer> {
+pub(crate) struct OpenLoop<P: Peer> {
     address: String,
     ttl: Duration,
-    a_stream: usize,
+    leases_per_stream: usize,
     callers: Vec<P>,
     connections: Vec<P>,
-    streams: Vec<Carried>,
+    streams: Vec<OpenStream>,
     tasks: JoinSet<()>,
     tally: Shared,
 }
 
 #[derive(Debug)]
-struct Carried {
-    /// Over which of the connections.
+struct OpenStream {
+    /// The index of its connection.
     connection: usize,
     leases: usize,
     state: Arc<Mutex<State>>,
     task: AbortHandle,
 }
 
-/// What the holder of a stream's leases knows.
+/// The state of a stream's leases, as their holder sees it.
 #[derive(Debug)]
 struct State {
     kept: usize,
-    /// When the latest touch that was confirmed was sent.
+    /// When the last confirmed touch was sent.
     confirmed: Instant,
-    /// The holder has had to stop relying on the leases since this was last looked at.
+    /// Whether the holder has had to stop relying on the leases since this was last reset.
     lapsed: bool,
 }
 
-impl<P: Peer> Crowd<P> {
-    pub(crate) async fn new(address: &str, ttl: Duration, a_stream: usize) -> Result<Self> {
+impl<P: Peer> OpenLoop<P> {
+    pub(crate) async fn new(address: &str, ttl: Duration, leases_per_stream: usize) -> Result<Self> {
         let now = Instant::now();
         Ok(Self {
             address: address.to_owned(),
             ttl,
-            a_stream,
+            leases_per_stream,
             callers: connections(address, CALLERS).await?,
             connections: Vec::new(),
             streams: Vec::new(),
@@ -71,20 +74,20 @@ impl<P: Peer> Crowd<P> {
         self.streams.iter().map(|stream| stream.leases).sum()
     }
 
-    /// How long after a touch the next is due.
+    /// How long after a touch the next one is due.
     pub(crate) fn interval(&self) -> Duration {
         self.ttl / 3
     }
 
-    /// Takes more leases until there are so many; those that there are stay alive meanwhile.
+    /// Acquires more leases until there are `to`. The existing leases stay alive meanwhile.
     pub(crate) async fn grow(&mut self, to: usize) -> Result<()> {
         while self.len() < to {
             let leases = BATCH.min(to - self.len());
             let mut held = hold(&self.callers, &Trial::prefix(), leases, self.ttl).await?;
-            let streams = held.len().div_ceil(self.a_stream);
+            let streams = held.len().div_ceil(self.leases_per_stream);
             let mut opening = Vec::with_capacity(streams);
             for number in self.roomy(streams).await? {
-                let some = held.split_off(held.len() - held.len().min(self.a_stream));
+                let some = held.split_off(held.len() - held.len().min(self.leases_per_stream));
                 let mut connection = self.connections[number].clone();
                 let (leases, ttl) = (some.len(), self.ttl);
                 let confirmed = some.iter().map(|(_, asked)| *asked).min().unwrap_or_else(Instant::now);
@@ -94,35 +97,37 @@ impl<P: Peer> Crowd<P> {
             }
             for (stream, connection, leases, confirmed) in all(opening).await? {
                 let state = Arc::new(Mutex::new(State { kept: leases, confirmed, lapsed: false }));
-                let carry = carry(stream, self.ttl, Arc::clone(&state), self.tally.clone());
-                self.streams.push(Carried { connection, leases, state, task: self.tasks.spawn(carry) });
+                let touching = keep_alive(stream, self.ttl, Arc::clone(&state), self.tally.clone());
+                self.streams.push(OpenStream { connection, leases, state, task: self.tasks.spawn(touching) });
             }
         }
         Ok(())
     }
 
-    /// The connections that so many more streams go over; a daemon would keep a stream too many waiting without end.
+    /// Chooses the connections for more streams, and opens connections if needed. Never more than
+    /// [`STREAMS_PER_CONNECTION`] on one: a stream beyond the daemon's limit would wait for ever.
     async fn roomy(&mut self, streams: usize) -> Result<Vec<usize>> {
-        let mut carried = vec![0; self.connections.len()];
-        self.streams.iter().for_each(|stream| carried[stream.connection] += 1);
+        let mut counts = vec![0; self.connections.len()];
+        self.streams.iter().for_each(|stream| counts[stream.connection] += 1);
         let mut chosen = Vec::with_capacity(streams);
         for _ in 0..streams {
-            let roomy = carried.iter().position(|carried| *carried < A_CONNECTION);
+            let roomy = counts.iter().position(|count| *count < STREAMS_PER_CONNECTION);
             let roomy = match roomy {
                 Some(roomy) => roomy,
                 None => {
                     self.connections.push(P::connect(&self.address).await?);
-                    carried.push(0);
-                    carried.len() - 1
+                    counts.push(0);
+                    counts.len() - 1
                 }
             };
-            carried[roomy] += 1;
+            counts[roomy] += 1;
             chosen.push(roomy);
         }
         Ok(chosen)
     }
 
-    /// Lets go of streams that have lost something, and of so many others that no more leases are left than `to`.
+    /// Closes the streams that have lost a lease, and then others, until no more than `to` leases
+    /// are left.
     pub(crate) fn shrink(&mut self, to: usize) {
         let (ttl, mut left) = (self.ttl, to);
         self.streams.retain(|stream| {
@@ -136,11 +141,12 @@ impl<P: Peer> Crowd<P> {
         });
     }
 
-    /// Watches for `time`: the touches, their latencies from when they were due, and how many leases were lost.
-    pub(crate) async fn watch(&mut self, time: Duration, processes: &Processes) -> Result<(Sample, usize)> {
+    /// Measures for `time`. Returns the touches, with their latencies from when they were due, and
+    /// how many leases were lost.
+    pub(crate) async fn measure(&mut self, time: Duration, processes: &Processes) -> Result<(Sample, usize)> {
         let start = Instant::now();
         for stream in &self.streams {
-            stream.state.lock().unwrap_or_else(PoisonError::into_inner).lapsed = false;
+            lock(&stream.state).lapsed = false;
         }
         self.tally.restart(start, start + time);
         let cpu = Cpu::now(processes);
@@ -151,10 +157,10 @@ impl<P: Peer> Crowd<P> {
     }
 }
 
-impl Carried {
-    /// How many of the leases have been lost, in the eyes of their holder.
+impl OpenStream {
+    /// How many of its leases have been lost, as their holder sees it.
     fn lost(&self, ttl: Duration) -> usize {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
         let lapsed = state.lapsed || state.confirmed.elapsed() > ttl;
         if lapsed { self.leases } else { self.leases - state.kept.min(self.leases) }
     }
@@ -168,8 +174,8 @@ impl State {
     }
 }
 
-/// Touches a stream's leases when they are due, at a phase of its own, until the stream fails.
-async fn carry<S: Turn>(mut stream: S, ttl: Duration, state: Arc<Mutex<State>>, tally: Shared) {
+/// Touches a stream's leases when they are due, beginning at a random time, until the stream fails.
+async fn keep_alive<S: Turn>(mut stream: S, ttl: Duration, state: Arc<Mutex<State>>, tally: Shared) {
     let interval = ttl / 3;
     let mut due = Instant::now() + interval.mul_f64(fastrand::f64());
     loop {
@@ -177,7 +183,7 @@ async fn carry<S: Turn>(mut stream: S, ttl: Duration, state: Arc<Mutex<State>>, 
         let sent = Instant::now();
         let turn = stream.turn().await;
         if let Ok(kept) = &turn {
-            state.lock().unwrap_or_else(PoisonError::into_inner).note(sent, *kept, ttl);
+            lock(&state).note(sent, *kept, ttl);
         }
         if !tally.add(due, turn) {
             return;
@@ -194,7 +200,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection that takes no more streams than it may have.
+    /// A connection that refuses streams beyond its limit.
     #[derive(Debug, Clone)]
     struct Narrow(Arc<AtomicUsize>);
 
@@ -215,7 +221,7 @@ mod tests {
         }
 
         async fn keep(&mut self, _: Vec<()>, _: Duration) -> Result<Idle> {
-            ensure!(self.0.fetch_add(1, Ordering::Relaxed) < A_CONNECTION, "one stream too many");
+            ensure!(self.0.fetch_add(1, Ordering::Relaxed) < STREAMS_PER_CONNECTION, "one stream too many");
             Ok(Idle)
         }
     }
@@ -229,29 +235,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_has_no_more_streams_than_it_may_however_the_crowd_grows() {
-        let mut crowd = Crowd::<Narrow>::new("", Duration::from_secs(10), 1).await.expect("a crowd");
+    async fn no_connection_has_more_streams_than_its_limit_however_the_load_grows() {
+        let mut load = OpenLoop::<Narrow>::new("", Duration::from_secs(10), 1).await.expect("a load");
         for leases in [10, 150, 450, 470, 2000] {
-            crowd.grow(leases).await.expect("room");
-            assert_eq!(crowd.len(), leases);
-            assert_eq!(crowd.connections.len(), leases.div_ceil(A_CONNECTION));
+            load.grow(leases).await.expect("room");
+            assert_eq!(load.len(), leases);
+            assert_eq!(load.connections.len(), leases.div_ceil(STREAMS_PER_CONNECTION));
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lease_is_lost_that_was_confirmed_too_late() {
+    async fn a_lease_that_was_confirmed_too_late_is_lost() {
         let ttl = Duration::from_secs(3);
         let mut tasks = JoinSet::new();
         let state = Arc::new(Mutex::new(State { kept: 10, confirmed: Instant::now(), lapsed: false }));
         let stream =
-            Carried { connection: 0, leases: 10, state: Arc::clone(&state), task: tasks.spawn(async {}) };
+            OpenStream { connection: 0, leases: 10, state: Arc::clone(&state), task: tasks.spawn(async {}) };
         tokio::time::advance(Duration::from_secs(2)).await;
         assert_eq!(stream.lost(ttl), 0);
         let sent = Instant::now();
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!(stream.lost(ttl), 10, "no word from anybody");
+        assert_eq!(stream.lost(ttl), 10, "nothing was confirmed");
         state.lock().expect("not poisoned").note(sent, 9, ttl);
-        assert_eq!(stream.lost(ttl), 10, "the word came too late");
+        assert_eq!(stream.lost(ttl), 10, "the confirmation came too late");
         state.lock().expect("not poisoned").lapsed = false;
         assert_eq!(stream.lost(ttl), 1);
     }

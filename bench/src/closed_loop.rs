@@ -1,4 +1,5 @@
-//! Closed loops: every caller begins its next turn when the last is over, so the rate is what the contender makes of it.
+//! Closed loops: every caller begins its next turn when the last one ends, so the contender's speed
+//! determines the rate.
 
 use std::time::Duration;
 
@@ -11,12 +12,12 @@ use crate::peer::Turn;
 use crate::sample::Sample;
 use crate::tally::Shared;
 
-/// How long callers may take over their last turn: one that is cut off could leave its key taken.
+/// How long the last turns of callers may take. A turn that is cut off may leave its key taken.
 const LAST_TURN: Duration = Duration::from_secs(10);
-/// What a caller waits after a failure, so that one who is refused does not call in vain without end.
+/// How long a caller waits after a failure, so that refusals do not make it call without pause.
 const AFTER_FAILURE: Duration = Duration::from_millis(10);
 
-/// Runs all callers for a while uncounted, and then for `time`.
+/// Runs all callers for up to a second to warm up, and then counts for `time`.
 pub(crate) async fn run<T: Turn>(
     callers: Vec<T>,
     time: Duration,
@@ -46,7 +47,8 @@ pub(crate) async fn run<T: Turn>(
     let cpu = Cpu::now(processes);
     sleep_until(end).await;
     let spent = cpu.spent();
-    // Those who take longer are cut off; nothing of theirs was counted.
-    drop(timeout(LAST_TURN, async { while running.join_next().await.is_some() {} }).await);
+    // Turns that take longer are cut off. They end outside of the span, so they would not count
+    // anyway.
+    let _ = timeout(LAST_TURN, async { while running.join_next().await.is_some() {} }).await;
     Ok(tally.sample(rate)?.spending(&spent, time))
 }

@@ -1,15 +1,20 @@
-//! Which daemon is asked, on a paused clock and over a network in memory.
+//! Tests which daemon a client uses, on a paused clock and over a network in memory.
 
 use std::collections::HashMap;
-use std::net::Ipv6Addr;
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::sync::atomic::Ordering;
 
 use futures_util::StreamExt;
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::{AcquireRequest, GetRequest, LeaseRef, ReleaseRequest};
+use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::call::{FIRST_PAUSE, LONGEST_PAUSE};
 use super::*;
 use crate::WatchEvent;
+use crate::daemon::Purpose;
 use crate::peer::{Manner, Peer};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -19,11 +24,11 @@ fn peers(count: usize) -> Vec<Peer> {
     (0..count).map(Peer::numbered).collect()
 }
 
-/// The endpoints of a client, and the task beside them.
+/// The endpoints of a client, and their background task.
 fn of(peers: &[Peer]) -> (Arc<Endpoints>, AbortOnDropHandle<()>) {
     let endpoints = Arc::new(Endpoints::new(peers.iter().map(Peer::source).collect(), TIMEOUT));
-    let tended = Arc::clone(&endpoints);
-    (endpoints, AbortOnDropHandle::new(tokio::spawn(async move { tended.tend().await })))
+    let maintained = Arc::clone(&endpoints);
+    (endpoints, AbortOnDropHandle::new(tokio::spawn(async move { maintained.maintain().await })))
 }
 
 async fn get(endpoints: &Endpoints) -> Result<(), Error> {
@@ -34,29 +39,29 @@ async fn get(endpoints: &Endpoints) -> Result<(), Error> {
 }
 
 async fn release(endpoints: &Endpoints) -> Result<(), Error> {
-    let call = endpoints.call(Purpose::Upkeep, ReleaseRequest::default(), |channel, request| async move {
+    let call = endpoints.call(Purpose::KeepAlive, ReleaseRequest::default(), |channel, request| async move {
         LeaseServiceClient::new(channel).release(request).await
     });
     call.await.map(drop)
 }
 
-/// An acquire that waits until it is dropped.
-async fn stand_in_line(endpoints: &Endpoints) {
+/// Waits in a queue until it is dropped.
+async fn wait_in_queue(endpoints: &Endpoints) {
     let wait = Some(prost_types::Duration { seconds: 600, nanos: 0 });
     let request = AcquireRequest { wait, ..AcquireRequest::default() };
     let until = Instant::now() + Duration::from_secs(600);
     let call = endpoints.call_waiting(Purpose::Waits, until, request, |channel, request| async move {
         LeaseServiceClient::new(channel).acquire(request).await
     });
-    panic!("it came to an end: {:?}", call.await.map(drop));
+    panic!("the wait ended: {:?}", call.await.map(drop));
 }
 
-/// Whom the client would ask.
+/// The name of the daemon that the client would use.
 fn preferred(endpoints: &Endpoints) -> String {
     endpoints.state().pick().unwrap().name.clone()
 }
 
-/// The one that the client would ask, and another.
+/// The daemon that the client would use, and another.
 fn in_turn<'a>(endpoints: &Endpoints, peers: &'a [Peer]) -> [&'a Peer; 2] {
     let first = preferred(endpoints);
     let (first, rest): (Vec<&Peer>, Vec<&Peer>) = peers.iter().partition(|peer| peer.name() == first);
@@ -81,7 +86,7 @@ fn pauses_stay_bounded_and_heed_what_the_daemon_asks() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn somebody_else_is_passed_over_while_others_are_left() {
+async fn a_server_that_is_no_daemon_is_skipped_while_there_are_others() {
     for _ in 0..8 {
         let peers = peers(3);
         peers[0].be(Manner::Stranger);
@@ -92,12 +97,12 @@ async fn somebody_else_is_passed_over_while_others_are_left() {
             get(&endpoints).await.unwrap();
         }
         let asked: usize = peers[..2].iter().map(|peer| peer.attempts("get").len()).sum();
-        assert!(asked <= 2, "each at most once, and not {asked} times");
+        assert!(asked <= 2, "{asked} calls, where each server may get one at most");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn if_all_are_somebody_else_that_is_said_at_once() {
+async fn if_no_server_is_a_daemon_the_error_says_so_at_once() {
     let peers = peers(2);
     peers.iter().for_each(|peer| peer.be(Manner::Stranger));
     let (endpoints, _task) = of(&peers);
@@ -105,13 +110,13 @@ async fn if_all_are_somebody_else_that_is_said_at_once() {
     let refused = get(&endpoints).await;
     assert!(matches!(refused, Err(Error::NotLeased { .. })), "{refused:?}");
     assert!(start.elapsed() < Duration::from_secs(1));
-    // And it may be mended.
+    // Calls succeed once daemons have taken their place.
     peers.iter().for_each(|peer| peer.be(Manner::Up));
     get(&endpoints).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_beside_somebody_else_names_both() {
+async fn an_error_names_an_outage_and_a_server_that_is_no_daemon() {
     let peers = peers(2);
     peers[0].be(Manner::Stranger);
     peers[1].be(Manner::Down);
@@ -132,7 +137,7 @@ async fn a_daemon_that_is_silent_leaves_time_for_two_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_that_is_silent_from_the_start_is_turned_away_from() {
+async fn the_client_switches_from_a_daemon_that_is_silent_from_the_start() {
     let peers = peers(2);
     let (endpoints, _task) = of(&peers);
     in_turn(&endpoints, &peers)[0].be(Manner::Silent);
@@ -140,7 +145,7 @@ async fn a_daemon_that_is_silent_from_the_start_is_turned_away_from() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_first_look_at_all_daemons_turns_away_from_one_that_is_silent() {
+async fn the_first_probe_of_all_daemons_switches_from_one_that_is_silent() {
     let peers = peers(2);
     let (endpoints, _task) = of(&peers);
     let [silent, other] = in_turn(&endpoints, &peers);
@@ -152,9 +157,9 @@ async fn the_first_look_at_all_daemons_turns_away_from_one_that_is_silent() {
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }
 
-/// It is looked at now and then, and asked nothing else.
+/// Such a server is probed now and then, and gets no other calls.
 #[tokio::test(start_paused = true)]
-async fn somebody_else_who_was_found_out_is_not_tried_again_by_calls() {
+async fn a_server_that_was_found_to_be_no_daemon_gets_no_more_calls() {
     let peers = peers(2);
     let (endpoints, _task) = of(&peers);
     let [stranger, other] = in_turn(&endpoints, &peers);
@@ -186,19 +191,19 @@ async fn after_a_rolling_restart_clients_are_spread_again_within_minutes() {
         }
         peer.be(Manner::Up);
     }
-    assert!(spread().len() < 3, "nobody has come back to the last one yet: {:?}", spread());
+    assert!(spread().len() < 3, "no client has returned to the last daemon yet: {:?}", spread());
     sleep(4 * RETURN).await;
     assert_eq!(spread(), at_first);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_thousand_that_wait_take_nothing_from_the_other_calls() {
+async fn a_thousand_waiting_calls_do_not_hold_up_other_calls() {
     let peers = peers(1);
     let (endpoints, _task) = of(&peers);
     let waiting: Vec<_> = (0..1000)
         .map(|_| {
             let endpoints = Arc::clone(&endpoints);
-            AbortOnDropHandle::new(tokio::spawn(async move { stand_in_line(&endpoints).await }))
+            AbortOnDropHandle::new(tokio::spawn(async move { wait_in_queue(&endpoints).await }))
         })
         .collect();
     let shared = &peers[0].shared;
@@ -209,12 +214,12 @@ async fn a_thousand_that_wait_take_nothing_from_the_other_calls() {
     assert_eq!(daemon.count(Purpose::Waits), 5);
     get(&endpoints).await.unwrap();
     release(&endpoints).await.unwrap();
-    assert_eq!((daemon.count(Purpose::Calls), daemon.count(Purpose::Upkeep)), (1, 1));
+    assert_eq!((daemon.count(Purpose::Calls), daemon.count(Purpose::KeepAlive)), (1, 1));
 
     drop(waiting);
     sleep(2 * IDLE).await;
     assert_eq!(daemon.count(Purpose::Waits), 0, "closed when idle");
-    assert_eq!((daemon.count(Purpose::Calls), daemon.count(Purpose::Upkeep)), (1, 1));
+    assert_eq!((daemon.count(Purpose::Calls), daemon.count(Purpose::KeepAlive)), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -258,14 +263,14 @@ async fn two_stores_are_not_mixed_and_the_error_names_them() {
         for part in ["daemon-0", "daemon-1", STORES[0], STORES[1]] {
             assert!(error.to_string().contains(part), "{error}");
         }
-        // It is mended without a new client.
+        // The same client works once the stores agree.
         peers[0].serve_store(STORES[1]);
         endpoints.compare().await.unwrap();
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_second_store_that_turns_up_later_is_never_asked() {
+async fn a_daemon_over_a_second_store_that_appears_later_is_never_used() {
     let peers = peers(2);
     peers.iter().zip(STORES).for_each(|(peer, store)| peer.serve_store(store));
     peers[1].be(Manner::Down);
@@ -281,7 +286,7 @@ async fn a_second_store_that_turns_up_later_is_never_asked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_that_comes_back_over_another_store_is_found_out_before_it_is_asked() {
+async fn a_daemon_that_comes_back_over_another_store_is_noticed_before_it_is_used() {
     let peers = peers(2);
     peers.iter().for_each(|peer| peer.serve_store(STORES[0]));
     let (endpoints, _task) = of(&peers);
@@ -297,7 +302,7 @@ async fn a_daemon_that_comes_back_over_another_store_is_found_out_before_it_is_a
 }
 
 #[tokio::test(start_paused = true)]
-async fn somebody_else_who_is_gone_is_an_outage_like_any_other() {
+async fn a_server_that_was_no_daemon_and_is_gone_is_an_outage_like_any_other() {
     let peers = peers(1);
     peers[0].be(Manner::Stranger);
     let (endpoints, _task) = of(&peers);
@@ -308,7 +313,7 @@ async fn somebody_else_who_is_gone_is_an_outage_like_any_other() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_replaces_another_everywhere_is_taken_for_it() {
+async fn a_store_that_replaces_another_everywhere_is_accepted() {
     let peers = peers(1);
     peers[0].serve_store(STORES[0]);
     let (endpoints, _task) = of(&peers);
@@ -319,7 +324,7 @@ async fn a_store_that_replaces_another_everywhere_is_taken_for_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_longest_timeout_there_is_waits_for_long_and_panics_nowhere() {
+async fn the_longest_possible_timeout_does_not_panic() {
     let peers = peers(1);
     peers[0].be(Manner::Down);
     let endpoints = Endpoints::new(vec![peers[0].source()], Duration::MAX);
@@ -356,17 +361,17 @@ fn a_name_with_several_addresses_is_several_daemons() {
     let kept =
         endpoints.state().daemons.iter().filter(|one| before.iter().any(|two| Arc::ptr_eq(one, two))).count();
     assert_eq!(kept, 1, "connections to an address that stays are kept");
-    // What is of another kind than the first comes last: it is less likely to work.
+    // An address of another family than the first comes last, because it is less likely to work.
     found(&[]);
     found(&["[::1]", "10.0.0.3", "10.0.0.4"]);
     assert!(endpoints.state().daemons[0].name.ends_with("(::1)"));
 }
 
 #[tokio::test]
-async fn a_name_that_nobody_knows_is_named_in_the_error_and_looked_up_again() {
+async fn the_error_shows_a_name_without_addresses() {
     let endpoints = Arc::new(named("no.such.name.invalid"));
-    let tended = Arc::clone(&endpoints);
-    let _task = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend().await }));
+    let maintained = Arc::clone(&endpoints);
+    let _task = AbortOnDropHandle::new(tokio::spawn(async move { maintained.maintain().await }));
     let error = get(&endpoints).await.unwrap_err();
     assert!(
         matches!(&error, Error::Unavailable { cause, .. } if cause.contains("no.such.name.invalid")),
@@ -380,19 +385,19 @@ async fn a_name_whose_look_up_fails_keeps_the_addresses_that_it_had() {
     endpoints.found(&endpoints.resolving[0], vec!["10.0.0.1:5327".parse().unwrap()]);
     let before = endpoints.pick().await.unwrap();
     let mut look_ups = endpoints.look_ups.subscribe();
-    let tended = Arc::clone(&endpoints);
-    let _task = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend().await }));
+    let maintained = Arc::clone(&endpoints);
+    let _task = AbortOnDropHandle::new(tokio::spawn(async move { maintained.maintain().await }));
     look_ups.changed().await.unwrap();
-    assert!(endpoints.state().unknown_name.is_some(), "it was looked up in vain");
+    assert!(endpoints.state().unknown_name.is_some(), "the look-up failed");
     let after = endpoints.pick().await.unwrap();
     assert!(Arc::ptr_eq(&before, &after), "{} and not {}", before.name, after.name);
-    // Nor is the name what is wrong with a daemon that does not answer.
+    // The name is not blamed for a daemon that does not answer.
     assert_eq!(endpoints.silence(), "it does not answer in time");
 }
 
-/// The acquire may arrive after its release, also when that release found the lease granted.
+/// The acquire may arrive after its release, even if the release found the lease granted.
 #[tokio::test(start_paused = true)]
-async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {
+async fn the_release_of_an_unanswered_acquire_says_so() {
     let peer = Peer::numbered(0);
     let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     let acquire = client.acquire("key").wait(Duration::from_secs(600)).into_future();
@@ -402,10 +407,10 @@ async fn a_lease_whose_acquire_had_no_answer_is_given_back_as_such() {
 
     drop(client.acquire("key").ttl(Duration::from_secs(10)).await.unwrap());
     client.settle().await;
-    assert_eq!(peer.attempts("release")[1], None, "one that was granted");
+    assert_eq!(peer.attempts("release")[1], None, "this one was granted");
 }
 
-/// The first call ends with its hour, that the key is held, and the one after it has begun by then.
+/// A call ends after an hour with the answer that the key is held. The next call has begun by then.
 #[tokio::test(start_paused = true)]
 async fn a_wait_without_end_is_one_call_after_the_other() {
     let peer = Peer::numbered(0);
@@ -418,14 +423,14 @@ async fn a_wait_without_end_is_one_call_after_the_other() {
         assert_eq!(peer.shared.waiting.load(Ordering::Relaxed), 2, "call {calls} overlaps the one before it");
     }
     assert!(peer.attempts("release").is_empty());
-    // Each but the first repeats what the one before it asked for.
+    // Each call but the first counts as a repetition of the one before it.
     let expected = [None, Some("1"), Some("2"), Some("3")].map(|before| before.map(str::to_owned));
     assert_eq!(peer.attempts("acquire"), expected);
 }
 
-/// The first of two tries may have been granted, whatever the second one is told.
+/// The first of two attempts may have been granted, even if the second is refused.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_settles_an_acquire_only_if_that_was_sent_once() {
+async fn a_refused_acquire_is_released_unless_it_was_sent_once() {
     let peer = Peer::numbered(0);
     let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     peer.be(Manner::Full);
@@ -449,9 +454,10 @@ async fn a_refusal_settles_an_acquire_only_if_that_was_sent_once() {
     assert_eq!(peer.attempts("release"), [Some("1".to_owned())]);
 }
 
-/// The place in line lasts for a while without its caller, and the lease may be granted meanwhile.
+/// The entry in the queue lasts for a while without its caller, and may be granted the lease
+/// meanwhile.
 #[tokio::test(start_paused = true)]
-async fn an_acquire_that_waited_is_given_back_for_longer_than_its_ttl() {
+async fn the_release_of_an_acquire_that_waited_is_repeated_for_longer_than_the_ttl() {
     let peer = Peer::numbered(0);
     let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     let ttl = Duration::from_secs(2);
@@ -466,7 +472,7 @@ async fn an_acquire_that_waited_is_given_back_for_longer_than_its_ttl() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_never_asked_for_is_not_given_back() {
+async fn an_acquire_that_was_never_sent_is_not_released() {
     let peers = peers(2);
     let client = Peer::client(&peers, TIMEOUT);
     peers.iter().for_each(|peer| peer.be(Manner::Down));
@@ -474,7 +480,7 @@ async fn what_was_never_asked_for_is_not_given_back() {
     assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
     assert!(
         peers.iter().all(|peer| peer.attempts("acquire").is_empty()),
-        "neither was known to be one of ours"
+        "neither server was known to be a daemon"
     );
     peers.iter().for_each(|peer| peer.be(Manner::Up));
     client.settle().await;
@@ -482,21 +488,23 @@ async fn what_was_never_asked_for_is_not_given_back() {
 }
 
 #[tokio::test]
-async fn a_lease_that_cannot_be_given_back_yet_is_not_tried_without_a_pause() {
+async fn a_failed_release_in_the_background_is_repeated_after_pauses() {
     let peer = Peer::numbered(0);
-    // Shorter than the first pause between two tries of one call, so that each call is one try.
+    // Shorter than the first pause between two attempts of a call, so that each call is one
+    // attempt.
     let client = Peer::client(std::slice::from_ref(&peer), FIRST_PAUSE / 2);
     peer.be(Manner::Down);
     let lease = LeaseRef { key: "key".to_owned(), lease_id: String::new() };
     let start = Instant::now();
-    client.release_in_background(lease, Duration::from_secs(60), crate::client::Acquired::Known);
+    client.release_in_background(lease, Duration::from_secs(60), crate::client::Acquired::Granted);
     let tried = async {
         while peer.attempts("release").len() < 4 {
             sleep(Duration::from_millis(1)).await;
         }
     };
-    timeout(Duration::from_secs(60), tried).await.expect("it is tried again");
-    // Three pauses, each twice as long as the one before and shorter by a quarter at most.
+    timeout(Duration::from_secs(60), tried).await.expect("the release is repeated");
+    // Three pauses. Each is twice as long as the one before, and jitter shortens it by 25 % at
+    // most.
     assert!(start.elapsed() >= FIRST_PAUSE * 7 * 3 / 4, "{:?}", start.elapsed());
 }
 
@@ -507,7 +515,7 @@ async fn a_timeout_of_zero_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_passes_over_a_daemon_of_another_store() {
+async fn a_watch_skips_a_daemon_over_another_store() {
     let peers = peers(2);
     peers.iter().zip(STORES).for_each(|(peer, store)| peer.serve_store(store));
     let client = Peer::client(&peers, TIMEOUT);
@@ -532,20 +540,20 @@ async fn a_watch_passes_over_a_daemon_of_another_store() {
 }
 
 #[test]
-fn a_name_that_is_found_again_is_not_what_is_wrong() {
+fn a_name_that_is_found_again_is_not_blamed() {
     let endpoints = named("leased.example");
     let name = &endpoints.resolving[0];
     endpoints.looked_up(name, Err(io::Error::other("no such name")));
     assert!(endpoints.silence().contains("leased.example: no such name"));
     endpoints.looked_up(name, Ok(vec!["10.0.0.1:5327".parse().unwrap()]));
-    // All its addresses are gone, for now.
+    // The next look-up finds no addresses.
     endpoints.looked_up(name, Ok(Vec::new()));
     assert!(!endpoints.silence().contains("leased.example"), "{}", endpoints.silence());
 }
 
-/// The kind of address that the system puts first is tried first.
+/// The address family that the resolver puts first is tried first.
 #[tokio::test]
-async fn a_name_with_an_address_at_which_nobody_answers_works_by_the_other() {
+async fn a_name_with_one_dead_address_works_by_the_other() {
     let peer = Peer::numbered(0);
     let live = peer.listen().await;
     for _ in 0..4 {

@@ -1,5 +1,5 @@
-//! A daemon that counts what it allocates: this program once more, as a child. It says what it has counted whenever it is
-//! sent a line, and ends when its input does.
+//! A daemon that counts its allocations. It is this program, run again as a child process. For each
+//! line of its standard input it prints its counts, and it ends with its input.
 
 use std::io::{BufRead, BufReader, Write, stdin};
 use std::path::PathBuf;
@@ -12,21 +12,24 @@ use leased::store::embedded::EmbeddedStore;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-/// What makes this program a daemon.
-pub(crate) const ROLE: &str = "--as-counted-daemon";
-/// Where it writes what it allocated, one file each, if anywhere.
+/// The argument that makes this program run as the daemon.
+pub(crate) const ROLE: &str = "--as-counting-daemon";
+/// The environment variable that names a folder for heap profiles, one file for each daemon.
 const PROFILE: &str = "LEASED_HEAP_PROFILE";
 
-/// The heap of a daemon: all that was ever allocated, and what still is.
+/// What a daemon has allocated so far.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heap {
+    /// All allocations.
     pub(crate) blocks: u64,
+    /// The bytes of all allocations.
     pub(crate) bytes: u64,
+    /// The bytes that are still allocated.
     pub(crate) kept: u64,
 }
 
-/// A daemon of its own data; both end with this.
-pub(crate) struct Counted {
+/// A daemon with data of its own. Dropping this value ends the daemon and removes the data.
+pub(crate) struct CountingDaemon {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
@@ -34,7 +37,7 @@ pub(crate) struct Counted {
     _folder: TempDir,
 }
 
-impl Counted {
+impl CountingDaemon {
     pub(crate) fn start(coalesces: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -66,14 +69,14 @@ impl Counted {
     }
 }
 
-impl Drop for Counted {
+impl Drop for CountingDaemon {
     fn drop(&mut self) {
         drop(self.stdin.take());
         drop(self.child.wait());
     }
 }
 
-/// The child's part.
+/// Runs the daemon in the child process.
 pub(crate) fn serve() {
     let profiler = dhat::Profiler::builder();
     let _profiler = match std::env::var_os(PROFILE) {
@@ -94,10 +97,12 @@ pub(crate) fn serve() {
         }
         ended.cancel();
     });
-    // Two threads, whatever the machine has.
+    // The number of threads is fixed, since the counts must not depend on the machine.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
-        let leased::config::Place::Folder(folder) = &config.place else { panic!("a folder was given") };
+        let leased::config::StoreLocation::Folder(folder) = &config.location else {
+            panic!("a folder was given")
+        };
         let store = EmbeddedStore::open(folder, config.rules).await.unwrap();
         let listeners = Listeners::bind(&config).await.unwrap();
         println!("http://{}", listeners.grpc().unwrap());

@@ -1,11 +1,13 @@
 //! The holder's clock: tokio's, plus the time for which the machine was suspended.
 //!
-//! A laptop that sleeps, or a virtual machine that is frozen and thawed by its own kernel, stops the monotonic clock that
-//! timers run on; its leases run out all the same. On Linux and Android the difference between `CLOCK_BOOTTIME` and
-//! `CLOCK_MONOTONIC` says for how long. Elsewhere it counts as nothing.
+//! A laptop that sleeps, or a virtual machine that its own kernel suspends, stops the monotonic
+//! clock that timers run on. Its leases lapse all the same. On Linux and Android the difference
+//! between `CLOCK_BOOTTIME` and `CLOCK_MONOTONIC` is the time spent suspended. Elsewhere suspension
+//! counts as nothing.
 //!
-//! Tests pause tokio's clock. The suspended time is read from the machine, so it is left out of such tests: otherwise a thread
-//! that is preempted between the two readings would let real time into a clock that stands still.
+//! Tests that pause tokio's clock leave suspended time out, because it is read from the real
+//! machine. Otherwise a thread that is preempted between the two readings would let real time into
+//! a paused clock.
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,58 +15,59 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// Timers stand still while the machine is suspended, so none is longer than this: the rest of it is then all that may
-/// be slept too much.
-const NAP: Duration = Duration::from_secs(1);
-/// Instants further away than this are all the same. An `Instant` panics when a sum does not fit, and so may a daemon's answer
-/// or a caller's `Duration::MAX` make none.
+/// The longest timer. Timers stop while the machine is suspended, so a sleep lasts at most this
+/// much too long.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// The longest duration that is added to an instant. An `Instant` panics when a sum overflows, and
+/// neither a daemon's answer nor a caller's `Duration::MAX` may cause that.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
-/// Differences of the two clocks below this are how long the readings took. No suspension is so short.
+/// A smaller difference of the two clocks is the time that the readings took. No suspension is so
+/// short.
 const READING: Duration = Duration::from_millis(1);
 
 /// Whether suspended time counts. The unit tests of this crate run on a paused clock.
 static COUNTS_SUSPENSION: AtomicBool = AtomicBool::new(!cfg!(test));
-/// How long the machine has been suspended as far as is known, in nanoseconds. Only grows.
+/// The longest suspended time read so far, in nanoseconds.
 static SUSPENDED: AtomicU64 = AtomicU64::new(0);
 
-/// Leaves suspended time out, in this process and for good: for tests in simulated time.
+/// Leaves suspended time out from now on, in this process: for tests in simulated time.
 #[doc(hidden)]
 pub fn run_on_timers_alone() {
     COUNTS_SUSPENSION.store(false, Ordering::Relaxed);
 }
 
-/// `duration` after `instant`, or a time that never comes.
+/// Returns `instant` plus `duration`, of which no more than [`FAR`] counts.
 pub(crate) fn after(instant: Instant, duration: Duration) -> Instant {
     instant.checked_add(duration.min(FAR)).unwrap_or(instant)
 }
 
-/// A point in the holder's time. Only the difference of two means anything.
+/// A point in time on the holder's clock. Only the difference of two means anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Moment(Instant);
+pub(crate) struct BootInstant(Instant);
 
-impl Moment {
+impl BootInstant {
     pub(crate) fn now() -> Self {
         Self(after(Instant::now(), suspended()))
     }
 
-    /// How long until then; nothing if it is past.
+    /// The time until this instant; zero if it is past.
     pub(crate) fn remaining(self) -> Duration {
         self - Self::now()
     }
 
-    /// Sleeps until then.
+    /// Sleeps until this instant.
     pub(crate) async fn reached(self) {
         loop {
             let remaining = self.remaining();
             if remaining.is_zero() {
                 return;
             }
-            sleep(remaining.min(NAP)).await;
+            sleep(remaining.min(LONGEST_SLEEP)).await;
         }
     }
 }
 
-impl Add<Duration> for Moment {
+impl Add<Duration> for BootInstant {
     type Output = Self;
 
     fn add(self, duration: Duration) -> Self {
@@ -72,24 +75,24 @@ impl Add<Duration> for Moment {
     }
 }
 
-impl Sub for Moment {
+impl Sub for BootInstant {
     type Output = Duration;
 
-    /// Nothing if `earlier` is not earlier.
+    /// Zero if `earlier` is not earlier.
     fn sub(self, earlier: Self) -> Duration {
         self.0.saturating_duration_since(earlier.0)
     }
 }
 
-/// For how long the machine has been suspended since it was started.
+/// How long the machine has been suspended since it was started.
 fn suspended() -> Duration {
     if !COUNTS_SUSPENSION.load(Ordering::Relaxed) {
         return Duration::ZERO;
     }
-    let known = Duration::from_nanos(SUSPENDED.load(Ordering::Relaxed));
+    let longest = Duration::from_nanos(SUSPENDED.load(Ordering::Relaxed));
     let read = read_suspended();
-    if read <= known + READING {
-        return known;
+    if read <= longest + READING {
+        return longest;
     }
     SUSPENDED.fetch_max(read.as_nanos().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
     read
@@ -100,7 +103,8 @@ fn read_suspended() -> Duration {
     use rustix::time::{ClockId, clock_gettime};
     let read = |clock| Duration::try_from(clock_gettime(clock)).unwrap_or_default();
     let total = read(ClockId::Boottime);
-    // Read last, so a preemption between the two makes the result smaller and never larger than the truth.
+    // Read last: a preemption between the two readings makes the result too small and never too
+    // large.
     total.saturating_sub(read(ClockId::Monotonic))
 }
 
@@ -114,32 +118,32 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_moment_is_reached_when_its_time_has_come() {
+    async fn an_instant_is_reached_when_its_time_has_come() {
         let start = Instant::now();
-        (Moment::now() + Duration::from_millis(3500)).reached().await;
+        (BootInstant::now() + Duration::from_millis(3500)).reached().await;
         let passed = start.elapsed();
         assert!((Duration::from_millis(3500)..Duration::from_millis(3600)).contains(&passed), "{passed:?}");
     }
 
     #[test]
-    fn what_is_past_does_not_count_below_nothing() {
-        let earlier = Moment::now();
+    fn the_time_since_a_later_instant_is_zero() {
+        let earlier = BootInstant::now();
         assert_eq!(earlier - (earlier + Duration::from_secs(1)), Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_paused_clock_stands_still_however_long_the_test_is_kept_from_running() {
-        let start = Moment::now();
+    async fn a_paused_clock_does_not_move_however_long_the_test_is_kept_from_running() {
+        let start = BootInstant::now();
         for _ in 0..200 {
             // Real time passes, and threads are preempted.
             std::thread::yield_now();
-            assert_eq!(Moment::now(), start);
+            assert_eq!(BootInstant::now(), start);
         }
     }
 
     #[test]
     fn no_sum_overflows() {
-        let now = Moment::now();
+        let now = BootInstant::now();
         assert!(now + Duration::MAX > now + Duration::from_secs(60 * 60 * 24 * 365));
         assert!(now + Duration::MAX + Duration::MAX + Duration::from_nanos(1) > now);
     }

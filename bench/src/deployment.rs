@@ -1,5 +1,5 @@
-//! A contender's processes, alone on the machine and new for each run: those that idle beside it would take their part of the
-//! processors, and what an earlier run left would be in its way.
+//! The processes of a contender. Each run starts new ones and no others, because idle processes
+//! would take a part of the processors, and data of an earlier run would slow the next one down.
 
 use std::path::Path;
 
@@ -11,17 +11,18 @@ use crate::cpu::Processes;
 use crate::server::{Daemon, Server};
 use crate::workload::Workload;
 
-/// Running processes, which end with it.
+/// Running processes, which end when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Stage {
+pub(crate) struct Deployment {
     servers: Vec<Server>,
     one: Option<Mongod>,
     three: Option<ReplicaSet>,
 }
 
-impl Stage {
-    /// Starts what the contender needs for the workload; `program` is the daemon, else the one beside this.
-    pub(crate) async fn set(
+impl Deployment {
+    /// Starts the processes that the contender needs for the workload. `program` is the daemon, by
+    /// default the one beside this program.
+    pub(crate) async fn start(
         contender: Contender,
         workload: Workload,
         program: Option<&Path>,
@@ -34,25 +35,25 @@ impl Stage {
         } else {
             None
         };
-        let mut stage = Self { servers: Vec::new(), one, three };
+        let mut deployment = Self { servers: Vec::new(), one, three };
         match contender {
-            C::Etcd => stage.servers = Server::etcd(1).await?,
-            C::EtcdThree => stage.servers = Server::etcd(3).await?,
-            C::Redis => stage.servers.push(Server::redis().await?),
+            C::Etcd => deployment.servers = Server::etcd(1).await?,
+            C::EtcdThree => deployment.servers = Server::etcd(3).await?,
+            C::Redis => deployment.servers.push(Server::redis().await?),
             C::Mongolock | C::Direct | C::Batched | C::BatchedThree => {}
             C::Embedded | C::Mongod | C::ReplicaSet | C::Ceiling | C::Stub | C::Client => {
-                stage.daemons(workload, program).await?;
+                deployment.daemons(workload, program).await?;
             }
         }
-        Ok(stage)
+        Ok(deployment)
     }
 
     async fn daemons(&mut self, workload: Workload, program: Option<&Path>) -> Result<()> {
-        // As fast as can be: the rate is what is measured.
-        const NO_PACE: &str = "--max-stream-rate=1000000";
+        // These workloads measure the rate of keepalives, so the daemon must not limit it.
+        const NO_RATE_LIMIT: &str = "--max-stream-rate=1000000";
         let options: &[&str] = match workload {
-            Workload::Keepalives => &[NO_PACE, "--coalesce-touches=false"],
-            Workload::Coalesced => &[NO_PACE],
+            Workload::Keepalives => &[NO_RATE_LIMIT, "--coalesce-touches=false"],
+            Workload::Coalesced => &[NO_RATE_LIMIT],
             _ => &[],
         };
         let count = if matches!(workload, Workload::Relay | Workload::SharedCost) { 2 } else { 1 };
@@ -73,7 +74,7 @@ impl Stage {
         self.one.as_ref().map(Mongod::uri).or(self.three.as_ref().map(ReplicaSet::uri))
     }
 
-    /// Where calls go.
+    /// The address for calls.
     ///
     /// # Errors
     /// If nothing runs.
@@ -81,7 +82,7 @@ impl Stage {
         self.servers.first().map(Server::address).or(self.mongodb()).context("no server")
     }
 
-    /// Where others' calls go, where there is more than one place.
+    /// The address of another daemon or node, if there is more than one.
     ///
     /// # Errors
     /// If nothing runs.
@@ -89,11 +90,12 @@ impl Stage {
         self.servers.last().map(Server::address).or(self.mongodb()).context("no server")
     }
 
-    /// The processes without those of a database that is under them.
+    /// The processes of the servers, without those of their database.
     pub(crate) fn server_processes(&self) -> Processes {
         self.servers.iter().filter_map(Server::process).collect()
     }
 
+    /// The processes of the servers and of their database.
     pub(crate) fn processes(&self) -> Processes {
         let databases =
             self.one.iter().filter_map(Mongod::pid).chain(self.three.iter().flat_map(ReplicaSet::pids));
