@@ -1,4 +1,4 @@
-//! Compiles the API from `proto/` without a `protoc` on the machine.
+//! Compiles the API from `proto/`. Needs no `protoc`.
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -12,7 +12,7 @@ import time
 
 import mongolock
 
-# More than the processors that such a test has; one process is held up by its interpreter.
+# More than the processors of a test machine, because the interpreter limits each process to one of them.
 PROCESSES = 8
 WARM_UP = 0.5
 
@@ -46,7 +46,7 @@ def caller(locks, work, key, owner, start, end, latencies, errors):
 
 
 def end_with(parent):
-    """A process that is killed takes nobody along; those it started have to see to that."""
+    """Ends this process when its parent has ended, because killing a process does not kill its children."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)

@@ -1,4 +1,4 @@
-//! How messages become bytes: prost's encoding, with buffers of the size that messages here have.
+//! Encodes messages by prost, with buffers of the size that this API's messages have.
 
 use std::marker::PhantomData;
 
@@ -6,13 +6,15 @@ use prost::Message;
 use tonic::codec::{BufferSettings, Codec};
 use tonic_prost::{ProstDecoder, ProstEncoder};
 
-/// What a call's buffers hold at first, in bytes; they grow with what they are given. tonic's own 8 KiB, once for the
-/// request and once for the response, are most of the memory of an idle stream and of a short call.
+/// The first size of a call's buffers, in bytes. They grow as needed. tonic's own size is 8 KiB,
+/// for the request and for the response each, which is most of the memory of an idle stream or a
+/// short call.
 const FIRST_BYTES: usize = 512;
-/// Encoded messages that are handed to the connection in one go, in bytes; as tonic has it.
+/// The bytes of encoded messages that are passed to the connection in one go. This is tonic's
+/// default.
 const YIELD_BYTES: usize = 32 * 1024;
 
-/// The codec of the generated stubs. It takes any message of prost.
+/// The codec of the generated stubs, for any message of prost.
 #[derive(Debug, Clone)]
 pub struct SmallBuffers<T, U>(PhantomData<(T, U)>);
 

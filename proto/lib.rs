@@ -2,8 +2,10 @@
 //!
 //! Knows neither the daemon nor the client, and no runtime.
 
-mod codec;
+/// Why a call was refused, and the status that says so.
 mod reason;
+/// The codec of the generated stubs.
+mod codec;
 
 pub use codec::SmallBuffers;
 pub use reason::Reason;

@@ -1,4 +1,5 @@
-//! The table of refusals: the reason in `google.rpc.ErrorInfo` and the status code that goes with it.
+//! The reasons for which a call is refused, as `google.rpc.ErrorInfo` names them, and the status
+//! code of each.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,41 +10,45 @@ use tonic_types::{ErrorDetails, StatusExt};
 /// The `domain` of every `ErrorInfo` of this API.
 const DOMAIN: &str = "leased";
 
-/// The most that a status message may take up in the `grpc-message` header, which spells it with percent signs. A status
-/// travels in one block of headers, of which grpc-java reads 8 KiB in all.
+/// The most bytes of a status message in the `grpc-message` header, which is percent-encoded. A
+/// status travels in one block of headers, and grpc-java reads at most 8 KiB of headers.
 const MESSAGE_BYTES: usize = 1024;
-/// The fields that an `INVALID_ARGUMENT` names.
+/// The most fields that an `INVALID_ARGUMENT` names.
 const VIOLATIONS: usize = 20;
-/// The text of these fields. With the message, which stands in the details once more, it stays below 4 KiB.
+/// The most bytes of text for these fields. Together with the message, which the details repeat,
+/// the text stays below 4 KiB.
 const VIOLATION_BYTES: usize = 2560;
 
-/// Why a call was refused, for programs. The `ErrorInfo.reason` of a status.
+/// Why a call was refused, for programs: the `ErrorInfo.reason` of a status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
-    /// The key could not be had, also after the wait. Metadata: `blocked_by` says what stands in the way (`holder`,
-    /// `waiter`, `min_hold`, `limit`); `owner`, `token` and `remaining_ms` are the holder's; `waiter` is the owner of the one
-    /// that comes first, where that is the reason; `position` (callers ahead) if the call stood in line.
+    /// The key was not available, and still was not at the end of the wait. Metadata: `blocked_by`
+    /// names what blocks the key (`holder`, `waiter`, `min_hold`, `limit`); `owner`, `token` and
+    /// `remaining_ms` are the holder's; `waiter` is the owner of the waiter that comes first, if
+    /// that is the reason; `position` is the number of waiters ahead, if the call waited in the
+    /// queue.
     LeaseHeld,
-    /// The lease is not held any more, was never held, or its id was released before the grant. Metadata: `loss`
-    /// (`displaced`, `released`, `revoked`) where known.
+    /// The lease is no longer held, was never held, or its id was released before the grant.
+    /// Metadata: `loss` (`displaced`, `released`, `revoked`) if the daemon knows it.
     LeaseLost,
-    /// The key was never leased, or was forgotten since.
+    /// The key was never leased, or has been forgotten since.
     KeyUnknown,
-    /// The line of the key takes no more.
+    /// The queue of the key is full.
     QueueFull,
-    /// A limit was passed. Metadata: `limit` (its name) and `value`.
+    /// A limit was exceeded. Metadata: `limit` (its name) and `value`.
     LimitExceeded,
     /// The store does not answer. Metadata: `outcome` (`not_applied`, `unknown`).
     StoreUnavailable,
-    /// The daemon is about to end; another one can be asked at once.
+    /// The daemon is shutting down. Another daemon can be asked at once.
     ShuttingDown,
     /// The lease id is in use on this key with another mode or limit. Nothing changed.
     IdReused,
-    /// The store cannot read or write the record of this key, and no other key is affected. Trying again does not help
-    /// before an operator has mended or deleted the record. Whether the call took effect is not known.
+    /// The store cannot read or write the record of this key. No other key is affected. Trying
+    /// again does not help until an operator has repaired or deleted the record. The call may have
+    /// taken effect.
     RecordUnreadable,
-    /// The request is malformed. `google.rpc.BadRequest` beside this names the fields.
+    /// The request is malformed. A `google.rpc.BadRequest` in the same status names the fields.
     InvalidRequest,
 }
 
@@ -61,7 +66,7 @@ impl Reason {
         Self::InvalidRequest,
     ];
 
-    /// The reason as `ErrorInfo` spells it.
+    /// The name of the reason in `ErrorInfo`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -78,7 +83,7 @@ impl Reason {
         }
     }
 
-    /// The status code it comes with.
+    /// The status code of the reason.
     #[must_use]
     pub fn code(self) -> Code {
         match self {
@@ -92,7 +97,7 @@ impl Reason {
         }
     }
 
-    /// How long to wait before trying again, where trying again makes sense.
+    /// How long to wait before another attempt; `None` if repeating the call does not help.
     fn retry_after(self) -> Option<Duration> {
         match self {
             Self::QueueFull => Some(Duration::from_secs(1)),
@@ -108,7 +113,7 @@ impl Reason {
         }
     }
 
-    /// The status of this refusal: `message` for people, `metadata` for programs.
+    /// Builds the status of this refusal: `message` is for people, `metadata` for programs.
     #[must_use]
     pub fn status<'a>(
         self,
@@ -124,8 +129,9 @@ impl Reason {
         Status::with_error_details(self.code(), clip(message.into()), details)
     }
 
-    /// The status of a malformed request: a sentence for people, and each wrong field with what is wrong about it. Of
-    /// many fields it names the first few and says how many more there are.
+    /// Builds the status of a malformed request: a sentence for people, and each wrong field with
+    /// what is wrong about it. If there are too many fields, it names the first ones and says how
+    /// many there are in all.
     #[must_use]
     pub fn invalid_request(message: impl Into<String>, violations: Vec<(String, String)>) -> Status {
         let mut details =
@@ -146,7 +152,7 @@ impl Reason {
         Status::with_error_details(Self::InvalidRequest.code(), clip(message), details)
     }
 
-    /// The reason that a status carries, if it is one of this API.
+    /// Returns the reason in a status, if that is a status of this API.
     #[must_use]
     pub fn of(status: &Status) -> Option<Self> {
         let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN)?;
@@ -154,7 +160,7 @@ impl Reason {
     }
 }
 
-/// Cuts a message to what its header may have.
+/// Cuts a message to [`MESSAGE_BYTES`], percent-encoded.
 fn clip(mut message: String) -> String {
     const CUT: &str = "...";
     let mut bytes = 0;

@@ -1,4 +1,5 @@
-//! Touches that memory does for: fewer writes, never a longer promise.
+//! Coalescing: a touch that follows another closely is answered without a write. The answer
+//! promises only the time that the last write left.
 
 use std::time::Duration;
 
@@ -8,25 +9,27 @@ use rstest::rstest;
 
 use crate::cost::Profile;
 use crate::keepalive::{KeepAlive, kept, lost};
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, eventually, ms, secs};
+use crate::support::{
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Leases, MongoDb, acquire, eventually, ms, secs,
+};
 
-/// A tenth of it is longer than any test.
+/// A TTL in seconds. Touches coalesce for a tenth of it, which is longer than any test.
 const LONG: u64 = 3600;
 
 async fn expire_time(client: &mut Leases, key: &str) -> Timestamp {
-    client.look(key).await.unwrap().holders[0].expire_time.unwrap()
+    client.inspect(key).await.unwrap().holders[0].expire_time.unwrap()
 }
 
 async fn long_lease(client: &mut Leases, key: &str) -> LeaseRef {
-    client.get_lease(ask(key).ttl(secs(LONG))).await.unwrap().lease.unwrap()
+    client.get_lease(acquire(key).ttl(secs(LONG))).await.unwrap().lease.unwrap()
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_touch_right_after_another_is_answered_with_what_is_left_and_writes_nothing(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn a_coalesced_touch_is_answered_with_the_remaining_time_and_writes_nothing(
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let lease = long_lease(&mut client, "job").await;
     let mut stream = KeepAlive::open(&mut client).await;
@@ -35,7 +38,7 @@ async fn a_touch_right_after_another_is_answered_with_what_is_left_and_writes_no
 
     let mut last = first;
     for _ in 0..5 {
-        let truth = client.look("job").await.unwrap().holders[0].remaining.unwrap();
+        let truth = client.inspect("job").await.unwrap().holders[0].remaining.unwrap();
         let remaining = kept(&stream.touch(&[]).await[0].1);
         assert!(remaining < last, "{remaining:?} after {last:?}");
         // The store's clock is read in whole milliseconds.
@@ -43,7 +46,7 @@ async fn a_touch_right_after_another_is_answered_with_what_is_left_and_writes_no
         last = remaining;
     }
     assert_eq!(expire_time(&mut client, "job").await, written);
-    // A call for one lease is for those who want to be sure.
+    // A Touch call never coalesces.
     eventually(async || {
         client.renew(&lease).await.unwrap();
         (expire_time(&mut client, "job").await != written).then_some(())
@@ -52,7 +55,7 @@ async fn a_touch_right_after_another_is_answered_with_what_is_left_and_writes_no
 }
 
 #[tokio::test]
-async fn messages_of_one_moment_cost_one_write() {
+async fn messages_that_follow_each_other_closely_cost_one_write() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let leases = [long_lease(&mut client, "a").await, long_lease(&mut client, "b").await];
@@ -64,7 +67,8 @@ async fn messages_of_one_moment_cost_one_write() {
     let commands = profile.stop(&daemon).await;
     assert_eq!(commands.len(), 1, "{commands:?}");
 
-    // Of a message whose leases are partly fresh the rest is written, and the answer has them in their order.
+    // If only some leases of a message coalesce, the others are written. The answer keeps the order
+    // of the message.
     let written = expire_time(&mut client, "a").await;
     let both = [leases[1].clone(), leases[0].clone(), leases[1].clone()];
     let results = stream.touch(&both).await;
@@ -77,10 +81,10 @@ async fn messages_of_one_moment_cost_one_write() {
 
 #[rstest]
 #[tokio::test]
-async fn after_a_tenth_of_the_ttl_the_lease_is_renewed_again(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn after_a_tenth_of_the_ttl_the_lease_is_renewed_again(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(secs(20))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(secs(20))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
     let written = expire_time(&mut client, "job").await;
@@ -94,8 +98,8 @@ async fn after_a_tenth_of_the_ttl_the_lease_is_renewed_again(#[values(Embedded, 
 
 #[rstest]
 #[tokio::test]
-async fn with_the_switch_off_every_message_is_a_write(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start_with(home, |config| config.limits.coalesce_touches = false).await;
+async fn with_the_switch_off_every_message_is_a_write(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start_with(backend, |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
     let lease = long_lease(&mut client, "job").await;
     let mut stream = KeepAlive::open(&mut client).await;
@@ -113,8 +117,8 @@ async fn with_the_switch_off_every_message_is_a_write(#[values(Embedded, MongoDb
 
 #[rstest]
 #[tokio::test]
-async fn a_loss_between_two_messages_is_not_answered_from_memory(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_touch_after_a_loss_does_not_coalesce(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut stream = KeepAlive::open(&mut client).await;
     for number in 0..20 {
@@ -123,13 +127,14 @@ async fn a_loss_between_two_messages_is_not_answered_from_memory(#[values(Embedd
         kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
         client.give_back(&lease).await.unwrap();
         let sequence = stream.send(std::slice::from_ref(&lease)).await;
-        // Told unasked, if the message came later than that, and with the answer in any case.
+        // If the daemon noticed the loss before the message came, it has also reported the loss
+        // unasked.
         let mut answer = stream.next().await.unwrap();
         if answer.sequence == 0 {
             assert_eq!(lost(answer.results[0].outcome.as_ref().unwrap()), LossReason::Released);
             answer = stream.next().await.unwrap();
         }
-        assert_eq!(answer.sequence, sequence, "told once");
+        assert_eq!(answer.sequence, sequence, "the loss is reported unasked only once");
         assert_eq!(lost(answer.results[0].outcome.as_ref().unwrap()), LossReason::Released);
     }
     assert!(stream.touch(&[]).await.is_empty());

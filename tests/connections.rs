@@ -1,4 +1,5 @@
-//! The client's connections: many calls at once, silence, names, and daemons that come and go.
+//! The connections of the client crate: many calls at once, silent connections, host names, long
+//! timeouts.
 
 use leased_client::{Client, KeyState};
 use rstest::rstest;
@@ -6,15 +7,15 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::support::relay::Relay;
-use crate::support::{Daemon, Embedded, Home, MongoDb, PATIENCE, eventually, ms, secs};
+use crate::support::{Backend, Daemon, Embedded, MongoDb, PATIENCE, eventually, ms, secs};
 
 #[rstest]
 #[tokio::test]
-async fn a_thousand_waiting_calls_take_nothing_from_the_leases_of_their_client(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn a_thousand_waiting_calls_do_not_harm_the_leases_of_their_client(
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     const WAITERS: usize = 1000;
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let (client, ttl) = (daemon.holder().await, secs(6));
     let lease = client.acquire("job").ttl(ttl).await.unwrap();
     let stop = lease.stop_token();
@@ -36,7 +37,7 @@ async fn a_thousand_waiting_calls_take_nothing_from_the_leases_of_their_client(
 }
 
 #[tokio::test]
-async fn a_lease_survives_connections_that_fall_silent_although_there_is_only_one_endpoint() {
+async fn a_lease_survives_silent_connections_to_the_only_endpoint() {
     let daemon = Daemon::start(Embedded).await;
     let relay = Relay::to(daemon.grpc).await;
     let client = Client::connect([relay.url()]).await.unwrap();
@@ -56,7 +57,7 @@ async fn a_lease_survives_connections_that_fall_silent_although_there_is_only_on
 }
 
 #[tokio::test]
-async fn a_daemon_is_found_by_its_name() {
+async fn a_daemon_is_found_by_its_host_name() {
     let daemon = Daemon::start(Embedded).await;
     let client = Client::connect([format!("http://localhost:{}", daemon.grpc.port())]).await.unwrap();
     let lease = client.acquire("job").await.unwrap();
@@ -64,13 +65,13 @@ async fn a_daemon_is_found_by_its_name() {
 }
 
 #[tokio::test]
-async fn a_lease_of_any_age_is_told_of_its_revocation() {
+async fn a_lease_that_was_just_granted_hears_of_its_revocation() {
     let daemon = Daemon::start(Embedded).await;
     let (client, operator) = (daemon.holder().await, daemon.holder().await);
-    // Named only when it is due, a lease of this TTL would hear after minutes.
+    // With this TTL the next touch is due after minutes. The loss must be reported before it.
     let lease = client.acquire("job").ttl(secs(3600)).await.unwrap();
     operator.revoke("job", Some(lease.token()), "a test").await.unwrap();
-    timeout(PATIENCE, lease.lost()).await.expect("told at once");
+    timeout(PATIENCE, lease.lost()).await.expect("the loss is reported at once");
 }
 
 #[tokio::test]

@@ -1,13 +1,13 @@
-//! What things cost in commands to the database, counted by its own profiler.
+//! How many database commands an operation takes, counted by MongoDB's own profiler.
 
 use leased_client::v1::LeaseRef;
 use mongodb::bson::{Document, doc};
 use tokio::task::JoinSet;
 
 use crate::keepalive::{KeepAlive, kept};
-use crate::support::{Asking, Calls, Daemon, MongoDb, ask, line_of, secs};
+use crate::support::{AcquireBuilder, Calls, Daemon, MongoDb, acquire, secs, until_queued};
 
-/// Counts the commands on a daemon's collection from here on.
+/// Records the commands on a daemon's collection.
 pub(crate) struct Profile(mongodb::Database);
 
 impl Profile {
@@ -25,7 +25,7 @@ impl Profile {
         let mut commands = Vec::new();
         while found.advance().await.unwrap() {
             let command = found.deserialize_current().unwrap();
-            // An update is profiled twice: as a statement and as the command around it.
+            // MongoDB profiles an update twice: as a statement, and as the command around it.
             if command.get_str("op").unwrap() != "update" {
                 commands.push(command);
             }
@@ -35,11 +35,11 @@ impl Profile {
 }
 
 #[tokio::test]
-async fn a_lone_acquire_takes_one_round_trip() {
+async fn a_single_acquire_takes_one_round_trip() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let profile = Profile::start(&daemon).await;
-    client.get_lease(ask("new")).await.unwrap();
+    client.get_lease(acquire("new")).await.unwrap();
     let commands = profile.stop(&daemon).await;
     assert_eq!(commands.len(), 1, "{commands:?}");
     assert!(commands[0].get_document("command").unwrap().contains_key("findAndModify"));
@@ -52,9 +52,9 @@ async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
     let mut callers = JoinSet::new();
     for number in 0..200 {
         let mut client = client.clone();
-        callers.spawn(
-            async move { client.get_lease(ask(&format!("key/{number}")).ttl(secs(60))).await.unwrap() },
-        );
+        callers.spawn(async move {
+            client.get_lease(acquire(&format!("key/{number}")).ttl(secs(60))).await.unwrap()
+        });
     }
     let leases: Vec<LeaseRef> =
         callers.join_all().await.into_iter().filter_map(|granted| granted.lease).collect();
@@ -70,15 +70,15 @@ async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
 }
 
 #[tokio::test]
-async fn a_crowd_of_256_costs_a_handful_of_commands() {
+async fn refusing_256_calls_for_one_key_costs_few_commands() {
     let daemon = Daemon::start(MongoDb).await;
     let client = daemon.client().await;
-    client.clone().get_lease(ask("job").ttl(secs(60))).await.unwrap();
+    client.clone().get_lease(acquire("job").ttl(secs(60))).await.unwrap();
     let profile = Profile::start(&daemon).await;
     let mut crowd = JoinSet::new();
     for _ in 0..256 {
         let mut client = client.clone();
-        crowd.spawn(async move { client.get_lease(ask("job")).await.is_ok() });
+        crowd.spawn(async move { client.get_lease(acquire("job")).await.is_ok() });
     }
     assert!(crowd.join_all().await.into_iter().all(|granted| !granted));
     let commands = profile.stop(&daemon).await;
@@ -86,30 +86,30 @@ async fn a_crowd_of_256_costs_a_handful_of_commands() {
 }
 
 #[tokio::test]
-async fn a_release_in_front_of_a_long_line_costs_as_much_as_in_front_of_one() {
+async fn a_release_costs_as_much_with_a_long_queue_as_with_one_waiter() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(secs(600))).await.unwrap().lease.unwrap();
-    let mut line = JoinSet::new();
+    let lease = client.get_lease(acquire("job").ttl(secs(600))).await.unwrap().lease.unwrap();
+    let mut queue = JoinSet::new();
     for _ in 0..5 {
-        // A connection takes 256 calls.
+        // A connection may have 256 open calls.
         let client = daemon.client().await;
         for _ in 0..200 {
             let mut client = client.clone();
-            line.spawn(
-                async move { client.get_lease(ask("job").ttl(secs(600)).wait(secs(600))).await.unwrap() },
-            );
+            queue.spawn(async move {
+                client.get_lease(acquire("job").ttl(secs(600)).wait(secs(600))).await.unwrap()
+            });
         }
     }
-    line_of(&mut client, "job", 1000).await;
+    until_queued(&mut client, "job", 1000).await;
     let profile = Profile::start(&daemon).await;
     client.give_back(&lease).await.unwrap();
-    let mut last = line.join_next().await.unwrap().unwrap();
+    let mut last = queue.join_next().await.unwrap().unwrap();
     for _ in 0..9 {
         client.give_back(&last.lease.unwrap()).await.unwrap();
-        last = line.join_next().await.unwrap().unwrap();
+        last = queue.join_next().await.unwrap().unwrap();
     }
     let commands = profile.stop(&daemon).await;
-    // Ten releases, and now and then a refresh of all places in one edit.
+    // Ten releases, and an occasional command that refreshes all waiter entries at once.
     assert!(commands.len() <= 20, "{} commands", commands.len());
 }

@@ -1,4 +1,4 @@
-//! What the documents say, tried: the programs that they show are run, and shown as they are run.
+//! The programs in the documentation: each of them works, and the page shows what is run here.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use crate::support::tools;
 const FOLDER: &str = "docs/fencing";
 const PROGRAMS: [&str; 3] = ["mongodb.py", "sql.py", "object_store.py"];
 
-/// Runs one of the programs, each of which tries its condition, and does without it.
+/// Runs one of the programs. Each tries its write with the fencing condition and without it.
 async fn fences(program: &str, argument: Option<&str>) {
     let folder = tools::root().join(FOLDER);
     let mut python = tools::python(&folder.join("requirements.txt")).unwrap();
@@ -33,7 +33,7 @@ async fn an_object_of_an_s3_store_is_fenced() {
 }
 
 #[test]
-fn the_page_about_fencing_shows_what_is_run() {
+fn the_page_about_fencing_shows_the_programs_that_are_run() {
     let read = |name: &str| fs::read_to_string(tools::root().join(name)).unwrap();
     let page = read("docs/fencing.md");
     let programs = PROGRAMS.map(|program| read(&format!("{FOLDER}/{program}")));

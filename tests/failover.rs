@@ -1,4 +1,4 @@
-//! A replica set of three that loses its primary, and daemons that outlive it.
+//! A replica set of three nodes that loses its primary, and daemons that keep running.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,46 +13,51 @@ use tonic::{Code, Status};
 use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept};
-use crate::support::{Asking, Calls, Daemon, Leases, PATIENCE, ask, eventually, line_of, refusal, secs};
+use crate::support::{
+    AcquireBuilder, Calls, Daemon, Leases, PATIENCE, acquire, enqueue, eventually, refusal, secs,
+};
 
-/// A TTL that outlives the loss of a primary.
+/// A TTL longer than the election of a new primary takes.
 const TTL: Duration = secs(20);
-/// How many of those who left a record remembers; each had a greater token than the one before.
+/// How many ended leases a record remembers. Their tokens rise from one to the next.
 const REMEMBERED_DEPARTURES: i64 = leased::lease::REMEMBERED_DEPARTURES as i64;
 
-/// Acquires, and repeats the call with its id while the store is away.
+/// Acquires, and repeats the call with the same id while the store is unavailable.
 async fn get(client: &mut Leases, key: &str, id: Uuid) -> Result<AcquireResponse, Status> {
     let start = Instant::now();
     loop {
-        match client.get_lease(ask(key).id(id).ttl(TTL)).await {
-            Err(status) if is_away(&status) && start.elapsed() < PATIENCE => {}
+        match client.get_lease(acquire(key).id(id).ttl(TTL)).await {
+            Err(status) if is_unavailable(&status) && start.elapsed() < PATIENCE => {}
             answer => return answer,
         }
     }
 }
 
-fn is_away(status: &Status) -> bool {
+fn is_unavailable(status: &Status) -> bool {
     status.code() == Code::Unavailable
 }
 
-/// Releases the lease with `token`, and repeats the call while the store is away.
+/// Releases the lease with `token`, and repeats the call while the store is unavailable.
 async fn give_back(client: &mut Leases, lease: &LeaseRef, token: i64) {
     let start = Instant::now();
     let mut repeats = false;
     loop {
         match client.give_back(lease).await {
-            Err(status) if is_away(&status) && start.elapsed() < PATIENCE => repeats = true,
-            // Released by a call before, and by more others since than the record remembers.
+            Err(status) if is_unavailable(&status) && start.elapsed() < PATIENCE => repeats = true,
+            // An earlier attempt has released the lease, and since then more leases have ended than
+            // the record remembers.
             Err(status)
                 if repeats && refusal(&status, "loss") == (Some(Reason::LeaseLost), String::new()) =>
             {
-                match client.look(&lease.key).await {
+                match client.inspect(&lease.key).await {
                     Ok(seen) => {
                         let others = seen.fencing_token - token;
                         assert!(others >= REMEMBERED_DEPARTURES, "forgotten after {others}: {seen:?}");
                         return;
                     }
-                    Err(status) => assert!(is_away(&status) && start.elapsed() < PATIENCE, "{status:?}"),
+                    Err(status) => {
+                        assert!(is_unavailable(&status) && start.elapsed() < PATIENCE, "{status:?}")
+                    }
                 }
             }
             answer => return answer.unwrap(),
@@ -66,25 +71,24 @@ async fn two_daemons(set: &ReplicaSet) -> (Daemon, Daemon) {
     (one, two)
 }
 
-/// Streams stay open, messages under way are answered by the new primary, and those in line keep their places.
+/// Streams stay open, the new primary answers messages that were in flight, and waiters keep their
+/// positions.
 #[tokio::test]
-async fn streams_leases_and_places_outlive_the_loss_of_the_primary() {
+async fn streams_leases_and_queues_outlive_the_loss_of_the_primary() {
     let mut set = ReplicaSet::start().await.unwrap();
     let (one, two) = two_daemons(&set).await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut leases = Vec::new();
     for number in 0..50 {
-        leases.push(at_one.get_lease(ask(&format!("key/{number}")).ttl(TTL)).await.unwrap());
+        leases.push(at_one.get_lease(acquire(&format!("key/{number}")).ttl(TTL)).await.unwrap());
     }
     let named: Vec<LeaseRef> = leases.iter().filter_map(|granted| granted.lease.clone()).collect();
     let mut stream = KeepAlive::open(&mut at_one).await;
     stream.touch(&named).await;
-    let mut line = Vec::new();
-    for (place, client) in [&mut at_two, &mut at_one].into_iter().enumerate() {
-        let mut waiting = client.clone();
-        let request = ask("key/0").owner(&place.to_string()).ttl(TTL).wait(secs(300));
-        line.push(tokio::spawn(async move { waiting.get_lease(request).await }));
-        line_of(client, "key/0", place + 1).await;
+    let mut queue = Vec::new();
+    for (position, client) in [&mut at_two, &mut at_one].into_iter().enumerate() {
+        let request = acquire("key/0").owner(&position.to_string()).ttl(TTL).wait(secs(300));
+        queue.push(enqueue(client, request, position + 1).await);
     }
 
     let mut killed = None;
@@ -99,13 +103,13 @@ async fn streams_leases_and_places_outlive_the_loss_of_the_primary() {
         for (_, outcome) in &results {
             assert!(kept(outcome) > secs(10), "round {round}");
         }
-        let waiting = eventually(async || at_two.look("key/0").await.ok()).await.waiters;
+        let waiting = eventually(async || at_two.inspect("key/0").await.ok()).await.waiters;
         assert_eq!(waiting.iter().map(|waiter| waiter.owner.as_str()).collect::<Vec<_>>(), ["0", "1"]);
     }
 
     let mut last = leases[0].fencing_token;
     let mut holder = named[0].clone();
-    for waiter in line {
+    for waiter in queue {
         give_back(&mut at_one, &holder, last).await;
         let granted = waiter.await.unwrap().unwrap();
         assert!(granted.waited && granted.fencing_token > last);
@@ -113,12 +117,13 @@ async fn streams_leases_and_places_outlive_the_loss_of_the_primary() {
         holder = granted.lease.unwrap();
     }
     for granted in &leases[1..] {
-        let seen = eventually(async || at_two.look(&granted.lease.as_ref().unwrap().key).await.ok()).await;
+        let seen = eventually(async || at_two.inspect(&granted.lease.as_ref().unwrap().key).await.ok()).await;
         assert_eq!((seen.holders.len(), seen.fencing_token), (1, granted.fencing_token));
     }
 }
 
-/// What one worker was told: when it knew that it held, when it began to give back, and its token.
+/// One lease of a worker: when the worker knew that it was granted, when it began to release, and
+/// the token.
 #[derive(Debug)]
 struct Held {
     key: String,
@@ -127,7 +132,7 @@ struct Held {
     token: i64,
 }
 
-/// Acquires and releases by turns until told to stop, and gives what it held.
+/// Acquires and releases in turn until `stop` is set, and returns the leases that it held.
 fn work(mut client: Leases, keys: usize, stop: Arc<AtomicBool>) -> JoinHandle<Vec<Held>> {
     tokio::spawn(async move {
         let mut held = Vec::new();
@@ -185,11 +190,11 @@ async fn no_grant_is_lost_or_doubled_while_primaries_step_down_and_die() {
 }
 
 #[tokio::test]
-async fn without_a_majority_nothing_is_granted_and_with_one_it_goes_on() {
+async fn nothing_is_granted_until_a_majority_is_back() {
     let mut set = ReplicaSet::start().await.unwrap();
     let daemon = Daemon::over(set.uri(), |_| {}).await;
     let mut client = daemon.client().await;
-    let granted = client.get_lease(ask("held").ttl(secs(60))).await.unwrap();
+    let granted = client.get_lease(acquire("held").ttl(secs(60))).await.unwrap();
     let (held, token) = (granted.lease.unwrap(), granted.fencing_token);
     let primary = set.primary().await.unwrap();
     let others: Vec<usize> = (0..3).filter(|node| *node != primary).collect();
@@ -197,7 +202,7 @@ async fn without_a_majority_nothing_is_granted_and_with_one_it_goes_on() {
         set.kill(*node).unwrap();
     }
     let id = Uuid::new_v4();
-    let status = client.get_lease(ask("free").id(id).ttl(secs(60))).await.unwrap_err();
+    let status = client.get_lease(acquire("free").id(id).ttl(secs(60))).await.unwrap_err();
     assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable), "{status:?}");
     let status = client.give_back(&held).await.unwrap_err();
     assert_eq!(refusal(&status, "").0, Some(Reason::StoreUnavailable), "{status:?}");
@@ -206,7 +211,7 @@ async fn without_a_majority_nothing_is_granted_and_with_one_it_goes_on() {
         set.restart(node).await.unwrap();
     }
     let granted = get(&mut client, "free", id).await.unwrap();
-    let seen = client.look("free").await.unwrap();
+    let seen = client.inspect("free").await.unwrap();
     assert_eq!((seen.holders.len(), seen.fencing_token), (1, granted.fencing_token), "one acquisition");
     give_back(&mut client, &held, token).await;
 }

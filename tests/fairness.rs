@@ -1,4 +1,4 @@
-//! Callers who ask for much, beside one who asks for little.
+//! A caller with few requests beside callers with very many.
 
 use std::time::Duration;
 
@@ -12,10 +12,12 @@ use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept, lost, refused};
 use crate::metrics::scrape;
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, eventually, named, secs};
+use crate::support::{
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Leases, MongoDb, acquire, eventually, named, secs,
+};
 
-/// How large an attack is. `LEASED_ATTACK=full` makes it as large as one that was found to harm, and the test prints what
-/// an honest caller saw of it.
+/// The size of an attack. With `LEASED_ATTACK=full` it is as large as an attack that was found to
+/// do harm. The test prints the latencies of the honest caller.
 struct Attack {
     streams: usize,
     leases: usize,
@@ -27,8 +29,8 @@ impl Attack {
         if full { Self { streams, leases: 10_000 } } else { Self { streams: streams / 4, leases: 2000 } }
     }
 
-    /// Names leases that nobody has, with message after message on each stream, and returns when each stream has been
-    /// answered once.
+    /// Sends one message after another on each stream, all naming leases that nobody holds. Returns
+    /// once each stream has been answered.
     async fn begin(self, daemon: &Daemon, key: impl Fn(usize, usize) -> String) -> JoinSet<()> {
         let mut attackers = JoinSet::new();
         let (answered, mut answers) = tokio::sync::mpsc::channel(self.streams);
@@ -55,52 +57,52 @@ impl Attack {
     }
 }
 
-/// What an honest caller's touches took. None may fail.
+/// Touches a lease 40 times as an honest caller would, and prints the latencies. No touch may fail.
 async fn touches(what: &str, client: &mut Leases, lease: &LeaseRef) {
-    let mut took = Vec::new();
+    let mut touches = Vec::new();
     for _ in 0..40 {
         let began = Instant::now();
         let answer = client.renew(lease).await;
-        took.push((began.elapsed(), answer.err()));
+        touches.push((began.elapsed(), answer.err()));
     }
-    took.sort_by_key(|(took, _)| *took);
-    let at = |share: usize| took[took.len() * share / 100].0;
-    let failed = took.iter().filter(|(_, error)| error.is_some()).count();
-    println!("{what}: p50 {:?}, p99 {:?}, {failed} of {} failed", at(50), at(99), took.len());
-    assert_eq!(failed, 0, "{took:?}");
+    touches.sort_by_key(|(duration, _)| *duration);
+    let at = |share: usize| touches[touches.len() * share / 100].0;
+    let failed = touches.iter().filter(|(_, error)| error.is_some()).count();
+    println!("{what}: p50 {:?}, p99 {:?}, {failed} of {} failed", at(50), at(99), touches.len());
+    assert_eq!(failed, 0, "{touches:?}");
 }
 
 async fn hold(client: &mut Leases, key: &str) -> LeaseRef {
-    client.get_lease(ask(key).shared(0).ttl(secs(600))).await.unwrap().lease.unwrap()
+    client.get_lease(acquire(key).shared(0).ttl(secs(600))).await.unwrap().lease.unwrap()
 }
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ids_that_nobody_knows_on_one_key_fail_no_honest_touch(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn many_unknown_ids_on_one_key_fail_no_honest_touch(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let (same, other) = (hold(&mut client, "crowded").await, hold(&mut client, "other").await);
     let _attackers = Attack::of(8).begin(&daemon, |_, _| "crowded".to_owned()).await;
-    touches(&format!("{home:?}, another key"), &mut client, &other).await;
-    touches(&format!("{home:?}, the same key"), &mut client, &same).await;
+    touches(&format!("{backend:?}, another key"), &mut client, &other).await;
+    touches(&format!("{backend:?}, the same key"), &mut client, &same).await;
 }
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_of_many_keys_fail_no_honest_touch(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn streams_of_many_keys_fail_no_honest_touch(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let other = hold(&mut client, "other").await;
     let _attackers = Attack::of(30).begin(&daemon, |stream, lease| format!("{stream}/{lease}")).await;
-    touches(&format!("{home:?}, beside many keys"), &mut client, &other).await;
+    touches(&format!("{backend:?}, beside many keys"), &mut client, &other).await;
 }
 
 #[rstest]
 #[tokio::test]
-async fn past_the_limit_of_the_daemon_a_lease_is_touched_and_not_carried(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn past_the_limit_of_the_daemon_a_lease_is_touched_and_not_tracked(
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
-    let daemon = Daemon::start_with(home, |config| {
+    let daemon = Daemon::start_with(backend, |config| {
         config.limits.bounds.leases = 2;
         config.limits.coalesce_touches = false;
     })
@@ -115,10 +117,11 @@ async fn past_the_limit_of_the_daemon_a_lease_is_touched_and_not_carried(
         let results = stream.touch(&leases).await;
         assert_eq!(results.len(), 3);
         results.iter().for_each(|(_, outcome)| assert!(kept(outcome) > Duration::ZERO));
-        assert_eq!(stream.touch(&[]).await.len(), 2, "those that are carried");
+        assert_eq!(stream.touch(&[]).await.len(), 2, "the leases that the stream tracks");
     }
 
-    // Its loss is told by the next message that names it, once.
+    // The loss of the lease that is not tracked is reported in the answer to the next message that
+    // names it.
     let mut admin = daemon.admin().await;
     let mut revoke = async |key: &str| {
         admin.revoke(RevokeRequest { key: key.to_owned(), ..Default::default() }).await.unwrap()
@@ -128,17 +131,17 @@ async fn past_the_limit_of_the_daemon_a_lease_is_touched_and_not_carried(
     assert_eq!(lost(&results[2].1), LossReason::Revoked);
     results[..2].iter().for_each(|(_, outcome)| assert!(kept(outcome) > Duration::ZERO));
 
-    // A loss that is told makes room.
+    // After its loss is reported, a lease no longer counts against the limit.
     revoke("a").await;
-    assert_eq!(stream.told().await, [(leases[0].clone(), LossReason::Revoked)]);
+    assert_eq!(stream.reported().await, [(leases[0].clone(), LossReason::Revoked)]);
     let new = hold(&mut client, "d").await;
     kept(&stream.touch(std::slice::from_ref(&new)).await[0].1);
     revoke("d").await;
-    assert_eq!(stream.told().await, [(new, LossReason::Revoked)]);
+    assert_eq!(stream.reported().await, [(new, LossReason::Revoked)]);
 }
 
 #[tokio::test]
-async fn while_the_store_is_away_leases_that_are_not_carried_are_bounded_and_the_stream_goes_on() {
+async fn while_the_store_is_unavailable_touches_of_untracked_leases_are_bounded() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |config| config.limits.bounds.leases = 0).await;
     let mut client = daemon.client().await;

@@ -1,4 +1,4 @@
-//! A store that fails, a document that vanishes, a daemon that ends.
+//! A store that fails, a record that is deleted, a daemon that restarts.
 
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept};
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, PATIENCE, ask, eventually, line_of, ms, refusal, secs,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, MongoDb, PATIENCE, acquire, enqueue, eventually, ms,
+    refusal, secs,
 };
 
 #[tokio::test]
@@ -25,19 +26,17 @@ async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("held").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("held").ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
-    let mut waiting = client.clone();
-    let waiter = tokio::spawn(async move { waiting.get_lease(ask("held").wait(secs(120))).await });
-    line_of(&mut client, "held", 1).await;
+    let waiter = enqueue(&mut client, acquire("held").wait(secs(120)), 1).await;
 
     mongod.pause().unwrap();
     let stopped = Instant::now();
     let sequence = stream.send(&[]).await;
-    let status = client.get_lease(ask("other").id(Uuid::new_v4())).await.unwrap_err();
+    let status = client.get_lease(acquire("other").id(Uuid::new_v4())).await.unwrap_err();
     assert_eq!((status.code(), refusal(&status, "").0), (Code::Unavailable, Some(Reason::StoreUnavailable)));
-    assert!(stopped.elapsed() < secs(8), "within the call's deadline: {:?}", stopped.elapsed());
+    assert!(stopped.elapsed() < secs(8), "the call's deadline has passed: {:?}", stopped.elapsed());
     let mut health = HealthClient::new(daemon.channel().await);
     assert_eq!(
         health.check(HealthCheckRequest::default()).await.unwrap().into_inner().status(),
@@ -46,18 +45,20 @@ async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
     sleep(Duration::from_secs(5).saturating_sub(stopped.elapsed())).await;
     mongod.resume().unwrap();
 
-    // The stream is open, the message that was under way is answered, the waiter still stands in line.
+    // The stream is still open, the message that was in flight is answered, and the waiter is still
+    // queued.
     let answer = stream.next().await.unwrap();
     assert_eq!(answer.sequence, sequence);
     kept(answer.results[0].outcome.as_ref().unwrap());
-    eventually(async || client.get_lease(ask("after")).await.ok()).await;
+    eventually(async || client.get_lease(acquire("after")).await.ok()).await;
     client.give_back(&lease).await.unwrap();
     assert!(timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap().waited);
 }
 
-/// Failures that the server is told to make: before it acts, after it acted, and with the answer lost.
+/// Each fail point makes MongoDB fail in a different way: before the write, after it, or by closing
+/// the connection.
 #[tokio::test]
-async fn an_unknown_outcome_is_resolved_by_the_daemon_itself() {
+async fn the_daemon_resolves_an_unknown_outcome_without_the_caller() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |_| {}).await;
     let mut client = daemon.client().await;
@@ -76,9 +77,9 @@ async fn an_unknown_outcome_is_resolved_by_the_daemon_itself() {
             .run_command(doc! { "configureFailPoint": "failCommand", "mode": times, "data": data })
             .await
             .unwrap();
-        let granted = client.get_lease(ask("job").id(Uuid::new_v4()).ttl(secs(60))).await;
+        let granted = client.get_lease(acquire("job").id(Uuid::new_v4()).ttl(secs(60))).await;
         let granted = granted.unwrap_or_else(|status| panic!("{failure:?}: {status:?}"));
-        let seen = client.look("job").await.unwrap();
+        let seen = client.inspect("job").await.unwrap();
         assert_eq!(seen.holders.len(), 1, "{failure:?}");
         assert_eq!(seen.fencing_token, granted.fencing_token, "{failure:?}: one acquisition, one token");
         client.give_back(&granted.lease.unwrap()).await.unwrap();
@@ -86,13 +87,13 @@ async fn an_unknown_outcome_is_resolved_by_the_daemon_itself() {
 }
 
 #[tokio::test]
-async fn a_killed_store_that_comes_back_has_every_acknowledged_lease() {
+async fn a_store_that_is_killed_and_restarted_has_every_acknowledged_lease() {
     let mut mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |_| {}).await;
     let mut client = daemon.client().await;
     let mut leases = Vec::new();
     for number in 0..50 {
-        leases.push(client.get_lease(ask(&format!("key/{number}")).ttl(secs(120))).await.unwrap());
+        leases.push(client.get_lease(acquire(&format!("key/{number}")).ttl(secs(120))).await.unwrap());
     }
     mongod.kill().unwrap();
     let status = client.renew(leases[0].lease.as_ref().unwrap()).await.unwrap_err();
@@ -101,28 +102,26 @@ async fn a_killed_store_that_comes_back_has_every_acknowledged_lease() {
     for granted in leases {
         let lease = granted.lease.unwrap();
         eventually(async || client.renew(&lease).await.ok()).await;
-        assert_eq!(client.look(&lease.key).await.unwrap().fencing_token, granted.fencing_token);
+        assert_eq!(client.inspect(&lease.key).await.unwrap().fencing_token, granted.fencing_token);
     }
 }
 
 #[tokio::test]
-async fn a_deleted_document_loses_the_lease_and_nothing_else() {
+async fn deleting_a_record_loses_its_lease_and_nothing_else() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
-    let granted = client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
+    let granted = client.get_lease(acquire("job").ttl(secs(60))).await.unwrap();
     let lease = granted.lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
-    let mut waiting = client.clone();
-    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
-    line_of(&mut client, "job", 1).await;
+    let waiter = enqueue(&mut client, acquire("job").wait(secs(60)), 1).await;
 
     daemon.collection().await.delete_one(doc! { "_id": "job" }).await.unwrap();
-    assert_eq!(stream.told().await, [(lease, LossReason::Gone)]);
+    assert_eq!(stream.reported().await, [(lease, LossReason::Gone)]);
     let next = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
     assert!(
         next.fencing_token > granted.fencing_token,
-        "the waiter finds its way back, and tokens go on rising"
+        "the waiter is queued again, and tokens go on rising"
     );
 }
 
@@ -160,7 +159,7 @@ async fn databases_on_which_leases_are_not_safe_are_refused() {
 }
 
 #[tokio::test]
-async fn a_standalone_server_is_refused_with_the_way_to_make_it_a_replica_set() {
+async fn a_standalone_server_is_refused_with_advice_to_make_it_a_replica_set() {
     let mongod = Mongod::standalone().await.unwrap();
     let daemon = Daemon::start(MongoDb).await;
     let mut location = daemon.location().clone();
@@ -171,16 +170,16 @@ async fn a_standalone_server_is_refused_with_the_way_to_make_it_a_replica_set() 
 
 #[rstest]
 #[tokio::test]
-async fn leases_survive_the_end_of_every_daemon(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
-    let granted = daemon.client().await.get_lease(ask("job").ttl(secs(60))).await.unwrap();
+async fn leases_survive_the_restart_of_their_only_daemon(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
+    let granted = daemon.client().await.get_lease(acquire("job").ttl(secs(60))).await.unwrap();
     let daemon = daemon.restart().await;
     let mut client = daemon.client().await;
-    let seen = client.look("job").await.unwrap();
+    let seen = client.inspect("job").await.unwrap();
     assert_eq!((seen.state(), seen.fencing_token), (LeaseState::Held, granted.fencing_token));
     let lease = granted.lease.unwrap();
     client.renew(&lease).await.unwrap();
-    assert!(client.get_lease(ask("job").wait(ms(100))).await.is_err());
+    assert!(client.get_lease(acquire("job").wait(ms(100))).await.is_err());
     client.give_back(&lease).await.unwrap();
-    assert!(client.get_lease(ask("job")).await.unwrap().fencing_token > granted.fencing_token);
+    assert!(client.get_lease(acquire("job")).await.unwrap().fencing_token > granted.fencing_token);
 }

@@ -1,4 +1,5 @@
-//! Several daemons over one database: what one does the others tell, and one that crashes harms none.
+//! Several daemons over one database: each reports what the others do, and a crash of one harms no
+//! other.
 
 use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
@@ -10,53 +11,52 @@ use tokio::time::Instant;
 use crate::keepalive::{KeepAlive, kept};
 use crate::revoke::revoke;
 use crate::support::{
-    Asking, Calls, Daemon, Doomed, GRACE, MongoDb, ask, eventually, line_of, ms, refusal, secs,
+    AcquireBuilder, Calls, CrashingDaemon, Daemon, GRACE, MongoDb, acquire, enqueue, eventually, ms, refusal,
+    secs, until_queued,
 };
 use crate::watch::Watch;
 
-/// Two daemons that know of each other.
+/// Starts two daemons, and returns once each follows what the other does.
 async fn two() -> (Daemon, Daemon) {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
-    one.follows().await;
-    two.follows().await;
+    one.until_following().await;
+    two.until_following().await;
     (one, two)
 }
 
 #[tokio::test]
-async fn the_waiters_of_a_crashed_daemon_are_passed_over_when_their_places_have_lapsed() {
-    let one = Daemon::start_with(MongoDb, |config| config.rules.place = secs(2)).await;
-    let doomed = Doomed::beside(&one).await;
-    let (mut at_one, mut at_doomed) = (one.client().await, doomed.client().await);
-    let lease = at_one.get_lease(ask("job").ttl(secs(600))).await.unwrap().lease.unwrap();
+async fn waiters_of_a_crashed_daemon_are_skipped_once_their_entries_have_lapsed() {
+    let one = Daemon::start_with(MongoDb, |config| config.rules.waiter_ttl = secs(2)).await;
+    let crashing = CrashingDaemon::beside(&one).await;
+    let (mut at_one, mut at_crashing) = (one.client().await, crashing.client().await);
+    let lease = at_one.get_lease(acquire("job").ttl(secs(600))).await.unwrap().lease.unwrap();
     let lost = tokio::spawn(async move {
-        at_doomed.get_lease(ask("job").owner("lost").ttl(secs(600)).wait(secs(600))).await
+        at_crashing.get_lease(acquire("job").owner("lost").ttl(secs(600)).wait(secs(600))).await
     });
-    line_of(&mut at_one, "job", 1).await;
-    let mut waiting = at_one.clone();
-    let next = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(600))).await });
-    line_of(&mut at_one, "job", 2).await;
+    until_queued(&mut at_one, "job", 1).await;
+    let next = enqueue(&mut at_one, acquire("job").wait(secs(600)), 2).await;
 
-    doomed.kill();
+    crashing.kill();
     assert!(lost.await.unwrap().is_err());
-    line_of(&mut at_one, "job", 1).await;
+    until_queued(&mut at_one, "job", 1).await;
     at_one.give_back(&lease).await.unwrap();
     let released = Instant::now();
     let granted = next.await.unwrap().unwrap();
-    assert!(granted.waited && released.elapsed() < secs(60), "nobody's TTL is waited for");
-    assert!(!at_one.look("job").await.unwrap().holders[0].owner.contains("lost"));
+    assert!(granted.waited && released.elapsed() < secs(60), "the TTL of the lost waiter is not waited for");
+    assert!(!at_one.inspect("job").await.unwrap().holders[0].owner.contains("lost"));
 }
 
 #[tokio::test]
-async fn a_watch_shows_what_happens_through_another_daemon() {
+async fn a_watch_shows_what_happens_at_another_daemon() {
     let (one, two) = two().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut watch = Watch::changes_only(&mut at_one, "").await;
-    let lease = at_two.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let lease = at_two.get_lease(acquire("job").ttl(secs(60))).await.unwrap().lease.unwrap();
     assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Granted]);
     let mut waiting = at_two.clone();
     let waiter =
-        tokio::spawn(async move { waiting.get_lease(ask("job").ttl(secs(60)).wait(secs(60))).await });
+        tokio::spawn(async move { waiting.get_lease(acquire("job").ttl(secs(60)).wait(secs(60))).await });
     assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Queued]);
     at_two.give_back(&lease).await.unwrap();
     assert_eq!(watch.kinds("job", 2).await, [ChangeKind::Released, ChangeKind::Granted]);
@@ -65,20 +65,21 @@ async fn a_watch_shows_what_happens_through_another_daemon() {
     let (kind, lease) = watch.change().await;
     assert_eq!((kind, lease.state()), (ChangeKind::Revoked, LeaseState::Free));
     for _ in 0..20 {
-        let lease = at_two.get_lease(ask("short")).await.unwrap().lease.unwrap();
+        let lease = at_two.get_lease(acquire("short")).await.unwrap().lease.unwrap();
         at_two.give_back(&lease).await.unwrap();
-        // Both may be over when the watching daemon looks.
+        // The lease may be released before the watching daemon reads the record.
         assert_eq!(watch.kinds("short", 2).await, [ChangeKind::Granted, ChangeKind::Released]);
     }
 }
 
-/// Touches do not pass through the feed: a lease that another daemon keeps alive must not look lapsed here.
+/// The change feed does not report touches, so a daemon could mistake a lease that another daemon
+/// keeps alive for a lapsed one.
 #[tokio::test]
 async fn a_lease_that_another_daemon_keeps_alive_does_not_lapse_here() {
     let (one, two) = two().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut watch = Watch::changes_only(&mut at_one, "").await;
-    let lease = at_two.get_lease(ask("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
+    let lease = at_two.get_lease(acquire("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
     assert_eq!(watch.kinds("kept", 1).await, [ChangeKind::Granted]);
     let mut stream = KeepAlive::open(&mut at_two).await;
     let start = Instant::now();
@@ -87,49 +88,47 @@ async fn a_lease_that_another_daemon_keeps_alive_does_not_lapse_here() {
     }
     at_two.give_back(&lease).await.unwrap();
     assert_eq!(watch.kinds("kept", 1).await, [ChangeKind::Released]);
-    at_two.get_lease(ask("silent").ttl(ms(300))).await.unwrap();
+    at_two.get_lease(acquire("silent").ttl(ms(300))).await.unwrap();
     assert_eq!(watch.kinds("silent", 2).await, [ChangeKind::Granted, ChangeKind::Lapsed]);
 }
 
 #[tokio::test]
-async fn min_hold_and_grace_hold_at_every_daemon() {
+async fn every_daemon_respects_min_hold_and_grace() {
     let (one, two) = two().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
-    let cron = at_one.get_lease(ask("cron").min_hold(secs(60))).await.unwrap().lease.unwrap();
+    let cron = at_one.get_lease(acquire("cron").min_hold(secs(60))).await.unwrap().lease.unwrap();
     at_one.give_back(&cron).await.unwrap();
-    let status = at_two.get_lease(ask("cron")).await.unwrap_err();
+    let status = at_two.get_lease(acquire("cron")).await.unwrap_err();
     assert_eq!(refusal(&status, "").0, Some(Reason::LeaseHeld));
 
-    let silent = at_one.get_lease(ask("job").ttl(ms(300))).await.unwrap();
-    let taken = eventually(async || at_two.get_lease(ask("job")).await.ok()).await;
+    let silent = at_one.get_lease(acquire("job").ttl(ms(300))).await.unwrap();
+    let next = eventually(async || at_two.get_lease(acquire("job")).await.ok()).await;
     let millis = |time: Option<prost_types::Timestamp>| {
         let time = time.unwrap();
         time.seconds * 1000 + i64::from(time.nanos) / 1_000_000
     };
-    let waited = millis(taken.acquire_time) - millis(silent.expire_time);
-    assert!(waited >= i64::try_from(GRACE.as_millis()).unwrap(), "{waited} ms after it ran out");
+    let waited = millis(next.acquire_time) - millis(silent.expire_time);
+    assert!(waited >= i64::try_from(GRACE.as_millis()).unwrap(), "{waited} ms after the lease expired");
 }
 
-/// A daemon that has been alone hears of others when they come, and goes on alone when they have gone.
+/// A daemon starts to follow the change feed when another daemon appears.
 #[tokio::test]
-async fn a_handoff_reaches_a_daemon_that_was_alone() {
+async fn a_daemon_that_was_alone_learns_of_a_release_at_another() {
     let one = Daemon::start(MongoDb).await;
     let mut at_one = one.client().await;
-    let lease = at_one.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
-    let mut waiting = at_one.clone();
-    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
-    line_of(&mut at_one, "job", 1).await;
+    let lease = at_one.get_lease(acquire("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let waiter = enqueue(&mut at_one, acquire("job").wait(secs(60)), 1).await;
     let two = one.sibling().await;
-    one.follows().await;
+    one.until_following().await;
     two.client().await.give_back(&lease).await.unwrap();
     let granted = waiter.await.unwrap().unwrap();
     let remaining = at_one.renew(&granted.lease.unwrap()).await.unwrap();
     assert!(granted.waited && remaining > secs(25));
 }
 
-/// A stream is told what happened to its leases through whichever daemon.
+/// A stream reports a loss whichever daemon caused it.
 #[tokio::test]
-async fn a_loss_at_another_daemon_is_told_unasked_with_its_true_reason() {
+async fn a_loss_at_another_daemon_is_reported_unasked_with_its_reason() {
     let (one, two) = two().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut stream = KeepAlive::open(&mut at_one).await;
@@ -137,24 +136,25 @@ async fn a_loss_at_another_daemon_is_told_unasked_with_its_true_reason() {
     for (key, ttl) in
         [("revoked", secs(60)), ("released", secs(60)), ("displaced", ms(500)), ("kept", secs(60))]
     {
-        leases.push(at_one.get_lease(ask(key).ttl(ttl)).await.unwrap().lease.unwrap());
+        leases.push(at_one.get_lease(acquire(key).ttl(ttl)).await.unwrap().lease.unwrap());
     }
     for (_, outcome) in &stream.touch(&leases).await {
         kept(outcome);
     }
     revoke(&two, "revoked", 0).await;
-    assert_eq!(told(&mut stream).await, ("revoked".to_owned(), LossReason::Revoked));
+    assert_eq!(reported_loss(&mut stream).await, ("revoked".to_owned(), LossReason::Revoked));
     at_two.give_back(&leases[1]).await.unwrap();
-    assert_eq!(told(&mut stream).await, ("released".to_owned(), LossReason::Released));
-    at_two.get_lease(ask("displaced").ttl(secs(60)).wait(secs(60))).await.unwrap();
-    assert_eq!(told(&mut stream).await, ("displaced".to_owned(), LossReason::Displaced));
+    assert_eq!(reported_loss(&mut stream).await, ("released".to_owned(), LossReason::Released));
+    at_two.get_lease(acquire("displaced").ttl(secs(60)).wait(secs(60))).await.unwrap();
+    assert_eq!(reported_loss(&mut stream).await, ("displaced".to_owned(), LossReason::Displaced));
 
     let results = stream.touch(&[]).await;
     assert_eq!(results.iter().map(|(lease, _)| lease.key.as_str()).collect::<Vec<_>>(), ["kept"]);
 }
 
-/// The next message that the daemon sends on its own accord: one lease, and how it was lost.
-async fn told(stream: &mut KeepAlive) -> (String, LossReason) {
+/// Reads the next message, which the daemon sends unasked: the key of one lease, and why it was
+/// lost.
+async fn reported_loss(stream: &mut KeepAlive) -> (String, LossReason) {
     let mut answer = stream.next().await.unwrap();
     assert_eq!((answer.sequence, answer.results.len()), (0, 1));
     let result = answer.results.remove(0);
@@ -164,29 +164,30 @@ async fn told(stream: &mut KeepAlive) -> (String, LossReason) {
     }
 }
 
-/// What one daemon learns from another counts also within the time for which memory would do.
+/// Coalescing must not hide a loss that the daemon has learned from another daemon.
 #[tokio::test]
-async fn a_loss_learned_from_another_daemon_is_not_answered_from_memory() {
+async fn a_touch_after_a_loss_at_another_daemon_does_not_coalesce() {
     let (one, two) = two().await;
     let mut at_one = one.client().await;
-    let lease = at_one.get_lease(ask("job").ttl(secs(600))).await.unwrap().lease.unwrap();
+    let lease = at_one.get_lease(acquire("job").ttl(secs(600))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut at_one).await;
     for _ in 0..3 {
         kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
     }
     revoke(&two, "job", 0).await;
-    assert_eq!(told(&mut stream).await, ("job".to_owned(), LossReason::Revoked));
+    assert_eq!(reported_loss(&mut stream).await, ("job".to_owned(), LossReason::Revoked));
     let results = stream.touch(std::slice::from_ref(&lease)).await;
     assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Revoked));
 }
 
-/// The feed names a key once. If the read on account of that fails, it is repeated; else the change would be lost.
+/// The feed names a changed key only once. If reading its record then fails, the daemon repeats the
+/// read; otherwise the change would be lost.
 #[tokio::test]
-async fn a_change_is_told_though_the_store_fails_when_it_is_looked_at() {
+async fn a_change_is_reported_even_if_the_first_read_of_it_fails() {
     let mongod = Mongod::start().await.unwrap();
     let one = Daemon::over(mongod.uri(), |_| {}).await;
     let two = one.sibling().await;
-    one.follows().await;
+    one.until_following().await;
     let mut watch = Watch::changes_only(&mut one.client().await, "").await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     let records = format!("{}.{}", one.location().database, one.location().collection);
@@ -196,7 +197,7 @@ async fn a_change_is_told_though_the_store_fails_when_it_is_looked_at() {
         .await
         .unwrap();
     let failed = i64::from(begun.get_i32("count").unwrap());
-    two.client().await.get_lease(ask("job").ttl(secs(600))).await.unwrap();
+    two.client().await.get_lease(acquire("job").ttl(secs(600))).await.unwrap();
     let wait = doc! { "waitForFailPoint": "failCommand", "timesEntered": failed + 1, "maxTimeMS": 30_000 };
     admin.run_command(wait).await.unwrap();
     admin.run_command(doc! { "configureFailPoint": "failCommand", "mode": "off" }).await.unwrap();

@@ -1,4 +1,4 @@
-//! Requests that are wrong, and requests that only look so.
+//! Invalid requests, and valid ones that look dangerous.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -14,10 +14,11 @@ use tonic::Code;
 use rstest::rstest;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, named, refusal, secs, wrong_fields,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, MongoDb, acquire, enqueue, invalid_fields, named,
+    refusal, secs,
 };
 
-/// Text that a careless daemon would take for code, or mangle.
+/// Returns texts that a careless daemon would execute or mangle.
 fn hostile() -> Vec<String> {
     let mut texts: Vec<String> = [
         "$holders",
@@ -72,31 +73,33 @@ fn hostile() -> Vec<String> {
 
 #[rstest]
 #[tokio::test]
-async fn hostile_keys_owners_and_metadata_come_back_as_they_were(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn hostile_keys_owners_and_metadata_come_back_as_they_were(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let texts = hostile();
-    let mut taken = tokio::task::JoinSet::new();
+    let mut callers = tokio::task::JoinSet::new();
     for text in texts.clone() {
         let mut client = client.clone();
-        taken.spawn(async move {
+        callers.spawn(async move {
             let owner = text.chars().take(60).collect::<String>();
             let metadata =
                 HashMap::from([(owner.clone(), text.clone()), ("$set".to_owned(), "$$REMOVE".to_owned())]);
             let request =
-                AcquireRequest { metadata: metadata.clone(), ..ask(&text).owner(&owner).ttl(secs(60)) };
+                AcquireRequest { metadata: metadata.clone(), ..acquire(&text).owner(&owner).ttl(secs(60)) };
             let granted = client.get_lease(request).await.unwrap();
-            let seen = client.look(&text).await.unwrap();
+            let seen = client.inspect(&text).await.unwrap();
             assert_eq!(seen.key, text);
             assert_eq!((&seen.holders[0].owner, &seen.holders[0].metadata), (&owner, &metadata), "{text:?}");
-            let refused = client.get_lease(ask(&text)).await.unwrap_err();
+            let refused = client.get_lease(acquire(&text)).await.unwrap_err();
             assert_eq!(refusal(&refused, "owner"), (Some(Reason::LeaseHeld), owner));
             client.renew(&granted.lease.clone().unwrap()).await.unwrap();
             granted.lease.unwrap()
         });
     }
-    let leases = taken.join_all().await;
-    // Each alone and all of them in the same batches: neither changed a record that was not its own.
+    let leases = callers.join_all().await;
+    // No call changed the record of another key, although many of them shared a batch.
     let all =
         client.list(ListRequest { page_size: 1000, ..ListRequest::default() }).await.unwrap().into_inner();
     let mut keys: Vec<String> = all.leases.into_iter().map(|lease| lease.key).collect();
@@ -111,23 +114,25 @@ async fn hostile_keys_owners_and_metadata_come_back_as_they_were(#[values(Embedd
 
 #[rstest]
 #[tokio::test]
-async fn a_waiter_with_a_hostile_owner_keeps_it_through_the_line(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_waiter_with_a_hostile_owner_still_has_it_when_it_is_granted(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("$waiters").owner("$$this").ttl(secs(60))).await.unwrap().lease.unwrap();
-    let mut waiting = client.clone();
-    let waiter =
-        tokio::spawn(async move { waiting.get_lease(ask("$waiters").owner("$$value").wait(secs(60))).await });
-    crate::support::line_of(&mut client, "$waiters", 1).await;
+    let lease =
+        client.get_lease(acquire("$waiters").owner("$$this").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let waiter = enqueue(&mut client, acquire("$waiters").owner("$$value").wait(secs(60)), 1).await;
     client.give_back(&lease).await.unwrap();
     waiter.await.unwrap().unwrap();
-    assert_eq!(client.look("$waiters").await.unwrap().holders[0].owner, "$$value");
+    assert_eq!(client.inspect("$waiters").await.unwrap().holders[0].owner, "$$value");
 }
 
 #[rstest]
 #[tokio::test]
-async fn every_wrong_field_is_named_at_once_and_nothing_is_changed(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn all_invalid_fields_are_named_at_once_and_nothing_is_changed(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let request = AcquireRequest {
         key: "a\nb".to_owned(),
@@ -142,7 +147,7 @@ async fn every_wrong_field_is_named_at_once_and_nothing_is_changed(#[values(Embe
     };
     let status = client.get_lease(request).await.unwrap_err();
     let all = ["key", "lease_id", "metadata", "min_hold", "mode", "owner", "ttl", "wait"];
-    assert_eq!(wrong_fields(&status), all);
+    assert_eq!(invalid_fields(&status), all);
     let kept =
         client.list(ListRequest { include_free: true, ..ListRequest::default() }).await.unwrap().into_inner();
     assert!(kept.leases.is_empty());
@@ -150,10 +155,10 @@ async fn every_wrong_field_is_named_at_once_and_nothing_is_changed(#[values(Embe
 
 #[rstest]
 #[tokio::test]
-async fn wrong_durations_are_refused(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn invalid_durations_are_refused(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let wrong = [
+    let invalid = [
         Proto { seconds: -1, nanos: 0 },
         Proto { seconds: 1, nanos: -1 },
         Proto { seconds: 0, nanos: 1_000_000_000 },
@@ -162,57 +167,57 @@ async fn wrong_durations_are_refused(#[values(Embedded, MongoDb)] home: Home) {
         Proto { seconds: 0, nanos: i32::MAX },
         Proto { seconds: 24 * 3600, nanos: 1_000_000 },
     ];
-    for duration in wrong {
+    for duration in invalid {
         let request = AcquireRequest {
             ttl: Some(duration),
             wait: Some(duration),
             min_hold: Some(duration),
-            ..ask("job")
+            ..acquire("job")
         };
         let status = client.get_lease(request).await.unwrap_err();
-        assert_eq!(wrong_fields(&status), ["min_hold", "ttl", "wait"], "{duration:?}");
+        assert_eq!(invalid_fields(&status), ["min_hold", "ttl", "wait"], "{duration:?}");
     }
     for ttl in [Duration::ZERO, Duration::from_millis(99), Duration::from_nanos(1)] {
         assert_eq!(
-            wrong_fields(&client.get_lease(ask("job").ttl(ttl)).await.unwrap_err()),
+            invalid_fields(&client.get_lease(acquire("job").ttl(ttl)).await.unwrap_err()),
             ["ttl"],
             "{ttl:?}"
         );
     }
-    let longest = ask("job").ttl(secs(24 * 3600)).min_hold(secs(24 * 3600));
+    let longest = acquire("job").ttl(secs(24 * 3600)).min_hold(secs(24 * 3600));
     client.get_lease(longest).await.unwrap();
 }
 
 #[rstest]
 #[tokio::test]
-async fn wrong_keys_and_ids_are_refused_by_every_call(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn invalid_keys_and_ids_are_refused_by_every_call(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let wrong_lease = Some(LeaseRef { key: "x".repeat(513), lease_id: "123".to_owned() });
+    let malformed_lease = Some(LeaseRef { key: "x".repeat(513), lease_id: "123".to_owned() });
     let fields = ["lease.key", "lease.lease_id"];
-    let touch = client.touch(TouchRequest { lease: wrong_lease.clone() }).await.unwrap_err();
-    assert_eq!(wrong_fields(&touch), fields);
-    let release = client.release(ReleaseRequest { lease: wrong_lease }).await.unwrap_err();
-    assert_eq!(wrong_fields(&release), fields);
-    assert_eq!(wrong_fields(&client.touch(TouchRequest { lease: None }).await.unwrap_err()), ["lease"]);
-    assert_eq!(wrong_fields(&client.get(GetRequest { key: String::new() }).await.unwrap_err()), ["key"]);
+    let touch = client.touch(TouchRequest { lease: malformed_lease.clone() }).await.unwrap_err();
+    assert_eq!(invalid_fields(&touch), fields);
+    let release = client.release(ReleaseRequest { lease: malformed_lease }).await.unwrap_err();
+    assert_eq!(invalid_fields(&release), fields);
+    assert_eq!(invalid_fields(&client.touch(TouchRequest { lease: None }).await.unwrap_err()), ["lease"]);
+    assert_eq!(invalid_fields(&client.get(GetRequest { key: String::new() }).await.unwrap_err()), ["key"]);
     let request = RevokeRequest { key: "\0".to_owned(), fencing_token: -1, reason: "r".repeat(2000) };
     let revoke = daemon.admin().await.revoke(request).await.unwrap_err();
-    assert_eq!(wrong_fields(&revoke), ["fencing_token", "key", "reason"]);
+    assert_eq!(invalid_fields(&revoke), ["fencing_token", "key", "reason"]);
     for id in ["", "0", "zzzzzzzz-zzzz-4zzz-zzzz-zzzzzzzzzzzz", "$oid", "00000000-0000-0000-0000-00000000000"]
     {
         let lease = LeaseRef { key: "job".to_owned(), lease_id: id.to_owned() };
-        assert_eq!(wrong_fields(&client.renew(&lease).await.unwrap_err()), ["lease.lease_id"], "{id:?}");
+        assert_eq!(invalid_fields(&client.renew(&lease).await.unwrap_err()), ["lease.lease_id"], "{id:?}");
     }
 }
 
 #[rstest]
 #[tokio::test]
-async fn oversized_requests_are_past_a_limit_and_harm_nobody(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn oversized_requests_are_refused_and_harm_nobody(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     for bytes in [65 * 1024, 5 * 1024 * 1024] {
-        let status = client.get_lease(ask(&"x".repeat(bytes))).await.unwrap_err();
+        let status = client.get_lease(acquire(&"x".repeat(bytes))).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted, "{bytes}");
         assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "request_bytes".to_owned()));
     }
@@ -223,27 +228,27 @@ async fn oversized_requests_are_past_a_limit_and_harm_nobody(#[values(Embedded, 
     let mut answers = client.keep_alive(tokio_stream::iter([huge])).await.unwrap().into_inner();
     let status = answers.message().await.unwrap_err();
     assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), "message_bytes".to_owned()));
-    client.get_lease(ask("job")).await.unwrap();
+    client.get_lease(acquire("job")).await.unwrap();
 }
 
 #[rstest]
 #[tokio::test]
-async fn headers_past_the_limit_are_refused_and_harm_nobody(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn headers_past_the_limit_are_refused_and_harm_nobody(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let mut request = tonic::Request::new(ask("job"));
+    let mut request = tonic::Request::new(acquire("job"));
     request.metadata_mut().insert("x-padding", "p".repeat(17 * 1024).parse().unwrap());
     client.acquire(request).await.unwrap_err();
-    daemon.client().await.get_lease(ask("job")).await.unwrap();
+    daemon.client().await.get_lease(acquire("job")).await.unwrap();
 }
 
 #[rstest]
 #[tokio::test]
-async fn an_id_of_one_key_means_nothing_for_another(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_lease_id_is_valid_for_its_own_key_only(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("a")).await.unwrap().lease.unwrap();
-    client.get_lease(ask("b")).await.unwrap();
+    let lease = client.get_lease(acquire("a")).await.unwrap().lease.unwrap();
+    client.get_lease(acquire("b")).await.unwrap();
     let id = lease.lease_id.parse().unwrap();
     assert_eq!(refusal(&client.give_back(&named("b", id)).await.unwrap_err(), "").0, Some(Reason::LeaseLost));
     client.renew(&lease).await.unwrap();

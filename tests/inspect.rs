@@ -1,4 +1,4 @@
-//! Looking at keys.
+//! Get and List.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,9 @@ use tonic::Code;
 
 use rstest::rstest;
 
-use crate::support::{Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, ask, refusal, secs};
+use crate::support::{
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Fleet, Leases, MongoDb, acquire, refusal, secs,
+};
 
 async fn list(client: &mut Leases, request: ListRequest) -> ListResponse {
     client.list(request).await.unwrap().into_inner()
@@ -20,13 +22,13 @@ fn keys(page: &ListResponse) -> Vec<&str> {
 
 #[rstest]
 #[tokio::test]
-async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("host".to_owned(), "a1".to_owned()), ("pid".to_owned(), "7".to_owned())]);
-    let request = AcquireRequest { metadata: metadata.clone(), ..ask("job").owner("me").ttl(secs(20)) };
+    let request = AcquireRequest { metadata: metadata.clone(), ..acquire("job").owner("me").ttl(secs(20)) };
     let granted = client.get_lease(request).await.unwrap();
-    let seen = client.look("job").await.unwrap();
+    let seen = client.inspect("job").await.unwrap();
     let holder = &seen.holders[0];
     assert_eq!((holder.owner.as_str(), &holder.metadata), ("me", &metadata));
     assert_eq!(holder.ttl, Some(secs(20).try_into().unwrap()));
@@ -36,19 +38,21 @@ async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb, Fl
 
 #[rstest]
 #[tokio::test]
-async fn a_key_never_leased_is_unknown(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
-    let status = daemon.client().await.look("nothing").await.unwrap_err();
+async fn a_key_that_was_never_leased_is_unknown(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
+    let status = daemon.client().await.inspect("nothing").await.unwrap_err();
     assert_eq!((status.code(), refusal(&status, "").0), (Code::NotFound, Some(Reason::KeyUnknown)));
 }
 
 #[rstest]
 #[tokio::test]
-async fn list_goes_by_prefix_in_order_a_page_at_a_time(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn list_filters_by_prefix_and_returns_pages_in_order(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     for key in ["b/2", "a/1", "b/1", "b/10", "b", "c/1", "b/é", "b/\u{10ffff}"] {
-        client.get_lease(ask(key)).await.unwrap();
+        client.get_lease(acquire(key)).await.unwrap();
     }
     let request = ListRequest { prefix: "b/".to_owned(), page_size: 2, ..ListRequest::default() };
     let first = list(&mut client, request.clone()).await;
@@ -67,12 +71,12 @@ async fn list_goes_by_prefix_in_order_a_page_at_a_time(#[values(Embedded, MongoD
 
 #[rstest]
 #[tokio::test]
-async fn free_keys_are_listed_on_demand(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn free_keys_are_listed_only_on_request(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("free")).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("free")).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
-    client.get_lease(ask("held")).await.unwrap();
+    client.get_lease(acquire("held")).await.unwrap();
     assert_eq!(keys(&list(&mut client, ListRequest::default()).await), ["held"]);
     let all = list(&mut client, ListRequest { include_free: true, ..ListRequest::default() }).await;
     assert_eq!(keys(&all), ["free", "held"]);
@@ -81,14 +85,14 @@ async fn free_keys_are_listed_on_demand(#[values(Embedded, MongoDb, Fleet)] home
 
 #[rstest]
 #[tokio::test]
-async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("x".to_owned(), "y".repeat(4000))]);
     let mut callers = tokio::task::JoinSet::new();
     for number in 0..1200 {
         let mut client = client.clone();
-        let request = AcquireRequest { metadata: metadata.clone(), ..ask(&format!("{number:04}")) };
+        let request = AcquireRequest { metadata: metadata.clone(), ..acquire(&format!("{number:04}")) };
         callers.spawn(async move { client.get_lease(request).await.unwrap() });
     }
     callers.join_all().await;
@@ -107,8 +111,8 @@ async fn a_page_of_large_records_fits_into_a_message(#[values(Embedded, MongoDb,
 
 #[rstest]
 #[tokio::test]
-async fn a_page_token_of_another_listing_is_refused(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_page_token_of_another_listing_is_refused(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     for (prefix, page_token) in [("b/", "a/1"), ("", "a\0b"), ("a", &"x".repeat(600))] {
         let request = ListRequest {
@@ -118,6 +122,6 @@ async fn a_page_token_of_another_listing_is_refused(#[values(Embedded, MongoDb, 
             ..ListRequest::default()
         };
         let status = client.list(request).await.unwrap_err();
-        assert_eq!(crate::support::wrong_fields(&status), ["page_size", "page_token"]);
+        assert_eq!(crate::support::invalid_fields(&status), ["page_size", "page_token"]);
     }
 }

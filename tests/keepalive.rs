@@ -14,10 +14,11 @@ use tonic::{Status, Streaming};
 use uuid::Uuid;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, ms, named, refusal, secs,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Fleet, Leases, MongoDb, PATIENCE, acquire, ms, named,
+    refusal, secs,
 };
 
-/// A keepalive stream as a stub user holds it.
+/// A keepalive stream as a user of the generated stubs sees it.
 pub(crate) struct KeepAlive {
     requests: mpsc::Sender<KeepAliveRequest>,
     answers: Streaming<KeepAliveResponse>,
@@ -31,13 +32,15 @@ impl KeepAlive {
         Self { requests, answers, sequence: 0 }
     }
 
+    /// Sends a message that names `leases`, and returns its sequence number.
     pub(crate) async fn send(&mut self, leases: &[LeaseRef]) -> u64 {
         self.sequence += 1;
-        self.say(KeepAliveRequest { leases: leases.to_vec(), sequence: self.sequence }).await;
+        self.send_raw(KeepAliveRequest { leases: leases.to_vec(), sequence: self.sequence }).await;
         self.sequence
     }
 
-    pub(crate) async fn say(&mut self, message: KeepAliveRequest) {
+    /// Sends `message` as it is.
+    pub(crate) async fn send_raw(&mut self, message: KeepAliveRequest) {
         self.requests.send(message).await.unwrap();
     }
 
@@ -45,21 +48,23 @@ impl KeepAlive {
         timeout(PATIENCE, self.answers.message()).await.unwrap().map(Option::unwrap)
     }
 
-    /// What the daemon tells next on its own accord: lease ids and how they were lost.
-    pub(crate) async fn told(&mut self) -> Vec<(LeaseRef, LossReason)> {
-        let told = self.next().await.unwrap();
-        assert_eq!(told.sequence, 0);
+    /// Reads the next message, which the daemon sends unasked: the lost leases, and why each was
+    /// lost.
+    pub(crate) async fn reported(&mut self) -> Vec<(LeaseRef, LossReason)> {
+        let message = self.next().await.unwrap();
+        assert_eq!(message.sequence, 0);
         let loss = |result: KeepAliveResult| (result.lease.unwrap(), lost(&result.outcome.unwrap()));
-        told.results.into_iter().map(loss).collect()
+        message.results.into_iter().map(loss).collect()
     }
 
-    /// One message and its answer: the lease ids and what became of them.
+    /// Sends one message, and returns the leases of its answer with their outcomes.
     pub(crate) async fn touch(&mut self, leases: &[LeaseRef]) -> Vec<(LeaseRef, Outcome)> {
         let parts = self.touch_in_parts(leases).await;
         parts.into_iter().flatten().map(|result| (result.lease.unwrap(), result.outcome.unwrap())).collect()
     }
 
-    /// Sends one message and returns the results of its answer, part by part.
+    /// Sends one message, and returns the results of its answer, one list for each part of the
+    /// answer.
     pub(crate) async fn touch_in_parts(&mut self, leases: &[LeaseRef]) -> Vec<Vec<KeepAliveResult>> {
         let sequence = self.send(leases).await;
         let mut parts = Vec::new();
@@ -97,16 +102,16 @@ pub(crate) fn refused(outcome: &Outcome) -> RefusalReason {
 
 #[rstest]
 #[tokio::test]
-async fn a_message_that_names_none_touches_all_that_the_stream_carries(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+async fn a_message_that_names_no_lease_touches_all_that_the_stream_tracks(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let first = client.get_lease(ask("a").ttl(secs(10))).await.unwrap().lease.unwrap();
-    let second = client.get_lease(ask("b").ttl(secs(20))).await.unwrap().lease.unwrap();
+    let first = client.get_lease(acquire("a").ttl(secs(10))).await.unwrap().lease.unwrap();
+    let second = client.get_lease(acquire("b").ttl(secs(20))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
 
-    assert!(stream.touch(&[]).await.is_empty(), "nothing is carried yet");
+    assert!(stream.touch(&[]).await.is_empty(), "the stream does not track any lease yet");
     let results = stream.touch(std::slice::from_ref(&first)).await;
     assert_eq!(results[0].0, first);
     let remaining = kept(&results[0].1);
@@ -122,15 +127,15 @@ async fn a_message_that_names_none_touches_all_that_the_stream_carries(
 #[rstest]
 #[tokio::test]
 async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let good = client.get_lease(ask("good")).await.unwrap().lease.unwrap();
-    let released = client.get_lease(ask("released")).await.unwrap().lease.unwrap();
+    let good = client.get_lease(acquire("good")).await.unwrap().lease.unwrap();
+    let released = client.get_lease(acquire("released")).await.unwrap().lease.unwrap();
     client.give_back(&released).await.unwrap();
-    let displaced = client.get_lease(ask("displaced").ttl(ms(100))).await.unwrap().lease.unwrap();
-    client.get_lease(ask("displaced").wait(secs(30))).await.unwrap();
+    let displaced = client.get_lease(acquire("displaced").ttl(ms(100))).await.unwrap().lease.unwrap();
+    client.get_lease(acquire("displaced").wait(secs(30))).await.unwrap();
     let unknown = named("good", Uuid::new_v4());
 
     let mut stream = KeepAlive::open(&mut client).await;
@@ -139,29 +144,30 @@ async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others(
     kept(&results[1].1);
     assert_eq!(lost(&results[2].1), LossReason::Displaced);
     assert_eq!(lost(&results[3].1), LossReason::Gone);
-    let carried = stream.touch(&[]).await;
+    let tracked = stream.touch(&[]).await;
     assert_eq!(
-        carried.iter().map(|result| &result.0).collect::<Vec<_>>(),
+        tracked.iter().map(|result| &result.0).collect::<Vec<_>>(),
         [&good],
-        "the lost are not carried"
+        "the stream does not track lost leases"
     );
 }
 
-/// The heart of it: nobody renews, so the lease runs out by itself and the next in line has it.
+/// This is the point of a lease: once nobody renews it, it expires and the next waiter is granted
+/// the key.
 #[rstest]
 #[tokio::test]
-async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+async fn a_lease_outlives_its_ttl_on_a_stream_and_expires_without_one(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let granted = client.get_lease(ask("job").ttl(ms(600))).await.unwrap();
+    let granted = client.get_lease(acquire("job").ttl(ms(600))).await.unwrap();
     let lease = granted.lease.unwrap();
     let mut holder = daemon.client().await;
     let mut stream = KeepAlive::open(&mut holder).await;
 
     let mut waiting = client.clone();
-    let waiter = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
+    let waiter = tokio::spawn(async move { waiting.get_lease(acquire("job").wait(secs(60))).await });
     let start = tokio::time::Instant::now();
     while start.elapsed() < ms(2000) {
         kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
@@ -174,13 +180,13 @@ async fn a_lease_outlives_its_ttl_on_a_stream_and_runs_out_without_one(
     assert_eq!(refusal(&client.renew(&lease).await.unwrap_err(), "loss").1, "displaced");
 }
 
-/// Messages are answered as the store answers, not one after the other.
+/// The daemon answers a message as soon as the store has; it does not wait for earlier messages.
 #[rstest]
 #[tokio::test]
-async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start_with(home, |config| config.limits.coalesce_touches = false).await;
+async fn many_messages_may_be_in_flight(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start_with(backend, |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
     for _ in 0..50 {
         stream.send(std::slice::from_ref(&lease)).await;
@@ -195,12 +201,12 @@ async fn many_messages_may_be_under_way(#[values(Embedded, MongoDb, Fleet)] home
 
 #[rstest]
 #[tokio::test]
-async fn a_stream_that_is_closed_by_its_caller_is_answered_to_the_end(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+async fn a_stream_that_its_caller_half_closes_is_answered_to_the_end(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
     let request = KeepAliveRequest { leases: vec![lease], sequence: 7 };
     let mut answers = client.keep_alive(tokio_stream::iter([request])).await.unwrap().into_inner();
     assert_eq!(answers.message().await.unwrap().unwrap().sequence, 7);

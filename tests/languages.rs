@@ -1,4 +1,5 @@
-//! The examples in other languages, each as a process, against a daemon: one key for all of them.
+//! The example workers in other languages. Each runs as a process against a daemon, and all of them
+//! acquire the same key.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -22,7 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::support::tools::{self, root, said};
 use crate::support::{Daemon, Embedded, PATIENCE, eventually, secs};
 
-/// In what a worker is written.
+/// The language of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Language {
     Python,
@@ -31,14 +32,14 @@ enum Language {
 
 use Language::{Node, Python};
 
-/// The worker of an example.
+/// A worker as a process, which is killed when this value is dropped.
 struct Worker {
     child: Child,
     output: Option<BufReader<ChildStdout>>,
 }
 
 impl Worker {
-    /// One that asks for the key `shared/job`.
+    /// Starts a worker that acquires the key `shared/job`.
     async fn start(language: Language, daemon: &Daemon, options: &[&str]) -> Self {
         Self::start_at(language, daemon.grpc, options).await
     }
@@ -52,7 +53,7 @@ impl Worker {
         Self { child, output }
     }
 
-    /// What it prints next; nothing when it has ended.
+    /// Returns the next line that the worker prints, or an empty string if it has ended.
     async fn line(&mut self) -> String {
         let mut output = self.output.take().unwrap();
         let read = spawn_blocking(move || {
@@ -60,12 +61,12 @@ impl Worker {
             output.read_line(&mut line).unwrap();
             (output, line.trim().to_owned())
         });
-        let (output, line) = timeout(PATIENCE, read).await.expect("a line in time").unwrap();
+        let (output, line) = timeout(PATIENCE, read).await.expect("no line in time").unwrap();
         self.output = Some(output);
         line
     }
 
-    /// The token that it prints once it holds the lease.
+    /// Waits until the worker prints that it holds the lease, and returns the fencing token.
     async fn token(&mut self) -> i64 {
         let line = self.line().await;
         let token = line.strip_prefix("holding shared/job with fencing token ");
@@ -90,7 +91,7 @@ impl Drop for Worker {
 }
 
 impl Language {
-    /// The worker of its example, made ready as the example's page says.
+    /// Returns the command of the example worker, installed as the example's page says.
     fn worker(self) -> Result<Command> {
         match self {
             Self::Python => {
@@ -110,12 +111,12 @@ impl Language {
     }
 }
 
-/// A Python that has what the example needs.
+/// Returns a Python command with the packages that the example needs.
 fn python() -> Result<Command> {
     Ok(tools::python(&root().join("examples/python/requirements.txt"))?.into_std())
 }
 
-/// The example in Python with its stubs.
+/// Returns the folder of the Python example, with the generated stubs.
 fn python_example() -> Result<PathBuf> {
     tools::copy("examples/python", |folder| {
         std::fs::create_dir(folder.join("build"))?;
@@ -129,13 +130,13 @@ async fn client(daemon: &Daemon) -> Client {
     Client::connect(daemon.urls()).await.unwrap()
 }
 
-/// Waits until so many stand in line.
-async fn in_line(client: &Client, count: usize) {
-    let is_so = async || client.get("shared/job").await.ok().filter(|key| key.waiters.len() == count);
-    eventually(is_so).await;
+/// Waits until the key has exactly `waiters` waiters.
+async fn until_queued(client: &Client, waiters: usize) {
+    let queued = async || client.get("shared/job").await.ok().filter(|key| key.waiters.len() == waiters);
+    eventually(queued).await;
 }
 
-/// What the README promises: kill any of them, and the next takes over.
+/// The README promises this: kill the worker that holds the lease, and the next one takes over.
 #[tokio::test]
 async fn workers_in_any_language_follow_each_other_on_one_key() {
     let daemon = Daemon::start(Embedded).await;
@@ -144,17 +145,18 @@ async fn workers_in_any_language_follow_each_other_on_one_key() {
     let mut holder = Worker::start(Python, &daemon, &[]).await;
     for next in [Node, Python, Python, Node, Node, Python] {
         let token = holder.token().await;
-        assert!(token > last, "{token} comes after {last}");
+        assert!(token > last, "the token {token} follows {last}");
         last = token;
         let mut waiter = Worker::start(next, &daemon, &[]).await;
-        in_line(&client, 1).await;
+        until_queued(&client, 1).await;
         holder.child.kill().unwrap();
         std::mem::swap(&mut holder, &mut waiter);
     }
     holder.token().await;
-    // And a program in Rust after them, without waiting for a TTL: this one gives the lease back.
+    // A program in Rust comes last. It does not wait for the TTL, since the worker before it
+    // releases.
     let next = tokio::spawn(client.acquire("shared/job").wait(secs(60)).into_future());
-    in_line(&client, 1).await;
+    until_queued(&client, 1).await;
     holder.signal("TERM");
     assert_eq!((holder.line().await.as_str(), holder.code().await), ("released", Some(0)));
     assert!(next.await.unwrap().unwrap().token().get() > last);
@@ -166,23 +168,27 @@ async fn a_worker_keeps_the_time_contract(#[values(Python, Node)] language: Lang
     let daemon = Daemon::start(Embedded).await;
     let client = client(&daemon).await;
 
-    // Held over several TTLs, and given back when the work is done.
+    // The worker holds the lease for several TTLs, and releases it when its work is done.
     let mut worker = Worker::start(language, &daemon, &["--ttl", "1", "--seconds", "3"]).await;
     let token = worker.token().await;
     let mut refused = Worker::start(language, &daemon, &["--wait", "0"]).await;
-    assert!(refused.line().await.starts_with("not granted: held by"), "someone else holds it");
+    assert!(refused.line().await.starts_with("not granted: held by"), "another worker holds the lease");
     assert_eq!(refused.code().await, Some(75));
     assert_eq!((worker.line().await.as_str(), worker.code().await), ("released", Some(0)));
     let key = client.get("shared/job").await.unwrap();
-    assert_eq!((key.state, key.token.get()), (KeyState::Free, token), "nobody has had it meanwhile");
+    assert_eq!(
+        (key.state, key.token.get()),
+        (KeyState::Free, token),
+        "nobody else was granted the key meanwhile"
+    );
 
-    // Taken away.
+    // The lease is revoked.
     let mut worker = Worker::start(language, &daemon, &[]).await;
     worker.token().await;
     assert_eq!(client.revoke("shared/job", None, "a test").await.unwrap(), 1);
     assert_eq!((worker.line().await.as_str(), worker.code().await), ("lost: revoked", Some(73)));
 
-    // No word from a daemon in time.
+    // The daemon stops answering.
     let mut worker = Worker::start(language, &daemon, &[]).await;
     worker.token().await;
     let silent = Instant::now();
@@ -194,15 +200,15 @@ async fn a_worker_keeps_the_time_contract(#[values(Python, Node)] language: Lang
 
 #[rstest]
 #[tokio::test]
-async fn a_signal_makes_a_worker_leave_the_line(#[values(Python, Node)] language: Language) {
+async fn a_signal_makes_a_worker_leave_the_queue(#[values(Python, Node)] language: Language) {
     let daemon = Daemon::start(Embedded).await;
     let client = client(&daemon).await;
     let _lease = client.acquire("shared/job").await.unwrap();
     let mut worker = Worker::start(language, &daemon, &[]).await;
-    in_line(&client, 1).await;
+    until_queued(&client, 1).await;
     worker.signal("TERM");
     assert_eq!(worker.code().await, Some(0));
-    in_line(&client, 0).await;
+    until_queued(&client, 0).await;
 }
 
 #[rstest]
@@ -216,13 +222,14 @@ async fn a_worker_that_finds_no_daemon_says_where(#[values(Python, Node)] langua
 
 #[rstest]
 #[tokio::test]
-async fn a_worker_takes_the_url_that_leasectl_takes(#[values(Python, Node)] language: Language) {
+async fn a_worker_accepts_the_url_that_leasectl_accepts(#[values(Python, Node)] language: Language) {
     let daemon = Daemon::start(Embedded).await;
     let url = format!("http://{}/", daemon.grpc);
     Worker::start(language, &daemon, &["--endpoint", &url]).await.token().await;
 }
 
-/// A daemon that answers no acquire, and tells of each call how often it was sent before.
+/// A daemon that never answers Acquire. For each call it reports the number of earlier attempts
+/// that the caller says it made.
 struct Silent(UnboundedSender<(&'static str, Option<String>)>);
 
 impl Silent {
@@ -272,34 +279,33 @@ impl LeaseService for Silent {
 
 #[rstest]
 #[tokio::test]
-async fn a_worker_says_with_its_release_that_the_acquire_had_no_answer(
-    #[values(Python, Node)] language: Language,
-) {
+async fn a_worker_marks_its_release_if_the_acquire_had_no_answer(#[values(Python, Node)] language: Language) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (address, (calls, mut noted)) = (listener.local_addr().unwrap(), unbounded_channel());
     let server = Server::builder().add_service(LeaseServiceServer::new(Silent(calls)));
     let served = server.serve_with_incoming(TcpListenerStream::new(listener));
     let _served = AbortOnDropHandle::new(tokio::spawn(served));
     let mut worker = Worker::start_at(language, address, &[]).await;
-    let mut next = async || timeout(PATIENCE, noted.recv()).await.expect("a call in time").unwrap();
+    let mut next = async || timeout(PATIENCE, noted.recv()).await.expect("no call in time").unwrap();
     assert_eq!(next().await, ("acquire", None));
     worker.signal("TERM");
     assert_eq!(next().await, ("release", Some("1".to_owned())));
     assert_eq!((worker.line().await.as_str(), worker.code().await), ("released", Some(0)));
 }
 
-/// The grant waits in the socket of a worker that is paused, until it is over.
+/// The worker is paused while its grant arrives, and reads the grant only after the lease has
+/// expired.
 #[rstest]
 #[tokio::test]
-async fn a_grant_that_comes_late_is_not_believed(#[values(Python, Node)] language: Language) {
+async fn a_worker_does_not_rely_on_a_late_grant(#[values(Python, Node)] language: Language) {
     let daemon = Daemon::start(Embedded).await;
     let client = client(&daemon).await;
     let lease = client.acquire("shared/job").await.unwrap();
     let mut late = Worker::start(language, &daemon, &[]).await;
-    in_line(&client, 1).await;
+    until_queued(&client, 1).await;
     late.signal("STOP");
     lease.release().await.unwrap();
-    // Displaces the worker, as soon as its time is over.
+    // This acquire displaces the worker as soon as its lease and the grace are over.
     let _next = client.acquire("shared/job").wait(secs(60)).await.unwrap();
     late.signal("CONT");
     assert!(late.line().await.starts_with("lost: "));
@@ -308,11 +314,8 @@ async fn a_grant_that_comes_late_is_not_believed(#[values(Python, Node)] languag
 
 #[rstest]
 #[tokio::test]
-async fn a_worker_keeps_its_lease_while_its_daemon_is_started_anew(
-    #[values(Python, Node)] language: Language,
-) {
+async fn a_worker_keeps_its_lease_while_its_daemon_restarts(#[values(Python, Node)] language: Language) {
     let daemon = Daemon::start(Embedded).await;
-    // At the same address.
     let address = daemon.grpc;
     let mut worker = Worker::start(language, &daemon, &["--ttl", "15"]).await;
     let token = worker.token().await;
@@ -329,7 +332,7 @@ async fn a_worker_keeps_its_lease_while_its_daemon_is_started_anew(
 }
 
 #[tokio::test]
-async fn the_service_config_repeats_what_found_no_daemon() {
+async fn the_service_config_repeats_calls_that_found_no_daemon() {
     let tried = spawn_blocking(|| {
         let stubs = python_example()?.join("build");
         let mut retry = python()?;
@@ -339,10 +342,11 @@ async fn the_service_config_repeats_what_found_no_daemon() {
     println!("{}", tried.await.unwrap().unwrap());
 }
 
-/// Users of mongolock change an import: the same scenario through both, and what is meant to differ.
+/// Users of mongolock only change an import. One scenario runs through both libraries; a few others
+/// show the intended differences.
 #[tokio::test]
-async fn the_drop_in_for_mongolock_does_as_mongolock_does() {
-    // As it comes: with one clock there is no grace.
+async fn the_drop_in_for_mongolock_behaves_like_mongolock() {
+    // A daemon with the embedded store has no grace by default.
     let daemon = Daemon::start_with(Embedded, |config| config.rules.grace = Duration::ZERO).await;
     let (uri, endpoint) = (throwaway_mongodb::shared().await.unwrap(), daemon.grpc.to_string());
     let compared = spawn_blocking(move || {

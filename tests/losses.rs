@@ -1,4 +1,4 @@
-//! What a keepalive stream is told unasked.
+//! Losses that a keepalive stream reports without being asked.
 
 use std::collections::HashSet;
 
@@ -7,13 +7,15 @@ use rstest::rstest;
 
 use crate::keepalive::{KeepAlive, kept, lost};
 use crate::revoke::revoke;
-use crate::support::{Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, ask, line_of, ms, secs};
+use crate::support::{
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Leases, MongoDb, acquire, enqueue, ms, secs,
+};
 
-/// Leases on `keys`, carried by a new stream.
-async fn carried(client: &mut Leases, keys: &[&str]) -> (KeepAlive, Vec<LeaseRef>) {
+/// Acquires a lease on each of `keys`, and opens a stream that tracks them.
+async fn tracked(client: &mut Leases, keys: &[&str]) -> (KeepAlive, Vec<LeaseRef>) {
     let mut leases = Vec::new();
     for key in keys {
-        leases.push(client.get_lease(ask(key).ttl(secs(60))).await.unwrap().lease.unwrap());
+        leases.push(client.get_lease(acquire(key).ttl(secs(60))).await.unwrap().lease.unwrap());
     }
     let mut stream = KeepAlive::open(client).await;
     for (_, outcome) in stream.touch(&leases).await {
@@ -24,17 +26,15 @@ async fn carried(client: &mut Leases, keys: &[&str]) -> (KeepAlive, Vec<LeaseRef
 
 #[rstest]
 #[tokio::test]
-async fn of_many_leases_the_one_that_is_revoked_is_told_and_the_others_go_on(
-    #[values(Embedded, MongoDb)] home: Home,
-) {
-    let daemon = Daemon::start(home).await;
+async fn of_many_leases_only_the_revoked_one_is_reported_lost(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let keys: Vec<String> = (0..100).map(|number| format!("key/{number}")).collect();
     let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
-    let (mut stream, leases) = carried(&mut client, &keys).await;
+    let (mut stream, leases) = tracked(&mut client, &keys).await;
 
     assert_eq!(revoke(&daemon, "key/42", 0).await, 1);
-    assert_eq!(stream.told().await, [(leases[42].clone(), LossReason::Revoked)]);
+    assert_eq!(stream.reported().await, [(leases[42].clone(), LossReason::Revoked)]);
     let left: HashSet<String> = stream
         .touch(&[])
         .await
@@ -45,8 +45,8 @@ async fn of_many_leases_the_one_that_is_revoked_is_told_and_the_others_go_on(
         })
         .collect();
     assert_eq!(left.len(), 99);
-    assert!(!left.contains("key/42"), "it is not carried any more");
-    // Named again it is asked about again.
+    assert!(!left.contains("key/42"), "the stream still tracks the revoked lease");
+    // A message that names the revoked lease is answered with the same loss.
     let results = stream.touch(&leases[41..43]).await;
     kept(&results[0].1);
     assert_eq!(lost(&results[1].1), LossReason::Revoked);
@@ -54,78 +54,78 @@ async fn of_many_leases_the_one_that_is_revoked_is_told_and_the_others_go_on(
 
 #[rstest]
 #[tokio::test]
-async fn a_holder_that_fell_silent_is_told_that_it_was_displaced(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_holder_that_stopped_renewing_is_told_that_it_was_displaced(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(ms(300))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(ms(300))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
 
-    let next = client.get_lease(ask("job").ttl(secs(60)).wait(secs(60))).await.unwrap().lease.unwrap();
-    assert_eq!(stream.told().await, [(lease, LossReason::Displaced)]);
+    let next = client.get_lease(acquire("job").ttl(secs(60)).wait(secs(60))).await.unwrap().lease.unwrap();
+    assert_eq!(stream.reported().await, [(lease, LossReason::Displaced)]);
     assert!(stream.touch(&[]).await.is_empty());
     client.give_back(&next).await.unwrap();
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_release_by_another_call_is_told(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_release_by_another_call_is_reported(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let (mut stream, leases) = carried(&mut client, &["a", "b"]).await;
+    let (mut stream, leases) = tracked(&mut client, &["a", "b"]).await;
     daemon.client().await.give_back(&leases[0]).await.unwrap();
-    assert_eq!(stream.told().await, [(leases[0].clone(), LossReason::Released)]);
+    assert_eq!(stream.reported().await, [(leases[0].clone(), LossReason::Released)]);
     let results = stream.touch(&[]).await;
     assert_eq!(results.iter().map(|(lease, _)| lease).collect::<Vec<_>>(), [&leases[1]]);
 }
 
 #[rstest]
 #[tokio::test]
-async fn every_stream_that_carries_the_lease_is_told(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn every_stream_that_tracks_the_lease_reports_its_loss(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let (mut one, leases) = carried(&mut client, &["job"]).await;
+    let (mut one, leases) = tracked(&mut client, &["job"]).await;
     let mut other = KeepAlive::open(&mut daemon.client().await).await;
     kept(&other.touch(&leases).await[0].1);
-    // A stream that has ended hears of nothing, and is in nobody's way.
+    // A stream that has ended must not keep the loss from the others.
     let mut ended = KeepAlive::open(&mut client).await;
     kept(&ended.touch(&leases).await[0].1);
     drop(ended);
 
     revoke(&daemon, "job", 0).await;
     for stream in [&mut one, &mut other] {
-        assert_eq!(stream.told().await, [(leases[0].clone(), LossReason::Revoked)]);
+        assert_eq!(stream.reported().await, [(leases[0].clone(), LossReason::Revoked)]);
     }
 }
 
 #[rstest]
 #[tokio::test]
-async fn each_of_several_losses_is_told_once(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn each_of_several_losses_is_reported_once(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut leases = Vec::new();
     for _ in 0..20 {
-        leases.push(client.get_lease(ask("pool").shared(20).ttl(secs(60))).await.unwrap().lease.unwrap());
+        leases.push(client.get_lease(acquire("pool").shared(20).ttl(secs(60))).await.unwrap().lease.unwrap());
     }
     let mut stream = KeepAlive::open(&mut client).await;
     stream.touch(&leases).await;
-    // While the holders are revoked a newcomer waits, and is none of theirs.
-    let mut waiting = client.clone();
-    let next = tokio::spawn(async move { waiting.get_lease(ask("pool").wait(secs(60))).await });
-    line_of(&mut client, "pool", 1).await;
+    // The revocation of all holders must not revoke the lease that this waiter is then granted.
+    let next = enqueue(&mut client, acquire("pool").wait(secs(60)), 1).await;
 
     assert_eq!(revoke(&daemon, "pool", 0).await, 20);
-    let mut told = Vec::new();
-    while told.len() < 20 {
-        for (lease, reason) in stream.told().await {
+    let mut reported = Vec::new();
+    while reported.len() < 20 {
+        for (lease, reason) in stream.reported().await {
             assert_eq!(reason, LossReason::Revoked);
-            told.push(lease.lease_id);
+            reported.push(lease.lease_id);
         }
     }
-    told.sort();
+    reported.sort();
     let mut all: Vec<String> = leases.into_iter().map(|lease| lease.lease_id).collect();
     all.sort();
-    assert_eq!(told, all);
-    assert!(stream.touch(&[]).await.is_empty(), "no loss is told again before this answer");
+    assert_eq!(reported, all);
+    assert!(stream.touch(&[]).await.is_empty(), "the stream still tracks a lease");
     next.await.unwrap().unwrap();
 }

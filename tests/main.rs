@@ -1,77 +1,81 @@
-//! What leased promises, tried over real gRPC, with the embedded store and against a real MongoDB. One binary; a module
-//! for each behaviour, a folder or a database for each test.
+//! Integration tests: what leased promises, tried over real gRPC on the embedded store and on a
+//! real MongoDB. One binary, with a module for each behaviour. Each test has a data folder or a
+//! database of its own.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 
+/// Daemons in this process, requests, and the tools that several tests use.
 mod support;
 
-/// Grants: one holder, rising tokens, repeatable calls.
+/// Acquire: one exclusive holder, rising fencing tokens, calls that may be repeated.
 mod acquire;
-/// Touches that memory does for.
+/// Coalescing: a touch that follows another closely is answered without a write.
 mod coalescing;
-/// The connections of the client crate.
+/// The connections of the client crate: many calls, silent peers, restarts.
 mod connections;
-/// What things cost in commands to the database.
+/// How many database commands an operation takes.
 mod cost;
-/// What the documents say, tried.
+/// The programs that the documentation shows.
 mod documents;
 /// A replica set that loses its primary.
 mod failover;
-/// Callers who ask for much beside one who asks for little.
+/// A caller with few requests beside callers with very many.
 mod fairness;
-/// A store that fails, a document that vanishes, a daemon that ends.
+/// A store that fails, a record that is deleted, a daemon that restarts.
 mod faults;
 /// Several daemons over one database.
 mod fleet;
-/// The client crate: leases that keep themselves.
+/// The client crate against real daemons: leases that renew themselves.
 mod holder;
-/// Requests that are wrong, and requests that only look so.
+/// Invalid requests, and valid ones that look dangerous.
 mod hostile;
-/// Which store answers.
+/// The identity of the store, which every answer includes.
 mod identity;
-/// Looking at keys.
+/// Get and List.
 mod inspect;
-/// Renewing leases on a stream.
+/// Renewing leases on a keepalive stream.
 mod keepalive;
-/// The examples in other languages.
+/// The example workers in other languages.
 mod languages;
-/// Large answers, and callers who do not take them.
+/// Large answers to Get and List, and callers that do not read them.
 mod large;
-/// What a stream is told unasked.
+/// Losses that a keepalive stream reports without being asked.
 mod losses;
-/// What messages may be: ids, sizes, refusals, and what is refused alone.
+/// Limits of messages: the spelling of ids, sizes, and the refusal of single leases.
 mod messages;
-/// What a daemon counts.
+/// The daemon's metrics.
 mod metrics;
-/// What calls leave behind that end while the store is away.
+/// Calls that fail during an outage of the store leave no lease behind.
 mod outages;
-/// Peers that are silent, slow, hasty, or too many.
+/// Peers that are silent, slow, too fast, or too many.
 mod peers;
+/// The links and the spelling of the documentation.
+mod prose;
 /// Proxies between callers and daemons.
 mod proxies;
-/// Keys that nobody needs any more.
+/// Removal of records whose key has been free for long.
 mod purge;
-/// Waiting in line, over one daemon and two.
+/// Waiting in the queue of a key, with one daemon and with two.
 mod queue;
-/// Giving back, and who is next.
+/// Releasing a lease, and the waiter that is granted the key next.
 mod release;
-/// Taking leases away.
+/// Revoking leases.
 mod revoke;
-/// Health, reflection, drain.
+/// The health service, readiness, reflection, and drain.
 mod serving;
-/// Ids that are over before, while or after they are asked for.
+/// Lease ids that are released early, repeated, or used for a different request.
 mod settling;
 /// Shared leases.
 mod shared;
 /// The client and the daemon over a simulated network.
 mod simulation;
-/// Renewing one lease.
+/// Renewing one lease with a Touch call.
 mod touch;
-/// A document that is no record, among those of others.
+/// Answers on streams whose caller does not read.
+mod unread_answers;
+/// A damaged record among healthy ones.
 mod unreadable;
-/// What streams are told and nobody takes.
-mod untaken;
 /// Watching keys.
 mod watch;
-/// The API stays as it is.
+/// The API stays compatible with its last release.
 mod wire_contract;

@@ -1,4 +1,5 @@
-//! What messages may be: the spelling of ids, sizes in both directions, and what a stream refuses by itself.
+//! Limits of messages: the spelling of ids, sizes in both directions, and single leases that a
+//! stream refuses.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,18 +25,21 @@ use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept, lost, refused};
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, Leases, MongoDb, PATIENCE, ask, named, refusal, secs, wrong_fields,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Leases, MongoDb, PATIENCE, acquire, invalid_fields,
+    named, refusal, secs,
 };
 
+/// Acquires a lease on each of `keys`.
 async fn held(client: &mut Leases, keys: &[&str]) -> Vec<LeaseRef> {
     let mut leases = Vec::new();
     for key in keys {
-        leases.push(client.get_lease(ask(key).ttl(secs(60))).await.unwrap().lease.unwrap());
+        leases.push(client.get_lease(acquire(key).ttl(secs(60))).await.unwrap().lease.unwrap());
     }
     leases
 }
 
-/// A lease among very many that are asked for at once, which a busy machine may not manage in the time that a call has.
+/// Acquires one of very many leases that are requested at once. On a busy machine a call may exceed
+/// its deadline, so it is repeated.
 async fn granted(mut client: Leases, request: AcquireRequest) -> LeaseRef {
     for _ in 0..10 {
         match client.get_lease(request.clone()).await {
@@ -46,6 +50,8 @@ async fn granted(mut client: Leases, request: AcquireRequest) -> LeaseRef {
     panic!("not granted");
 }
 
+/// Returns spellings of `id` that the API does not accept, a text that is no UUID, and the nil
+/// UUID.
 fn misspelt(id: Uuid) -> [String; 6] {
     [
         id.hyphenated().to_string().to_uppercase(),
@@ -59,35 +65,35 @@ fn misspelt(id: Uuid) -> [String; 6] {
 
 #[rstest]
 #[tokio::test]
-async fn an_id_has_one_spelling_and_is_not_nil(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn an_id_has_one_spelling_and_is_not_nil(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let lease = held(&mut client, &["job"]).await.remove(0);
     let mut stream = KeepAlive::open(&mut client).await;
     for lease_id in misspelt(lease.lease_id.parse().unwrap()) {
-        let wrong = LeaseRef { lease_id: lease_id.clone(), ..lease.clone() };
-        let request = AcquireRequest { lease_id: lease_id.clone(), ..ask("other") };
+        let malformed = LeaseRef { lease_id: lease_id.clone(), ..lease.clone() };
+        let request = AcquireRequest { lease_id: lease_id.clone(), ..acquire("other") };
         let status = client.get_lease(request).await.unwrap_err();
-        assert_eq!(wrong_fields(&status), ["lease_id"], "{lease_id}");
+        assert_eq!(invalid_fields(&status), ["lease_id"], "{lease_id}");
         assert_eq!(refusal(&status, "").0, Some(Reason::InvalidRequest));
         let what = if lease_id == Uuid::nil().to_string() { "nil UUID" } else { "lower case with hyphens" };
         assert!(status.message().contains(what), "{}", status.message());
-        let touch = client.touch(TouchRequest { lease: Some(wrong.clone()) }).await.unwrap_err();
-        assert_eq!(wrong_fields(&touch), ["lease.lease_id"], "{lease_id}");
-        let release = client.release(ReleaseRequest { lease: Some(wrong.clone()) }).await.unwrap_err();
-        assert_eq!(wrong_fields(&release), ["lease.lease_id"], "{lease_id}");
-        let results = stream.touch(std::slice::from_ref(&wrong)).await;
-        assert_eq!((&results[0].0, refused(&results[0].1)), (&wrong, RefusalReason::Invalid));
+        let touch = client.touch(TouchRequest { lease: Some(malformed.clone()) }).await.unwrap_err();
+        assert_eq!(invalid_fields(&touch), ["lease.lease_id"], "{lease_id}");
+        let release = client.release(ReleaseRequest { lease: Some(malformed.clone()) }).await.unwrap_err();
+        assert_eq!(invalid_fields(&release), ["lease.lease_id"], "{lease_id}");
+        let results = stream.touch(std::slice::from_ref(&malformed)).await;
+        assert_eq!((&results[0].0, refused(&results[0].1)), (&malformed, RefusalReason::Invalid));
     }
     client.renew(&lease).await.unwrap();
 }
 
 #[rstest]
 #[tokio::test]
-async fn malformed_leases_are_refused_and_the_others_of_the_message_are_kept(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn malformed_leases_are_refused_and_others_in_the_message_are_kept(
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let good = held(&mut client, &["a", "b"]).await;
     let not_a_uuid = LeaseRef { key: "job".to_owned(), lease_id: "42".to_owned() };
@@ -95,7 +101,7 @@ async fn malformed_leases_are_refused_and_the_others_of_the_message_are_kept(
     let huge = LeaseRef { key: "é".repeat(10_000), lease_id: "0".repeat(10_000) };
 
     let mut stream = KeepAlive::open(&mut client).await;
-    // First from the store, then from memory.
+    // The first message is written to the store; the second one coalesces.
     for _ in 0..2 {
         let message = [not_a_uuid.clone(), good[0].clone(), huge.clone(), no_key.clone(), good[1].clone()];
         let results = stream.touch(&message).await;
@@ -110,19 +116,19 @@ async fn malformed_leases_are_refused_and_the_others_of_the_message_are_kept(
         let Outcome::Refused(refused) = outcomes[""] else { unreachable!() };
         assert_eq!(refused.message, "lease.key must not be empty");
     }
-    assert_eq!(stream.touch(&[]).await.len(), 2, "what is refused is not carried");
-    assert_eq!(stream.touch(std::slice::from_ref(&no_key)).await.len(), 1, "a message of nothing else");
+    assert_eq!(stream.touch(&[]).await.len(), 2, "the stream does not track refused leases");
+    assert_eq!(stream.touch(std::slice::from_ref(&no_key)).await.len(), 1, "only a malformed lease");
 }
 
 #[rstest]
 #[tokio::test]
-async fn of_too_many_leases_those_past_the_limit_are_refused_and_the_others_kept(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn of_too_many_leases_the_first_are_kept_and_the_rest_is_refused(
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
-    let daemon = Daemon::start_with(home, |config| config.limits.stream_leases = 3).await;
+    let daemon = Daemon::start_with(backend, |config| config.limits.stream_leases = 3).await;
     let mut client = daemon.client().await;
     let leases = held(&mut client, &["a", "b", "c", "d", "e"]).await;
-    // A caller that opens another stream and does the same again keeps the same ones.
+    // A caller that opens another stream and sends the same message keeps the same leases.
     for _ in 0..2 {
         let mut stream = KeepAlive::open(&mut client).await;
         for _ in 0..2 {
@@ -143,7 +149,7 @@ async fn of_too_many_leases_those_past_the_limit_are_refused_and_the_others_kept
     let mut stream = KeepAlive::open(&mut client).await;
     stream.touch(&leases[..3]).await;
     client.give_back(&leases[1]).await.unwrap();
-    assert_eq!(stream.told().await, [(leases[1].clone(), LossReason::Released)]);
+    assert_eq!(stream.reported().await, [(leases[1].clone(), LossReason::Released)]);
     let results = stream.touch(&leases[2..4]).await;
     for (_, outcome) in results {
         kept(&outcome);
@@ -152,10 +158,8 @@ async fn of_too_many_leases_those_past_the_limit_are_refused_and_the_others_kept
 
 #[rstest]
 #[tokio::test]
-async fn of_a_message_that_is_too_large_the_leases_past_the_limit_are_refused(
-    #[values(Embedded, MongoDb)] home: Home,
-) {
-    let daemon = Daemon::start(home).await;
+async fn leases_past_the_size_limit_of_a_message_are_refused(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let held = held(&mut client, &["first", "last"]).await;
     let strangers: Vec<LeaseRef> =
@@ -168,30 +172,30 @@ async fn of_a_message_that_is_too_large_the_leases_past_the_limit_are_refused(
     let results: HashMap<LeaseRef, Outcome> = stream.touch(&message).await.into_iter().collect();
     assert_eq!(results.len(), message.len());
     kept(&results[&held[0]]);
-    assert_eq!(lost(&results[&strangers[0]]), LossReason::Gone, "looked up");
+    assert_eq!(lost(&results[&strangers[0]]), LossReason::Gone, "within the limit, so it is looked up");
     assert_eq!(refused(&results[&strangers[3999]]), RefusalReason::LimitExceeded);
     assert_eq!(refused(&results[&held[1]]), RefusalReason::LimitExceeded);
     let looked_up: Vec<LeaseRef> =
         message.iter().filter(|lease| !matches!(results[*lease], Outcome::Refused(_))).cloned().collect();
     let size = KeepAliveRequest { leases: looked_up, sequence: 0 }.encoded_len();
     assert!((511 * 1024..=512 * 1024).contains(&size), "{size}");
-    // In a message of its own it is kept, on the same stream.
+    // In a message of its own, on the same stream, the refused lease is kept.
     kept(&stream.touch(&held[1..]).await[0].1);
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_message_past_what_is_read_at_all_ends_its_stream_and_says_so(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn a_message_too_large_to_be_read_ends_its_stream_and_says_so(
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let large = LeaseRef { key: "x".repeat(4 * 1024 * 1024), lease_id: String::new() };
     for (leases, limit) in
         [(vec![large], "message_bytes"), (vec![LeaseRef::default(); 12_501], "message_leases")]
     {
         let mut stream = KeepAlive::open(&mut client).await;
-        stream.say(KeepAliveRequest { leases, sequence: 1 }).await;
+        stream.send_raw(KeepAliveRequest { leases, sequence: 1 }).await;
         let status = stream.next().await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert_eq!(refusal(&status, "limit"), (Some(Reason::LimitExceeded), limit.to_owned()));
@@ -201,54 +205,55 @@ async fn a_message_past_what_is_read_at_all_ends_its_stream_and_says_so(
 #[rstest]
 #[tokio::test]
 async fn a_message_without_a_sequence_is_refused_and_touches_nothing(
-    #[values(Embedded, MongoDb)] home: Home,
+    #[values(Embedded, MongoDb)] backend: Backend,
 ) {
-    let daemon = Daemon::start_with(home, |config| config.limits.coalesce_touches = false).await;
+    let daemon = Daemon::start_with(backend, |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
     let leases = held(&mut client, &["job"]).await;
     let mut stream = KeepAlive::open(&mut client).await;
     for sequence in [1, 2] {
-        let before = client.look("job").await.unwrap().holders[0].expire_time;
-        // The second time the stream carries the lease, and the message names none.
+        let before = client.inspect("job").await.unwrap().holders[0].expire_time;
+        // The second time, the stream tracks the lease and the message names none.
         let named = if sequence == 1 { leases.clone() } else { Vec::new() };
-        stream.say(KeepAliveRequest { leases: named, sequence: 0 }).await;
+        stream.send_raw(KeepAliveRequest { leases: named, sequence: 0 }).await;
         let answer = stream.next().await.unwrap();
         assert_eq!((answer.sequence, answer.results.len(), answer.more), (0, 1, false));
         assert_eq!(answer.results[0].lease.as_ref(), Some(&leases[0]));
         assert_eq!(refused(answer.results[0].outcome.as_ref().unwrap()), RefusalReason::Invalid);
-        assert_eq!(client.look("job").await.unwrap().holders[0].expire_time, before);
+        assert_eq!(client.inspect("job").await.unwrap().holders[0].expire_time, before);
         kept(&stream.touch(&leases).await[0].1);
     }
 }
 
-/// Leases on the longest keys, so many that what is said of all of them does not fit into one message.
+/// The stream tracks so many leases on the longest keys that their results do not fit into one
+/// message.
 #[tokio::test]
 async fn an_answer_that_does_not_fit_into_one_message_comes_in_parts() {
     let daemon = Daemon::start(Embedded).await;
     let mut client = daemon.client().await;
     let mut calls = JoinSet::new();
     for number in 0..8000 {
-        let request = ask(&format!("{number:0>512}")).id(Uuid::new_v4()).ttl(secs(3600));
+        let request = acquire(&format!("{number:0>512}")).id(Uuid::new_v4()).ttl(secs(3600));
         calls.spawn(granted(client.clone(), request));
     }
     let leases = calls.join_all().await;
     let mut stream = KeepAlive::open(&mut client).await;
     for some in leases.chunks(800) {
         let parts = stream.touch_in_parts(some).await;
-        assert_eq!(parts.len(), 1, "what a message may name is answered in one");
+        assert_eq!(parts.len(), 1, "the answer to one message that names its leases is not split");
     }
     let parts = stream.touch_in_parts(&[]).await;
     assert!(parts.len() > 1);
-    let mut told = HashSet::new();
+    let mut reported = HashSet::new();
     for result in parts.into_iter().flatten() {
         kept(result.outcome.as_ref().unwrap());
-        told.insert(result.lease.unwrap());
+        reported.insert(result.lease.unwrap());
     }
-    assert_eq!(told, leases.into_iter().collect());
+    assert_eq!(reported, leases.into_iter().collect());
     stream.touch(&[]).await;
 }
 
-/// A record may have a MiB of labels.
+/// A record may contain 1 MiB of metadata.
 #[tokio::test]
 async fn listings_and_watches_of_the_largest_records_fit_into_messages() {
     let daemon = Daemon::start(Embedded).await;
@@ -260,7 +265,7 @@ async fn listings_and_watches_of_the_largest_records_fit_into_messages() {
             let metadata = HashMap::from([("label".to_owned(), "é".repeat(2000))]);
             let request = AcquireRequest {
                 metadata,
-                ..ask(key).id(Uuid::new_v4()).shared(0).owner(&"é".repeat(128)).ttl(secs(3600))
+                ..acquire(key).id(Uuid::new_v4()).shared(0).owner(&"é".repeat(128)).ttl(secs(3600))
             };
             calls.spawn(granted(client.clone(), request));
         }
@@ -297,7 +302,7 @@ async fn listings_and_watches_of_the_largest_records_fit_into_messages() {
     assert_eq!(shown, all);
 }
 
-/// What a status takes up in a block of headers, as clients count it (RFC 9113, 6.5.2).
+/// Returns the size of a status within a header block, as clients count it (RFC 9113, 6.5.2).
 fn header_bytes(status: &Status) -> usize {
     let mut headers = HeaderMap::new();
     status.add_header(&mut headers).unwrap();
@@ -306,20 +311,20 @@ fn header_bytes(status: &Status) -> usize {
 
 #[rstest]
 #[tokio::test]
-async fn no_status_is_larger_than_clients_read(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn no_status_is_larger_than_clients_accept(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut statuses = Vec::new();
     for (number, owner) in
         ["é".repeat(128), "\u{1}".repeat(256), "{".repeat(256), "🔑".repeat(64)].iter().enumerate()
     {
         let key = format!("job/{number}");
-        client.get_lease(ask(&key).owner(owner).ttl(secs(60))).await.unwrap();
-        let status = client.get_lease(ask(&key)).await.unwrap_err();
+        client.get_lease(acquire(&key).owner(owner).ttl(secs(60))).await.unwrap();
+        let status = client.get_lease(acquire(&key)).await.unwrap_err();
         assert_eq!(refusal(&status, "owner"), (Some(Reason::LeaseHeld), owner.clone()));
         statuses.push(status);
     }
-    let wrong = AcquireRequest {
+    let invalid = AcquireRequest {
         key: "é".repeat(1000),
         lease_id: "é".repeat(1000),
         owner: "é".repeat(1000),
@@ -330,11 +335,11 @@ async fn no_status_is_larger_than_clients_read(#[values(Embedded, MongoDb)] home
         mode: 99,
         shared_limit: 0,
     };
-    let status = client.get_lease(wrong).await.unwrap_err();
-    assert_eq!(wrong_fields(&status).len(), 8);
+    let status = client.get_lease(invalid).await.unwrap_err();
+    assert_eq!(invalid_fields(&status).len(), 8);
     assert_eq!(refusal(&status, "").0, Some(Reason::InvalidRequest));
     statuses.push(status);
-    statuses.push(client.get_lease(ask(&"x".repeat(65 * 1024))).await.unwrap_err());
+    statuses.push(client.get_lease(acquire(&"x".repeat(65 * 1024))).await.unwrap_err());
     for status in statuses {
         assert!(status.details().len() <= 4096, "{} bytes: {status:?}", status.details().len());
         assert!(header_bytes(&status) < 7 * 1024, "{} bytes: {status:?}", header_bytes(&status));
@@ -343,10 +348,10 @@ async fn no_status_is_larger_than_clients_read(#[values(Embedded, MongoDb)] home
 }
 
 #[tokio::test]
-async fn reflection_shows_what_refusals_carry() {
+async fn reflection_describes_the_details_of_a_status() {
     let daemon = Daemon::start(Embedded).await;
     let mut client = ServerReflectionClient::new(daemon.channel().await);
-    let mut ask = async |request: MessageRequest| {
+    let mut describe = async |request: MessageRequest| {
         let request = ServerReflectionRequest { host: String::new(), message_request: Some(request) };
         let answers = client.server_reflection_info(tokio_stream::iter([request])).await;
         let answer = answers.unwrap().into_inner().message().await.unwrap().unwrap();
@@ -359,10 +364,10 @@ async fn reflection_shows_what_refusals_carry() {
         }
     };
     for symbol in ["Status", "ErrorInfo", "BadRequest", "RetryInfo"] {
-        let file = ask(MessageRequest::FileContainingSymbol(format!("google.rpc.{symbol}"))).await;
+        let file = describe(MessageRequest::FileContainingSymbol(format!("google.rpc.{symbol}"))).await;
         assert!(file.message_type.iter().any(|message| message.name() == symbol), "{symbol}");
         for import in file.dependency {
-            let imported = ask(MessageRequest::FileByFilename(import.clone())).await;
+            let imported = describe(MessageRequest::FileByFilename(import.clone())).await;
             assert_eq!(imported.name(), import);
         }
     }

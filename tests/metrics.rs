@@ -1,4 +1,4 @@
-//! What a daemon says of itself in numbers: in the right format, as the documents have it, and true.
+//! The daemon's metrics: their format, their agreement with the documentation, and their values.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,14 +13,15 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use crate::keepalive::{KeepAlive, kept};
 use crate::support::exposition::Exposition;
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, fetch, http, line_of, ms, secs, tools,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, MongoDb, acquire, enqueue, eventually, fetch, http, ms,
+    secs, tools, until_queued,
 };
 use crate::watch::Watch;
 
-/// A tenth of it is longer than any test.
+/// A TTL in seconds. Touches coalesce for a tenth of it, which is longer than any test.
 const LONG: u64 = 3600;
 
-/// What a daemon counts.
+/// Fetches and parses the daemon's metrics.
 pub(crate) async fn scrape(daemon: &Daemon) -> Exposition {
     let (head, body) = fetch(daemon.http, "/metrics").await.unwrap();
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
@@ -29,51 +30,52 @@ pub(crate) async fn scrape(daemon: &Daemon) -> Exposition {
     Exposition::parse(&body).unwrap_or_else(|why| panic!("{why}\n{body}"))
 }
 
-/// A sample's name, its labels, and by how much it is to have moved.
-type Move<'a> = (&'a str, &'a [(&'a str, &'a str)], f64);
+/// A sample's name, its labels, and by how much its value must have changed.
+type Change<'a> = (&'a str, &'a [(&'a str, &'a str)], f64);
 
-/// Waits until all have moved so, at the same time: what is counted may be counted after the answer.
-async fn moved(daemon: &Daemon, before: &Exposition, moves: &[Move<'_>]) {
+/// Waits until one scrape shows all of these changes. It waits because the daemon may count a call
+/// after it has answered.
+async fn until_changed(daemon: &Daemon, before: &Exposition, changes: &[Change<'_>]) {
     let mut last = String::new();
     eventually(async || {
         let now = scrape(daemon).await;
-        let mut wrong = String::new();
-        for (name, labels, by) in moves {
-            let moved = now.value(name, labels) - before.value(name, labels);
-            if moved != *by {
-                wrong += &format!("{name} {labels:?} moved by {moved}, not by {by}; ");
+        let mut unexpected = String::new();
+        for (name, labels, by) in changes {
+            let changed = now.value(name, labels) - before.value(name, labels);
+            if changed != *by {
+                unexpected += &format!("{name} {labels:?} changed by {changed}, not by {by}; ");
             }
         }
-        if wrong != last {
-            println!("{wrong}");
-            last = wrong;
+        if unexpected != last {
+            println!("{unexpected}");
+            last = unexpected;
         }
         last.is_empty().then_some(())
     })
     .await;
 }
 
-/// Waits until a gauge stands at `value`.
-async fn stands_at(daemon: &Daemon, name: &str, labels: &[(&str, &str)], value: f64) {
+/// Waits until a gauge has this value.
+async fn until_value(daemon: &Daemon, name: &str, labels: &[(&str, &str)], value: f64) {
     eventually(async || (scrape(daemon).await.value(name, labels) == value).then_some(())).await;
 }
 
-/// Type and labels of each metric.
+/// The type and the labels of each metric, by its name.
 type Table = BTreeMap<String, (String, BTreeSet<String>)>;
 
-/// The rows of the table in the document.
+/// Reads the table of metrics in the documentation.
 fn documented() -> Table {
     let page = fs::read_to_string(tools::root().join("docs/metrics.md")).unwrap();
     let rows = page.lines().filter(|line| line.starts_with("| `"));
     let mut table = Table::new();
     for row in rows {
         let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
-        let [name, kind, labels, says, _] = cells[..] else { panic!("not five cells: {row}") };
-        assert!(!says.is_empty(), "{row}");
+        let [name, kind, labels, meaning, _] = cells[..] else { panic!("not five cells: {row}") };
+        assert!(!meaning.is_empty(), "{row}");
         let labels =
             labels.split_ascii_whitespace().map(|label| label.trim_matches('`').to_owned()).collect();
         let name = name.trim_matches('`').to_owned();
-        assert!(table.insert(name, (kind.to_owned(), labels)).is_none(), "twice: {row}");
+        assert!(table.insert(name, (kind.to_owned(), labels)).is_none(), "listed twice: {row}");
     }
     if cfg!(not(target_os = "linux")) {
         table.retain(|name, _| !name.starts_with("process_"));
@@ -83,8 +85,8 @@ fn documented() -> Table {
 
 #[rstest]
 #[tokio::test]
-async fn the_table_in_the_documents_is_what_a_daemon_exports(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn the_documentation_lists_exactly_the_exported_metrics(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let exported = scrape(&daemon).await.0.into_iter();
     let exported: Table = exported.map(|(name, family)| (name, (family.kind, family.labels))).collect();
     assert_eq!(exported, documented());
@@ -92,8 +94,8 @@ async fn the_table_in_the_documents_is_what_a_daemon_exports(#[values(Embedded, 
 
 #[rstest]
 #[tokio::test]
-async fn what_the_examples_of_alarms_name_is_exported(#[values(Embedded)] home: Home) {
-    let exported = scrape(&Daemon::start(home).await).await;
+async fn every_metric_in_the_example_alarms_is_exported(#[values(Embedded)] backend: Backend) {
+    let exported = scrape(&Daemon::start(backend).await).await;
     let page = fs::read_to_string(tools::root().join("docs/metrics.md")).unwrap();
     let (_, alarms) = page.split_once("\n## Alarms\n").unwrap();
     let words = alarms.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
@@ -107,22 +109,22 @@ async fn what_the_examples_of_alarms_name_is_exported(#[values(Embedded)] home: 
 
 #[rstest]
 #[tokio::test]
-async fn calls_that_are_granted_and_refused_are_counted(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn calls_that_are_granted_and_refused_are_counted(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let before = scrape(&daemon).await;
 
-    let lease = client.get_lease(ask("job").ttl(secs(LONG))).await.unwrap().lease.unwrap();
-    assert_eq!(client.get_lease(ask("job")).await.unwrap_err().code(), Code::AlreadyExists);
-    assert_eq!(client.get_lease(ask("")).await.unwrap_err().code(), Code::InvalidArgument);
+    let lease = client.get_lease(acquire("job").ttl(secs(LONG))).await.unwrap().lease.unwrap();
+    assert_eq!(client.get_lease(acquire("job")).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.get_lease(acquire("")).await.unwrap_err().code(), Code::InvalidArgument);
     client.renew(&lease).await.unwrap();
     client.give_back(&lease).await.unwrap();
     assert_eq!(client.renew(&lease).await.unwrap_err().code(), Code::NotFound);
-    assert_eq!(client.look("nobody's").await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(client.inspect("nobody's").await.unwrap_err().code(), Code::NotFound);
     let revoke = RevokeRequest { key: "nobody's".to_owned(), ..RevokeRequest::default() };
     daemon.admin().await.revoke(revoke).await.unwrap();
 
-    moved(
+    until_changed(
         &daemon,
         &before,
         &[
@@ -158,36 +160,33 @@ async fn calls_that_are_granted_and_refused_are_counted(#[values(Embedded, Mongo
     .await;
     let now = scrape(&daemon).await;
     assert!(now.value("leased_call_duration_seconds_sum", &[]) > 0.0);
-    let store = if home == Embedded { "embedded" } else { "mongodb" };
+    let store = if backend == Embedded { "embedded" } else { "mongodb" };
     assert_eq!(now.value("leased_build_info", &[("store", store)]), 1.0);
-    stands_at(&daemon, "leased_connections", &[], 1.0).await;
+    until_value(&daemon, "leased_connections", &[], 1.0).await;
 }
 
 #[rstest]
 #[tokio::test]
-async fn waits_are_counted_by_how_they_end(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn waits_are_counted_by_how_they_end(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(secs(LONG))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(secs(LONG))).await.unwrap().lease.unwrap();
     let before = scrape(&daemon).await;
 
     assert_eq!(
-        client.get_lease(ask("job").wait(ms(1))).await.unwrap_err().code(),
+        client.get_lease(acquire("job").wait(ms(1))).await.unwrap_err().code(),
         Code::AlreadyExists,
-        "it is held for longer than that"
+        "the key is still held when the wait is over"
     );
-    let (mut gone, mut next) = (client.clone(), client.clone());
-    let gone = tokio::spawn(async move { gone.get_lease(ask("job").wait(secs(LONG))).await });
-    line_of(&mut client, "job", 1).await;
-    stands_at(&daemon, "leased_waiting_calls", &[], 1.0).await;
+    let gone = enqueue(&mut client, acquire("job").wait(secs(LONG)), 1).await;
+    until_value(&daemon, "leased_waiting_calls", &[], 1.0).await;
     gone.abort();
-    line_of(&mut client, "job", 0).await;
-    let next = tokio::spawn(async move { next.get_lease(ask("job").wait(secs(LONG))).await });
-    line_of(&mut client, "job", 1).await;
+    until_queued(&mut client, "job", 0).await;
+    let next = enqueue(&mut client, acquire("job").wait(secs(LONG)), 1).await;
     client.give_back(&lease).await.unwrap();
     assert!(next.await.unwrap().unwrap().waited);
 
-    moved(
+    until_changed(
         &daemon,
         &before,
         &[
@@ -210,34 +209,34 @@ async fn waits_are_counted_by_how_they_end(#[values(Embedded, MongoDb)] home: Ho
 
 #[rstest]
 #[tokio::test]
-async fn touches_and_losses_on_streams_are_counted(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn touches_and_losses_on_streams_are_counted(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut leases = Vec::new();
     for key in ["revoked", "released", "kept"] {
-        leases.push(client.get_lease(ask(key).ttl(secs(LONG))).await.unwrap().lease.unwrap());
+        leases.push(client.get_lease(acquire(key).ttl(secs(LONG))).await.unwrap().lease.unwrap());
     }
     let mut stream = KeepAlive::open(&mut client).await;
     let before = scrape(&daemon).await;
-    stands_at(&daemon, "leased_open_streams", &[("method", "KeepAlive")], 1.0).await;
+    until_value(&daemon, "leased_open_streams", &[("method", "KeepAlive")], 1.0).await;
 
     for _ in 0..3 {
         for (_, outcome) in stream.touch(&leases).await {
             kept(&outcome);
         }
     }
-    stands_at(&daemon, "leased_carried_leases", &[], 3.0).await;
+    until_value(&daemon, "leased_carried_leases", &[], 3.0).await;
     let revoke = RevokeRequest { key: "revoked".to_owned(), ..RevokeRequest::default() };
     assert_eq!(daemon.admin().await.revoke(revoke).await.unwrap().into_inner().revoked, 1);
-    assert_eq!(stream.told().await[0].1, LossReason::Revoked);
+    assert_eq!(stream.reported().await[0].1, LossReason::Revoked);
     client.give_back(&leases[1]).await.unwrap();
-    assert_eq!(stream.told().await[0].1, LossReason::Released);
-    // Asked about a lease that is over, the stream is told again.
+    assert_eq!(stream.reported().await[0].1, LossReason::Released);
+    // A message that names the revoked lease is answered with the loss once more.
     stream.touch(&leases[..1]).await;
-    stands_at(&daemon, "leased_carried_leases", &[], 1.0).await;
+    until_value(&daemon, "leased_carried_leases", &[], 1.0).await;
     drop(stream);
 
-    moved(
+    until_changed(
         &daemon,
         &before,
         &[
@@ -255,21 +254,23 @@ async fn touches_and_losses_on_streams_are_counted(#[values(Embedded, MongoDb)] 
         ],
     )
     .await;
-    stands_at(&daemon, "leased_open_streams", &[], 0.0).await;
+    until_value(&daemon, "leased_open_streams", &[], 0.0).await;
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_holder_that_fell_silent_makes_a_takeover_and_a_loss(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn displacing_a_silent_holder_counts_a_takeover_and_a_loss(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut stream = KeepAlive::open(&mut client).await;
     let before = scrape(&daemon).await;
-    let lease = client.get_lease(ask("job").ttl(ms(300))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(ms(300))).await.unwrap().lease.unwrap();
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
-    client.get_lease(ask("job").ttl(secs(LONG)).wait(secs(LONG))).await.unwrap();
-    assert_eq!(stream.told().await, [(lease, LossReason::Displaced)]);
-    moved(
+    client.get_lease(acquire("job").ttl(secs(LONG)).wait(secs(LONG))).await.unwrap();
+    assert_eq!(stream.reported().await, [(lease, LossReason::Displaced)]);
+    until_changed(
         &daemon,
         &before,
         &[
@@ -286,69 +287,74 @@ async fn a_holder_that_fell_silent_makes_a_takeover_and_a_loss(#[values(Embedded
 
 #[rstest]
 #[tokio::test]
-async fn watches_are_counted_while_they_are_open_and_when_they_end(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn watches_are_counted_while_they_are_open_and_when_they_end(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let before = scrape(&daemon).await;
     let (watch, _) = Watch::open(&mut daemon.client().await, "").await;
-    stands_at(&daemon, "leased_open_streams", &[("method", "Watch")], 1.0).await;
-    moved(&daemon, &before, &[("leased_calls_total", &[], 0.0)]).await;
+    until_value(&daemon, "leased_open_streams", &[("method", "Watch")], 1.0).await;
+    until_changed(&daemon, &before, &[("leased_calls_total", &[], 0.0)]).await;
     drop(watch);
-    let ended: Move<'_> = ("leased_calls_total", &[("method", "Watch"), ("code", "CANCELLED")], 1.0);
-    moved(&daemon, &before, &[ended, ("leased_open_streams", &[], 0.0)]).await;
+    let ended: Change<'_> = ("leased_calls_total", &[("method", "Watch"), ("code", "CANCELLED")], 1.0);
+    until_changed(&daemon, &before, &[ended, ("leased_open_streams", &[], 0.0)]).await;
 }
 
-/// What was told in trailers, as all codes of streams that have begun are.
+/// The status of a stream that has begun is sent in trailers, so it must be counted from there.
 #[rstest]
 #[tokio::test]
-async fn a_stream_that_is_refused_half_way_counts_with_its_code(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_stream_that_fails_after_it_began_counts_with_its_code(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let before = scrape(&daemon).await;
     let mut stream = KeepAlive::open(&mut daemon.client().await).await;
-    // More than a stream bears.
+    // A message may name at most 12,500 leases.
     stream.send(&vec![leased_client::v1::LeaseRef::default(); 12_501]).await;
     assert_eq!(stream.next().await.unwrap_err().code(), Code::ResourceExhausted);
-    let refused: Move<'_> = ("leased_calls_total", &[("code", "RESOURCE_EXHAUSTED")], 1.0);
-    moved(&daemon, &before, &[refused, ("leased_calls_total", &[], 1.0)]).await;
+    let refused: Change<'_> = ("leased_calls_total", &[("code", "RESOURCE_EXHAUSTED")], 1.0);
+    until_changed(&daemon, &before, &[refused, ("leased_calls_total", &[], 1.0)]).await;
 }
 
 #[tokio::test]
-async fn two_daemons_in_one_process_count_for_themselves_and_tell_how_the_feed_stands() {
+async fn two_daemons_in_one_process_have_their_own_counts_and_feed_states() {
     let daemon = Daemon::start(MongoDb).await;
     let alone = scrape(&daemon).await;
     assert!(alone.value("leased_feed_lag_seconds", &[]).is_nan());
     assert_eq!(alone.value("leased_feed_state", &[("state", "off")]), 1.0);
     let other = daemon.sibling().await;
     for daemon in [&daemon, &other] {
-        daemon.follows().await;
-        stands_at(daemon, "leased_feed_state", &[("state", "following")], 1.0).await;
+        daemon.until_following().await;
+        until_value(daemon, "leased_feed_state", &[("state", "following")], 1.0).await;
         let now = scrape(daemon).await;
         assert_eq!(now.value("leased_feed_state", &[]), 1.0);
         assert!(now.value("leased_feed_lag_seconds", &[]) >= 0.0);
         assert!(now.value("leased_feed_gaps_total", &[]) >= 1.0);
     }
     let before = scrape(&other).await;
-    daemon.client().await.get_lease(ask("job")).await.unwrap();
-    moved(&daemon, &alone, &[("leased_grants_total", &[], 1.0)]).await;
-    moved(&other, &before, &[("leased_grants_total", &[], 0.0), ("leased_calls_total", &[], 0.0)]).await;
+    daemon.client().await.get_lease(acquire("job")).await.unwrap();
+    until_changed(&daemon, &alone, &[("leased_grants_total", &[], 1.0)]).await;
+    until_changed(&other, &before, &[("leased_grants_total", &[], 0.0), ("leased_calls_total", &[], 0.0)])
+        .await;
 }
 
-/// Fail points are the whole server's, so it is the test's own.
+/// The test starts a MongoDB of its own, since fail points affect the whole server.
 #[tokio::test]
-async fn what_the_store_fails_at_is_counted_by_what_is_known_of_it() {
+async fn failures_of_the_store_are_counted_by_kind() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |_| {}).await;
     let mut client = daemon.client().await;
     let before = scrape(&daemon).await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
-    // MaxTimeMSExpired, which may pass, and Unauthorized, which will not.
+    // The daemon repeats a commit after MaxTimeMSExpired (50), and not after Unauthorized (13).
     for (code, times) in [(50, 2), (13, 1)] {
         let data = doc! { "failCommands": ["findAndModify"], "errorCode": code };
         let fail = doc! { "configureFailPoint": "failCommand", "mode": { "times": times }, "data": data };
         admin.run_command(fail).await.unwrap();
-        assert_eq!(client.get_lease(ask("job")).await.is_ok(), code == 50);
+        assert_eq!(client.get_lease(acquire("job")).await.is_ok(), code == 50);
     }
     let commit = |kind| [("operation", "commit"), ("kind", kind)];
-    moved(
+    until_changed(
         &daemon,
         &before,
         &[
@@ -363,10 +369,10 @@ async fn what_the_store_fails_at_is_counted_by_what_is_known_of_it() {
 
 #[rstest]
 #[tokio::test]
-async fn readiness_is_a_number_too(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start_with(home, |config| config.drain_timeout = secs(LONG)).await;
-    stands_at(&daemon, "leased_ready", &[], 1.0).await;
-    // A stream that its caller keeps open keeps the daemon from ending before it has been asked again.
+async fn readiness_is_also_a_metric(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start_with(backend, |config| config.drain_timeout = secs(LONG)).await;
+    until_value(&daemon, "leased_ready", &[], 1.0).await;
+    // An open stream keeps the draining daemon running until its metrics have been read.
     let mut client = ServerReflectionClient::new(daemon.channel().await);
     let _open = client.server_reflection_info(tokio_stream::pending()).await.unwrap();
     daemon.drain();
@@ -375,7 +381,7 @@ async fn readiness_is_a_number_too(#[values(Embedded, MongoDb)] home: Home) {
 }
 
 #[tokio::test]
-async fn limits_are_numbers_too() {
+async fn limits_are_also_metrics() {
     let daemon = Daemon::start_with(Embedded, |config| {
         config.limits.connections = 11;
         config.limits.bounds.waiting_calls = 12;
@@ -392,7 +398,7 @@ async fn limits_are_numbers_too() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn the_process_is_this_one() {
+async fn the_process_metrics_describe_this_process() {
     let daemon = Daemon::start(Embedded).await;
     let now = scrape(&daemon).await;
     let megabyte = 1024.0 * 1024.0;
@@ -402,7 +408,7 @@ async fn the_process_is_this_one() {
     );
     assert!(now.value("process_open_fds", &[]) > 3.0);
     assert!(now.value("process_max_fds", &[]) >= now.value("process_open_fds", &[]));
-    // After this was written, in seconds since the epoch.
+    // In seconds since 1970. This test was written later than that.
     assert!(now.value("process_start_time_seconds", &[]) > 1_700_000_000.0);
     let later = eventually(async || {
         let later = scrape(&daemon).await.value("process_cpu_seconds_total", &[]);

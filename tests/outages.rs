@@ -1,4 +1,4 @@
-//! What calls leave behind that end while the store is away.
+//! Calls that fail during an outage of the store leave no lease behind.
 
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
@@ -7,22 +7,22 @@ use mongodb::options::{CollectionOptions, ReadConcern};
 use throwaway_mongodb::Mongod;
 
 use crate::metrics::scrape;
-use crate::support::{Asking, Calls, Daemon, ask, eventually, refusal, secs};
+use crate::support::{AcquireBuilder, Calls, Daemon, acquire, eventually, refusal, secs};
 
-/// A call may take a second here, so an outage need not last long to be longer than a call and what it leaves behind. Fail
-/// points are the whole server's, so it is the test's own.
+/// Calls may take only one second here, so a short outage already outlasts a call and its cleanup.
+/// The test starts a MongoDB of its own, since fail points affect the whole server.
 #[tokio::test]
-async fn a_lease_that_no_answer_told_of_is_given_back_after_an_outage_longer_than_calls_may_take() {
+async fn a_lease_of_a_call_without_an_answer_is_released_after_a_long_outage() {
     let mut mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |config| config.limits.bounds.call = secs(1)).await;
     let mut client = daemon.client().await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
-    // What a majority has lasts, whatever becomes of the server.
+    // Reads with majority concern only return what survives a crash of the server.
     let lasting = CollectionOptions::builder().read_concern(ReadConcern::majority()).build();
     let name = &daemon.location().collection;
     let records = daemon.database().await.collection_with_options::<Document>(name, lasting);
 
-    // The grant takes effect without being acknowledged, and then the server is away.
+    // The grant takes effect without being acknowledged, and then the server is killed.
     let data = doc! {
         "failCommands": ["findAndModify", "update"],
         "namespace": records.namespace().to_string(),
@@ -31,12 +31,15 @@ async fn a_lease_that_no_answer_told_of_is_given_back_after_an_outage_longer_tha
     let fail = doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data };
     admin.run_command(fail).await.unwrap();
     let mut caller = client.clone();
-    let call = tokio::spawn(async move { caller.get_lease(ask("job").ttl(secs(3600))).await });
+    let call = tokio::spawn(async move { caller.get_lease(acquire("job").ttl(secs(3600))).await });
     eventually(async || records.find_one(doc! { "_id": "job" }).await.unwrap()).await;
     mongod.kill().unwrap();
     let status = call.await.unwrap().unwrap_err();
     assert_eq!(refusal(&status, "outcome"), (Some(Reason::StoreUnavailable), "unknown".to_owned()));
-    assert!(status.message().contains("if the call named one"), "it named none: {status:?}");
+    assert!(
+        status.message().contains("if the call named one"),
+        "the message depends on whether the call named an id: {status:?}"
+    );
     eventually(async || {
         let failed = scrape(&daemon).await.value("leased_store_errors_total", &[("operation", "commit")]);
         (failed >= 2.0).then_some(())
@@ -44,6 +47,6 @@ async fn a_lease_that_no_answer_told_of_is_given_back_after_an_outage_longer_tha
     .await;
 
     mongod.restart().await.unwrap();
-    let free = async || (client.look("job").await.ok()?.state() == LeaseState::Free).then_some(());
+    let free = async || (client.inspect("job").await.ok()?.state() == LeaseState::Free).then_some(());
     eventually(free).await;
 }

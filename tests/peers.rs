@@ -1,4 +1,5 @@
-//! Peers that are silent, slow, hasty, or too many: others are served, and honest ones are not taken for them.
+//! Peers that are silent, slow, too fast, or too many. Other callers are served, and honest callers
+//! are not mistaken for such peers.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -20,19 +21,21 @@ use uuid::Uuid;
 use crate::keepalive::kept;
 use crate::support::exposition::Exposition;
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, PATIENCE, ask, eventually, http, ms, named, secs,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, MongoDb, PATIENCE, acquire, eventually, http, ms,
+    named, secs,
 };
 
-/// What an HTTP/2 client says first.
+/// The connection preface of an HTTP/2 client.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Reads until the other side closes the connection.
 async fn closed(stream: &mut TcpStream) {
     let mut rest = Vec::new();
-    // With an end or with a reset.
-    let _ = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("it stays open");
+    // The result is ignored, since the daemon may close or reset the connection.
+    let _ = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("the connection stays open");
 }
 
+/// Returns how many connections the daemon has refused on `port`.
 async fn refused(daemon: &Daemon, port: &str) -> f64 {
     let (_, text) = http(daemon.http, "/metrics").await.unwrap();
     Exposition::parse(&text).unwrap().value("leased_connections_refused_total", &[("port", port)])
@@ -44,7 +47,8 @@ async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
     let mut silent = Vec::new();
     for _ in 0..8 {
         let mut stream = TcpStream::connect(daemon.grpc).await.unwrap();
-        // Half of the connections send a part of the preface. The daemon greets each that it accepts.
+        // Half of the connections send part of the preface. The daemon sends something on each
+        // connection that it accepts.
         if silent.len() % 2 == 0 {
             stream.write_all(&PREFACE[..16]).await.unwrap();
         }
@@ -59,7 +63,7 @@ async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
     }
     eventually(async || {
         let client = LeaseServiceClient::connect(format!("http://{}", daemon.grpc));
-        client.await.ok()?.get_lease(ask("job")).await.ok()
+        client.await.ok()?.get_lease(acquire("job")).await.ok()
     })
     .await;
 }
@@ -74,12 +78,12 @@ async fn connections_without_calls_do_not_hold_up_a_drain() {
         peer.read_exact(&mut [0]).await.unwrap();
         peers.push(peer);
     }
-    // Far less than the drain may take.
+    // The drain timeout is much longer than `stop` waits.
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn the_side_port_closes_connections_that_ask_nothing_and_those_that_are_too_many() {
+async fn the_http_port_closes_silent_connections_and_surplus_ones() {
     let daemon = Daemon::start(Embedded).await;
     let mut silent = Vec::new();
     for _ in 0..128 {
@@ -87,7 +91,7 @@ async fn the_side_port_closes_connections_that_ask_nothing_and_those_that_are_to
         stream.write_all(b"GET /livez HTTP/1.1\r\nHost:").await.unwrap();
         silent.push(stream);
     }
-    // Until all of them have been taken in there may be room.
+    // There may be room for one more until the daemon has accepted all of them.
     eventually(async || http(daemon.http, "/livez").await.is_none().then_some(())).await;
     for stream in &mut silent {
         closed(stream).await;
@@ -96,7 +100,7 @@ async fn the_side_port_closes_connections_that_ask_nothing_and_those_that_are_to
     assert!(refused(&daemon, "http").await >= 1.0);
 }
 
-/// A frame of HTTP/2 (RFC 9113, 4.1).
+/// Encodes an HTTP/2 frame (RFC 9113, 4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
     let mut frame = vec![length[1], length[2], length[3], kind, flags];
@@ -115,7 +119,7 @@ const END_HEADERS: u8 = 4;
 const CANCEL: u32 = 8;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
-/// A call as it begins: literal header fields, none of them indexed (RFC 7541, 6.2.2).
+/// Encodes the headers of a call, as literal fields without indexing (RFC 7541, 6.2.2).
 fn call(stream: u32) -> Vec<u8> {
     let mut headers = Vec::new();
     for (name, value) in [
@@ -134,11 +138,12 @@ fn call(stream: u32) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, stream, &headers)
 }
 
+/// Encodes the headers of a call and its cancellation.
 fn cancelled_call(stream: u32) -> Vec<u8> {
     [call(stream), frame(RST_STREAM, 0, stream, &CANCEL.to_be_bytes())].concat()
 }
 
-/// Reads frames until one is of this kind, and returns its payload.
+/// Reads frames up to the first one of this kind, and returns its payload.
 async fn read_until(stream: &mut TcpStream, kind: u8) -> Vec<u8> {
     let read = async {
         loop {
@@ -147,7 +152,7 @@ async fn read_until(stream: &mut TcpStream, kind: u8) -> Vec<u8> {
             let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
             stream.read_exact(&mut payload).await.unwrap();
             assert!(head[3] != GOAWAY, "{:?}", payload.escape_ascii().to_string());
-            // An acknowledged ping, not one of the daemon's own.
+            // Only an acknowledgement (flag 1) counts; the daemon also sends pings of its own.
             if head[3] == kind && (kind != PING || head[4] == 1) {
                 return payload;
             }
@@ -157,18 +162,18 @@ async fn read_until(stream: &mut TcpStream, kind: u8) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn calls_cancelled_together_leave_the_connection_and_a_flood_of_them_ends_it() {
+async fn a_burst_of_cancelled_calls_is_tolerated_and_a_flood_ends_the_connection() {
     let daemon = Daemon::start(Embedded).await;
     let mut stream = TcpStream::connect(daemon.grpc).await.unwrap();
     let mut said = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
-    // As after a hitch in the network: as many as may be open, and all of them given up.
+    // A client cancels all calls that may be open at once, as it may do after a network problem.
     let limit = daemon.config.limits.streams;
     said.extend((0..limit).flat_map(|number| cancelled_call(2 * number + 1)));
     said.extend(frame(PING, 0, 0, b"they are"));
     stream.write_all(&said).await.unwrap();
     assert_eq!(read_until(&mut stream, PING).await, b"they are");
 
-    // CVE-2023-44487
+    // The rapid reset attack, CVE-2023-44487.
     let mut number = limit;
     let (mut reader, mut writer) = stream.split();
     let flood = async {
@@ -184,15 +189,16 @@ async fn calls_cancelled_together_leave_the_connection_and_a_flood_of_them_ends_
     let mut heard = Vec::new();
     tokio::select! {
         () = flood => {}
-        read = timeout(PATIENCE, reader.read_to_end(&mut heard)) => drop(read.expect("it stays open")),
+        read = timeout(PATIENCE, reader.read_to_end(&mut heard)) => drop(read.expect("the connection stays open")),
     }
     let calm = ENHANCE_YOUR_CALM.to_be_bytes();
     let goaway = |at: &[u8]| at[3] == GOAWAY && at[13..17] == calm;
     assert!(heard.windows(17).any(goaway), "no GOAWAY among {} bytes", heard.len());
-    daemon.client().await.get_lease(ask("job")).await.unwrap();
+    daemon.client().await.get_lease(acquire("job")).await.unwrap();
 }
 
-/// A client may have sent more before it hears of the refusal; h2 resets the stream for that, and counts.
+/// A client may send more of a request before it reads the refusal. Then h2 resets the stream, and
+/// counts its resets.
 #[tokio::test]
 async fn requests_that_are_too_large_do_not_end_their_connection() {
     let daemon = Daemon::start(Embedded).await;
@@ -204,7 +210,8 @@ async fn requests_that_are_too_large_do_not_end_their_connection() {
     for _ in streams() {
         read_until(&mut stream, HEADERS).await;
     }
-    // All of these are refused, and h2 remembers fifty streams that it has reset. In all less than a window.
+    // The daemon refuses all of these, and h2 remembers only 50 streams that it has reset. Together
+    // they are smaller than a flow-control window.
     let go_on = |id| frame(DATA, 0, id, &[0; 100]);
     stream.write_all(&streams().flat_map(go_on).collect::<Vec<u8>>()).await.unwrap();
     stream.write_all(&frame(PING, 0, 0, b"go on :)")).await.unwrap();
@@ -213,16 +220,16 @@ async fn requests_that_are_too_large_do_not_end_their_connection() {
 
 #[rstest]
 #[tokio::test]
-async fn a_stream_of_a_thousand_messages_a_second_is_answered_whole_and_in_time(
-    #[values(Embedded, MongoDb)] home: Home,
+async fn a_stream_of_a_thousand_messages_a_second_is_answered_completely(
+    #[values(Embedded, MongoDb)] backend: Backend,
     #[values(true, false)] coalesces: bool,
 ) {
     const MESSAGES: u64 = 5000;
-    let daemon = Daemon::start_with(home, |config| config.limits.coalesce_touches = coalesces).await;
+    let daemon = Daemon::start_with(backend, |config| config.limits.coalesce_touches = coalesces).await;
     let mut client = daemon.client().await;
     let mut leases = Vec::new();
     for key in ["a", "b", "c"] {
-        leases.push(client.get_lease(ask(key).ttl(secs(5))).await.unwrap().lease.unwrap());
+        leases.push(client.get_lease(acquire(key).ttl(secs(5))).await.unwrap().lease.unwrap());
     }
     let mut calls = connection(&daemon).await.ready().await.unwrap();
     let (answers, mut messages) = calls.send_request(request("KeepAlive").body(()).unwrap(), false).unwrap();
@@ -234,7 +241,8 @@ async fn a_stream_of_a_thousand_messages_a_second_is_answered_whole_and_in_time(
             if sequence % 20 == 0 {
                 ticks.tick().await;
             }
-            // By turns some, and all. Each in a frame of its own, as clients send what they are given one by one.
+            // A message names 1, 2, 3 or no leases, in turn. Each message has a frame of its own,
+            // as if a client sent them one by one.
             let leases = named.iter().take((sequence % 4) as usize).cloned().collect();
             let message = framed(&KeepAliveRequest { leases, sequence }.encode_to_vec());
             messages.send_data(message.into(), false).unwrap();
@@ -245,7 +253,7 @@ async fn a_stream_of_a_thousand_messages_a_second_is_answered_whole_and_in_time(
     let mut due: BTreeSet<u64> = (1..=MESSAGES).collect();
     while !due.is_empty() {
         let answer = timeout(PATIENCE, answers.next()).await.unwrap();
-        assert!(due.remove(&answer.sequence), "{} again", answer.sequence);
+        assert!(due.remove(&answer.sequence), "{} is answered twice", answer.sequence);
         let expected: Vec<LeaseRef> = leases.iter().take((answer.sequence % 4) as usize).cloned().collect();
         let told = |result: &KeepAliveResult| result.lease.clone().unwrap();
         if !expected.is_empty() {
@@ -274,14 +282,14 @@ impl Answers {
                     return answer;
                 }
             }
-            let data = self.body.data().await.expect("more answers").unwrap();
+            let data = self.body.data().await.expect("the stream has ended").unwrap();
             self.body.flow_control().release_capacity(data.len()).unwrap();
             self.unread.extend(data);
         }
     }
 }
 
-/// A connection for calls made by hand.
+/// Opens a connection for calls that the test encodes itself.
 async fn connection(daemon: &Daemon) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(daemon.grpc).await.unwrap();
     let (calls, connection) = h2::client::handshake(stream).await.unwrap();
@@ -295,7 +303,7 @@ fn request(method: &str) -> http::request::Builder {
         .header("te", "trailers")
 }
 
-/// Sends `message`, perhaps not all of it, and returns the status that the daemon answers with.
+/// Sends `message`, which may be incomplete, and returns the status with which the daemon answers.
 async fn status(
     calls: &SendRequest<Bytes>,
     method: &str,
@@ -320,19 +328,19 @@ async fn status(
     answer.trailers().await.unwrap().unwrap()
 }
 
-/// A message as gRPC frames it.
+/// Frames a message as gRPC does.
 fn framed(message: &[u8]) -> Vec<u8> {
     let length = u32::try_from(message.len()).unwrap().to_be_bytes();
     [&[0][..], &length, message].concat()
 }
 
-/// A message of so many bytes that says nothing.
+/// Returns a framed message of so many zero bytes.
 fn message(bytes: usize) -> Vec<u8> {
     framed(&vec![0; bytes])
 }
 
 #[tokio::test]
-async fn messages_that_never_come_whole_are_past_a_limit() {
+async fn messages_that_stay_incomplete_are_refused() {
     let daemon = Daemon::start(Embedded).await;
     let calls = connection(&daemon).await;
     for (method, said) in [("Get", &message(0)[..]), ("Get", &[]), ("KeepAlive", &message(1000)[..500])] {
@@ -342,14 +350,15 @@ async fn messages_that_never_come_whole_are_past_a_limit() {
     }
 }
 
-/// The largest message, without its last byte.
+/// Returns the largest message that is allowed, without its last byte.
 fn unfinished() -> Vec<u8> {
     let mut message = message(4 << 20);
     message.pop();
     message
 }
 
-/// Begins a message on a stream of each connection, and returns what the first stream to end is told.
+/// Begins a message on a stream of each connection, and returns the status message of the first
+/// stream that ends.
 async fn hold_back<const N: usize>(connections: [&SendRequest<Bytes>; N]) -> (JoinSet<HeaderMap>, String) {
     let mut holding = JoinSet::new();
     for calls in connections.map(SendRequest::clone) {
@@ -360,8 +369,8 @@ async fn hold_back<const N: usize>(connections: [&SendRequest<Bytes>; N]) -> (Jo
     (holding, first["grpc-message"].to_str().unwrap().to_owned())
 }
 
-/// A message that does not fit into one frame is answered.
-async fn is_served(daemon: &Daemon) {
+/// Checks that the daemon answers a message that does not fit into one frame.
+async fn assert_served(daemon: &Daemon) {
     let leases = (0..1000).map(|number| named(&number.to_string(), Uuid::new_v4())).collect();
     let message = framed(&KeepAliveRequest { leases, sequence: 1 }.encode_to_vec());
     let status = status(&connection(daemon).await, "KeepAlive", None, message, true).await;
@@ -369,41 +378,41 @@ async fn is_served(daemon: &Daemon) {
 }
 
 #[tokio::test]
-async fn one_connection_that_holds_messages_back_leaves_room_for_those_of_others() {
+async fn one_connection_with_incomplete_messages_leaves_room_for_others() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.receiving_bytes = 6 << 20).await;
     let calls = connection(&daemon).await;
     let (_holding, refused) = hold_back([&calls; 3]).await;
     assert!(refused.contains("connection_receiving_bytes"), "{refused}");
-    is_served(&daemon).await;
-    // It may go on itself, too.
+    assert_served(&daemon).await;
+    // The same connection can still make small calls.
     assert_eq!(status(&calls, "Get", None, message(0), true).await["grpc-status"], "3");
 }
 
 #[tokio::test]
-async fn messages_that_are_held_back_on_many_connections_are_bounded_together() {
+async fn incomplete_messages_on_many_connections_have_a_common_limit() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.receiving_bytes = 6 << 20).await;
     let (one, other) = (connection(&daemon).await, connection(&daemon).await);
     let (_holding, refused) = hold_back([&one, &other]).await;
     assert!(refused.contains("receiving_bytes") && !refused.contains("connection"), "{refused}");
-    is_served(&daemon).await;
+    assert_served(&daemon).await;
 }
 
 #[tokio::test]
-async fn a_passed_deadline_is_never_called_anything_else() {
+async fn a_missed_deadline_is_never_reported_as_another_failure() {
     let daemon = Daemon::start(Embedded).await;
     let calls = connection(&daemon).await;
     for number in 0..200 {
         let timeout = format!("{}u", 1 + 50 * number);
-        // Every other one is not whole, so that nothing but its deadline can end it in time.
-        let is_whole = number % 2 == 0;
-        let status = status(&calls, "Get", Some(&timeout), message(0), is_whole).await;
+        // Every other message is incomplete, so only its deadline can end that call in time.
+        let is_complete = number % 2 == 0;
+        let status = status(&calls, "Get", Some(&timeout), message(0), is_complete).await;
         match status["grpc-status"].to_str().unwrap() {
             "4" => {}
-            // The field is wrong.
-            "3" if is_whole => {}
+            // The empty message lacks a key, so it may also be refused as invalid.
+            "3" if is_complete => {}
             other => panic!("{timeout}: {other}, {status:?}"),
         }
     }
     let in_time = status(&calls, "Get", Some("60S"), message(0), true).await;
-    assert_eq!(in_time["grpc-status"], "3", "the field is wrong, and nothing is late: {in_time:?}");
+    assert_eq!(in_time["grpc-status"], "3", "the empty key is refused long before the deadline: {in_time:?}");
 }

@@ -1,4 +1,5 @@
-//! leased behind proxies, with the configurations that docs/proxies.md shows but for ports and folders.
+//! leased behind proxies, with the configurations of docs/proxies.md. Only ports and folders are
+//! changed.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -14,7 +15,9 @@ use tonic::transport::Endpoint;
 use uuid::Uuid;
 
 use crate::keepalive::KeepAlive;
-use crate::support::{Asking, Calls, Daemon, Embedded, Leases, ask, eventually, line_of, named, secs, tools};
+use crate::support::{
+    AcquireBuilder, Calls, Daemon, Embedded, Leases, acquire, eventually, named, secs, tools, until_queued,
+};
 
 #[derive(Debug, Clone, Copy)]
 enum Proxy {
@@ -26,7 +29,7 @@ enum Proxy {
 use Proxy::{Envoy, Haproxy, Nginx};
 
 impl Proxy {
-    /// How the page marks its configuration.
+    /// Returns the language with which the page marks the configuration of this proxy.
     fn language(self) -> &'static str {
         match self {
             Nginx => "nginx",
@@ -35,7 +38,7 @@ impl Proxy {
         }
     }
 
-    /// Its program, with this configuration, in the foreground.
+    /// Returns the command that runs the proxy in the foreground with this configuration.
     fn command(self, folder: &Path, config: &Path) -> Command {
         let program = match self {
             Nginx => tools::debian("nginx", &["nginx"], "usr/sbin/nginx"),
@@ -48,7 +51,7 @@ impl Proxy {
         };
         let mut command = program.unwrap();
         match self {
-            // Its pages of errors and its logs would be in folders of the system.
+            // By default nginx puts its pid file and its logs into system folders.
             Nginx => command
                 .arg("-p")
                 .arg(folder)
@@ -72,16 +75,19 @@ struct Running {
 }
 
 impl Running {
-    /// Before the daemon, with the configuration of the page but for ports and folders.
+    /// Starts the proxy in front of `daemon`, with the configuration of the page. Only ports and
+    /// folders are changed.
     async fn start(proxy: Proxy, daemon: &Daemon) -> Self {
         let page = std::fs::read_to_string(tools::root().join("docs/proxies.md")).unwrap();
-        let block =
-            page.split(&format!("```{}\n", proxy.language())).nth(1).expect("a configuration on the page");
+        let block = page
+            .split(&format!("```{}\n", proxy.language()))
+            .nth(1)
+            .expect("the page has no configuration for it");
         let config = block.split("```").next().unwrap();
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let config =
             config.replace("5330", &free.port().to_string()).replace("5327", &daemon.grpc.port().to_string());
-        // nginx wants its logs somewhere, and temporary files of its own.
+        // By default nginx writes its access log and temporary files into system folders.
         let own = "access_log off; client_body_temp_path t; proxy_temp_path t; fastcgi_temp_path t; uwsgi_temp_path t; scgi_temp_path t;";
         let config = config.replace("http {", &format!("http {{ {own}"));
         let folder = tempfile::tempdir().unwrap();
@@ -107,13 +113,14 @@ impl Drop for Running {
     }
 }
 
-/// All at once, for most of the time is spent waiting.
+/// The proxies are tried at the same time, since each test mostly waits.
 #[tokio::test]
 async fn a_long_wait_and_a_long_stream_pass_each_proxy() {
     tokio::join!(passes(Nginx), passes(Haproxy), passes(Envoy));
 }
 
-/// More than nginx and envoy let through by default: 512 connections and 1,024 calls.
+/// The test makes more calls than nginx (512 connections) and envoy (1,024 calls) let through by
+/// default.
 #[rstest]
 #[case::nginx(Nginx, 3)]
 #[case::haproxy(Haproxy, 6)]
@@ -127,31 +134,31 @@ async fn many_calls_that_wait_pass_each_proxy(#[case] proxy: Proxy, #[case] conn
     let mut waiting = JoinSet::new();
     for number in 0..connections {
         let key = format!("job/{number}");
-        direct.get_lease(ask(&key).ttl(secs(600))).await.unwrap();
+        direct.get_lease(acquire(&key).ttl(secs(600))).await.unwrap();
         let client = running.client().await;
         for _ in 0..CALLS {
-            let (mut client, asked) = (client.clone(), ask(&key).wait(secs(600)));
+            let (mut client, asked) = (client.clone(), acquire(&key).wait(secs(600)));
             waiting.spawn(async move { client.get_lease(asked).await });
         }
         tokio::select! {
-            () = line_of(&mut direct, &key, CALLS) => {}
+            () = until_queued(&mut direct, &key, CALLS) => {}
             Some(ended) = waiting.join_next() => panic!("{:?}", ended.unwrap()),
         }
     }
 }
 
-/// A wait longer than the minute after which nginx gives up by default, and a stream of more than a megabyte that then says
-/// nothing for as long.
+/// Checks that a call may wait for longer than a minute, after which nginx gives up by default. A
+/// stream first transfers more than 1 MB, and then stays silent for the same time.
 async fn passes(proxy: Proxy) {
     let daemon = Daemon::start(Embedded).await;
     let running = Running::start(proxy, &daemon).await;
     let mut client = running.client().await;
     let key = "k".repeat(500);
-    let held = client.get_lease(ask(&key).ttl(secs(600))).await.unwrap().lease.unwrap();
+    let held = client.get_lease(acquire(&key).ttl(secs(600))).await.unwrap().lease.unwrap();
 
     let mut stream = KeepAlive::open(&mut client).await;
     let lease = std::slice::from_ref(&held);
-    // Naming a lease more than once changes nothing but the size of the message.
+    // The lease is named 100 times only to make the message large.
     let large: Vec<_> = std::iter::repeat_n(held.clone(), 100).collect();
     for _ in 0..25 {
         let touched = stream.touch(&large).await;
@@ -159,10 +166,10 @@ async fn passes(proxy: Proxy) {
     }
 
     let mut waiting = running.client().await;
-    let (id, asked) = (Uuid::new_v4(), ask(&key).wait(secs(600)));
+    let (id, asked) = (Uuid::new_v4(), acquire(&key).wait(secs(600)));
     let wait = tokio::spawn(async move { waiting.get_lease(asked.id(id)).await });
-    line_of(&mut client, &key, 1).await;
-    // What is tried is that nothing happens for so long.
+    until_queued(&mut client, &key, 1).await;
+    // The sleep is the test itself: for 62 s nothing passes the proxy.
     sleep(secs(62)).await;
     assert_eq!(stream.touch(lease).await.len(), 1, "the stream goes on");
     client.give_back(&held).await.unwrap();

@@ -1,4 +1,4 @@
-//! Giving back, and who is next.
+//! Releasing a lease, and the waiter that is granted the key next.
 
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
@@ -8,30 +8,32 @@ use uuid::Uuid;
 use rstest::rstest;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, line_of, named, refusal, secs,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Fleet, MongoDb, acquire, enqueue, named, refusal, secs,
 };
 
 #[rstest]
 #[tokio::test]
-async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
-    assert_eq!(client.look("job").await.unwrap().state(), LeaseState::Free);
+    assert_eq!(client.inspect("job").await.unwrap().state(), LeaseState::Free);
     client.give_back(&lease).await.unwrap();
 
-    let next = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let next = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
     client.renew(&next).await.unwrap();
 }
 
 #[rstest]
 #[tokio::test]
-async fn who_never_held_cannot_release_and_changes_nothing(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn an_id_that_never_held_cannot_release_and_changes_nothing(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let held = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
+    let held = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
     for stranger in [named("job", Uuid::new_v4()), named("never leased", Uuid::new_v4())] {
         let status = client.give_back(&stranger).await.unwrap_err();
         assert_eq!(
@@ -40,21 +42,18 @@ async fn who_never_held_cannot_release_and_changes_nothing(#[values(Embedded, Mo
         );
     }
     client.renew(&held).await.unwrap();
-    assert_eq!(refusal(&client.look("never leased").await.unwrap_err(), "").0, Some(Reason::KeyUnknown));
+    assert_eq!(refusal(&client.inspect("never leased").await.unwrap_err(), "").0, Some(Reason::KeyUnknown));
 }
 
 #[rstest]
 #[tokio::test]
-async fn the_next_in_line_holds_when_a_release_returns(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn the_next_waiter_holds_when_a_release_returns(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job")).await.unwrap().lease.unwrap();
-    let mut waiting = client.clone();
-    let waiter =
-        tokio::spawn(async move { waiting.get_lease(ask("job").owner("next").wait(secs(30))).await });
-    line_of(&mut client, "job", 1).await;
+    let lease = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
+    let waiter = enqueue(&mut client, acquire("job").owner("next").wait(secs(30)), 1).await;
     client.give_back(&lease).await.unwrap();
-    let seen = client.look("job").await.unwrap();
+    let seen = client.inspect("job").await.unwrap();
     assert_eq!((seen.state(), seen.holders[0].owner.as_str()), (LeaseState::Held, "next"));
     let granted = waiter.await.unwrap().unwrap();
     assert!(granted.waited);

@@ -1,4 +1,4 @@
-//! Health, reflection, drain.
+//! The health service, readiness, reflection, and drain.
 
 use futures_util::StreamExt;
 use leased_client::Reason;
@@ -15,13 +15,14 @@ use uuid::Uuid;
 
 use crate::keepalive::{KeepAlive, kept};
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Home, MongoDb, ask, eventually, http, line_of, refusal, secs,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, MongoDb, acquire, eventually, http, refusal, secs,
+    until_queued,
 };
 
 #[rstest]
 #[tokio::test]
-async fn a_daemon_whose_store_answers_is_serving_and_ready(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_daemon_whose_store_answers_is_serving_and_ready(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut health = HealthClient::new(daemon.channel().await);
     for service in ["", "leased.v1.LeaseService", "leased.v1.AdminService"] {
         let request = HealthCheckRequest { service: service.to_owned() };
@@ -39,7 +40,7 @@ async fn a_daemon_whose_store_answers_is_serving_and_ready(#[values(Embedded, Mo
 }
 
 #[tokio::test]
-async fn readiness_says_how_far_the_change_feed_is_behind_once_there_are_two() {
+async fn with_two_daemons_readiness_shows_the_lag_of_the_change_feed() {
     let daemon = Daemon::start(MongoDb).await;
     let other = daemon.sibling().await;
     for daemon in [&daemon, &other] {
@@ -54,7 +55,7 @@ async fn readiness_says_how_far_the_change_feed_is_behind_once_there_are_two() {
     }
 }
 
-/// Fail points are the whole server's, so it is the test's own.
+/// The test starts a MongoDB of its own, since fail points affect the whole server.
 #[tokio::test]
 async fn a_daemon_whose_change_feed_is_broken_is_ready_and_says_so() {
     let mongod = Mongod::start().await.unwrap();
@@ -73,8 +74,8 @@ async fn a_daemon_whose_change_feed_is_broken_is_ready_and_says_so() {
 
 #[rstest]
 #[tokio::test]
-async fn reflection_shows_the_api_in_both_versions(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn reflection_shows_the_api_in_both_versions(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     {
         use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
         use tonic_reflection::pb::v1::{
@@ -119,20 +120,22 @@ async fn reflection_shows_the_api_in_both_versions(#[values(Embedded, MongoDb)] 
 }
 
 #[tokio::test]
-async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
+async fn a_draining_daemon_sends_all_callers_elsewhere_and_ends() {
     let daemon = Daemon::start(MongoDb).await;
     let other = daemon.sibling().await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(secs(60))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(secs(60))).await.unwrap().lease.unwrap();
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
     let mut health = HealthClient::new(daemon.channel().await);
     let mut statuses = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
-    let (mut with_id, mut without) = (client.clone(), client.clone());
+    let (mut with_id, mut without_id) = (client.clone(), client.clone());
     let chosen =
-        tokio::spawn(async move { with_id.get_lease(ask("job").id(Uuid::new_v4()).wait(secs(60))).await });
-    let picked = tokio::spawn(async move { without.get_lease(ask("job").wait(secs(60))).await });
-    line_of(&mut client, "job", 2).await;
+        tokio::spawn(
+            async move { with_id.get_lease(acquire("job").id(Uuid::new_v4()).wait(secs(60))).await },
+        );
+    let picked = tokio::spawn(async move { without_id.get_lease(acquire("job").wait(secs(60))).await });
+    until_queued(&mut client, "job", 2).await;
 
     daemon.drain();
     let status = stream.next().await.unwrap_err();
@@ -149,24 +152,29 @@ async fn a_draining_daemon_sends_everyone_elsewhere_and_ends() {
         }
         false
     };
-    assert!(told.await, "watchers of the health service hear of it");
+    assert!(told.await, "watchers of the health service are told");
     let started = tokio::time::Instant::now();
     daemon.stop().await;
-    assert!(started.elapsed() < secs(8), "nothing is left to wait for: {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < secs(8),
+        "the drain waits, although no call is left: {:?}",
+        started.elapsed()
+    );
 
-    // The lease is carried on elsewhere, with the same id.
+    // The lease is kept alive at the other daemon, with the same id.
     let mut client = other.client().await;
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
-    // Whose id the caller chose keeps its place; an id that nobody knows leaves none behind.
-    assert_eq!(client.look("job").await.unwrap().waiters.len(), 1);
+    // The waiter whose caller chose the lease id keeps its position. The other one is removed,
+    // since nobody knows its id.
+    assert_eq!(client.inspect("job").await.unwrap().waiters.len(), 1);
 }
 
-/// A peer that never speaks must not hold up the end.
+/// A peer that never sends a call must not delay the end of the daemon.
 #[rstest]
 #[tokio::test]
-async fn a_drain_is_bounded(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start_with(home, |config| config.drain_timeout = secs(1)).await;
+async fn a_drain_has_a_time_limit(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start_with(backend, |config| config.drain_timeout = secs(1)).await;
     let address = daemon.grpc;
     let _silent = TcpStream::connect(address).await.unwrap();
     let mut halfway = TcpStream::connect(address).await.unwrap();

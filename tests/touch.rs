@@ -1,4 +1,4 @@
-//! Renewing one lease.
+//! Renewing one lease with a Touch call.
 
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
@@ -8,43 +8,44 @@ use uuid::Uuid;
 use rstest::rstest;
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Fleet, Home, MongoDb, ask, eventually, ms, named, refusal, secs,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Fleet, MongoDb, acquire, eventually, ms, named,
+    refusal, secs,
 };
 
 #[rstest]
 #[tokio::test]
-async fn a_touch_gives_the_whole_ttl_again(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_touch_renews_the_lease_for_its_whole_ttl(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(secs(20))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(secs(20))).await.unwrap().lease.unwrap();
     let remaining = client.renew(&lease).await.unwrap();
     assert!(remaining <= secs(20) && remaining > secs(15), "{remaining:?}");
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+async fn a_lapsed_lease_can_be_touched_until_another_holds_the_key(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let granted = client.get_lease(ask("job").ttl(ms(100))).await.unwrap();
-    eventually(async || client.look("job").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed))
+    let granted = client.get_lease(acquire("job").ttl(ms(100))).await.unwrap();
+    eventually(async || client.inspect("job").await.ok().filter(|seen| seen.state() == LeaseState::Lapsed))
         .await;
     client.renew(&granted.lease.unwrap()).await.unwrap();
-    let seen = client.look("job").await.unwrap();
+    let seen = client.inspect("job").await.unwrap();
     assert_eq!(seen.fencing_token, granted.fencing_token);
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+async fn a_displaced_lease_stays_lost_and_its_holder_is_told_why(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("job").ttl(ms(100))).await.unwrap().lease.unwrap();
-    let next = client.get_lease(ask("job").wait(secs(30))).await.unwrap();
+    let lease = client.get_lease(acquire("job").ttl(ms(100))).await.unwrap().lease.unwrap();
+    let next = client.get_lease(acquire("job").wait(secs(30))).await.unwrap();
     assert!(next.waited);
     for status in [client.renew(&lease).await.unwrap_err(), client.give_back(&lease).await.unwrap_err()] {
         assert_eq!(status.code(), Code::NotFound);
@@ -55,14 +56,16 @@ async fn a_displaced_lease_is_gone_for_good_and_its_holder_is_told_why(
 
 #[rstest]
 #[tokio::test]
-async fn a_lease_that_never_was_cannot_be_touched(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_lease_that_was_never_granted_cannot_be_touched(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let status = client.renew(&named("job", Uuid::new_v4())).await.unwrap_err();
     assert_eq!(refusal(&status, "loss"), (Some(Reason::LeaseLost), String::new()));
     assert_eq!(
-        refusal(&client.look("job").await.unwrap_err(), "").0,
+        refusal(&client.inspect("job").await.unwrap_err(), "").0,
         Some(Reason::KeyUnknown),
-        "no record is made"
+        "the touch has made a record"
     );
 }

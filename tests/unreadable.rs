@@ -1,4 +1,4 @@
-//! A document that is no record, or that cannot be written, among those of others.
+//! A damaged record among healthy ones. Only its own key fails.
 
 use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
@@ -12,11 +12,14 @@ use tonic::{Code, Status};
 
 use crate::keepalive::{KeepAlive, kept};
 use crate::metrics::scrape;
-use crate::support::{Asking, Calls, Daemon, MongoDb, ask, eventually, line_of, refusal, secs};
+use crate::support::{
+    AcquireBuilder, Calls, Daemon, MongoDb, acquire, eventually, refusal, secs, until_queued,
+};
 
 const KEYS: [&str; 5] = ["a", "b", "c", "d", "e"];
 const DAMAGED: &str = "c";
 
+/// Returns changes to a record's fields, each of which makes the record unreadable.
 fn damages() -> Vec<Document> {
     vec![
         doc! { "holders": "nobody" },
@@ -36,17 +39,18 @@ fn assert_unreadable<T: std::fmt::Debug>(answer: Result<T, Status>) {
 
 #[rstest]
 #[tokio::test]
-async fn it_is_the_trouble_of_its_own_key(#[values(0, 1, 2, 3, 4, 5)] damage: usize) {
+async fn a_damaged_record_fails_only_its_own_key(#[values(0, 1, 2, 3, 4, 5)] damage: usize) {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let mut leases: Vec<LeaseRef> = Vec::new();
     for key in KEYS {
-        leases.push(client.get_lease(ask(key).ttl(secs(600))).await.unwrap().lease.unwrap());
+        leases.push(client.get_lease(acquire(key).ttl(secs(600))).await.unwrap().lease.unwrap());
     }
     let set = doc! { "$set": damages().swap_remove(damage) };
     daemon.collection().await.update_one(doc! { "_id": DAMAGED }, set).await.unwrap();
 
-    // One message names it among others, and the next one all that are carried.
+    // The first message names the damaged key among others. The second names none, and so touches
+    // all leases that the stream tracks.
     let mut stream = KeepAlive::open(&mut client).await;
     for named in [&leases[..], &[]] {
         let results = stream.touch(named).await;
@@ -61,8 +65,8 @@ async fn it_is_the_trouble_of_its_own_key(#[values(0, 1, 2, 3, 4, 5)] damage: us
         }
     }
 
-    assert_unreadable(client.get_lease(ask(DAMAGED)).await);
-    assert_unreadable(client.get_lease(ask(DAMAGED).wait(secs(60))).await);
+    assert_unreadable(client.get_lease(acquire(DAMAGED)).await);
+    assert_unreadable(client.get_lease(acquire(DAMAGED).wait(secs(60))).await);
     assert_unreadable(client.get(GetRequest { key: DAMAGED.to_owned() }).await);
     assert_unreadable(client.touch(TouchRequest { lease: Some(leases[2].clone()) }).await);
     assert_unreadable(client.give_back(&leases[2]).await);
@@ -93,21 +97,21 @@ async fn it_is_the_trouble_of_its_own_key(#[values(0, 1, 2, 3, 4, 5)] damage: us
 }
 
 #[tokio::test]
-async fn who_waits_in_line_elsewhere_is_refreshed_beside_it() {
+async fn waiters_of_other_keys_are_refreshed_although_one_record_is_damaged() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
-    let held = client.get_lease(ask("a").ttl(secs(600))).await.unwrap().lease.unwrap();
-    client.get_lease(ask(DAMAGED).ttl(secs(600))).await.unwrap();
+    let held = client.get_lease(acquire("a").ttl(secs(600))).await.unwrap().lease.unwrap();
+    client.get_lease(acquire(DAMAGED).ttl(secs(600))).await.unwrap();
     let wait = |key: &str| {
-        let (mut client, call) = (client.clone(), ask(key).ttl(secs(600)).wait(secs(600)));
+        let (mut client, call) = (client.clone(), acquire(key).ttl(secs(600)).wait(secs(600)));
         tokio::spawn(async move { client.get_lease(call).await })
     };
-    let (fine, troubled) = (wait("a"), wait(DAMAGED));
-    line_of(&mut client, "a", 1).await;
-    line_of(&mut client, DAMAGED, 1).await;
+    let (healthy, damaged) = (wait("a"), wait(DAMAGED));
+    until_queued(&mut client, "a", 1).await;
+    until_queued(&mut client, DAMAGED, 1).await;
     let collection = daemon.collection().await;
     collection.update_one(doc! { "_id": DAMAGED }, doc! { "$set": { "token": "seven" } }).await.unwrap();
-    // A place lasts 15 s, and the one is refreshed with the other.
+    // A waiter entry lapses after 15 s. The daemon refreshes the entries of both keys in one batch.
     let expiry = async || {
         let found = collection.find_one(doc! { "_id": "a" }).await.unwrap().unwrap();
         *found.get_array("waiters").unwrap()[0].as_document().unwrap().get_datetime("expires_at").unwrap()
@@ -115,6 +119,6 @@ async fn who_waits_in_line_elsewhere_is_refreshed_beside_it() {
     let before = expiry().await;
     eventually(async || (expiry().await > before).then_some(())).await;
     client.give_back(&held).await.unwrap();
-    fine.await.unwrap().unwrap();
-    troubled.abort();
+    healthy.await.unwrap().unwrap();
+    damaged.abort();
 }

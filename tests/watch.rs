@@ -1,4 +1,4 @@
-//! Watching keys: a snapshot, then every change.
+//! Watching keys: a snapshot first, then every change.
 
 use leased_client::Reason;
 use leased_client::v1::watch_response::Event;
@@ -11,15 +11,15 @@ use tokio::time::timeout;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{
-    Asking, Calls, Daemon, Embedded, Fleet, Home, Leases, MongoDb, PATIENCE, ask, line_of, ms, refusal, secs,
-    wrong_fields,
+    AcquireBuilder, Backend, Calls, Daemon, Embedded, Fleet, Leases, MongoDb, PATIENCE, acquire,
+    invalid_fields, ms, refusal, secs, until_queued,
 };
 
-/// A watch, with what it has shown.
+/// A watch stream.
 pub(crate) struct Watch(Streaming<WatchResponse>);
 
 impl Watch {
-    /// Everything under `prefix`; returns when the snapshot has been shown, and gives that.
+    /// Watches all keys under `prefix`. Returns the watch and its snapshot.
     pub(crate) async fn open(client: &mut Leases, prefix: &str) -> (Self, Vec<Lease>) {
         let request = WatchRequest { prefix: prefix.to_owned(), changes_only: false };
         let mut watch = Self(client.watch(request).await.unwrap().into_inner());
@@ -27,7 +27,7 @@ impl Watch {
         (watch, snapshot)
     }
 
-    /// What happens from here on.
+    /// Watches the changes of all keys under `prefix` from now on, without a snapshot.
     pub(crate) async fn changes_only(client: &mut Leases, prefix: &str) -> Self {
         let request = WatchRequest { prefix: prefix.to_owned(), changes_only: true };
         Self(client.watch(request).await.unwrap().into_inner())
@@ -45,19 +45,19 @@ impl Watch {
     }
 
     async fn event(&mut self) -> Result<Event, Status> {
-        let message = timeout(PATIENCE, self.0.message()).await.expect("an event in time")?;
-        Ok(message.expect("the watch goes on").event.unwrap())
+        let message = timeout(PATIENCE, self.0.message()).await.expect("no event in time")?;
+        Ok(message.expect("the watch has ended").event.unwrap())
     }
 
-    /// The next change: its kind, and the key after it.
+    /// Returns the next change: its kind, and the state of the key after it.
     pub(crate) async fn change(&mut self) -> (ChangeKind, Lease) {
         match self.event().await.unwrap() {
             Event::Change(change) => (change.kind(), change.lease.unwrap()),
-            other => panic!("no change: {other:?}"),
+            other => panic!("not a change: {other:?}"),
         }
     }
 
-    /// The kinds of the next changes, all of `key`.
+    /// Returns the kinds of the next `count` changes, which must all be of `key`.
     pub(crate) async fn kinds(&mut self, key: &str, count: usize) -> Vec<ChangeKind> {
         let mut kinds = Vec::new();
         for _ in 0..count {
@@ -71,27 +71,29 @@ impl Watch {
 
 #[rstest]
 #[tokio::test]
-async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_watch_shows_a_snapshot_and_then_every_change(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    client.get_lease(ask("a/held").owner("first").ttl(secs(60))).await.unwrap();
-    let freed = client.get_lease(ask("a/freed")).await.unwrap().lease.unwrap();
+    client.get_lease(acquire("a/held").owner("first").ttl(secs(60))).await.unwrap();
+    let freed = client.get_lease(acquire("a/freed")).await.unwrap().lease.unwrap();
     client.give_back(&freed).await.unwrap();
-    client.get_lease(ask("b/other").ttl(secs(60))).await.unwrap();
+    client.get_lease(acquire("b/other").ttl(secs(60))).await.unwrap();
 
     let (mut watch, snapshot) = Watch::open(&mut daemon.client().await, "a/").await;
     assert_eq!(snapshot.iter().map(|lease| lease.key.as_str()).collect::<Vec<_>>(), ["a/held"]);
     assert_eq!(snapshot[0].holders[0].owner, "first");
 
-    client.get_lease(ask("b/new")).await.unwrap();
-    let granted = client.get_lease(ask("a/new").owner("me").ttl(secs(60))).await.unwrap();
+    client.get_lease(acquire("b/new")).await.unwrap();
+    let granted = client.get_lease(acquire("a/new").owner("me").ttl(secs(60))).await.unwrap();
     let (kind, lease) = watch.change().await;
     assert_eq!((kind, lease.key.as_str(), lease.state()), (ChangeKind::Granted, "a/new", LeaseState::Held));
     assert_eq!((lease.fencing_token, lease.holders[0].owner.as_str()), (granted.fencing_token, "me"));
 
     let mut waiting = client.clone();
     let call =
-        tokio::spawn(async move { waiting.get_lease(ask("a/new").owner("next").wait(secs(60))).await });
+        tokio::spawn(async move { waiting.get_lease(acquire("a/new").owner("next").wait(secs(60))).await });
     let (kind, lease) = watch.change().await;
     assert_eq!((kind, lease.waiters[0].owner.as_str()), (ChangeKind::Queued, "next"));
     client.give_back(&granted.lease.unwrap()).await.unwrap();
@@ -107,28 +109,30 @@ async fn a_watch_shows_what_there_is_and_then_what_happens(#[values(Embedded, Mo
 
 #[rstest]
 #[tokio::test]
-async fn who_gives_up_waiting_leaves_the_queue(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_waiter_that_gives_up_leaves_the_queue(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    client.get_lease(ask("job").ttl(secs(60))).await.unwrap();
+    client.get_lease(acquire("job").ttl(secs(60))).await.unwrap();
     let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     let mut waiting = client.clone();
-    let call = tokio::spawn(async move { waiting.get_lease(ask("job").wait(secs(60))).await });
+    let call = tokio::spawn(async move { waiting.get_lease(acquire("job").wait(secs(60))).await });
     assert_eq!(watch.kinds("job", 1).await, [ChangeKind::Queued]);
-    line_of(&mut client, "job", 1).await;
+    until_queued(&mut client, "job", 1).await;
     call.abort();
     assert_eq!(watch.kinds("job", 1).await, [ChangeKind::LeftQueue]);
 }
 
-/// Nobody writes when a lease runs out.
+/// Nothing is written when a lease lapses, so no write tells the daemon of it.
 #[rstest]
 #[tokio::test]
-async fn a_lapse_is_told_when_it_happens_and_not_before(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_lapse_is_reported_when_it_happens_and_not_before(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    client.get_lease(ask("before").ttl(ms(1200))).await.unwrap();
+    client.get_lease(acquire("before").ttl(ms(1200))).await.unwrap();
     let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
-    let granted = client.get_lease(ask("after").ttl(ms(900))).await.unwrap();
+    let granted = client.get_lease(acquire("after").ttl(ms(900))).await.unwrap();
     assert_eq!(watch.kinds("after", 1).await, [ChangeKind::Granted]);
     let mut lapsed = Vec::new();
     for _ in 0..2 {
@@ -140,15 +144,15 @@ async fn a_lapse_is_told_when_it_happens_and_not_before(#[values(Embedded, Mongo
     lapsed.sort();
     assert_eq!(lapsed, ["after", "before"]);
     client.renew(&granted.lease.unwrap()).await.unwrap();
-    assert_eq!(watch.change().await.0, ChangeKind::Granted, "touched back to life");
+    assert_eq!(watch.change().await.0, ChangeKind::Granted, "the lapsed lease is touched, and so held again");
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
-    let lease = client.get_lease(ask("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
     let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
     let beats = tokio_stream::StreamExt::throttle(tokio_stream::iter(1..=12), ms(120));
     let named = lease.clone();
@@ -159,18 +163,23 @@ async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb, F
     let mut answers = client.keep_alive(beats).await.unwrap().into_inner();
     while answers.message().await.unwrap().is_some() {}
     client.give_back(&lease).await.unwrap();
-    assert_eq!(watch.kinds("kept", 1).await, [ChangeKind::Released], "more than two lifetimes later");
+    assert_eq!(
+        watch.kinds("kept", 1).await,
+        [ChangeKind::Released],
+        "the lease has not lapsed for more than two TTLs"
+    );
 }
 
-/// Displaced leases have lapsed; whether that was told before is no matter.
+/// A lease must lapse before another displaces it, so a takeover is always reported as a lapse and
+/// a grant.
 #[rstest]
 #[tokio::test]
-async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
-    client.get_lease(ask("job").ttl(ms(300))).await.unwrap();
-    let next = client.get_lease(ask("job").wait(secs(60))).await.unwrap();
+    client.get_lease(acquire("job").ttl(ms(300))).await.unwrap();
+    let next = client.get_lease(acquire("job").wait(secs(60))).await.unwrap();
     assert_eq!(
         watch.kinds("job", 4).await,
         [ChangeKind::Granted, ChangeKind::Queued, ChangeKind::Lapsed, ChangeKind::Granted]
@@ -180,38 +189,42 @@ async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb, Fleet)] h
 
 #[rstest]
 #[tokio::test]
-async fn every_change_of_a_busy_key_is_told_in_order(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn every_change_of_a_busy_key_is_reported_in_order(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut watch = Watch::changes_only(&mut daemon.client().await, "busy").await;
     let mut tokens = Vec::new();
     for _ in 0..50 {
-        let granted = client.get_lease(ask("busy").ttl(secs(60))).await.unwrap();
+        let granted = client.get_lease(acquire("busy").ttl(secs(60))).await.unwrap();
         tokens.push(granted.fencing_token);
         client.give_back(&granted.lease.unwrap()).await.unwrap();
     }
     for token in tokens {
         let (kind, lease) = watch.change().await;
         assert_eq!(kind, ChangeKind::Granted);
-        // Another daemon may come to look when it has been released and granted again.
-        assert!(lease.fencing_token == token || home == Fleet && lease.fencing_token > token);
+        // Before another daemon reads the record, the lease may be released and the key granted
+        // again.
+        assert!(lease.fencing_token == token || backend == Fleet && lease.fencing_token > token);
         assert_eq!(watch.kinds("busy", 1).await, [ChangeKind::Released]);
     }
 }
 
-/// Its connection takes no more, the changes go on, and what it would have missed is in a new snapshot.
+/// The caller reads nothing while many changes happen. The daemon drops changes for it, and sends a
+/// new snapshot instead.
 #[rstest]
 #[tokio::test]
-async fn a_reader_that_falls_behind_is_told_so_with_a_fresh_snapshot(
-    #[values(Embedded, MongoDb, Fleet)] home: Home,
+async fn a_watcher_that_falls_behind_gets_a_new_snapshot(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
-    let daemon = Daemon::start(home).await;
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut slow = daemon.client().await;
     let mut watch = Watch::changes_only(&mut slow, "").await;
     let bulky = |key: &str| AcquireRequest {
         metadata: [("x".to_owned(), "y".repeat(4000))].into(),
-        ..ask(key).ttl(secs(600))
+        ..acquire(key).ttl(secs(600))
     };
     let mut calls = tokio::task::JoinSet::new();
     for number in 0..64 {
@@ -228,7 +241,7 @@ async fn a_reader_that_falls_behind_is_told_so_with_a_fresh_snapshot(
     }
     calls.join_all().await;
 
-    // First what was queued in time, then it begins anew.
+    // The changes that were buffered come first, and then the new snapshot.
     let first = loop {
         match watch.event().await.unwrap() {
             Event::Change(_) => {}
@@ -239,18 +252,18 @@ async fn a_reader_that_falls_behind_is_told_so_with_a_fresh_snapshot(
     let mut keys: Vec<String> = watch.snapshot().await.into_iter().map(|lease| lease.key).collect();
     keys.push(first.key);
     assert_eq!(keys.len(), 64);
-    client.get_lease(ask("new")).await.unwrap();
-    assert_eq!(watch.kinds("new", 1).await, [ChangeKind::Granted], "and goes on");
+    client.get_lease(acquire("new")).await.unwrap();
+    assert_eq!(watch.kinds("new", 1).await, [ChangeKind::Granted], "the watch goes on after the snapshot");
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb, Fleet)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let id = uuid::Uuid::new_v4();
     let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
-    let lease = client.get_lease(ask("job").id(id)).await.unwrap().lease.unwrap();
+    let lease = client.get_lease(acquire("job").id(id)).await.unwrap().lease.unwrap();
     client.give_back(&lease).await.unwrap();
     for _ in 0..2 {
         let shown = format!("{:?}", watch.change().await);
@@ -260,8 +273,8 @@ async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb, Fleet)] home: Hom
 
 #[rstest]
 #[tokio::test]
-async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, MongoDb)] home: Home) {
-    let daemon = Daemon::start(home).await;
+async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, MongoDb)] backend: Backend) {
+    let daemon = Daemon::start(backend).await;
     let (mut watch, _) = Watch::open(&mut daemon.client().await, "").await;
     daemon.drain();
     let status = watch.event().await.unwrap_err();
@@ -269,7 +282,7 @@ async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, 
 }
 
 #[tokio::test]
-async fn watches_are_bounded_and_a_wrong_prefix_is_named() {
+async fn watches_are_limited_and_an_invalid_prefix_is_refused() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.bounds.watches = 2).await;
     let mut client = daemon.client().await;
     let one = Watch::changes_only(&mut client, "").await;
@@ -282,5 +295,5 @@ async fn watches_are_bounded_and_a_wrong_prefix_is_named() {
 
     let prefix = "p".repeat(513);
     let status = client.watch(WatchRequest { prefix, changes_only: false }).await.unwrap_err();
-    assert_eq!(wrong_fields(&status), ["prefix"]);
+    assert_eq!(invalid_fields(&status), ["prefix"]);
 }

@@ -1,6 +1,6 @@
-//! The API stays as it is: whoever was built against the last release of it is understood by the next.
+//! The API stays compatible: a program built against the last release also works with the next.
 //!
-//! `wire_contract/` beside this file has the API of the last release; `buf.yaml` has the rules.
+//! The folder `wire_contract/` has the API of the last release; `buf.yaml` has the rules.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::support::tools;
 
 const API: &str = "proto/leased/v1/lease.proto";
 
-/// What `buf` complains of in the repository, or in another folder that is laid out like it.
+/// Returns what `buf` complains of in the repository, or in another folder with the same layout.
 async fn complaints(folder: &Path, check: &[&str]) -> String {
     let mut buf = tools::buf().unwrap();
     buf.args(check).current_dir(folder);
@@ -19,23 +19,24 @@ async fn complaints(folder: &Path, check: &[&str]) -> String {
     complaints
 }
 
+/// Returns what in the API of `folder` is incompatible with the last release.
 async fn breaks(folder: &Path) -> String {
     let released = tools::root().join("tests/wire_contract");
     complaints(folder, &["breaking", "--against", released.to_str().unwrap()]).await
 }
 
 #[tokio::test]
-async fn it_keeps_the_standard_rules() {
+async fn the_api_passes_the_lint_rules() {
     assert_eq!(complaints(tools::root(), &["lint"]).await, "");
 }
 
 #[tokio::test]
-async fn it_breaks_nobody_who_uses_the_last_release() {
+async fn the_api_is_compatible_with_the_last_release() {
     assert_eq!(breaks(tools::root()).await, "");
 }
 
 #[tokio::test]
-async fn a_field_that_goes_and_a_careless_name_are_noticed() {
+async fn a_removed_field_and_a_badly_spelt_name_are_noticed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join(API);
     fs::create_dir_all(file.parent().unwrap()).unwrap();

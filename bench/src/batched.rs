@@ -1,6 +1,9 @@
-//! What MongoDB alone allows of any service that writes a record for each change and puts the changes of many keys into one
-//! command: the cheapest such write there is, `$inc` of one field of many documents, and a read of them, from this program
-//! and without calls or rules. Two commands are in flight at once, as leased has them.
+//! The most that MongoDB allows a service that writes a record for each change, and writes the
+//! changes of many keys by one command.
+//!
+//! Each command is the cheapest such write, `$inc` of one field of many documents, followed by a
+//! read of them. There are no calls and no rules: this program sends the commands itself. Two
+//! commands are in flight at once, as in leased.
 
 use anyhow::{Result, ensure};
 use futures_util::TryStreamExt;
@@ -8,19 +11,19 @@ use mongodb::bson::{Document, RawDocumentBuf, doc};
 use mongodb::options::{ClientOptions, ReadConcern, WriteConcern};
 use mongodb::{Client, Collection};
 
-use crate::closed;
+use crate::closed_loop;
 use crate::peer::Turn;
 use crate::sample::Sample;
 use crate::trial::Trial;
 use crate::workload::Workload;
 
-/// Commands in flight.
-const AT_ONCE: usize = 2;
-/// Bytes of a record beside its key and what is changed: about those of a lease.
+/// The number of commands in flight.
+const IN_FLIGHT: usize = 2;
+/// The bytes of a record without its key and the field that changes: about those of a lease.
 const RECORD_BYTES: usize = 300;
 
 pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
-    let mut options = ClientOptions::parse(trial.stage.address()?).await?;
+    let mut options = ClientOptions::parse(trial.deployment.address()?).await?;
     options.retry_writes = Some(false);
     options.write_concern = Some(WriteConcern::majority());
     let database = Client::with_options(options)?.database("leased-bench");
@@ -29,21 +32,21 @@ pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
     let keys: Vec<String> = (0..trial.scale).map(|number| format!("{prefix}/{number:06}")).collect();
     let blank = |key: &String| doc! { "_id": key, "rev": 0_i64, "record": "x".repeat(RECORD_BYTES) };
     database.collection::<Document>(records.name()).insert_many(keys.iter().map(blank)).await?;
-    // A pair is two changes.
+    // An acquire and a release are one change each.
     let (changes, rate) = match trial.workload {
         Workload::Pairs => (2, "pairs/s"),
         _ => (1, "acks/s"),
     };
-    let a_batch = keys.len().div_ceil(AT_ONCE);
+    let batch_size = keys.len().div_ceil(IN_FLIGHT);
     let batches =
-        keys.chunks(a_batch).map(|keys| Batch { records: records.clone(), keys: keys.to_vec(), changes });
-    closed::run(batches.collect(), trial.time, &trial.stage.processes(), rate).await
+        keys.chunks(batch_size).map(|keys| Batch { records: records.clone(), keys: keys.to_vec(), changes });
+    closed_loop::run(batches.collect(), trial.time, &trial.deployment.processes(), rate).await
 }
 
 struct Batch {
     records: Collection<RawDocumentBuf>,
     keys: Vec<String>,
-    /// Of each record in a turn.
+    /// How often a turn changes each record.
     changes: usize,
 }
 

@@ -1,5 +1,6 @@
-//! Calls of the daemon that ask no store, as a peer: what its gRPC stack and this load generator allow at most. Health checks
-//! stand for unary calls; a reflection stream, with an answer to each message, for keepalives.
+//! Calls of the daemon that need no store, as a peer: the most that its gRPC stack and this load
+//! generator allow. Health checks take the place of unary calls. A reflection stream, which answers
+//! each message, takes the place of keepalives.
 
 use std::time::Duration;
 
@@ -44,14 +45,14 @@ impl Peer for Ceiling {
     }
 }
 
-/// Of `reflection.proto`: what is asked for.
+/// The request of `reflection.proto`, with the one field that is used.
 #[derive(Clone, PartialEq, prost::Message)]
 struct ServerReflectionRequest {
     #[prost(string, optional, tag = "7")]
     list_services: Option<String>,
 }
 
-/// Nothing of it matters here.
+/// The response of `reflection.proto`. None of its fields is used.
 #[derive(Clone, PartialEq, prost::Message)]
 struct ServerReflectionResponse {}
 

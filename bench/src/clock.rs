@@ -1,4 +1,4 @@
-//! The clock of this host, which all under load share: for when a lease is over, and for nothing that is timed.
+//! This host's clock, which all servers share. Only the ends of leases are measured by it.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,4 +1,5 @@
-//! The comparison: the same workloads by all contenders that there are, in turn, some times over.
+//! The comparison: all contenders that are installed do the same workloads, in turn and for several
+//! rounds.
 
 use std::io::{Write, stderr, stdout};
 use std::path::{Path, PathBuf};
@@ -9,40 +10,40 @@ use clap::ValueEnum;
 use tokio::time::timeout;
 
 use crate::contender::Contender;
+use crate::deployment::Deployment;
 use crate::machine::Machine;
 use crate::results::{Outcome, Outcomes, Results};
 use crate::sample::Sample;
-use crate::stage::Stage;
 use crate::summary::{count, digits};
 use crate::trial::Trial;
 use crate::workload::Workload;
 use crate::{svg, table};
 
-/// How long a contender may take to be ready; the first time a mongod is fetched.
+/// How long a contender may take to start. The first time, a mongod is downloaded.
 const READY: Duration = Duration::from_secs(300);
 
-/// The same workloads by leased and by what it is compared with, in turn.
+/// Measures leased and what it is compared with by the same workloads, in turn.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Which workloads [default: all].
+    /// The workloads [default: all].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "WORKLOAD")]
     only: Vec<Workload>,
-    /// Who takes part [default: all that are installed, without `stub` and `client`].
+    /// The contenders [default: all that are installed, without `stub` and `client`].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "CONTENDER")]
     with: Vec<Contender>,
-    /// At which scales: how many callers, streams, leases [default: those of each workload].
+    /// The scales: how many callers, streams or leases [default: those of each workload].
     #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     at: Vec<u32>,
-    /// Everything small, in some minutes: one round of a second.
+    /// Run small scales, and one round of a second, which takes some minutes in all.
     #[arg(long)]
     quick: bool,
-    /// Rounds; the medians count [default: 3].
+    /// The number of rounds; the medians count [default: 3].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: Option<u32>,
-    /// How long a rate is measured, and what other durations follow from [default: 5].
+    /// How long a rate is measured; other durations follow from this [default: 5].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: Option<u64>,
-    /// Where to write `table.md`, `results.json` and `scaling.svg`; made if it is missing.
+    /// The folder for `table.md`, `results.json` and `scaling.svg`; it is created if missing.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// The daemon to start [default: the one beside this program].
@@ -50,24 +51,24 @@ pub(crate) struct Args {
     daemon: Option<PathBuf>,
 }
 
-/// What is to be measured, and with whom.
+/// What to measure, and by which contenders.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) workloads: Vec<Workload>,
     pub(crate) contenders: Vec<Contender>,
-    /// Instead of the scales of each workload.
+    /// The scales; if empty, those of each workload.
     pub(crate) scales: Vec<u32>,
     pub(crate) quick: bool,
     pub(crate) rounds: u32,
     pub(crate) seconds: u64,
     pub(crate) daemon: Option<PathBuf>,
-    /// Where to write what there is, after each workload of a round.
+    /// Where to write the results so far, after each workload of a round.
     pub(crate) out: Option<PathBuf>,
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
     if let Some(folder) = &args.out {
-        // Before an hour is spent.
+        // Now, so that an error does not show only after an hour.
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
     let all = |named: &[Contender]| match named {
@@ -98,11 +99,11 @@ fn write(folder: &Path, results: &Results) -> Result<()> {
 }
 
 impl Plan {
-    /// Measures all of it; after Ctrl-C, what there is by then.
+    /// Measures everything. After Ctrl-C it returns the results so far.
     pub(crate) async fn run(mut self) -> Result<Results> {
         let missing: Vec<&str> = self.contenders.iter().filter_map(|one| one.missing()).collect();
         self.contenders.retain(|one| one.missing().is_none());
-        ensure!(!self.contenders.is_empty(), "nobody is left: {}", missing.join("; "));
+        ensure!(!self.contenders.is_empty(), "no contender is left: {}", missing.join("; "));
         let mut left_out: Vec<String> = missing.into_iter().map(ToOwned::to_owned).collect();
         left_out.dedup();
         let mut results = Results {
@@ -110,7 +111,7 @@ impl Plan {
                 .chain(std::env::args().skip(1))
                 .collect::<Vec<_>>()
                 .join(" "),
-            machine: Machine::look(&self.contenders, self.daemon.as_deref()),
+            machine: Machine::inspect(&self.contenders, self.daemon.as_deref()),
             rounds: self.rounds,
             seconds: self.seconds,
             left_out,
@@ -120,7 +121,7 @@ impl Plan {
             measured = self.measure(&mut results) => measured?,
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
-                let _ = writeln!(stderr(), "interrupted; what there is:");
+                let _ = writeln!(stderr(), "interrupted; the results so far:");
                 if let Some(folder) = &self.out {
                     write(folder, &results)?;
                 }
@@ -137,7 +138,7 @@ impl Plan {
                         .scales(workload)
                         .iter()
                         .copied()
-                        .filter(|scale| workload.takes(contender, *scale))
+                        .filter(|scale| workload.supports(contender, *scale))
                         .collect();
                     if !scales.is_empty() {
                         self.one(results, round, workload, contender, &scales).await;
@@ -159,7 +160,7 @@ impl Plan {
         }
     }
 
-    /// One contender's part in a round: all scales of a workload.
+    /// Measures one contender in a round, at all scales of a workload.
     async fn one(
         &self,
         results: &mut Results,
@@ -172,7 +173,7 @@ impl Plan {
             let outcome = self.trial(results, workload, contender, scale).await;
             let outcome = outcome.map_err(|error| format!("{error:#}"));
             let who = format!("{} {}, {}", count(scale), workload.facts().unit, contender.title());
-            // A measurement does not end because nobody reads of it.
+            // A measurement goes on if its progress cannot be printed.
             let _ = writeln!(
                 stderr(),
                 "round {round} of {}  {}, {who}: {}",
@@ -184,7 +185,7 @@ impl Plan {
         }
     }
 
-    /// One run, by processes of its own.
+    /// Runs one trial, with its own processes.
     async fn trial(
         &self,
         results: &mut Results,
@@ -192,18 +193,18 @@ impl Plan {
         contender: Contender,
         scale: u32,
     ) -> Result<Sample> {
-        let stage = timeout(READY, Stage::set(contender, workload, self.daemon.as_deref())).await;
-        let stage = stage.context("it does not become ready")??;
-        if let Some(uri) = stage.mongodb() {
-            // For the heading only.
-            drop(results.machine.note_mongod(uri).await);
+        let deployment = timeout(READY, Deployment::start(contender, workload, self.daemon.as_deref())).await;
+        let deployment = deployment.context("the contender does not start in time")??;
+        if let Some(uri) = deployment.mongodb() {
+            // A failure is ignored: the version is only for the heading.
+            let _ = results.machine.note_mongod(uri).await;
         }
         let (scale, time) = (scale as usize, Duration::from_secs(self.seconds));
-        Trial { contender, workload, scale, time, stage: &stage }.run().await
+        Trial { contender, workload, scale, time, deployment: &deployment }.run().await
     }
 }
 
-/// A round as progress is shown.
+/// Formats the outcome of a round for the progress.
 fn line(workload: Workload, outcome: &Outcome) -> String {
     match outcome {
         Ok(sample) => {

@@ -1,4 +1,4 @@
-//! Who takes part, how they are called, and what they are measured by.
+//! The contenders: their names, what they are compared with, and what they need to be installed.
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -25,20 +25,21 @@ pub(crate) enum Contender {
     Mongolock,
     /// A conditional findOneAndUpdate for each call on one mongod, as a lock library would do it.
     Direct,
-    /// `$inc` of many records with each command on one mongod: the least that a write for each change costs there.
+    /// `$inc` of many records with each command on one mongod: the least that a write for each
+    /// change costs there.
     Batched,
-    /// The same on a replica set of three.
+    /// `$inc` of many records with each command on a replica set of three.
     BatchedThree,
-    /// Calls of leased that ask no store: what gRPC alone allows on this machine.
+    /// Calls of leased that need no store: what gRPC alone allows on this machine.
     Ceiling,
     /// leased with its embedded store by the generated stub over tonic's channels; only on request.
     Stub,
-    /// The same through the client crate; only on request.
+    /// leased with its embedded store by the client crate; only on request.
     Client,
 }
 
 impl Contender {
-    /// Whether it takes part unless others are named.
+    /// Whether the contender takes part by default.
     pub(crate) fn is_usual(self) -> bool {
         !matches!(self, Self::Stub | Self::Client)
     }
@@ -61,7 +62,7 @@ impl Contender {
         }
     }
 
-    /// Those that it is set in relation to.
+    /// The contenders that this one is compared with.
     pub(crate) fn yardsticks(self) -> &'static [Self] {
         match self {
             Self::Embedded => &[Self::Etcd, Self::Redis, Self::Ceiling],
@@ -74,7 +75,7 @@ impl Contender {
         }
     }
 
-    /// What has to be installed for it and is not.
+    /// Says what is not installed and must be; `None` if nothing is missing.
     pub(crate) fn missing(self) -> Option<&'static str> {
         let (program, advice) = match self {
             Self::Etcd | Self::EtcdThree => {

@@ -1,16 +1,17 @@
-//! What processes spend of the processors and of the memory, as `/proc` says, where there is one.
+//! Processor time and memory of processes, as `/proc` shows them. Without `/proc` there are no
+//! figures.
 
 use std::collections::HashMap;
 use std::fs;
 use std::time::Duration;
 
-/// The processes of a contender by kind; the load generator is one more.
+/// The processes of a contender, each with its kind.
 pub(crate) type Processes = Vec<(&'static str, u32)>;
 
-/// How the load generator is called beside the processes under load.
+/// The kind of the load generator.
 pub(crate) const LOAD: &str = "load";
 
-/// Processor time at an instant.
+/// The processor time of processes at an instant.
 #[derive(Debug)]
 pub(crate) struct Cpu {
     processes: Processes,
@@ -24,7 +25,7 @@ impl Cpu {
         Self { processes, before }
     }
 
-    /// What each kind has spent since.
+    /// The processor time that each kind of process has spent since.
     pub(crate) fn spent(self) -> Vec<(&'static str, Duration)> {
         let mut kinds: Vec<(&'static str, Duration)> = Vec::new();
         for (kind, id) in self.processes {
@@ -32,7 +33,7 @@ impl Cpu {
                 now.saturating_sub(self.before.get(&thread).copied().unwrap_or_default())
             };
             let spent = threads(id).into_iter().map(since).sum();
-            match kinds.iter_mut().find(|(known, _)| *known == kind) {
+            match kinds.iter_mut().find(|(other, _)| *other == kind) {
                 Some((_, sum)) => *sum += spent,
                 None => kinds.push((kind, spent)),
             }
@@ -41,13 +42,14 @@ impl Cpu {
     }
 }
 
-/// What all but the load generator have spent.
+/// The processor time of all kinds but the load generator.
 pub(crate) fn under_load(spent: &[(&'static str, Duration)]) -> Duration {
     spent.iter().filter(|(kind, _)| *kind != LOAD).map(|(_, spent)| *spent).sum()
 }
 
-/// The time that each thread of a process has run, to the nanosecond, as the scheduler counts it: the ticks of
-/// `/proc/ID/stat` are too coarse for processes that do little. What a thread spends that ends meanwhile is not seen.
+/// Reads how long each thread of a process has run, in nanoseconds, as the scheduler counts it. The
+/// ticks of `/proc/ID/stat` are too coarse for processes that do little. The time of a thread that
+/// ends between two readings is missing.
 fn threads(process: u32) -> Vec<(u32, Duration)> {
     let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return Vec::new() };
     let ran = |thread: fs::DirEntry| {
@@ -71,11 +73,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_is_seen() {
+    fn the_processor_time_of_work_is_counted() {
         let cpu = Cpu::now(&Vec::new());
         let begun: Duration = cpu.before.values().sum();
         let now = || threads(std::process::id()).iter().map(|(_, time)| *time).sum::<Duration>();
-        // To look is work, too.
+        // Reading the times takes processor time itself.
         while now() <= begun {}
         let spent = cpu.spent();
         assert!(spent[0].1 > Duration::ZERO && spent[0].0 == LOAD);

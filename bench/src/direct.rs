@@ -1,4 +1,5 @@
-//! A lock library's way as a peer: one conditional `findOneAndUpdate` for each call, with the driver of this program.
+//! The way of a lock library, as a peer: one conditional `findOneAndUpdate` for each call, by the
+//! driver in this program.
 
 use std::time::Duration;
 
@@ -55,12 +56,13 @@ impl Peer for Direct {
     }
 }
 
-/// The time by this host's clock: a lock library without a daemon has no other.
+/// Returns the time in `time` from now by this host's clock, because a lock library without a
+/// daemon has no other.
 fn after(time: Duration) -> Result<DateTime> {
     Ok(DateTime::from_millis(i64::try_from((clock::now() + time).as_millis())?))
 }
 
-/// The locks of one caller, touched one after the other.
+/// The locks of one caller, which are touched one after the other.
 #[derive(Debug)]
 pub(crate) struct Touches {
     locks: Collection<Document>,

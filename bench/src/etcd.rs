@@ -1,4 +1,4 @@
-//! etcd as a peer: its lock service, and the leases that locks are under.
+//! etcd as a peer: its lock service, and the leases under which it locks.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::peer::{Peer, Turn};
 #[derive(Debug, Clone)]
 pub(crate) struct Etcd {
     client: Client,
-    /// What this caller's locks are under; without one each gets its own.
+    /// The lease of all locks of this caller; without it each lock gets its own.
     lease: Option<Lease>,
 }
 
@@ -27,7 +27,7 @@ struct Lease {
     end: Duration,
 }
 
-/// A key under a lease; no key for a lease that is only kept alive.
+/// A locked key and its lease. The key is empty if the lease is only kept alive.
 #[derive(Debug)]
 pub(crate) struct Held {
     key: Vec<u8>,
@@ -56,7 +56,7 @@ impl Etcd {
     }
 }
 
-/// The keys that begin with `prefix`.
+/// Builds a request for the keys that begin with `prefix`.
 fn under(prefix: &str) -> Result<RangeRequest> {
     let key = prefix.as_bytes().to_vec();
     let mut range_end = key.clone();
@@ -94,7 +94,7 @@ impl Peer for Etcd {
         Ok(())
     }
 
-    /// A lease without a key: nothing else has to be kept alive.
+    /// Grants a lease without a key, because only the lease has to be kept alive.
     async fn hold(&mut self, _key: String, ttl: Duration) -> Result<Held> {
         Ok(Held { key: Vec::new(), lease: self.grant(ttl).await? })
     }
@@ -107,9 +107,10 @@ impl Peer for Etcd {
         Ok(stream)
     }
 
-    /// By the recipe of etcd's own clients: a key of one's own, and a watch on the one before. The lock service would do
-    /// the same inside the server, but begins its watches one after the other, in as much as 100 ms each.
-    async fn stand(&mut self, key: String, ttl: Duration) -> Result<Held> {
+    /// Waits as etcd's own clients do: puts a key of its own, and watches the key before it. The
+    /// lock service does the same inside the server, but begins its watches one after the other,
+    /// and each takes up to 100 ms.
+    async fn acquire_waiting(&mut self, key: String, ttl: Duration) -> Result<Held> {
         let lease = self.grant(ttl).await?;
         let own = format!("{key}/{:x}", lease.id).into_bytes();
         let put = PutRequest { key: own.clone(), lease: lease.id };
@@ -130,7 +131,7 @@ impl Peer for Etcd {
         }
     }
 
-    async fn standing(&mut self, prefix: &str) -> Result<usize> {
+    async fn holders_and_waiters(&mut self, prefix: &str) -> Result<usize> {
         let request = RangeRequest { count_only: true, ..under(prefix)? };
         let keys: RangeResponse = self.client.call("/etcdserverpb.KV/Range", request).await?;
         Ok(usize::try_from(keys.count)?)
@@ -141,7 +142,7 @@ impl Peer for Etcd {
     }
 }
 
-/// A stream of etcd's, where each lease takes a message of its own.
+/// A keepalive stream of etcd, where each lease needs a message of its own.
 #[derive(Debug)]
 pub(crate) struct Stream {
     stream: grpc::Stream<LeaseKeepAliveRequest, LeaseKeepAliveResponse>,
@@ -159,7 +160,7 @@ impl Turn for Stream {
     }
 }
 
-/// Whether the node at `address` takes writes, and leads.
+/// Whether the node at `address` accepts writes, and is the leader.
 pub(crate) async fn leads(address: &str) -> Result<bool> {
     let ask = async {
         let mut node = Etcd::connect(address).await?;

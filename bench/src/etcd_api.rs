@@ -1,4 +1,5 @@
-//! etcd's calls: the messages of its `lock.proto`, `rpc.proto` and `kv.proto`, with the fields that matter here.
+//! The messages of etcd's `lock.proto`, `rpc.proto` and `kv.proto`, with the fields that the
+//! benchmark uses.
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct LeaseGrantRequest {
@@ -60,10 +61,10 @@ pub(crate) struct RangeRequest {
     pub(crate) range_end: Vec<u8>,
     #[prost(int64, tag = "3")]
     pub(crate) limit: i64,
-    /// 2: falling.
+    /// 2: descending.
     #[prost(int32, tag = "5")]
     pub(crate) sort_order: i32,
-    /// 2: by when keys were made.
+    /// 2: by creation.
     #[prost(int32, tag = "6")]
     pub(crate) sort_target: i32,
     #[prost(bool, tag = "9")]

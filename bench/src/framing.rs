@@ -1,4 +1,5 @@
-//! Messages as gRPC puts them on a stream of bytes: each behind a flag for compression, which nobody here uses, and its length.
+//! gRPC's framing of messages in a stream of bytes: each follows a flag for compression, which is
+//! never set here, and its length.
 
 use std::mem;
 
@@ -6,10 +7,10 @@ use anyhow::{Result, ensure};
 use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
 
-/// The flag and the length.
+/// The bytes of the flag and the length.
 const PREFIX: usize = 5;
 
-/// The messages, in one piece.
+/// Encodes messages in one piece.
 pub(crate) fn encode<M: Message>(messages: impl IntoIterator<Item = M>) -> Result<Bytes> {
     let mut bytes = Vec::new();
     for message in messages {
@@ -22,24 +23,24 @@ pub(crate) fn encode<M: Message>(messages: impl IntoIterator<Item = M>) -> Resul
     Ok(bytes.into())
 }
 
-/// What has been received and not yet been taken.
+/// Bytes that have been received and not yet decoded.
 #[derive(Debug, Default)]
 pub(crate) struct Received(Bytes);
 
 impl Received {
     pub(crate) fn push(&mut self, bytes: Bytes) {
         if self.0.is_empty() {
-            // Nearly always, and then nothing is copied.
+            // The usual case, without a copy.
             self.0 = bytes;
         } else {
-            // Copied once: from then on it is this one's own, and grows where it is.
+            // Copied once. After that the buffer has one owner, and grows in place.
             let mut joined = BytesMut::from(mem::take(&mut self.0));
             joined.extend_from_slice(&bytes);
             self.0 = joined.freeze();
         }
     }
 
-    /// The next message, once all of it is here.
+    /// Decodes the next message; `None` until all of it has been received.
     pub(crate) fn next<M: Message + Default>(&mut self) -> Result<Option<M>> {
         let Some((prefix, rest)) = self.0.split_first_chunk::<PREFIX>() else { return Ok(None) };
         let [compressed, length @ ..] = *prefix;
@@ -65,34 +66,34 @@ mod tests {
         vec!["one".to_owned(), String::new(), "x".repeat(1000)]
     }
 
-    fn take_all(received: &mut Received) -> Vec<String> {
+    fn decode_all(received: &mut Received) -> Vec<String> {
         std::iter::from_fn(|| received.next().expect("well formed")).collect()
     }
 
     #[test]
-    fn messages_in_one_piece_come_apart() {
+    fn messages_in_one_piece_are_decoded() {
         let mut received = Received::default();
         received.push(encode(texts()).expect("short"));
-        assert_eq!(take_all(&mut received), texts());
+        assert_eq!(decode_all(&mut received), texts());
         assert!(received.is_empty());
     }
 
     #[test]
-    fn messages_in_pieces_of_any_length_come_together() {
+    fn messages_in_pieces_of_any_length_are_decoded() {
         let bytes = encode(texts()).expect("short");
         for length in 1..bytes.len() {
-            let (mut received, mut taken) = (Received::default(), Vec::new());
+            let (mut received, mut decoded) = (Received::default(), Vec::new());
             for piece in bytes.chunks(length) {
                 received.push(bytes.slice_ref(piece));
-                taken.extend(take_all(&mut received));
+                decoded.extend(decode_all(&mut received));
             }
-            assert_eq!(taken, texts(), "in pieces of {length}");
+            assert_eq!(decoded, texts(), "in pieces of {length}");
             assert!(received.is_empty());
         }
     }
 
     #[test]
-    fn what_is_compressed_or_no_message_is_refused() {
+    fn a_compressed_or_malformed_message_is_refused() {
         for bytes in [[1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0xff]] {
             let mut received = Received::default();
             received.push(Bytes::copy_from_slice(&bytes));

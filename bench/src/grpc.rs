@@ -1,6 +1,8 @@
-//! The load generator's own client: gRPC calls over HTTP/2 and nothing around them. What this program spends is taken from
-//! those under load, who share the processors with it, so tonic's stubs and channels are too dear; and all who are called by
-//! gRPC are called by it, so that the load costs the same.
+//! The load generator's own client: gRPC calls over HTTP/2 and nothing around them.
+//!
+//! The load generator shares the processors with the servers, and tonic's stubs and channels would
+//! take too much of them. All contenders with a gRPC API are called by this client, so that the
+//! load costs the same for each.
 
 use std::future::poll_fn;
 use std::marker::PhantomData;
@@ -18,14 +20,14 @@ use tonic::Status;
 
 use crate::framing::{Received, encode};
 
-/// What a server may send on a stream, and on all streams of a connection, before it is told that it may send more: enough
-/// for any answer, so that none is held up.
+/// The flow-control window of a stream: enough for any answer, so that none is held up.
 const STREAM_WINDOW: u32 = 2 << 20;
+/// The flow-control window of a connection: enough for the answers on all its streams.
 const CONNECTION_WINDOW: u32 = 16 << 20;
-/// Streams at once until the server has said how many it allows.
+/// The most concurrent streams until the server has sent its own limit.
 const FIRST_STREAMS: usize = 100;
 
-/// A connection to a gRPC server. Clones are the same one.
+/// A connection to a gRPC server. Clones share the connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
     requests: SendRequest<Bytes>,
@@ -46,7 +48,8 @@ impl Client {
             .initial_max_send_streams(FIRST_STREAMS)
             .enable_push(false);
         let (requests, connection) = builder.handshake(stream).await?;
-        // It ends with the last clone and the last stream. When the connection is lost, each of them is told.
+        // The task ends with the last clone and the last stream. When the connection is lost, all
+        // of them get an error.
         tokio::spawn(connection);
         let mut headers = HeaderMap::with_capacity(2);
         headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -54,7 +57,7 @@ impl Client {
         Ok(Self { requests, origin, headers })
     }
 
-    /// A call with one message each way.
+    /// Makes a call with one message each way.
     pub(crate) async fn call<Q, A>(&mut self, path: &'static str, request: Q) -> Result<A>
     where
         Q: Message,
@@ -68,14 +71,15 @@ impl Client {
         Ok(answer)
     }
 
-    /// Opens a stream. Does not wait for the server: some answer this only when they answer the first message.
+    /// Opens a stream. Does not wait for the response head, because some servers send it only with
+    /// their first answer.
     pub(crate) async fn stream<Q, A>(&mut self, path: &'static str) -> Result<Stream<Q, A>> {
         let (messages, answers) = self.open(path).await?;
         Ok(Stream { messages, answers, types: PhantomData })
     }
 
-    /// Sends the head of a request, once the server allows one more. What is sent before the caller next waits leaves
-    /// together with it, in one write.
+    /// Sends the head of a request, once the server allows one more stream. Data that is sent
+    /// before the caller next waits leaves in the same write.
     async fn open(&mut self, path: &'static str) -> Result<(SendStream<Bytes>, Answers)> {
         poll_fn(|context| self.requests.poll_ready(context)).await.context("the connection is lost")?;
         let mut parts = self.origin.clone().into_parts();
@@ -90,7 +94,7 @@ impl Client {
     }
 }
 
-/// A stream both ways; the server is told when it is dropped.
+/// A stream both ways. Dropping it resets the stream at the server.
 #[derive(Debug)]
 pub(crate) struct Stream<Q, A> {
     messages: SendStream<Bytes>,
@@ -99,21 +103,21 @@ pub(crate) struct Stream<Q, A> {
 }
 
 impl<Q: Message, A: Message + Default> Stream<Q, A> {
-    /// Sends messages in one piece, and does not wait: what the server does not take yet is kept by h2, which sends it when the
-    /// server takes more.
+    /// Sends messages in one piece, without waiting. h2 keeps what the flow-control window does not
+    /// allow yet, and sends it later.
     pub(crate) fn send(&mut self, messages: impl IntoIterator<Item = Q>) -> Result<()> {
-        // An error says that the stream is over, and the next answer says why.
-        drop(self.messages.send_data(encode(messages)?, false));
+        // An error means that the stream has ended. The next read of an answer says why.
+        let _ = self.messages.send_data(encode(messages)?, false);
         Ok(())
     }
 
-    /// The next answer; an error once the stream has ended.
+    /// Reads the next answer. Fails once the stream has ended.
     pub(crate) async fn next(&mut self) -> Result<A> {
         self.answers.next().await?.context("the stream has ended")
     }
 }
 
-/// What comes back.
+/// The answers to a call or a stream.
 #[derive(Debug)]
 enum Answers {
     Awaited(ResponseFuture),
@@ -121,7 +125,7 @@ enum Answers {
 }
 
 impl Answers {
-    /// The next message; none once the call has ended well.
+    /// Reads the next message. `None` once the call has ended successfully.
     async fn next<A: Message + Default>(&mut self) -> Result<Option<A>> {
         loop {
             match self {
@@ -135,7 +139,7 @@ impl Answers {
                         head.status
                     );
                     if ended {
-                        // What would be in the trailers is here.
+                        // Without a body, the head holds the trailers.
                         succeeded(&head.headers)?;
                         return Ok(None);
                     }
@@ -158,9 +162,9 @@ impl Answers {
     }
 }
 
-/// Whether a call has ended well, by its trailers.
+/// Fails if the trailers say that the call has failed.
 fn succeeded(trailers: &HeaderMap) -> Result<()> {
-    // Nearly all do; a `Status` takes more.
+    // Nearly all calls succeed, and this is cheaper than building a `Status`.
     if trailers.get("grpc-status").is_some_and(|code| code == "0") {
         return Ok(());
     }
@@ -178,7 +182,7 @@ mod tests {
 
     use super::*;
 
-    /// A request as a server has it.
+    /// A request as a server receives it.
     type Asked = (Request<RecvStream>, SendResponse<Bytes>);
 
     /// A client, and the other end of its connection.
@@ -203,7 +207,7 @@ mod tests {
         HeaderMap::from_iter([("grpc-status".parse().expect("a name"), HeaderValue::from_static(code))])
     }
 
-    /// Answers with whatever bytes in whatever pieces, and then with the trailers.
+    /// Answers with these pieces of bytes, and then with the trailers.
     fn answer(mut asked: Asked, pieces: impl IntoIterator<Item = Bytes>) {
         let mut body = asked.1.send_response(Response::new(()), false).expect("an open stream");
         for piece in pieces {
@@ -212,7 +216,7 @@ mod tests {
         body.send_trailers(ended("0")).expect("an open stream");
     }
 
-    /// Has the connection go on for as long as the work takes.
+    /// Drives the connection for as long as the work takes.
     async fn beside<T>(mut server: Connection<TcpStream, Bytes>, work: impl Future<Output = T>) -> T {
         let connection = tokio::spawn(async move { poll_fn(|context| server.poll_closed(context)).await });
         let done = timeout(Duration::from_secs(30), work).await.expect("no hang");
@@ -240,7 +244,7 @@ mod tests {
                 asked.0.body_mut().flow_control().release_capacity(data.len()).expect("received");
                 received.push(data);
             }
-            // More than either window, which the client has to open again.
+            // More than either flow-control window, so the client must extend both.
             assert_eq!(received.next::<String>().expect("well formed"), Some(question));
             let long = encode(["!".repeat(20_000_000)]).expect("short enough");
             let pieces: Vec<Bytes> = long.chunks(7_000_000).map(|piece| long.slice_ref(piece)).collect();
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn more_calls_than_are_allowed_wait() {
+    async fn calls_beyond_the_limit_of_streams_wait() {
         let (client, mut server) = connected(2).await;
         let mut calls = tokio::task::JoinSet::new();
         for number in 0..20 {
@@ -309,7 +313,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_goes_both_ways_and_the_server_hears_of_its_end() {
+    async fn a_stream_goes_both_ways_and_is_reset_when_dropped() {
         let (mut client, mut server) = connected(9).await;
         let mut stream = client.stream::<String, String>("/a/b").await.expect("a stream");
         stream.send(["one".to_owned(), "two".to_owned()]).expect("short");
@@ -332,7 +336,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_waits_hears_of_a_lost_connection() {
+    async fn all_calls_and_streams_fail_when_the_connection_is_lost() {
         let (mut client, mut server) = connected(9).await;
         let mut stream = client.stream::<String, String>("/a/b").await.expect("a stream");
         let asked = asked(&mut server).await;

@@ -1,5 +1,5 @@
-//! What the client crate costs its user: pairs beside those of the bare stub, and memory and processor time for leases that are
-//! held.
+//! What the client crate costs: pairs of acquire and release for the comparison with the stub, and
+//! the memory and processor time of leases that are held.
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -12,16 +12,17 @@ use crate::cpu::{Cpu, resident};
 use crate::peer::{NoStream, Peer, all};
 use crate::server::{Daemon, Server};
 
-/// Memory and processor time of a client that holds many leases of a daemon with the embedded store.
+/// Memory and processor time of a client that holds many leases of a daemon with the embedded
+/// store.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Leases to hold.
+    /// The number of leases.
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(100..=10_000))]
     leases: u32,
-    /// Their TTL in seconds.
+    /// The TTL of the leases, in seconds.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u64).range(1..=3600))]
     ttl: u64,
-    /// For how many TTLs to hold them.
+    /// How many TTLs to hold the leases for.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     ttls: u32,
     /// The daemon to start [default: the one beside this program].
@@ -33,7 +34,7 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
     let server = Server::leased(Daemon { program: args.daemon.as_deref(), ..Daemon::default() }).await?;
     let client = Client::connect([server.address()]).await?;
     let ttl = Duration::from_secs(args.ttl);
-    // What acquiring at once takes is needed but once.
+    // Memory that many acquires at once need is allocated once, and must not count for the leases.
     drop(acquire(&client, 1000, ttl).await?);
     client.settle().await;
     let before = own_memory()?;
@@ -69,10 +70,10 @@ async fn acquire(client: &Client, count: u32, ttl: Duration) -> Result<Vec<Lease
 }
 
 fn own_memory() -> Result<u64> {
-    resident(std::process::id()).context("no memory is known")
+    resident(std::process::id()).context("the memory of the process is unknown")
 }
 
-/// The client crate as a peer.
+/// A client of the client crate, as a peer.
 #[derive(Debug, Clone)]
 pub(crate) struct Holder(Client);
 

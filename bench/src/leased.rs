@@ -1,4 +1,4 @@
-//! leased as a peer, by whatever makes its calls: the load generator's own client, or the stub.
+//! leased as a peer. Its calls are made by the load generator's own client, or by the stub.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use uuid::{Builder, Uuid};
 use crate::grpc::{self, Client};
 use crate::peer::{Peer, Turn};
 
-/// The longest that anybody stands in line here.
+/// How long a call waits at most.
 const WAIT: Duration = Duration::from_secs(600);
 
-/// A connection, and the calls of leased that are needed here. Clones are the same one.
+/// A connection, with the calls of leased that the benchmark makes. Clones share the connection.
 pub(crate) trait Calls: Clone + Send + Sync + 'static {
     type KeepAlives: KeepAlives;
 
@@ -35,11 +35,11 @@ pub(crate) trait Calls: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Self::KeepAlives>> + Send;
 }
 
-/// A keepalive stream as it is called.
+/// A keepalive stream.
 pub(crate) trait KeepAlives: Send + 'static {
     fn send(&mut self, message: KeepAliveRequest) -> impl Future<Output = Result<()>> + Send;
 
-    /// The next answer; an error once the stream has ended.
+    /// Reads the next answer. Fails once the stream has ended.
     fn next(&mut self) -> impl Future<Output = Result<KeepAliveResponse>> + Send;
 }
 
@@ -82,7 +82,7 @@ impl KeepAlives for grpc::Stream<KeepAliveRequest, KeepAliveResponse> {
 #[derive(Debug, Clone)]
 pub(crate) struct Leased<C>(C);
 
-/// A lease, and when it ends.
+/// A lease and when it ends.
 #[derive(Debug)]
 pub(crate) struct Held {
     lease: LeaseRef,
@@ -114,13 +114,13 @@ impl<C: Calls> Peer for Leased<C> {
         Ok(stream)
     }
 
-    async fn stand(&mut self, key: String, ttl: Duration) -> Result<Held> {
+    async fn acquire_waiting(&mut self, key: String, ttl: Duration) -> Result<Held> {
         let request = AcquireRequest { wait: Some(WAIT.try_into()?), ..request(key, ttl)? };
         held(self.0.acquire(request).await?)
     }
 
-    async fn standing(&mut self, prefix: &str) -> Result<usize> {
-        let (mut standing, mut page_token) = (0, String::new());
+    async fn holders_and_waiters(&mut self, prefix: &str) -> Result<usize> {
+        let (mut count, mut page_token) = (0, String::new());
         loop {
             let request = ListRequest {
                 prefix: prefix.to_owned(),
@@ -129,11 +129,10 @@ impl<C: Calls> Peer for Leased<C> {
                 ..ListRequest::default()
             };
             let page = self.0.list(request).await?;
-            standing +=
-                page.leases.iter().map(|lease| lease.holders.len() + lease.waiters.len()).sum::<usize>();
+            count += page.leases.iter().map(|lease| lease.holders.len() + lease.waiters.len()).sum::<usize>();
             page_token = page.next_page_token;
             if page_token.is_empty() {
-                return Ok(standing);
+                return Ok(count);
             }
         }
     }
@@ -154,12 +153,13 @@ fn held(granted: AcquireResponse) -> Result<Held> {
     Ok(Held { lease: granted.lease.context("a grant without a lease")?, end })
 }
 
-/// An id without a system call: the system's random numbers would cost as much as a tenth of the call.
+/// Makes an id without a system call. The system's random numbers would cost 10 % of the call.
 fn new_id() -> Uuid {
     Builder::from_random_bytes(fastrand::u128(..).to_ne_bytes()).into_uuid()
 }
 
-/// A keepalive stream with one message in flight, which after the first names no leases and so means all.
+/// A keepalive stream with one message in flight. Its messages after the first name no leases,
+/// which means all of them.
 #[derive(Debug)]
 pub(crate) struct Stream<K> {
     messages: K,
@@ -167,11 +167,12 @@ pub(crate) struct Stream<K> {
 }
 
 impl<K: KeepAlives> Stream<K> {
-    /// How many leases the answer to the latest message says are kept.
+    /// Reads the answer to the last message, and returns how many leases are kept.
     async fn answer(&mut self) -> Result<u64> {
         loop {
             let answer = self.messages.next().await?;
-            // Else it tells of a loss unasked; the answer then says nothing of that lease.
+            // Other answers report losses unasked. A lease that was reported as lost is not in the
+            // answer.
             if answer.sequence == self.sequence {
                 let kept =
                     answer.results.iter().filter(|result| matches!(result.outcome, Some(Outcome::Kept(_))));

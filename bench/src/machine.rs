@@ -13,21 +13,24 @@ use tokio::time::Instant;
 use crate::contender::Contender;
 use crate::server::{Daemon, beside};
 
+/// The machine, as results describe it.
 #[derive(Debug, Serialize)]
 pub(crate) struct Machine {
     cpu: String,
     cores: usize,
     memory: String,
     kernel: String,
-    /// Of writing and syncing 4 KiB on the disk that servers have their data on, in milliseconds.
+    /// How long writing and syncing 4 KiB takes on the disk with the servers' data, in
+    /// milliseconds.
     sync_ms: Option<f64>,
-    /// What each program says that it is.
+    /// The programs and their versions.
     pub(crate) versions: Vec<String>,
 }
 
 impl Machine {
-    /// What this one is, with the programs of the contenders; a mongod is asked when it runs.
-    pub(crate) fn look(contenders: &[Contender], daemon: Option<&Path>) -> Self {
+    /// Inspects this machine and the programs of the contenders. The version of a mongod is added
+    /// when one runs.
+    pub(crate) fn inspect(contenders: &[Contender], daemon: Option<&Path>) -> Self {
         let mut versions = Vec::new();
         if let Ok(leased) = (Daemon { program: daemon, ..Daemon::default() }).program() {
             versions.extend(says(Command::new(leased).arg("--version")));
@@ -39,7 +42,7 @@ impl Machine {
         }
         if contenders.contains(&Contender::Redis) {
             let version = says(Command::new("redis-server").arg("--version"));
-            // "Redis server v=7.0.15 sha=.. malloc=..": the rest says nothing here.
+            // Of "Redis server v=7.0.15 sha=.. malloc=..", only the version matters here.
             versions.extend(version.map(|said| said.split(" sha=").next().unwrap_or_default().to_owned()));
         }
         if contenders.contains(&Contender::Mongolock) {
@@ -55,7 +58,7 @@ impl Machine {
         }
     }
 
-    /// Notes what a running mongod says that it is.
+    /// Adds the version of a running mongod.
     pub(crate) async fn note_mongod(&mut self, uri: &str) -> Result<()> {
         if self.versions.iter().any(|version| version.starts_with("mongod ")) {
             return Ok(());
@@ -83,7 +86,7 @@ impl Machine {
     }
 }
 
-/// The first line that a program says.
+/// Returns the first line of a program's output.
 fn says(command: &mut Command) -> Option<String> {
     let output = command.output().ok()?;
     Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
@@ -95,14 +98,15 @@ fn field(file: &str, name: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// The median of some.
+/// Measures how long writing and syncing 4 KiB takes, in milliseconds.
 fn sync() -> Result<f64> {
     let path = beside(&format!("sync-{}", std::process::id()))?;
     let timed = File::create(&path).map_err(anyhow::Error::from).and_then(timed);
-    drop(fs::remove_file(&path));
+    let _ = fs::remove_file(&path);
     timed
 }
 
+/// Writes and syncs the file several times, and returns the median time.
 fn timed(mut file: File) -> Result<f64> {
     let mut times = Vec::new();
     for _ in 0..51 {

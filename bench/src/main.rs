@@ -1,86 +1,105 @@
-//! Load for leased, alone and beside others. Every workload is bounded in count and time.
+//! Load for leased, alone and beside other services. Every workload is bounded in count and time.
 //!
-//! `cargo build --release -p leased -p leased-bench`, then `cargo run --release -p leased-bench -- --help`
+//! ```text
+//! cargo build --release -p leased -p leased-bench
+//! cargo run --release -p leased-bench -- --help
+//! ```
 
-/// All contenders, all workloads, in turn.
+// The comparison.
+
+/// Runs all workloads by all contenders in turn, for several rounds.
 mod compare;
-/// Who takes part.
+/// The contenders: leased with each store, and what it is compared with.
 mod contender;
-/// What is measured.
+/// The workloads: what each measures, and at which scales.
 mod workload;
-
-/// Each of them.
-mod server;
-/// A contender's processes.
-mod stage;
-/// One workload by one contender, once.
+/// One workload by one contender at one scale, once.
 mod trial;
+/// The processes of a contender.
+mod deployment;
+/// One server process of a contender.
+mod server;
 
-/// The largest number of leases kept alive.
-mod batched;
-mod capacity;
-/// Callers that go on as fast as they are answered.
-mod closed;
-/// What a touch takes of the processors.
-mod cost;
-/// Leases that are touched when it is time.
-mod crowd;
-/// How soon the next in line is told.
-mod handoff;
-/// One message in flight on many streams.
-mod keepalives;
-/// What leases and streams take of the memory.
-mod memory;
-/// Acquire and release pairs.
+// Workloads.
+
+/// Acquires and releases, as fast as they are answered.
 mod pairs;
-/// The search for the largest number.
-mod search;
-/// How soon the leases of those who fell silent are taken over.
+/// Keepalives, with one message in flight on each stream.
+mod keepalives;
+/// The largest number of leases kept alive.
+mod capacity;
+/// How soon the next waiter is told after a release.
+mod handoff;
+/// How soon the next waiter is told after a silent holder's lease may be taken.
 mod takeover;
+/// The memory of leases and streams.
+mod memory;
+/// The processor time of a touch.
+mod cost;
 
-/// What gRPC alone allows.
-mod ceiling;
-/// The time that those under load share.
+// What workloads are made of.
+
+/// Closed loops: each caller begins its next turn when the last one ends.
+mod closed_loop;
+/// An open loop: leases are touched when they are due, whether or not the last answer has come.
+mod open_loop;
+/// Finds the largest number that succeeds.
+mod search;
+/// The host's clock, for the ends of leases.
 mod clock;
-/// A plain `findOneAndUpdate` for each call.
-mod direct;
-/// etcd.
-mod etcd;
-/// Its messages.
-mod etcd_api;
-/// Messages on the wire.
-mod framing;
-/// What calls go through.
-mod grpc;
-/// The client crate, and what it costs its user.
-mod holder;
+
+// Contenders.
+
+/// What every contender is asked to do.
+mod peer;
 /// leased.
 mod leased;
-/// mongolock, in Python.
-mod mongolock;
-/// What every contender is asked.
-mod peer;
+/// leased by its generated stub.
+mod stub;
+/// leased by the client crate, and what that costs.
+mod holder;
+/// etcd.
+mod etcd;
+/// The messages of etcd's API.
+mod etcd_api;
 /// Redis.
 mod redis_lock;
-/// leased by its stub.
-mod stub;
+/// mongolock, which is driven by a program in Python.
+mod mongolock;
+/// A conditional `findOneAndUpdate` for each call.
+mod direct;
+/// `$inc` of many MongoDB records with each command.
+mod batched;
+/// What gRPC alone allows.
+mod ceiling;
 
-/// What processes spend.
-mod cpu;
-/// Where it was.
-mod machine;
-/// All rounds, and as JSON.
-mod results;
-/// What one round came to.
-mod sample;
-/// Medians, ranges, ratios.
-mod summary;
-/// As curves.
-mod svg;
-/// As tables.
-mod table;
-/// What callers have done.
+// The gRPC client of the load generator.
+
+/// gRPC calls over HTTP/2.
+mod grpc;
+/// Encodes and decodes messages as gRPC frames them.
+mod framing;
+
+// Results.
+
+/// What callers have done in a span of time.
 mod tally;
+/// The figures of one round.
+mod sample;
+/// Processor time and memory of processes.
+mod cpu;
+/// All results, and their JSON.
+mod results;
+/// Medians, ranges and ratios of rounds.
+mod summary;
+/// Results as tables.
+mod table;
+/// Results as curves.
+mod svg;
+/// The machine and the programs on it.
+mod machine;
+/// Locks a mutex.
+mod lock;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -102,7 +121,8 @@ enum Command {
     Holder(holder::Args),
 }
 
-// One thread: what it does not spend on waking others is left to those under load.
+// One thread: it spends nothing on waking others, which leaves more of the processors to the
+// servers.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     match Args::parse().command {

@@ -1,4 +1,4 @@
-//! What leases and streams take of a server's memory.
+//! How much of a server's memory leases and streams take.
 
 use std::time::Duration;
 
@@ -11,25 +11,26 @@ use crate::peer::{Peer, Turn, all, connections};
 use crate::sample::Sample;
 use crate::trial::Trial;
 
-/// Longer than any run.
+/// The TTL: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
-/// Leases of a stream.
-const A_STREAM: usize = 1000;
-/// Callers that take leases at once.
+/// The leases of a stream.
+const LEASES_PER_STREAM: usize = 1000;
+/// How many callers acquire leases at the same time.
 const CALLERS: usize = 512;
-/// Until what the last answers were made of has been freed; nothing outside of a server says when that is.
+/// How long to wait until the memory of the last answers has been freed. A server does not show
+/// when that is.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Memory of leases on shared streams.
+/// Measures the memory of leases on shared streams.
 pub(crate) async fn of_leases<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
-    let connections = connections::<P>(trial.stage.address()?, CALLERS).await?;
-    // What taking many at once needs is needed but once.
+    let connections = connections::<P>(trial.deployment.address()?, CALLERS).await?;
+    // Memory that many acquires at once need is allocated once, and must not count for the leases.
     let warm = acquire(&connections, trial.scale.div_ceil(5)).await?;
     let before = Memory::of(trial)?;
     let mut held = acquire(&connections, trial.scale).await?;
     let mut streams = Vec::new();
-    for number in 0..trial.scale.div_ceil(A_STREAM) {
-        let some = held.split_off(held.len() - held.len().min(A_STREAM));
+    for number in 0..trial.scale.div_ceil(LEASES_PER_STREAM) {
+        let some = held.split_off(held.len() - held.len().min(LEASES_PER_STREAM));
         let mut connection = connections[number % connections.len()].clone();
         streams.push(connection.keep(some, TTL).await?);
     }
@@ -38,9 +39,9 @@ pub(crate) async fn of_leases<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     sample
 }
 
-/// Memory of streams with a lease each.
+/// Measures the memory of streams with one lease each.
 pub(crate) async fn of_streams<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
-    let address = trial.stage.address()?;
+    let address = trial.deployment.address()?;
     let warm = keepalives::open::<P>(address, trial.scale.div_ceil(20), TTL).await?;
     let before = Memory::of(trial)?;
     let streams = keepalives::open::<P>(address, trial.scale, TTL).await?;
@@ -69,13 +70,17 @@ impl Memory {
         let sum = |processes: Processes| {
             processes
                 .into_iter()
-                .map(|(_, id)| resident(id).context("no memory is known"))
+                .map(|(_, id)| resident(id).context("the memory of a process is unknown"))
                 .sum::<Result<u64>>()
         };
-        Ok(Self { servers: sum(trial.stage.server_processes())?, all: sum(trial.stage.processes())? })
+        Ok(Self {
+            servers: sum(trial.deployment.server_processes())?,
+            all: sum(trial.deployment.processes())?,
+        })
     }
 
-    /// What came since for each of so many, once everything has been touched once more.
+    /// Returns by how much memory has grown for each lease or stream, after each lease has been
+    /// touched once more.
     async fn grown<S: Turn>(self, trial: &Trial<'_>, mut streams: Vec<S>) -> Result<Sample> {
         let mut kept = 0;
         for stream in &mut streams {

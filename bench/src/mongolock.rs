@@ -1,4 +1,4 @@
-//! mongolock, which is a library in Python: its load is a program in Python, of several processes.
+//! mongolock, a library in Python. Its load comes from a program in Python with several processes.
 
 use std::fs;
 use std::io::{Write, stderr};
@@ -21,16 +21,16 @@ use crate::workload::Workload;
 const LOAD_PROGRAM: &str = include_str!("../mongolock.py");
 const REQUIREMENTS: &str = include_str!("../mongolock.txt");
 
-/// What the program says when it is done.
+/// What the program in Python prints at its end.
 #[derive(Debug, Deserialize)]
 struct Said {
     done: u64,
     errors: u64,
-    /// Of the span in which was counted.
+    /// How long it counted.
     seconds: f64,
     p50_ms: f64,
     p99_ms: f64,
-    /// What its processes spent meanwhile, in seconds.
+    /// The processor time of its processes meanwhile, in seconds.
     cpu: f64,
 }
 
@@ -44,19 +44,19 @@ pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
     fs::write(folder.join("mongolock_load.py"), LOAD_PROGRAM)?;
     let mut command = Command::new("env");
     command.arg(format!("PYTHONPATH={}", packages.display())).args(["python3", "-u"]);
-    command.arg(folder.join("mongolock_load.py")).args([trial.stage.address()?, work]);
+    command.arg(folder.join("mongolock_load.py")).args([trial.deployment.address()?, work]);
     command.args([trial.scale.to_string(), trial.time.as_secs_f64().to_string(), Trial::prefix()]);
-    let cpu = Cpu::now(&trial.stage.processes());
+    let cpu = Cpu::now(&trial.deployment.processes());
     let (start, mut guardian) = (Instant::now(), Guardian::new(&folder, &command)?);
     guardian.start()?;
     while guardian.is_running()? {
         sleep(Duration::from_millis(50)).await;
     }
-    // Of the database over the whole run, in which there is little else to do.
+    // The database's processor time is that of the whole run, in which it has little else to do.
     let (time, mut spent) = (start.elapsed(), cpu.spent());
     let output = fs::read_to_string(folder.join("output"))?;
-    let last = output.trim().lines().last().context("the program in Python said nothing")?;
-    let Ok(said) = serde_json::from_str::<Said>(last) else { bail!("python3 said: {last}") };
+    let last = output.trim().lines().last().context("the program in Python printed nothing")?;
+    let Ok(said) = serde_json::from_str::<Said>(last) else { bail!("python3 printed: {last}") };
     ensure!(said.done > 0, "nothing was done in time");
     spent.retain(|(kind, _)| *kind != LOAD);
     let mut sample = Sample::default().spending(&spent, time);
@@ -69,7 +69,8 @@ pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample)
 }
 
-/// A folder with the packages, fetched once. A folder and not a virtual environment: those need more of Python than pip.
+/// Returns a folder with the packages, and fetches them the first time. Not a virtual environment,
+/// which needs more parts of Python than pip.
 fn packages() -> Result<PathBuf> {
     let packages = beside("mongolock-1.3.4")?;
     if packages.is_dir() {
@@ -84,10 +85,10 @@ fn packages() -> Result<PathBuf> {
     let output = pip.stdin(Stdio::null()).output().context("python3 cannot be run")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        bail!("pip said: {}", said.trim().lines().last().unwrap_or_default());
+        bail!("pip printed: {}", said.trim().lines().last().unwrap_or_default());
     }
-    // The last step, so that it is whole or not there.
+    // The last step, so that the folder is either complete or missing.
     fs::rename(work.join("packages"), &packages)?;
-    drop(fs::remove_dir_all(work));
+    let _ = fs::remove_dir_all(work);
     Ok(packages)
 }

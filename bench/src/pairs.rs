@@ -1,4 +1,4 @@
-//! Acquire and release pairs: callers that each take and give back a key of their own.
+//! Acquire and release pairs: each caller acquires and releases a key of its own.
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -11,24 +11,25 @@ use crate::peer::{Peer, Turn, connections};
 use crate::sample::Sample;
 use crate::trial::Trial;
 use crate::workload::Workload;
-use crate::{closed, table};
+use crate::{closed_loop, table};
 
-/// Longer than any run.
+/// The TTL: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
 
-/// Pairs by the ways to call leased: bare, by the stub over tonic's channels, and by the client crate.
+/// Pairs by three ways to call leased: bare gRPC, the stub over tonic's channels, and the client
+/// crate.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Who takes part [default: embedded stub client].
+    /// The contenders [default: embedded stub client].
     #[arg(value_enum)]
     contenders: Vec<Contender>,
-    /// Callers at once, each with a key of its own.
+    /// The number of concurrent callers, each with a key of its own.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     callers: u32,
-    /// Seconds of each round.
+    /// The seconds of each round.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
-    /// Rounds of each contender, alternating; the medians count.
+    /// The rounds of each contender, which alternate; the medians count.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
     /// The daemon to start [default: the one beside this program].
@@ -70,10 +71,10 @@ impl<P: Peer> Turn for Caller<P> {
 
 pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let (connections, prefix) =
-        (connections::<P>(trial.stage.address()?, trial.scale).await?, Trial::prefix());
+        (connections::<P>(trial.deployment.address()?, trial.scale).await?, Trial::prefix());
     let mut callers = Vec::with_capacity(trial.scale);
     for (connection, number) in connections.iter().cycle().zip(0..trial.scale) {
         callers.push(Caller { peer: connection.caller(TTL).await?, key: format!("{prefix}/{number}") });
     }
-    closed::run(callers, trial.time, &trial.stage.processes(), "pairs/s").await
+    closed_loop::run(callers, trial.time, &trial.deployment.processes(), "pairs/s").await
 }

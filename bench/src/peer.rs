@@ -1,5 +1,5 @@
-//! What every contender is asked, in its own words: taking and giving back keys, standing in line, keeping leases alive.
-//! A workload is written once, against this. Knows no contender.
+//! What every contender is asked to do: acquire and release keys, wait for them, and keep leases
+//! alive. Workloads are written once, for this trait. Knows no contender.
 
 use std::time::Duration;
 
@@ -7,58 +7,65 @@ use anyhow::{Result, bail};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// Calls under way at once when many leases are taken: more than a store does in its time would be refused.
-const AT_ONCE: usize = 512;
-/// Streams, and calls that wait, on one connection; a daemon allows 256.
-const A_CONNECTION: usize = 200;
-/// Connections that few callers share.
-const FEW_CONNECTIONS: usize = 4;
+/// The most calls in flight when many leases are acquired. A store that cannot keep up would refuse
+/// more.
+const MAX_IN_FLIGHT: usize = 512;
+/// The most streams and waiting calls on one connection; a daemon allows 256.
+const STREAMS_PER_CONNECTION: usize = 200;
+/// The fewest connections, unless there are fewer callers.
+const MIN_CONNECTIONS: usize = 4;
 
-/// A connection to a contender. Clones are the same one.
+/// A connection to a contender. Clones share the connection.
 pub(crate) trait Peer: Clone + Send + Sync + 'static {
-    /// What whoever holds a key has to show for it.
+    /// What a holder needs to touch or release its key.
     type Held: Send + Sync + 'static;
-    /// Leases that are kept alive together: a turn touches them all, and counts those that were kept.
+    /// Leases that are kept alive together. A turn touches all of them, and counts those that were
+    /// kept.
     type Stream: Turn;
 
     fn connect(address: &str) -> impl Future<Output = Result<Self>> + Send;
 
-    /// One of many callers, with what it needs once.
+    /// Returns the connection for one of many callers, which may need something of its own.
     fn caller(&self, _ttl: Duration) -> impl Future<Output = Result<Self>> + Send {
         let caller = self.clone();
         async { Ok(caller) }
     }
 
-    /// Takes a key that is free.
+    /// Acquires a free key.
     fn acquire(&mut self, key: String, ttl: Duration) -> impl Future<Output = Result<Self::Held>> + Send;
 
     fn release(&mut self, held: Self::Held) -> impl Future<Output = Result<()>> + Send;
 
-    /// Takes a lease that is only to be kept alive.
+    /// Acquires a lease that is only to be kept alive.
     fn hold(&mut self, key: String, ttl: Duration) -> impl Future<Output = Result<Self::Held>> + Send {
         self.acquire(key, ttl)
     }
 
-    /// Opens a stream that carries the leases, and touches them once.
+    /// Opens a stream that keeps the leases alive, and touches them once.
     fn keep(
         &mut self,
         _held: Vec<Self::Held>,
         _ttl: Duration,
     ) -> impl Future<Output = Result<Self::Stream>> + Send {
-        async { bail!("keeps nothing alive") }
+        async { bail!("has no keepalives") }
     }
 
-    /// Takes a key; stands in line for as long as another holds it.
-    fn stand(&mut self, _key: String, _ttl: Duration) -> impl Future<Output = Result<Self::Held>> + Send {
-        async { bail!("has no line") }
+    /// Acquires a key, and waits in the queue while another holds it.
+    fn acquire_waiting(
+        &mut self,
+        _key: String,
+        _ttl: Duration,
+    ) -> impl Future<Output = Result<Self::Held>> + Send {
+        async { bail!("has no queue") }
     }
 
-    /// How many hold a key under `prefix` or stand in line for one.
-    fn standing(&mut self, _prefix: &str) -> impl Future<Output = Result<usize>> + Send {
-        async { bail!("has no line") }
+    /// Counts the holders and waiters of the keys that begin with `prefix`.
+    fn holders_and_waiters(&mut self, _prefix: &str) -> impl Future<Output = Result<usize>> + Send {
+        async { bail!("has no queue") }
     }
 
-    /// When the lease may be taken by another unless it is touched, by the clock of this host since 1970.
+    /// When the lease may be taken by another unless it is touched, as the time since 1970 by this
+    /// host's clock.
     fn end(_held: &Self::Held) -> Duration {
         Duration::ZERO
     }
@@ -66,11 +73,11 @@ pub(crate) trait Peer: Clone + Send + Sync + 'static {
 
 /// What a caller does over and over.
 pub(crate) trait Turn: Send + 'static {
-    /// Does it once, and says how much was done.
+    /// Does it once, and returns how much was done.
     fn turn(&mut self) -> impl Future<Output = Result<u64>> + Send;
 }
 
-/// For those who keep nothing alive.
+/// The stream of a contender without keepalives.
 #[derive(Debug)]
 pub(crate) enum NoStream {}
 
@@ -80,9 +87,9 @@ impl Turn for NoStream {
     }
 }
 
-/// As many connections as so many callers or streams share.
+/// Opens as many connections as this number of callers or streams needs.
 pub(crate) async fn connections<P: Peer>(address: &str, callers: usize) -> Result<Vec<P>> {
-    let count = callers.div_ceil(A_CONNECTION).max(FEW_CONNECTIONS.min(callers));
+    let count = callers.div_ceil(STREAMS_PER_CONNECTION).max(MIN_CONNECTIONS.min(callers));
     let mut connections = Vec::with_capacity(count);
     for _ in 0..count {
         connections.push(P::connect(address).await?);
@@ -90,7 +97,8 @@ pub(crate) async fn connections<P: Peer>(address: &str, callers: usize) -> Resul
     Ok(connections)
 }
 
-/// The results of all the work, some of which is done at once; in no order.
+/// Does all the work, up to [`MAX_IN_FLIGHT`] pieces at the same time, and returns the results in
+/// any order.
 pub(crate) async fn all<T, F>(work: impl IntoIterator<Item = F>) -> Result<Vec<T>>
 where
     T: Send + 'static,
@@ -99,7 +107,7 @@ where
     let mut running = JoinSet::new();
     let mut done = Vec::new();
     for one in work {
-        while running.len() >= AT_ONCE {
+        while running.len() >= MAX_IN_FLIGHT {
             done.extend(running.join_next().await.transpose()?.transpose()?);
         }
         running.spawn(one);
@@ -110,7 +118,7 @@ where
     Ok(done)
 }
 
-/// Leases to be kept alive, each with when it was asked for.
+/// Acquires leases to keep alive, and returns each with the time at which it was asked for.
 pub(crate) async fn hold<P: Peer>(
     connections: &[P],
     prefix: &str,

@@ -1,5 +1,5 @@
-//! Redis as a peer, as the lock that its documentation describes: a key with an expiry, given back and touched by scripts
-//! that compare its value.
+//! Redis as a peer, by the lock that its documentation describes: a key with an expiry, which
+//! scripts release and touch after they have compared its value.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use crate::peer::{Peer, Turn};
 
-/// Instead of the crate's half a second: a late answer is to be measured.
+/// The timeout of an answer. Longer than the crate's half a second, so that late answers are
+/// measured.
 const PATIENCE: Duration = Duration::from_secs(30);
 const RELEASE: &str =
     r#"if redis.call("get", KEYS[1]) == ARGV[1] then return redis.call("del", KEYS[1]) else return 0 end"#;
@@ -84,7 +85,7 @@ fn millis(ttl: Duration) -> Result<u64> {
     Ok(u64::try_from(ttl.as_millis())?)
 }
 
-/// Redis has no keepalive streams: the touches of the leases, in one pipeline.
+/// The touches of several leases in one pipeline, because Redis has no keepalive streams.
 pub(crate) struct Touches {
     connection: MultiplexedConnection,
     touches: Pipeline,
@@ -97,7 +98,7 @@ impl Turn for Touches {
     }
 }
 
-/// Whether Redis answers there.
+/// Whether Redis answers at `address`.
 pub(crate) async fn answers(address: &str) -> bool {
     Redis::connect(address).await.is_ok()
 }

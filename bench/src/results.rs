@@ -1,4 +1,4 @@
-//! All that was measured, and its JSON.
+//! All results, and their JSON.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,23 +12,24 @@ use crate::sample::Sample;
 use crate::summary::Summary;
 use crate::workload::Workload;
 
-/// What came of one round: figures, or why there are none.
+/// The result of one round: its figures, or why there are none.
 pub(crate) type Outcome = Result<Sample, String>;
 
+/// The results of a comparison.
 #[derive(Debug, Serialize)]
 pub(crate) struct Results {
-    /// How this can be had again.
+    /// The command that produces them.
     pub(crate) command: String,
     pub(crate) machine: Machine,
     pub(crate) rounds: u32,
     pub(crate) seconds: u64,
-    /// Who does not take part, and why.
+    /// Which contenders were left out, and why.
     pub(crate) left_out: Vec<String>,
     #[serde(rename = "runs")]
     pub(crate) outcomes: Outcomes,
 }
 
-/// Outcomes by what, how many and who; each with one for every round so far.
+/// The outcomes by workload, scale and contender, one for every round so far.
 #[derive(Debug, Default)]
 pub(crate) struct Outcomes(BTreeMap<(Workload, u32, Contender), Vec<Outcome>>);
 
@@ -53,7 +54,7 @@ impl Outcomes {
         self.0.keys().filter(|(workload, ..)| *workload == of).map(|(.., contender)| *contender).collect()
     }
 
-    /// A figure in each round.
+    /// A figure of each round.
     pub(crate) fn figures(
         &self,
         workload: Workload,
@@ -75,7 +76,7 @@ impl Outcomes {
         Summary::of(self.figures(workload, scale, contender, name).into_iter().flatten())
     }
 
-    /// A contender in relation to another.
+    /// The ratio of a contender's figure to another's.
     pub(crate) fn ratio(
         &self,
         workload: Workload,
@@ -146,7 +147,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn json_has_every_round_and_what_it_comes_to() {
+    fn json_has_every_round_and_the_summary() {
         let json = serde_json::to_value(some()).expect("JSON");
         let runs = json.as_array().expect("runs");
         assert_eq!(runs.len(), 7);

@@ -1,19 +1,21 @@
-//! What one contender showed in one round of a workload.
+//! The figures of one contender in one round of a workload.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-/// Figures by name, what each process spent meanwhile, and what failed.
+/// The figures by name, the processor time of each kind of process, and the errors.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub(crate) struct Sample {
     #[serde(serialize_with = "as_map")]
     pub(crate) figures: Vec<(&'static str, f64)>,
-    /// The part of a processor that each kind of process had; more than 1 for more than one processor.
+    /// The share of a processor that each kind of process used; more than 1 for more than one
+    /// processor.
     #[serde(serialize_with = "as_map")]
     pub(crate) cpu: Vec<(&'static str, f64)>,
-    /// Calls that failed; they count for nothing else.
+    /// How many calls failed. They are in no other figure.
     pub(crate) errors: u64,
+    /// The first error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
 }
@@ -27,7 +29,7 @@ impl Sample {
         self.figures.iter().find(|(noted, _)| *noted == name).map(|(_, value)| *value)
     }
 
-    /// Notes what was spent in `time`.
+    /// Notes the processor time that was spent in `time`.
     #[must_use]
     pub(crate) fn spending(mut self, spent: &[(&'static str, Duration)], time: Duration) -> Self {
         self.cpu =

@@ -1,23 +1,24 @@
-//! The search for the largest number that goes well: by doubling, then by bisecting. Pure; knows not what is counted.
+//! Finds the largest number that succeeds, by doubling and then bisecting. Pure: it does not know
+//! what is counted.
 
-/// What is known so far.
+/// A search, with what it has found so far.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Search {
     first: usize,
     most: usize,
-    /// The largest that went well.
+    /// The largest number that succeeded.
     good: usize,
-    /// The smallest that did not.
+    /// The smallest number that failed.
     bad: Option<usize>,
 }
 
 impl Search {
-    /// Begins with `first`, and tries none larger than `most`.
+    /// Begins with `first`, and tries no number larger than `most`.
     pub(crate) fn new(first: usize, most: usize) -> Self {
         Self { first, most, good: 0, bad: None }
     }
 
-    /// What to try next; nothing once the answer is known to an eighth.
+    /// The number to try next; `None` once the result is known to 1/8.
     pub(crate) fn next(&self) -> Option<usize> {
         match self.bad {
             None if self.good == 0 => Some(self.first),
@@ -26,17 +27,17 @@ impl Search {
         }
     }
 
-    /// Notes how a number went. One run may contradict another; then the worse counts.
-    pub(crate) fn note(&mut self, tried: usize, went_well: bool) {
-        if went_well && self.bad.is_none_or(|bad| tried < bad) {
+    /// Notes whether a number succeeded. If two runs contradict each other, the failure counts.
+    pub(crate) fn note(&mut self, tried: usize, succeeded: bool) {
+        if succeeded && self.bad.is_none_or(|bad| tried < bad) {
             self.good = self.good.max(tried);
-        } else if !went_well {
+        } else if !succeeded {
             self.bad = Some(self.bad.map_or(tried, |bad| bad.min(tried)));
             self.good = self.good.min(tried.saturating_sub(1));
         }
     }
 
-    /// The largest that went well; 0 if none did.
+    /// The largest number that succeeded; 0 if none did.
     pub(crate) fn found(&self) -> usize {
         self.good
     }
@@ -72,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_contradiction_ends_too() {
+    fn a_search_with_a_contradiction_ends() {
         let mut search = Search::new(8, 100);
         search.note(8, true);
         search.note(8, false);

@@ -1,4 +1,5 @@
-//! Those under load, each in a process of its own. They and their data end with this program, whatever ends it.
+//! The servers under load, each in a process of its own. The processes and their data are removed
+//! when this program ends, whatever ends it.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -17,14 +18,14 @@ use crate::{etcd, redis_lock};
 
 /// How long a server may take to become usable.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks at one that is to become usable.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often a server that is starting is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A running server.
 #[derive(Debug)]
 pub(crate) struct Server {
     kind: &'static str,
-    /// Where it listens.
+    /// The address that the server listens on.
     address: String,
     guardian: Guardian,
     folder: PathBuf,
@@ -33,18 +34,18 @@ pub(crate) struct Server {
 /// How a daemon is started.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Daemon<'a> {
-    /// The program, else the one beside this.
+    /// The program to start; by default the one beside this program.
     pub(crate) program: Option<&'a Path>,
-    /// The MongoDB, else the embedded store.
+    /// The URI of a MongoDB; by default the daemon has the embedded store.
     pub(crate) mongodb: Option<&'a str>,
     pub(crate) options: &'a [&'a str],
 }
 
 impl Daemon<'_> {
-    /// The program to run.
+    /// Returns the path of the program.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no such file.
     pub(crate) fn program(&self) -> Result<PathBuf> {
         let program = self.program.map_or_else(|| beside("leased"), |program| Ok(program.to_owned()))?;
         ensure!(program.is_file(), "there is no {}; build it with cargo build --release", program.display());
@@ -56,7 +57,7 @@ impl Server {
     pub(crate) async fn leased(daemon: Daemon<'_>) -> Result<Self> {
         let program = daemon.program()?;
         let mut server = Self::launch("leased", String::new(), |folder| {
-            // No setting of the caller's shell counts.
+            // The settings of the caller's shell must not count.
             let mut command = Command::new("env");
             command
                 .args(["-u", "LEASED_MONGODB_URI", "-u", "LEASED_GRACE", "-u", "LEASED_DEFAULT_TTL"])
@@ -79,11 +80,12 @@ impl Server {
                 server.address = format!("http://{address}");
                 return Ok(server);
             }
-            server.look(give_up).await?;
+            server.poll(give_up).await?;
         }
     }
 
-    /// Starts so many nodes of etcd, as it comes; the leader is the first of them.
+    /// Starts a cluster of etcd nodes with default settings. The first of the returned servers is
+    /// the leader.
     pub(crate) async fn etcd(nodes: usize) -> Result<Vec<Self>> {
         let free = |_| Ok((free_address("http")?, free_address("http")?));
         let addresses = (0..nodes).map(free).collect::<Result<Vec<_>>>()?;
@@ -109,7 +111,7 @@ impl Server {
                         leader = leader.or(leads.then_some(node));
                         break;
                     }
-                    Err(_) => server.look(give_up).await?,
+                    Err(_) => server.poll(give_up).await?,
                 }
             }
         }
@@ -117,7 +119,7 @@ impl Server {
         Ok(servers)
     }
 
-    /// Starts Redis with each write synced, and nothing else written.
+    /// Starts Redis. It syncs each write, and writes no snapshots.
     pub(crate) async fn redis() -> Result<Self> {
         let address = free_address("redis")?;
         let port = address.rsplit(':').next().context("a port")?.to_owned();
@@ -129,7 +131,7 @@ impl Server {
         })?;
         let give_up = Instant::now() + PATIENCE;
         while !redis_lock::answers(&server.address).await {
-            server.look(give_up).await?;
+            server.poll(give_up).await?;
         }
         Ok(server)
     }
@@ -141,14 +143,15 @@ impl Server {
         Ok(Self { kind, address, guardian, folder })
     }
 
-    /// Lets some time pass in which the server may become usable.
-    async fn look(&mut self, give_up: Instant) -> Result<()> {
+    /// Waits before the next check whether the server is usable. Fails if its process has ended, or
+    /// after `give_up`.
+    async fn poll(&mut self, give_up: Instant) -> Result<()> {
         if !self.guardian.is_running()? || Instant::now() > give_up {
             let output = self.output();
-            let last = output.trim().lines().last().unwrap_or("it said nothing").to_owned();
+            let last = output.trim().lines().last().unwrap_or("it printed nothing").to_owned();
             bail!("{} does not become usable: {last}", self.kind);
         }
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
         Ok(())
     }
 
@@ -156,21 +159,21 @@ impl Server {
         fs::read_to_string(self.folder.join("output")).unwrap_or_default()
     }
 
-    /// What a daemon said behind `name` when it was ready.
+    /// Returns the value of a field on the daemon's ready line, once that line has been printed.
     fn says(&self, name: &str) -> Option<String> {
         let output = self.output();
-        // Whole lines only: the rest may be under way.
+        // Whole lines only: the last one may be incomplete.
         let (whole, _) = output.rsplit_once('\n')?;
         let ready = whole.lines().find(|line| line.starts_with("leased ready"))?;
         ready.split_whitespace().find_map(|word| word.strip_prefix(name)).map(ToOwned::to_owned)
     }
 
-    /// Waits until a daemon hears of what others do.
+    /// Waits until a daemon follows the changes of others.
     pub(crate) async fn follows(&mut self) -> Result<()> {
         let http = self.says("http=").context("the daemon has no side port")?;
         let give_up = Instant::now() + PATIENCE;
         while !readiness(&http).await?.contains("change feed") {
-            self.look(give_up).await?;
+            self.poll(give_up).await?;
         }
         Ok(())
     }
@@ -179,13 +182,13 @@ impl Server {
         &self.address
     }
 
-    /// Its kind and its process.
+    /// The kind and the id of the process.
     pub(crate) fn process(&self) -> Option<(&'static str, u32)> {
         Some((self.kind, self.guardian.pid()?))
     }
 }
 
-/// What a daemon says of itself.
+/// Returns a daemon's answer to `/readyz`.
 async fn readiness(http: &str) -> Result<String> {
     let mut stream = TcpStream::connect(http).await?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n").await?;
@@ -200,12 +203,12 @@ pub(crate) fn is_installed(name: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
-/// A place beside this program, so on the disk that builds are on and not in memory.
+/// Returns a path beside this program: on the disk with the builds, and not in memory.
 pub(crate) fn beside(name: &str) -> Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name(name))
 }
 
-/// An empty folder.
+/// Makes an empty folder.
 pub(crate) fn new_folder() -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let folder = beside(&format!("bench-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)))?;

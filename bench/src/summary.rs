@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// What rounds came to.
+/// The median and the range of a figure over several rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(crate) struct Summary {
     pub(crate) median: f64,
@@ -11,7 +11,7 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// Nothing without a value.
+    /// Summarizes the values. `None` if there are none.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -25,20 +25,21 @@ impl Summary {
         Some(Self { median, least, most })
     }
 
-    /// Of the ratios within each round: what disturbs a round disturbs both.
+    /// Summarizes the ratios within each round, because a disturbance affects both contenders of a
+    /// round.
     pub(crate) fn of_ratios(ours: &[Option<f64>], theirs: &[Option<f64>]) -> Option<Self> {
         let both = ours.iter().zip(theirs).filter_map(|(ours, theirs)| Some((*ours)? / (*theirs)?));
         Self::of(both.filter(|ratio| ratio.is_finite()))
     }
 
-    /// The median with its range, each with as many digits as mean something.
+    /// Formats the median with its range, in as many digits as are significant.
     pub(crate) fn text(self) -> String {
         let [median, least, most] = [self.median, self.least, self.most].map(digits);
         if least == most { median } else { format!("{median} ({least} .. {most})") }
     }
 }
 
-/// Three digits that count, and thousands apart.
+/// Formats a value with three significant digits, and with thousands separators.
 pub(crate) fn digits(value: f64) -> String {
     let decimals = match value.abs() {
         large if large >= 99.95 => 0,
@@ -50,20 +51,20 @@ pub(crate) fn digits(value: f64) -> String {
     thousands(&text[..end]) + &text[end..]
 }
 
-/// A count, with thousands apart.
+/// Formats a count with thousands separators.
 pub(crate) fn count(value: u32) -> String {
     thousands(&value.to_string())
 }
 
 fn thousands(whole: &str) -> String {
-    let mut apart = String::new();
-    for (place, digit) in whole.chars().enumerate() {
-        if place > 0 && (whole.len() - place).is_multiple_of(3) && !apart.ends_with('-') {
-            apart.push(',');
+    let mut separated = String::new();
+    for (index, digit) in whole.chars().enumerate() {
+        if index > 0 && (whole.len() - index).is_multiple_of(3) && !separated.ends_with('-') {
+            separated.push(',');
         }
-        apart.push(digit);
+        separated.push(digit);
     }
-    apart
+    separated
 }
 
 #[cfg(test)]
@@ -78,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_of_the_same_round() {
+    fn ratios_are_taken_within_each_round() {
         let ours = [Some(10.0), None, Some(30.0), Some(1.0)];
         let theirs = [Some(5.0), Some(1.0), Some(10.0), Some(0.0)];
         let ratios = Summary::of_ratios(&ours, &theirs);

@@ -1,5 +1,8 @@
-//! Scaling curves as a picture: a panel for each workload that has three scales or more, both axes logarithmic. Written by hand,
-//! for it is lines and words, and what draws charts brings fonts or JavaScript along.
+//! Scaling curves as a picture: a panel for each workload with three scales or more. Both axes are
+//! logarithmic.
+//!
+//! The SVG is written without a library: it is only lines and text, and a chart library would add
+//! fonts or JavaScript.
 
 use std::fmt::Write;
 
@@ -10,16 +13,19 @@ use crate::workload::Workload;
 
 const WIDTH: f64 = 760.0;
 const PANEL: f64 = 300.0;
-/// Around the plot of each panel: for words above, for the legend to the right, for numbers below and to the left.
+/// The margin above a plot, for the title.
 const TOP: f64 = 40.0;
+/// The margin to the right of a plot, for the legend.
 const RIGHT: f64 = 230.0;
+/// The margin below a plot, for numbers.
 const BOTTOM: f64 = 45.0;
+/// The margin to the left of a plot, for numbers.
 const LEFT: f64 = 110.0;
 
-/// A curve: who, and what at which scale.
+/// A curve: a contender, and its points as scale and figure.
 type Curve = (Contender, Vec<(f64, f64)>);
 
-/// The picture; nothing if no workload has three scales.
+/// Draws the picture. `None` if no workload has three scales.
 pub(crate) fn of(outcomes: &Outcomes) -> Option<String> {
     let panels: Vec<(Workload, Vec<Curve>)> = outcomes
         .workloads()
@@ -51,7 +57,7 @@ fn curves(outcomes: &Outcomes, workload: Workload) -> Vec<Curve> {
     let curve = |contender| {
         let point = |scale| {
             let median = outcomes.summary(workload, scale, contender, figure)?.median;
-            // A logarithm knows nothing of what is not positive.
+            // Only positive values have a logarithm.
             (median > 0.0).then_some((f64::from(scale), median))
         };
         (contender, outcomes.scales(workload).into_iter().filter_map(point).collect::<Vec<_>>())
@@ -105,7 +111,7 @@ fn panel(svg: &mut String, workload: Workload, curves: &[Curve], top: f64) {
     }
 }
 
-/// A logarithmic axis from a place to another, over whole decades.
+/// A logarithmic axis over whole decades, between two coordinates.
 struct Axis {
     first: f64,
     last: f64,
@@ -136,13 +142,14 @@ fn word(svg: &mut String, [x, y]: [f64; 2], anchor: &str, more: &str, text: &str
     let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" {more}>{text}</text>");
 }
 
-/// A power of ten.
+/// Formats a power of ten.
 fn round(value: f64) -> String {
     let text = digits(value);
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
-/// Colours that the colour-blind can tell apart (Okabe and Ito), and dashes for those who are not leased.
+/// The colour and dashes of a contender. Colour-blind people can tell the colours apart (Okabe and
+/// Ito). Contenders other than leased are dashed.
 fn pen(contender: Contender) -> (&'static str, &'static str) {
     match contender {
         Contender::Embedded | Contender::Stub | Contender::Client => ("#0072b2", "none"),

@@ -1,4 +1,4 @@
-//! Results as tables in Markdown, which a terminal shows as well.
+//! Results as tables in Markdown, which are readable on a terminal as well.
 
 use std::fmt::Write;
 
@@ -9,10 +9,10 @@ use crate::results::{Outcome, Outcomes, Results};
 use crate::summary::{Summary, count};
 use crate::workload::{Facts, Workload};
 
-/// In the place of what a contender cannot do.
+/// The cell of a workload that a contender cannot do.
 const NOTHING: &str = "–";
 
-/// All of it.
+/// Formats all results.
 pub(crate) fn of(results: &Results) -> String {
     let mut text = format!("{}\n\n", results.machine.sentence());
     let rounds = results.rounds;
@@ -41,7 +41,7 @@ pub(crate) fn of(results: &Results) -> String {
     text.trim_end().to_owned() + "\n"
 }
 
-/// A column for each scale and figure, with its name.
+/// The columns: one for each scale and figure, with its name.
 fn columns(outcomes: &Outcomes, workload: Workload, facts: &Facts) -> Vec<(u32, &'static str, String)> {
     let name = |scale: u32, figure: &str| format!("{} {}: {figure}", count(scale), facts.unit);
     let of_scale = |scale: u32| facts.shown.iter().map(move |figure| (scale, *figure, name(scale, figure)));
@@ -62,7 +62,7 @@ fn figures(outcomes: &Outcomes, workload: Workload, facts: &Facts) -> Table {
     table
 }
 
-/// The median and the range, and what went wrong.
+/// Formats the median, the range and the number of failed rounds.
 fn cell(outcomes: &Outcomes, workload: Workload, scale: u32, contender: Contender, figure: &str) -> String {
     let rounds = outcomes.of(workload, scale, contender);
     let failed = rounds.iter().filter(|outcome| outcome.is_err()).count();
@@ -74,7 +74,8 @@ fn cell(outcomes: &Outcomes, workload: Workload, scale: u32, contender: Contende
     }
 }
 
-/// What each kind of process had of the processors at the largest scale that went well: medians.
+/// Formats the median share of the processors for each kind of process, at the largest scale with a
+/// result.
 fn shares(outcomes: &Outcomes, workload: Workload, contender: Contender) -> String {
     let spent = |scale| {
         let rounds = outcomes.of(workload, scale, contender).iter().flatten();
@@ -116,7 +117,7 @@ fn ratios(outcomes: &Outcomes, workload: Workload, facts: &Facts) -> Option<Tabl
     (table.row_count() > 0).then_some(table)
 }
 
-/// Failures and errors, each with its reason.
+/// Describes failures and errors, each with its reason.
 fn remarks(outcomes: &Outcomes, workload: Workload, facts: &Facts) -> Vec<String> {
     let mut remarks = Vec::new();
     for scale in outcomes.scales(workload) {
@@ -158,7 +159,7 @@ mod tests {
     fn a_table_has_medians_ranges_ratios_and_failures() {
         let text = of(&Results {
             command: "compare".to_owned(),
-            machine: Machine::look(&[], None),
+            machine: Machine::inspect(&[], None),
             rounds: 3,
             seconds: 5,
             left_out: vec!["redis-server is not installed".to_owned()],
@@ -175,7 +176,7 @@ mod tests {
         has(&["etcd, one node", etcd[0], etcd[1], etcd[2], "etcd 1.20, load 0.30"]);
         let ratio = "3.73 (3.50 .. 4.00)";
         has(&["leased, embedded / etcd, one node", ratio, ratio, ratio]);
-        assert!(text.contains("- etcd, one node, 8 in line, round 2: failed: cut <off>\n"), "{text}");
+        assert!(text.contains("- etcd, one node, 8 waiting, round 2: failed: cut <off>\n"), "{text}");
         assert!(text.contains("Left out: redis-server is not installed.\n"));
     }
 }

@@ -1,4 +1,4 @@
-//! From the moment when a silent holder's lease may be taken to the moment when the next in line is told.
+//! Takeover: how long after a silent holder's lease may be taken the next waiter is told.
 
 use std::time::Duration;
 
@@ -14,49 +14,50 @@ use crate::sample::Sample;
 use crate::tally::Latencies;
 use crate::trial::Trial;
 
-/// Of those who take over: longer than any run.
+/// The TTL of the waiters: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
 
-/// Leases of holders that fall silent together, each with one in line.
+/// Runs the workload: holders that fall silent together, each with one waiter.
 pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let grace = match trial.contender {
         Contender::Mongod | Contender::ReplicaSet => Duration::from_secs(1),
         _ => Duration::ZERO,
     };
     let until = clock::now() + allowed(trial);
-    let (prefix, address) = (Trial::prefix(), trial.stage.address()?);
+    let (prefix, address) = (Trial::prefix(), trial.deployment.address()?);
     let holders = connections::<P>(address, trial.scale).await?;
     let held = holders.iter().cycle().zip(0..trial.scale).map(|(holder, number)| {
         let (mut holder, key) = (holder.clone(), format!("{prefix}/{number:06}"));
         async move {
             let ttl = until.checked_sub(clock::now()).filter(|ttl| ttl.as_millis() >= 100);
-            let held = holder.acquire(key.clone(), ttl.context("too slow to take them all")?).await?;
+            let held = holder.acquire(key.clone(), ttl.context("too slow to acquire all leases")?).await?;
             Ok((key, held))
         }
     });
-    // Kept, so that nothing is given back.
+    // Kept until the end, so that no lease is released.
     let held = all(held).await?;
     let waiters = connections::<P>(address, trial.scale).await?;
-    let mut line = JoinSet::new();
+    let mut waiting = JoinSet::new();
     for (waiter, (key, held)) in waiters.iter().cycle().zip(&held) {
-        line.spawn(take(waiter.clone(), key.clone(), P::end(held) + grace));
+        waiting.spawn(take_over(waiter.clone(), key.clone(), P::end(held) + grace));
     }
     let mut holder = holders.first().context("a connection")?.clone();
     loop {
-        let look = Instant::now();
-        let standing = holder.standing(&format!("{prefix}/")).await?;
-        if standing == 2 * trial.scale {
+        let polled = Instant::now();
+        let count = holder.holders_and_waiters(&format!("{prefix}/")).await?;
+        if count == 2 * trial.scale {
             break;
         }
-        ensure!(clock::now() < until, "too slow: {standing} of {} held or stood in line", 2 * trial.scale);
-        // To look at so many is work, which is not to hold up what is looked for.
-        sleep((4 * look.elapsed()).max(Duration::from_millis(100))).await;
+        ensure!(clock::now() < until, "too slow: only {count} of {} hold or wait", 2 * trial.scale);
+        // Counting so many is work for the server, and must not slow down the calls that are
+        // counted.
+        sleep((4 * polled.elapsed()).max(Duration::from_millis(100))).await;
     }
     let mut latencies = Latencies::new();
     let patience = until.saturating_sub(clock::now()) + grace + 12 * trial.time;
-    let (start, cpu) = (Instant::now(), Cpu::now(&trial.stage.processes()));
+    let (start, cpu) = (Instant::now(), Cpu::now(&trial.deployment.processes()));
     let told = async {
-        while let Some(late) = line.join_next().await {
+        while let Some(late) = waiting.join_next().await {
             latencies.add(late??);
         }
         anyhow::Ok(())
@@ -69,23 +70,24 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample.spending(&spent, time))
 }
 
-/// How long all may take to hold and to stand in line: by keys a second that each contender manages in every case.
+/// How long all holders and waiters may take until they hold and wait, by the keys a second that
+/// each contender always manages.
 fn allowed(trial: &Trial<'_>) -> Duration {
-    let a_second: u32 = match trial.contender {
+    let keys_per_second: u32 = match trial.contender {
         Contender::Embedded => 3000,
         Contender::Mongod => 1000,
         Contender::ReplicaSet => 500,
         Contender::EtcdThree => 200,
         _ => 350,
     };
-    Duration::from_secs(4) + Duration::from_secs_f64(trial.scale as f64 / f64::from(a_second))
+    Duration::from_secs(4) + Duration::from_secs_f64(trial.scale as f64 / f64::from(keys_per_second))
 }
 
-/// Stands in line, and returns how long after `due` it was told.
-async fn take<P: Peer>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
-    waiter.stand(key, TTL).await?;
+/// Waits for the key, and returns how long after `due` the waiter was told.
+async fn take_over<P: Peer>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
+    waiter.acquire_waiting(key, TTL).await?;
     let told = clock::now();
-    // A server that keeps whole seconds ends a lease when it likes within them.
+    // A server that counts in whole seconds may end a lease up to a second early.
     let slack = Duration::from_secs(1);
     ensure!(told + slack >= due, "granted {:?} too early", due - told);
     Ok(told.saturating_sub(due))

@@ -1,15 +1,16 @@
-//! What callers have done in a span of time: how much, how long each turn took, what failed.
+//! What callers have done in a span of time: how much, how long each turn took, and what failed.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Error, Result, ensure};
 use hdrhistogram::Histogram;
 use tokio::time::Instant;
 
+use crate::lock::lock;
 use crate::sample::Sample;
 
-/// How long something took, many times.
+/// A histogram of latencies.
 #[derive(Debug)]
 pub(crate) struct Latencies(Histogram<u64>);
 
@@ -26,7 +27,7 @@ impl Latencies {
         self.0.len()
     }
 
-    /// Notes median, 99th percentile and the longest, in milliseconds.
+    /// Notes the median, the 90th and 99th percentiles and the maximum, in milliseconds.
     pub(crate) fn note(&self, sample: &mut Sample) {
         for (name, quantile) in [("p50 ms", 0.5), ("p90 ms", 0.9), ("p99 ms", 0.99), ("max ms", 1.0)] {
             let micros = Duration::from_micros(self.0.value_at_quantile(quantile));
@@ -35,7 +36,7 @@ impl Latencies {
     }
 }
 
-/// All callers' turns that ended within a span.
+/// The turns of all callers that ended within a span of time.
 #[derive(Debug)]
 pub(crate) struct Tally {
     from: Instant,
@@ -52,7 +53,8 @@ impl Tally {
     }
 }
 
-/// One tally for all callers: a histogram for each of 10,000 would fill the memory. They are on one thread.
+/// The tally that all callers share. A histogram for each of 10,000 callers would fill the memory,
+/// and on one thread sharing costs little.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared(Arc<Mutex<Tally>>);
 
@@ -61,16 +63,17 @@ impl Shared {
         Self(Arc::new(Mutex::new(Tally::new(from, to))))
     }
 
-    /// Begins anew, with another span.
+    /// Starts over, with another span.
     pub(crate) fn restart(&self, from: Instant, to: Instant) {
         *self.lock() = Tally::new(from, to);
     }
 
     fn lock(&self) -> MutexGuard<'_, Tally> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
-    /// Counts a turn that was due at `due` and is over now, if now is within the span. Whether it went well.
+    /// Counts a turn that was due at `due` and has ended now, if now is within the span. Returns
+    /// whether the turn succeeded.
     pub(crate) fn add(&self, due: Instant, turn: Result<u64>) -> bool {
         let now = Instant::now();
         let mut tally = self.lock();
@@ -82,7 +85,7 @@ impl Shared {
                 true
             }
             Ok(_) => true,
-            // One that fails before its time is an error all the same: it may be why nothing comes after.
+            // A failure before the span counts too: it may be the reason why nothing follows.
             Err(error) => {
                 tally.errors += 1;
                 tally.first_error.get_or_insert(error);
@@ -91,10 +94,10 @@ impl Shared {
         }
     }
 
-    /// What was done, and its latencies.
+    /// Returns the rate and the latencies.
     ///
     /// # Errors
-    /// If nothing was done: the first error, where there is one.
+    /// If nothing was done. This is the first error of a caller, if there is one.
     pub(crate) fn sample(&self, rate: &'static str) -> Result<Sample> {
         let mut tally = self.lock();
         if tally.done == 0 {
@@ -116,7 +119,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn only_what_ends_within_the_span_counts() {
+    async fn only_turns_that_end_within_the_span_count() {
         let start = Instant::now();
         let [from, to] = [1, 3].map(|second| start + Duration::from_secs(second));
         let tally = Shared::new(from, to);
@@ -132,7 +135,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_tally_of_nothing_is_the_error_that_came_first() {
+    async fn an_empty_tally_returns_the_first_error() {
         let start = Instant::now();
         let tally = Shared::new(start, start + Duration::from_secs(1));
         tally.add(start, Err(Error::msg("refused")));

@@ -8,6 +8,7 @@ use tokio::time::timeout;
 
 use crate::ceiling::Ceiling;
 use crate::contender::Contender;
+use crate::deployment::Deployment;
 use crate::direct::Direct;
 use crate::etcd::Etcd;
 use crate::grpc::Client;
@@ -16,12 +17,11 @@ use crate::leased::Leased;
 use crate::peer::Peer;
 use crate::redis_lock::Redis;
 use crate::sample::Sample;
-use crate::stage::Stage;
 use crate::stub::Stub;
 use crate::workload::Workload;
 use crate::{batched, capacity, cost, handoff, keepalives, memory, mongolock, pairs, takeover};
 
-/// What is to be done.
+/// A trial: what to measure.
 #[derive(Debug)]
 pub(crate) struct Trial<'a> {
     pub(crate) contender: Contender,
@@ -29,11 +29,11 @@ pub(crate) struct Trial<'a> {
     pub(crate) scale: usize,
     /// How long a rate is measured.
     pub(crate) time: Duration,
-    pub(crate) stage: &'a Stage,
+    pub(crate) deployment: &'a Deployment,
 }
 
 impl Trial<'_> {
-    /// Runs it, for no longer than a workload may take.
+    /// Runs the trial, for no longer than its workload may take.
     pub(crate) async fn run(&self) -> Result<Sample> {
         timeout(self.limit(), self.dispatch())
             .await
@@ -67,7 +67,7 @@ impl Trial<'_> {
     }
 
     async fn by<P: Peer>(&self) -> Result<Sample> {
-        // Boxed: each is large, and they are many.
+        // Boxed, because these futures are large and there are many of them.
         match self.workload {
             Workload::Pairs => Box::pin(pairs::run::<P>(self)).await,
             Workload::Keepalives | Workload::Coalesced => Box::pin(keepalives::run::<P>(self)).await,
@@ -80,7 +80,7 @@ impl Trial<'_> {
         }
     }
 
-    /// A prefix for keys that nobody has used before.
+    /// Returns a prefix of keys that has not been used before.
     pub(crate) fn prefix() -> String {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         format!("bench/{}", NEXT.fetch_add(1, Ordering::Relaxed))

@@ -13,37 +13,37 @@ pub(crate) enum Workload {
     Pairs,
     /// Keepalives acknowledged a second, where leased writes each touch.
     Keepalives,
-    /// The same with leased answering from memory for leases touched a moment ago.
+    /// Keepalives acknowledged a second, where leased coalesces touches.
     Coalesced,
     /// The largest number of leases kept alive.
     Capacity,
-    /// From the call of a release to the moment when the next in line is told.
+    /// How long after the call of a release the next waiter is told.
     Handoff,
-    /// The same with those in line at another daemon or node.
+    /// How long after the call of a release a waiter at another daemon or node is told.
     Relay,
-    /// How long after the end of a silent holder's lease the next in line is told.
+    /// How long after the end of a silent holder's lease the next waiter is told.
     Takeover,
     /// Memory of a lease on a shared stream.
     LeaseMemory,
     /// Memory of a stream with one lease.
     StreamMemory,
-    /// Processor time for a touch as leases get more.
+    /// Processor time for a touch, for more and more leases.
     Cost,
-    /// The same while a second daemon follows every change.
+    /// Processor time for a touch while a second daemon follows every change.
     SharedCost,
 }
 
-/// What is said of a workload.
+/// The description of a workload.
 #[derive(Debug)]
 pub(crate) struct Facts {
     pub(crate) title: &'static str,
     pub(crate) text: &'static str,
-    /// What there are as many of as the scale says.
+    /// What the scale counts.
     pub(crate) unit: &'static str,
     pub(crate) scales: &'static [u32],
     /// The scales of a quick run.
     pub(crate) quick: &'static [u32],
-    /// The figures that the table shows; the first is the one of curves and progress.
+    /// The figures that tables show. Curves and progress show the first.
     pub(crate) shown: &'static [&'static str],
     pub(crate) more_is_better: bool,
 }
@@ -51,7 +51,7 @@ pub(crate) struct Facts {
 const TOLD: &[&str] = &["p50 ms", "p99 ms", "max ms"];
 
 impl Workload {
-    /// As it is named on the command line.
+    /// The name on the command line.
     pub(crate) fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
@@ -60,7 +60,7 @@ impl Workload {
         match self {
             Self::Pairs => Facts {
                 title: "Acquire and release pairs a second",
-                text: "Each caller takes and gives back a key of its own, over and over; etcd's callers lock under a lease that they have already.",
+                text: "Each caller acquires and releases a key of its own, over and over. The callers of etcd lock under a lease that they already have.",
                 unit: "callers",
                 scales: &[1, 64, 256],
                 quick: &[1, 64],
@@ -69,7 +69,7 @@ impl Workload {
             },
             Self::Keepalives => Facts {
                 title: "Keepalives acknowledged a second, each written",
-                text: "A lease a stream and one message in flight on each. leased writes every touch (`--coalesce-touches=false`); etcd writes none. Redis and findOneAndUpdate have callers instead of streams.",
+                text: "Each stream has one lease and one message in flight. leased writes every touch (`--coalesce-touches=false`); etcd writes none. Redis and findOneAndUpdate have callers instead of streams.",
                 unit: "streams",
                 scales: &[1, 100, 1000, 10_000],
                 quick: &[1, 100, 1000],
@@ -78,7 +78,7 @@ impl Workload {
             },
             Self::Coalesced => Facts {
                 title: "Keepalives acknowledged a second, coalesced",
-                text: "The same as leased is unless told otherwise: a lease touched less than a tenth of its TTL ago is answered from memory.",
+                text: "leased as it is by default: a touch less than a tenth of the TTL after the last written one is answered without a write.",
                 unit: "streams",
                 scales: &[1, 100, 1000, 10_000],
                 quick: &[1, 100, 1000],
@@ -87,7 +87,7 @@ impl Workload {
             },
             Self::Capacity => Facts {
                 title: "The largest number of leases kept alive",
-                text: "At most 1 % lost, in the eyes of holders that touch after each third of the TTL; streams (Redis: pipelines) carry 1,000 leases. Found by doubling and bisecting, so good to an eighth.",
+                text: "At most 1 % of the leases are lost, as seen by holders that touch after each third of the TTL. Each stream (of Redis: pipeline) has 1,000 leases. The number is found by doubling and bisecting, so it is good to an eighth.",
                 unit: "s TTL",
                 scales: &[10],
                 quick: &[2],
@@ -95,9 +95,9 @@ impl Workload {
                 more_is_better: true,
             },
             Self::Handoff => Facts {
-                title: "Handoff: from the call of a release until the next in line is told",
-                text: "Holder and line at one daemon, or at etcd's leader, where a line is keys and watches as etcd's own clients make them.",
-                unit: "in line",
+                title: "Handoff: from the call of a release until the next waiter is told",
+                text: "Holder and waiters are at one daemon, or at etcd's leader. A queue in etcd is keys and watches, as etcd's own clients make them.",
+                unit: "waiting",
                 scales: &[1, 8],
                 quick: &[1, 8],
                 shown: TOLD,
@@ -105,16 +105,16 @@ impl Workload {
             },
             Self::Relay => Facts {
                 title: "Handoff to another daemon",
-                text: "The line is at the other of two daemons, or at a follower of etcd's.",
-                unit: "in line",
+                text: "The waiters are at the other of two daemons, or at a follower of etcd's.",
+                unit: "waiting",
                 scales: &[1, 8],
                 quick: &[1, 8],
                 shown: TOLD,
                 more_is_better: false,
             },
             Self::Takeover => Facts {
-                title: "Takeover: from the end of a silent holder's lease, grace included, until the next in line is told",
-                text: "So many leases run out together, each with one in line. leased has a grace of 1 s on MongoDB and none embedded.",
+                title: "Takeover: from the end of a silent holder's lease, grace included, until the next waiter is told",
+                text: "This many leases run out together, each with one waiter. leased has a grace of 1 s on MongoDB and none embedded.",
                 unit: "at once",
                 scales: &[100, 50_000],
                 quick: &[100, 2000],
@@ -123,7 +123,7 @@ impl Workload {
             },
             Self::LeaseMemory => Facts {
                 title: "Memory of a lease",
-                text: "What the server's memory grows by, for each of so many leases on streams of 1,000; of etcd with the lock's key, of Redis the key. A database is counted in the second figure only.",
+                text: "By how much the server's memory grows for each of this many leases, on streams of 1,000 leases. For etcd that includes the lock's key; for Redis it is the key. A database is counted in the second figure only.",
                 unit: "leases",
                 scales: &[50_000],
                 quick: &[10_000],
@@ -132,7 +132,7 @@ impl Workload {
             },
             Self::StreamMemory => Facts {
                 title: "Memory of a stream",
-                text: "The same for streams that carry a lease each, 200 on a connection.",
+                text: "By how much the server's memory grows for each stream with one lease, 200 streams on a connection.",
                 unit: "streams",
                 scales: &[10_000],
                 quick: &[1000],
@@ -141,7 +141,7 @@ impl Workload {
             },
             Self::Cost => Facts {
                 title: "Processor time for a touch",
-                text: "Of the servers together, less what they spend idle, in microseconds; streams carry 100 leases and touch them after each third of the TTL.",
+                text: "Processor time of the servers together, less what they spend idle, in microseconds. Each stream has 100 leases, which are touched after each third of the TTL.",
                 unit: "leases",
                 scales: &[1000, 10_000, 100_000],
                 quick: &[1000, 10_000],
@@ -150,7 +150,7 @@ impl Workload {
             },
             Self::SharedCost => Facts {
                 title: "Processor time for a touch, with two daemons",
-                text: "The same while another daemon is there, so that both have a change stream open; all streams are at the first.",
+                text: "Processor time for a touch while another daemon is there, so that both have a change stream open. All keepalive streams are at the first daemon.",
                 unit: "leases",
                 scales: &[1000, 10_000],
                 quick: &[1000],
@@ -160,8 +160,9 @@ impl Workload {
         }
     }
 
-    /// Whether the contender can do it, at this scale: libraries without a server have nothing to hold streams or lines.
-    pub(crate) fn takes(self, contender: Contender, scale: u32) -> bool {
+    /// Whether the contender can do the workload at this scale. Libraries without a server have
+    /// neither streams nor queues.
+    pub(crate) fn supports(self, contender: Contender, scale: u32) -> bool {
         if self == Self::SharedCost {
             return matches!(contender, Contender::Mongod | Contender::ReplicaSet);
         }

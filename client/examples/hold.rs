@@ -1,4 +1,5 @@
-//! Waits for a lease, acts under it for a while, and gives it back; stops at once when it is lost.
+//! Waits for a lease, works under it for a while, and releases it. Stops at once when the lease is
+//! lost.
 //!
 //! `cargo run -p leased-client --example hold -- KEY [SECONDS]`
 
@@ -20,7 +21,7 @@ async fn main() -> anyhow::Result<()> {
     println!("holding {} with fencing token {}", lease.key(), lease.token());
 
     let done = tokio::select! {
-        done = lease.run(act(seconds, lease.token())) => done,
+        done = lease.run(work(seconds, lease.token())) => done,
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
     };
     match done {
@@ -30,14 +31,15 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Err(error @ (Error::Lost(_) | Error::Jeopardy { .. } | Error::EndedLate { .. })) => {
-            Err(error).context("stopped part-way")
+            Err(error).context("stopped before the end")
         }
         Err(error) => Err(error.into()),
     }
 }
 
-/// What only one may do at a time. Whatever it writes to should see the token, and refuse older ones.
-async fn act(seconds: u64, token: FencingToken) {
+/// Work that only one process may do at a time. Every resource that it writes to should check the
+/// token, and refuse older ones.
+async fn work(seconds: u64, token: FencingToken) {
     for second in 1..=seconds {
         sleep(Duration::from_secs(1)).await;
         println!("{second} s of work under token {token}");

@@ -1,5 +1,5 @@
-//! Acquiring: from the wish to a lease that may be believed in, through daemons that fail, answers that are lost, and callers
-//! that lose interest.
+//! Acquires a lease, and returns it once the holder may rely on it. Copes with daemons that fail,
+//! answers that are lost, and callers that give up.
 
 use std::collections::HashMap;
 use std::future::IntoFuture;
@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::DEFAULT_TTL;
 use crate::belief::{deadline, largest_margin, margin};
+use crate::boot_instant::{BootInstant, after};
 use crate::client::{Acquired, Client, MAX_LEASES, touch};
 use crate::daemon::Purpose;
 use crate::endpoints::{Answer, PREVIOUS_ATTEMPTS};
@@ -23,21 +24,22 @@ use crate::error::Error;
 use crate::holding::Holding;
 use crate::info::span;
 use crate::lease::Lease;
-use crate::moment::{Moment, after};
 use crate::token::FencingToken;
 
-/// How long a daemon lets a call wait, unless it is told otherwise.
+/// How long a daemon lets a call wait by default.
 const LONGEST_CALL: Duration = Duration::from_secs(3600);
-/// How long before its end the next call begins.
+/// How long before the end of a call the next one begins.
 const OVERLAP: Duration = Duration::from_secs(30);
-/// How long after its last word a waiter may still be granted the key: its daemon notices that the connection is silent, or is gone
-/// itself and the place in line runs out after 15 s.
-const PLACE: Duration = Duration::from_secs(20);
+/// How long a waiter that has gone silent may still be granted the key. Either its daemon notices
+/// the silent connection, or the daemon is gone and the waiter's entry in the queue lapses after
+/// 15 s.
+const SILENT_WAITER: Duration = Duration::from_secs(20);
 
-/// A wish for a lease; await it to have it.
+/// A request for a lease. Await it to acquire the lease.
 ///
-/// Without [`wait`](Self::wait) it is tried once. When the future is dropped part-way, the lease or the place in line is given
-/// back in the background. If no daemon can be told, a place in line lasts for some 15 s, and a lease for its TTL.
+/// Without [`wait`](Self::wait) it tries once. If the future is dropped before it is done, the
+/// lease is released in the background, or the call leaves the queue. If no daemon can be told, an
+/// entry in the queue lasts for some 15 s, and a lease for its TTL.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -59,7 +61,7 @@ pub struct Acquire {
     client: Client,
     request: AcquireRequest,
     ttl: Option<Duration>,
-    /// `None`: for as long as it takes.
+    /// How long to wait; `None` for as long as it takes.
     wait: Option<Duration>,
     min_hold: Duration,
     margin: Option<Duration>,
@@ -80,9 +82,11 @@ impl Acquire {
         }
     }
 
-    /// How long the lease lasts without a touch, 100 ms to 24 h unless the daemon says otherwise; 30 s if not given. It is
-    /// touched every third of it. Takeover after a crash takes as long as this; an outage of the daemons may last half
-    /// of it without harm.
+    /// Sets how long the lease lasts without a touch: 100 ms to 24 h unless the daemon's limits
+    /// differ, 30 s by default.
+    ///
+    /// The lease is touched every third of its TTL. A takeover after a crash takes as long as the
+    /// TTL, and the daemons may be away for half of it without harm.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -95,7 +99,8 @@ impl Acquire {
         self
     }
 
-    /// How long to stand in line at most, up to 1 h; first come, first served.
+    /// Sets how long to wait in the queue at most, up to 1 h. The queue is served in order: first
+    /// come, first served.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -108,11 +113,12 @@ impl Acquire {
         self
     }
 
-    /// Stands in line for as long as it takes, through daemons that restart or are away.
+    /// Waits in the queue for as long as it takes, even if daemons restart or are away.
     ///
-    /// A daemon ends a call after an hour. The next one, with the same lease id, begins half a minute before that and keeps the
-    /// place, if the same daemon is asked; at another one it may end up at the end of the line. A daemon whose `--max-wait` is less
-    /// than an hour refuses these calls with [`Error::Invalid`].
+    /// A daemon ends a call after an hour. Half a minute before that the client makes the next call
+    /// with the same lease id. At the same daemon this call keeps the position in the queue; at
+    /// another daemon it may be put at the end. A daemon whose `--max-wait` is less than an hour
+    /// refuses these calls with [`Error::Invalid`].
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -125,7 +131,8 @@ impl Acquire {
         self
     }
 
-    /// A label for people, up to 256 bytes; the client's unless given. It proves nothing, and two may use the same.
+    /// Sets the owner, a label for people of up to 256 bytes. The default is the client's. It
+    /// proves nothing: two holders may use the same label.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -138,7 +145,7 @@ impl Acquire {
         self
     }
 
-    /// Another label, for people and tools: up to 32 of them, 4 KiB together.
+    /// Adds a label for people and tools. A lease has up to 32 of these, 4 KiB together.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -151,8 +158,8 @@ impl Acquire {
         self
     }
 
-    /// Holds the key together with other shared holders, no more than `limit` in all for as long as this lease is held; 0 for any
-    /// number.
+    /// Asks for a shared lease, which holds the key together with other shared leases. While it is
+    /// held there are no more than `limit` holders in all; 0 means any number.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -166,8 +173,8 @@ impl Acquire {
         self
     }
 
-    /// Keeps the key taken for this long after the grant, even if it is released before: a job that several machines start
-    /// at about the same time runs once.
+    /// Keeps the key taken for at least this long after the grant, even if the lease is released
+    /// before. So a job that several machines start at about the same time runs once.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -180,9 +187,11 @@ impl Acquire {
         self
     }
 
-    /// How much of the TTL is kept in hand; a hundredth, and at least 5 ms, unless given. Belief ends this long before the
-    /// lease can be taken by another: long enough for whatever stopping takes. Half of the TTL is the most, since a lease is
-    /// touched every third of it.
+    /// Sets the margin: how long before the end of the TTL the holder stops relying on the lease.
+    /// Choose it long enough for the work to stop.
+    ///
+    /// The default is 1 % of the TTL, and at least 5 ms. The most is half of the TTL, because a
+    /// lease is touched every third of it.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -205,7 +214,8 @@ impl Acquire {
         loop {
             match self.attempt(until).await {
                 Ok(holding) => return Ok(Lease::new(self.client, Arc::new(holding), slot)),
-                // Granted, and over before this process heard of it. That acquisition is spent.
+                // The lease was granted and lost before this process heard of it. Its id cannot be
+                // used again, so the next attempt has a new one.
                 Err(Error::Lost(_))
                     if until.is_none_or(|until| {
                         Instant::now() < after(until, self.client.shared().endpoints.timeout())
@@ -215,7 +225,7 @@ impl Acquire {
         }
     }
 
-    /// Fills in the durations, which a request cannot carry if they are too long for it, and returns until when to wait.
+    /// Checks the durations, writes them into the request, and returns until when to wait.
     fn check(&mut self) -> Result<Option<Instant>, Error> {
         let too_long = |name: &str| Error::Invalid(format!("{name} is too long"));
         let convert = |name: &str, duration: Duration| duration.try_into().map_err(|_| too_long(name));
@@ -237,17 +247,17 @@ impl Acquire {
         }
     }
 
-    /// One acquisition, repeated with one id until its outcome is known.
+    /// Makes one acquisition: repeats the call with the same id until its outcome is known.
     async fn attempt(&mut self, until: Option<Instant>) -> Result<Holding, Error> {
         let id = Uuid::new_v4();
         self.request.lease_id = id.to_string();
         let lease = LeaseRef { key: self.request.key.clone(), lease_id: self.request.lease_id.clone() };
         let sends = AtomicUsize::new(0);
-        let place = if self.wait == Some(Duration::ZERO) { Duration::ZERO } else { PLACE };
-        let lasts = self.ttl.unwrap_or(DEFAULT_TTL).saturating_add(place);
+        let queued = if self.wait == Some(Duration::ZERO) { Duration::ZERO } else { SILENT_WAITER };
+        let lasts = self.ttl.unwrap_or(DEFAULT_TTL).saturating_add(queued);
         let mut unknown = Unknown { client: &self.client, lease: Some(lease), lasts, sends: Some(&sends) };
         let (response, deadline) = self.granted(&mut unknown, &sends, until).await.inspect_err(|error| {
-            // The daemon says that there is no lease.
+            // The daemon says that there is no lease, so there is none to release.
             if matches!(error, Error::Lost(_)) {
                 unknown.lease = None;
             }
@@ -258,19 +268,21 @@ impl Acquire {
         Ok(Holding::new((self.request.key.clone(), id), token, (ttl, margin), deadline))
     }
 
-    /// Asks until granted and, if the grant may be old, touches: belief starts with what this process has sent last.
+    /// Sends the call until the lease is granted. If the grant may be old, touches the lease, so
+    /// that its deadline counts from a request that was sent just now.
     async fn granted(
         &self,
         unknown: &mut Unknown<'_>,
         sends: &AtomicUsize,
         until: Option<Instant>,
-    ) -> Result<(AcquireResponse, Moment), Error> {
+    ) -> Result<(AcquireResponse, BootInstant), Error> {
         let answer = match until {
             Some(until) => self.ask(until, sends).await,
             None => self.ask_for_ever(sends).await,
         };
         let Answer { body: response, sent_at } = answer.inspect_err(|error| {
-            // What is refused leaves nothing behind; but one that was sent before may have been granted, or be so yet.
+            // A refused call leaves nothing behind. But if the call was sent more than once, an
+            // earlier attempt may have been granted, or may still be.
             if error.is_refusal() && sends.load(Ordering::Relaxed) == 1 {
                 unknown.lease = None;
             }
@@ -278,10 +290,10 @@ impl Acquire {
         let (ttl, margin) = self.times(&response);
         unknown.lasts = ttl;
         self.check_margin(ttl)?;
-        // Daemons of an earlier version do not say how much is left.
+        // Daemons of an earlier version do not say how long the lease lasts from now.
         let lasts = response.remaining.map_or(ttl, |remaining| span(Some(remaining)).min(ttl));
         let mut believed_until = deadline(sent_at, lasts, margin);
-        // A grant that is half over would be due at once.
+        // A grant that has used up half of its TTL would be due for a touch at once.
         if response.waited || deadline(sent_at, lasts, Duration::ZERO).remaining() < ttl / 2 {
             let lease = response.lease.clone().unwrap_or_default();
             let Answer { body: touched, sent_at } = touch(&self.client.shared().endpoints, lease).await?;
@@ -290,12 +302,12 @@ impl Acquire {
         Ok((response, believed_until))
     }
 
-    /// One call, and its repetitions, until it is answered.
+    /// Makes one call, and repeats it until it is answered.
     async fn ask(&self, until: Instant, sends: &AtomicUsize) -> Result<Answer<AcquireResponse>, Error> {
         let endpoints = &self.client.shared().endpoints;
         let purpose = if self.wait == Some(Duration::ZERO) { Purpose::Calls } else { Purpose::Waits };
         let call = endpoints.call_waiting(purpose, until, self.request.clone(), |channel, mut request| {
-            // Also those that belong to another call with the same id.
+            // Counts the attempts of all calls with this id.
             let before = sends.fetch_add(1, Ordering::Relaxed);
             if before > 0 {
                 request.metadata_mut().insert(PREVIOUS_ATTEMPTS, before.into());
@@ -306,8 +318,8 @@ impl Acquire {
         call.await
     }
 
-    /// One call after the other with the same id, each of which begins before the one before it ends: so there always is one
-    /// that keeps the place in line.
+    /// Makes one call after the other with the same id. Each begins before the previous one ends,
+    /// so that one call always keeps the position in the queue.
     async fn ask_for_ever(&self, sends: &AtomicUsize) -> Result<Answer<AcquireResponse>, Error> {
         let mut calls = FuturesUnordered::new();
         loop {
@@ -317,7 +329,7 @@ impl Acquire {
             loop {
                 tokio::select! {
                     Some(answer) = calls.next() => match answer {
-                        // A later call waits on, or the next one will.
+                        // Another call is still waiting, or the next one will be.
                         Err(Error::Held(_) | Error::Unavailable { .. }) if !calls.is_empty() => {}
                         Err(Error::Held(_) | Error::Unavailable { .. }) => break,
                         answer => return answer,
@@ -328,7 +340,7 @@ impl Acquire {
         }
     }
 
-    /// The TTL as granted, and what is kept of it in hand.
+    /// The TTL as granted, and the margin.
     fn times(&self, response: &AcquireResponse) -> (Duration, Duration) {
         let ttl = span(response.ttl);
         (ttl, self.margin.unwrap_or_else(|| margin(ttl)))
@@ -340,32 +352,34 @@ impl IntoFuture for Acquire {
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
 
     /// # Errors
-    /// [`Error::Held`] if someone else holds the key, also after the wait; [`Error::QueueFull`], [`Error::LimitExceeded`],
-    /// [`Error::Invalid`]; [`Error::Unavailable`] if no daemon answers within the client's timeout beyond the wait;
-    /// [`Error::DifferentStores`] if the endpoints do not belong together.
+    /// [`Error::Held`] if the key is still not available when the wait is over;
+    /// [`Error::QueueFull`], [`Error::LimitExceeded`], [`Error::Invalid`]; [`Error::Unavailable`]
+    /// if no daemon answers within the client's timeout beyond the wait; [`Error::DifferentStores`]
+    /// if the endpoints do not serve the same store.
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.run())
     }
 }
 
-/// A lease that may be held and is not wanted: given back in the background unless it is settled before. A release settles its id
-/// for good, even if the acquire with it arrives later.
+/// A lease with an unknown outcome. Dropping this releases the lease in the background, unless
+/// `lease` was set to `None` before. The release ends the lease id for good, even if the acquire
+/// with this id arrives later.
 pub(crate) struct Unknown<'a> {
     pub(crate) client: &'a Client,
     pub(crate) lease: Option<LeaseRef>,
-    /// How long it may stand in the way of others.
+    /// How long the lease may block other acquisitions.
     pub(crate) lasts: Duration,
-    /// How often it was asked for; `None` if it is known to have been granted.
+    /// How often the acquire was sent; `None` if the lease was granted.
     pub(crate) sends: Option<&'a AtomicUsize>,
 }
 
 impl Drop for Unknown<'_> {
     fn drop(&mut self) {
         let acquired = match self.sends.map(|sends| sends.load(Ordering::Relaxed)) {
-            // No daemon has ever heard of it.
+            // The acquire was never sent.
             Some(0) => return,
             Some(_) => Acquired::Unanswered,
-            None => Acquired::Known,
+            None => Acquired::Granted,
         };
         if let Some(lease) = self.lease.take() {
             self.client.release_in_background(lease, self.lasts, acquired);
@@ -373,7 +387,7 @@ impl Drop for Unknown<'_> {
     }
 }
 
-/// Labels as a map, for callers that have them so.
+/// Adds several labels, as [`Acquire::metadata`] adds one.
 impl Extend<(String, String)> for Acquire {
     fn extend<T: IntoIterator<Item = (String, String)>>(&mut self, labels: T) {
         HashMap::extend(&mut self.request.metadata, labels);

@@ -1,37 +1,39 @@
-//! What a holder may believe of its lease, and until when: the time contract as arithmetic. No clock, task or network.
+//! How long a holder may rely on its lease: the time contract as arithmetic. Pure: it has no clock,
+//! task or network.
 
 use std::time::Duration;
 
 use leased_proto::v1::LossReason;
 
-use crate::moment::Moment;
+use crate::boot_instant::BootInstant;
 
-/// The share of a TTL that is kept in hand, for clocks that do not run at the same rate. A quartz clock is off by less than
-/// 0.02 %; that of a virtual machine may be worse for a while.
+/// The margin is this part of the TTL by default. It covers clocks that do not run at the same
+/// rate: a quartz clock is off by less than 0.02 %, and the clock of a virtual machine may be worse
+/// for a while.
 const MARGIN_SHARE: u32 = 100;
-/// What is kept in hand at least, for timers that fire late and clocks that are read late.
+/// The smallest default margin. It covers timers that fire late and clocks that are read late.
 const LEAST_MARGIN: Duration = Duration::from_millis(5);
 
-/// How a holder stands to its lease.
+/// Whether a holder may rely on its lease.
 ///
 /// ```no_run
 /// # fn example(lease: leased_client::Lease) {
 /// use leased_client::State;
 ///
 /// if lease.state().current() == State::Jeopardy {
-///     println!("no word from a daemon");
+///     println!("no daemon confirms the lease");
 /// }
 /// # }
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum State {
-    /// Held: the deadline is ahead. Act on the key.
+    /// The deadline is ahead. Act on the key.
     Held,
-    /// The deadline has passed without word from a daemon. Stop acting on the key; the lease may be gone, or may still be
-    /// unclaimed and come back to [`State::Held`].
+    /// The deadline has passed without an answer from a daemon. Stop acting on the key. The lease
+    /// may be gone; if nobody has taken the key, it may come back to [`State::Held`].
     Jeopardy,
-    /// Gone for good.
+    /// The lease is gone for good.
     Lost(Loss),
 }
 
@@ -39,18 +41,18 @@ pub enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Loss {
-    /// Not held; how it went is not remembered.
+    /// The lease is not held, and the daemon does not remember why.
     Gone,
-    /// It ran out, and another took the key.
+    /// The lease lapsed, and another holder took the key.
     Displaced,
-    /// It was given back.
+    /// The lease was released.
     Released,
-    /// An operator took it away.
+    /// An operator revoked the lease.
     Revoked,
 }
 
 impl Loss {
-    /// The word for it: `gone`, `displaced`, `released` or `revoked`.
+    /// The name of the loss: `gone`, `displaced`, `released` or `revoked`.
     ///
     /// ```
     /// assert_eq!(leased_client::Loss::Displaced.as_str(), "displaced");
@@ -65,7 +67,7 @@ impl Loss {
         }
     }
 
-    /// The loss that a refusal of this API names in its metadata.
+    /// Returns the loss that a refusal of this API names in its metadata, or [`Gone`](Self::Gone).
     pub(crate) fn named(word: &str) -> Self {
         [Self::Displaced, Self::Released, Self::Revoked]
             .into_iter()
@@ -91,20 +93,21 @@ impl std::fmt::Display for Loss {
     }
 }
 
-/// A holder's belief: held until a deadline that each confirmation moves ahead, or lost.
+/// A holder's belief in its lease: held until a deadline, which each confirmation moves ahead, or
+/// lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Belief {
-    pub(crate) deadline: Moment,
+    pub(crate) deadline: BootInstant,
     pub(crate) lost: Option<Loss>,
 }
 
 impl Belief {
-    pub(crate) fn new(deadline: Moment) -> Self {
+    pub(crate) fn new(deadline: BootInstant) -> Self {
         Self { deadline, lost: None }
     }
 
-    /// How things stand at `now`.
-    pub(crate) fn at(&self, now: Moment) -> State {
+    /// The state at `now`.
+    pub(crate) fn at(&self, now: BootInstant) -> State {
         match self.lost {
             Some(loss) => State::Lost(loss),
             None if now < self.deadline => State::Held,
@@ -112,31 +115,33 @@ impl Belief {
         }
     }
 
-    /// A daemon has confirmed the lease.
-    pub(crate) fn confirm(&mut self, deadline: Moment) {
+    /// Moves the deadline ahead after a daemon has confirmed the lease. It never moves back.
+    pub(crate) fn confirm(&mut self, deadline: BootInstant) {
         self.deadline = self.deadline.max(deadline);
     }
 
-    /// The lease is gone. The first reason stays.
+    /// Notes that the lease is lost. The first reason stays.
     pub(crate) fn lose(&mut self, loss: Loss) {
         self.lost.get_or_insert(loss);
     }
 }
 
-/// Until when a lease may be believed in: `remaining`, as a daemon told in answer to what was sent at `sent_at`, less the
-/// margin. Counted from before the request left and never from when the answer came, which may have travelled for any time
-/// (Gray and Cheriton, "Leases", SOSP 1989, section 2).
-pub(crate) fn deadline(sent_at: Moment, remaining: Duration, margin: Duration) -> Moment {
+/// Returns until when a holder may rely on a lease. `remaining` is what a daemon answered to the
+/// request that was sent at `sent_at`.
+///
+/// The deadline counts from before the request left and never from when the answer arrived, because
+/// the answer may have travelled for any time (Gray and Cheriton, "Leases", SOSP 1989, section 2).
+pub(crate) fn deadline(sent_at: BootInstant, remaining: Duration, margin: Duration) -> BootInstant {
     sent_at + remaining.saturating_sub(margin)
 }
 
-/// What to keep in hand of a lease of this TTL, unless its holder says more.
+/// The default margin of a lease with this TTL.
 pub(crate) fn margin(ttl: Duration) -> Duration {
     (ttl / MARGIN_SHARE).max(LEAST_MARGIN)
 }
 
-/// The largest margin that a lease of this TTL can have: half of it. A lease is touched every third of its TTL, so with a larger
-/// margin one touch that is late ends belief although nothing is wrong.
+/// The largest margin of a lease with this TTL: half of it. A lease is touched every third of its
+/// TTL, so with a larger margin a single late touch would put a healthy lease in jeopardy.
 pub(crate) fn largest_margin(ttl: Duration) -> Duration {
     ttl / 2
 }
@@ -149,7 +154,7 @@ mod tests {
 
     #[test]
     fn belief_ends_at_its_deadline_and_comes_back_with_a_confirmation() {
-        let start = Moment::now();
+        let start = BootInstant::now();
         let mut belief = Belief::new(start + SECOND);
         assert_eq!(belief.at(start), State::Held);
         assert_eq!(belief.at(start + SECOND), State::Jeopardy);
@@ -158,8 +163,8 @@ mod tests {
     }
 
     #[test]
-    fn an_old_confirmation_takes_nothing_away() {
-        let start = Moment::now();
+    fn an_old_confirmation_does_not_move_the_deadline_back() {
+        let start = BootInstant::now();
         let mut belief = Belief::new(start + 2 * SECOND);
         belief.confirm(start + SECOND);
         assert_eq!(belief.deadline, start + 2 * SECOND);
@@ -167,7 +172,7 @@ mod tests {
 
     #[test]
     fn what_is_lost_stays_lost_for_its_first_reason() {
-        let start = Moment::now();
+        let start = BootInstant::now();
         let mut belief = Belief::new(start + SECOND);
         belief.lose(Loss::Revoked);
         belief.lose(Loss::Displaced);
@@ -177,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_margin_is_kept_even_of_the_shortest_lease() {
-        let start = Moment::now();
+        let start = BootInstant::now();
         assert_eq!(margin(Duration::from_millis(100)), Duration::from_millis(5));
         assert_eq!(margin(30 * SECOND), Duration::from_millis(300));
         assert_eq!(deadline(start, Duration::from_millis(3), Duration::from_millis(5)), start);

@@ -1,4 +1,4 @@
-//! Making a client: its daemons and its settings.
+//! Configures a client: its daemons and its settings.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,14 +10,16 @@ use crate::client::Client;
 use crate::endpoints::{Endpoints, Reach, Source};
 use crate::error::Error;
 
-/// How long a connection may take to be made.
+/// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A connection that has heard nothing for this long is tried, and given up after as long again: together shorter than the 15 s
-/// for which a waiter keeps its place without its daemon.
+/// A connection that has been silent for this long is pinged, and given up if it stays silent for
+/// as long again. Both together are shorter than the 15 s for which a waiter's entry in the queue
+/// lasts without its daemon.
 const PING: Duration = Duration::from_secs(3);
+/// How long a call may take by default.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Settings of a client.
+/// The settings of a client.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), leased_client::Error> {
@@ -46,12 +48,14 @@ impl Builder {
         Self { sources: Vec::new(), owner: None, timeout: TIMEOUT }
     }
 
-    /// Adds the daemon at this URL, as in `http://127.0.0.1:5327`. A host name with several addresses counts as several
-    /// daemons; it is looked up when the client is made, and again when a daemon fails. All endpoints of a client must be
-    /// daemons over the same store.
+    /// Adds the daemon at this URL, as in `http://127.0.0.1:5327`. All endpoints of a client must
+    /// be daemons over the same store.
+    ///
+    /// A host name with several addresses counts as several daemons. The client looks it up at the
+    /// start, and again when a daemon fails.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it is none.
+    /// [`Error::Invalid`] if the URL is malformed.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -72,12 +76,12 @@ impl Builder {
         Ok(self)
     }
 
-    /// Adds a daemon that is reached by channels of the caller's making: over TLS, a Unix socket, with credentials, through a
-    /// proxy. `name` is for messages.
+    /// Adds a daemon that is reached over the caller's own channels: over TLS or a Unix socket,
+    /// with credentials, or through a proxy. Messages call it `name`.
     ///
-    /// A client has several connections to a daemon and replaces those that fail, so it calls `connect` more than once; each call
-    /// must make a channel of its own, which connects lazily. [`tuned`](Self::tuned) has the settings that other channels are made
-    /// with.
+    /// A client has several connections to a daemon and replaces those that fail. So it calls
+    /// `connect` more than once, and each call must return a new channel that connects lazily.
+    /// [`tuned`](Self::tuned) applies the settings of the client's own channels.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -98,7 +102,8 @@ impl Builder {
         self
     }
 
-    /// An endpoint that notices a dead connection: without pings a half-open one looks alive for minutes.
+    /// Sets up `endpoint` to notice dead connections. Without pings a half-open connection looks
+    /// alive for minutes.
     ///
     /// ```
     /// use tonic::transport::Endpoint;
@@ -115,7 +120,7 @@ impl Builder {
             .keep_alive_while_idle(true)
     }
 
-    /// The label of this client's leases unless one says otherwise; `host:pid` if not given.
+    /// Sets the default owner label of this client's leases. The default is `host:pid`.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -128,8 +133,8 @@ impl Builder {
         self
     }
 
-    /// How long a call may take, with all its repetitions, beyond the time it waits in line: more than nothing, and 5 s if not
-    /// given.
+    /// Sets how long a call may take with all its repetitions, beyond the time that it waits in a
+    /// queue. It must be more than zero; the default is 5 s.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -142,11 +147,12 @@ impl Builder {
         self
     }
 
-    /// The client, once a daemon has answered.
+    /// Returns the client once a daemon has answered.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without an endpoint or with a timeout of zero, [`Error::NotLeased`] if something else answers at all of
-    /// them, [`Error::DifferentStores`] if they do not belong together, and [`Error::Unavailable`] if nobody answers in time.
+    /// [`Error::Invalid`] without an endpoint or with a timeout of zero, [`Error::NotLeased`] if
+    /// other servers answer at all endpoints, [`Error::DifferentStores`] if the daemons do not
+    /// serve the same store, and [`Error::Unavailable`] if no daemon answers in time.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -160,7 +166,7 @@ impl Builder {
         Ok(client)
     }
 
-    /// The client at once: its first call connects. Must be called within a tokio runtime.
+    /// Returns the client at once; its first call connects. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`Error::Invalid`] without an endpoint or with a timeout of zero.
@@ -185,12 +191,12 @@ impl Builder {
     }
 }
 
-/// Reads a URL, and refuses one of which a part would be ignored.
+/// Parses a URL, and refuses one with a part that would be ignored.
 fn parse(url: &str) -> Result<Endpoint, Error> {
     let wrong =
         |why: &str| Error::Invalid(format!("{url:?} {why}; one looks like {}", crate::DEFAULT_ENDPOINT));
     if url.contains('@') {
-        // The URL is not shown: it may have a password.
+        // Does not show the URL, which may hold a password.
         return Err(Error::Invalid(format!(
             "an endpoint has no user and no password; one looks like {}",
             crate::DEFAULT_ENDPOINT
@@ -205,7 +211,7 @@ fn parse(url: &str) -> Result<Endpoint, Error> {
     if has_port && uri.port_u16().is_none_or(|port| port == 0) {
         return Err(wrong("has no port from 1 to 65535, so it is no endpoint"));
     }
-    // A fragment is not in what was parsed.
+    // The parser drops a fragment, so this looks for it in the text.
     if uri.path() != "/" || uri.query().is_some() || url.contains('#') {
         return Err(wrong("has more than a host and a port, so it is no endpoint"));
     }
@@ -226,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_of_which_a_part_would_be_ignored_is_refused() {
+    fn a_url_with_a_part_that_would_be_ignored_is_refused() {
         for (url, said) in [
             ("nonsense", "is no endpoint"),
             ("https://127.0.0.1:5327", "is no endpoint"),

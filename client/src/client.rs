@@ -1,4 +1,4 @@
-//! The client: whom to ask, the calls about keys in general, and the task that keeps leases alive.
+//! The client: the calls about keys, and the background task that keeps leases alive.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,18 +25,20 @@ use crate::list::List;
 use crate::token::FencingToken;
 use crate::watch::Watch;
 
-/// A daemon carries at most so many leases on one stream, and a client has one.
+/// The most leases of a client. It is what a daemon accepts on one stream, and a client has one
+/// stream.
 pub(crate) const MAX_LEASES: usize = 10_000;
-/// Leases given back at the same time in the background.
+/// The most releases in flight in the background.
 const RELEASES: usize = 64;
-/// For how long a lease is given back in the background at most; one that lasts longer runs out by itself.
+/// How long a background release is repeated. A lease with a longer TTL is then left to lapse.
 const LONGEST_RELEASE: Duration = Duration::from_secs(60);
-/// How long after a panic the background task is started again.
+/// How long after a panic the background task starts again.
 const RESTART: Duration = Duration::from_secs(1);
 
-/// A connection to one or more leased daemons over the same store. Cheap to clone; all clones share one keepalive stream.
+/// A client of one or more leased daemons over the same store. Cheap to clone: all clones share one
+/// keepalive stream.
 ///
-/// When the last clone and the last [`Lease`](crate::Lease) are dropped, its background task ends.
+/// The background task ends when the last clone and the last [`Lease`](crate::Lease) are dropped.
 #[derive(Debug, Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -44,26 +46,29 @@ pub struct Client {
     _alive: Arc<DropGuard>,
 }
 
-/// What the parts of a client share.
+/// The state that the clones of a client share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) endpoints: Arc<Endpoints>,
     pub(crate) holdings: Arc<Holdings>,
     pub(crate) owner: String,
-    /// A permit for each lease.
+    /// Limits the leases to [`MAX_LEASES`].
     pub(crate) slots: Arc<Semaphore>,
-    /// Leases that are being given back; each holds a permit of `releases` while it asks.
+    /// Background releases that have not ended.
     background: TaskTracker,
+    /// Limits the releases in flight to [`RELEASES`].
     releases: Semaphore,
     runtime: Handle,
 }
 
 impl Client {
-    /// A client of the daemons at these URLs (`http://HOST:PORT`), once one of them has answered.
+    /// Connects to the daemons at these URLs (`http://HOST:PORT`). Returns once a daemon has
+    /// answered.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a URL is none, [`Error::NotLeased`] if something else answers there, and
-    /// [`Error::Unavailable`] if nobody does within 5 s.
+    /// [`Error::Invalid`] if a URL is malformed, [`Error::NotLeased`] if another server answers
+    /// there, [`Error::DifferentStores`] if the daemons do not serve the same store, and
+    /// [`Error::Unavailable`] if no daemon answers within 5 s.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -81,7 +86,7 @@ impl Client {
         builder.connect().await
     }
 
-    /// A client with settings of its own.
+    /// Returns a builder, for a client with other settings.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -126,7 +131,8 @@ impl Client {
         &self.shared
     }
 
-    /// Asks for a lease of `key`: 1 to 512 bytes without control characters.
+    /// Acquires a lease of `key` once the returned [`Acquire`] is awaited. A key has 1 to 512 bytes
+    /// and no control characters.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -138,7 +144,8 @@ impl Client {
         Acquire::new(self.clone(), key.into())
     }
 
-    /// Touches a lease that no guard keeps alive, and returns how long it lasts, counted from before this call.
+    /// Touches a lease that no [`Lease`](crate::Lease) keeps alive, and returns how long it lasts,
+    /// counted from before this call.
     ///
     /// # Errors
     /// [`Error::Lost`], [`Error::Unavailable`].
@@ -154,7 +161,7 @@ impl Client {
         Ok(span(touch(&self.shared.endpoints, lease).await?.body.remaining))
     }
 
-    /// Gives back a lease that no guard keeps alive.
+    /// Releases a lease that no [`Lease`](crate::Lease) keeps alive.
     ///
     /// # Errors
     /// [`Error::Lost`], [`Error::Unavailable`].
@@ -165,7 +172,7 @@ impl Client {
     /// # }
     /// ```
     pub async fn release(&self, key: &str, id: LeaseId) -> Result<(), Error> {
-        self.shared.release(LeaseRef { key: key.to_owned(), lease_id: id.reveal() }, Acquired::Known).await
+        self.shared.release(LeaseRef { key: key.to_owned(), lease_id: id.reveal() }, Acquired::Granted).await
     }
 
     /// Shows who holds `key` and who waits for it.
@@ -217,27 +224,33 @@ impl Client {
         Watch::new(self.clone(), prefix.into())
     }
 
-    /// Takes the lease of `key` with this token away from its holder, or from every holder if there is no token, and returns
-    /// how many were taken: those of which a daemon said so. `reason` goes to the daemon's log.
+    /// Revokes the lease of `key` with this token, or the leases of all holders if there is no
+    /// token. Returns how many leases daemons have confirmed as revoked. `reason` goes to the
+    /// daemon's log.
     ///
-    /// A block that a [`min_hold`](Acquire::min_hold) has left ends as well, and counts as one: without a token, or with that of
-    /// the latest grant. A lease granted later is not meant, even if the call has to be repeated because its answer was lost.
+    /// Without a token, or with the token of the latest grant, this also ends a block that a
+    /// [`min_hold`](Acquire::min_hold) has left. The block counts as one lease. A lease that is
+    /// granted later is never revoked, even if the call has to be repeated because its answer was
+    /// lost.
     ///
     /// # Errors
-    /// [`Error::Invalid`], [`Error::Unavailable`]. Part of several leases may have been taken then.
+    /// [`Error::Invalid`], [`Error::Unavailable`]. Some of the leases may have been revoked
+    /// nevertheless.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
-    /// let taken = client.revoke("reports/daily", None, "the host is gone").await?;
+    /// let revoked = client.revoke("reports/daily", None, "the host is gone").await?;
     /// # Ok(())
     /// # }
     /// ```
     pub async fn revoke(&self, key: &str, token: Option<FencingToken>, reason: &str) -> Result<u32, Error> {
         let tokens = match token {
             Some(token) => vec![token],
-            // A call that means whoever holds could not be repeated: it would meet the next holder.
+            // Each holder is named by its token. A call without a token could not be repeated,
+            // because it might revoke the next holder's lease.
             None => match self.get(key).await {
-                // The block goes last: it is named by the token of the latest grant, once nobody holds that.
+                // The block goes last: the token of the latest grant means the block only once no
+                // holder has it.
                 Ok(info) => {
                     let block = info.blocked_until.map(|_| info.token);
                     info.holders.iter().map(|holder| holder.token).chain(block).collect()
@@ -258,8 +271,8 @@ impl Client {
         Ok(revoked)
     }
 
-    /// Waits until every lease that was dropped has been given back, for as long as one call may take. A process that ends
-    /// without it may leave such leases to run out.
+    /// Waits until every dropped lease has been released, for at most the client's timeout. A
+    /// process that exits without this call may leave its dropped leases to lapse.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client, lease: leased_client::Lease) {
@@ -270,53 +283,56 @@ impl Client {
     pub async fn settle(&self) {
         let background = &self.shared.background;
         background.close();
-        drop(timeout(self.shared.endpoints.timeout(), background.wait()).await);
+        let _ = timeout(self.shared.endpoints.timeout(), background.wait()).await;
         background.reopen();
     }
 
-    /// Gives a lease back without anybody waiting, for as long as it may stand in the way.
+    /// Releases a lease in the background. Repeats the call for as long as the lease may last, and
+    /// no longer than [`LONGEST_RELEASE`].
     pub(crate) fn release_in_background(&self, lease: LeaseRef, lasts: Duration, acquired: Acquired) {
         let shared = Arc::clone(&self.shared);
         let patience = lasts.min(LONGEST_RELEASE);
         let release = async move {
-            let Ok(_turn) = shared.releases.acquire().await else { return };
+            let Ok(_permit) = shared.releases.acquire().await else { return };
             let mut pauses = Pauses::default();
             while let Err(Error::Unavailable { cause, .. }) = shared.release(lease.clone(), acquired).await {
-                tracing::debug!(key = lease.key, cause, "a lease could not be given back yet");
+                tracing::debug!(key = lease.key, cause, "a lease could not be released yet");
                 sleep(pauses.next(1, None)).await;
             }
         };
-        self.shared
-            .background
-            .spawn_on(async move { drop(timeout(patience, release).await) }, &self.shared.runtime);
+        let within_patience = async move {
+            let _ = timeout(patience, release).await;
+        };
+        self.shared.background.spawn_on(within_patience, &self.shared.runtime);
     }
 }
 
-/// What goes on in the background for as long as the client lives.
+/// The background task of a client, which ends with the client.
 async fn keep(holdings: Arc<Holdings>, endpoints: Arc<Endpoints>, ended: CancellationToken) {
     let keeper = Keeper::new(Arc::clone(&holdings), Arc::clone(&endpoints));
     tokio::select! {
         () = keeper.run() => {}
         () = touch_refused(&holdings, &endpoints) => {}
         () = watch_deadlines(&holdings) => {}
-        () = endpoints.tend() => {}
+        () = endpoints.maintain() => {}
         () = ended.cancelled() => {}
     }
 }
 
-/// What is known of the acquire of a lease that is given back.
+/// How the acquire of a lease ended before its release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Acquired {
-    /// It was granted.
-    Known,
-    /// It had no answer, and may still be on its way. The daemon is told, and remembers for a minute that the lease is over.
+    /// The lease was granted.
+    Granted,
+    /// The acquire had no answer, and may still be on its way. The release says so, and the daemon
+    /// remembers for a minute that the lease is over.
     Unanswered,
 }
 
-/// Touches a lease by a call of its own.
+/// Touches a lease by a call of its own, outside of the keepalive stream.
 pub(crate) async fn touch(endpoints: &Endpoints, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
     let request = TouchRequest { lease: Some(lease) };
-    let call = endpoints.call(Purpose::Upkeep, request, |channel, request| async move {
+    let call = endpoints.call(Purpose::KeepAlive, request, |channel, request| async move {
         LeaseServiceClient::new(channel).touch(request).await
     });
     call.await
@@ -325,7 +341,7 @@ pub(crate) async fn touch(endpoints: &Endpoints, lease: LeaseRef) -> Result<Answ
 impl Shared {
     pub(crate) async fn release(&self, lease: LeaseRef, acquired: Acquired) -> Result<(), Error> {
         let request = ReleaseRequest { lease: Some(lease) };
-        let call = self.endpoints.call(Purpose::Upkeep, request, |channel, mut request| async move {
+        let call = self.endpoints.call(Purpose::KeepAlive, request, |channel, mut request| async move {
             let says_so = request.metadata().contains_key(PREVIOUS_ATTEMPTS);
             if acquired == Acquired::Unanswered && !says_so {
                 request.metadata_mut().insert(PREVIOUS_ATTEMPTS, 1.into());

@@ -1,43 +1,47 @@
-//! One daemon: the connections to it, and what is known of it.
+//! One daemon: the connections to it, its store, and whether it is barred.
 //!
-//! Calls that wait in line take up a stream of their connection for as long as they wait, and a daemon serves no more than 256
-//! on one. So they have connections of their own, and never stand in the way of a touch.
+//! A call that waits in a queue occupies a stream of its connection for as long as it waits, and a
+//! daemon serves no more than 256 streams on a connection. So waiting calls have connections of
+//! their own, and never block a touch.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use crate::error::Error;
+use crate::lock::lock;
 
-/// Calls under way on one connection, below the 256 that a daemon serves. Further ones have another connection.
+/// The most calls in flight on one connection, below the 256 that a daemon serves. Further calls
+/// use another connection.
 const CALLS: usize = 200;
-/// How long a connection that nobody uses stays open.
+/// How long an unused connection stays open.
 pub(crate) const IDLE: Duration = Duration::from_secs(10);
-/// For how long a daemon that is of no use is not asked, while there are others.
+/// How long a barred daemon is not used while there are others.
 const BARRED: Duration = Duration::from_secs(30);
 
-/// Makes a connection, when it is first used.
+/// Makes a channel, which connects when it is first used.
 pub(crate) type Dial = Arc<dyn Fn() -> Channel + Send + Sync>;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// What leases depend on: the keepalive stream, touches and releases.
-    Upkeep,
+    /// The keepalive stream, touches and releases, on which leases depend, and probes.
+    KeepAlive,
     /// Calls that are answered soon, and watches.
     Calls,
-    /// Acquires that wait in line.
+    /// Acquires that wait in a queue.
     Waits,
 }
 
-/// One address of an endpoint.
+/// A daemon: one address of an endpoint.
 pub(crate) struct Daemon {
-    /// For messages.
+    /// The name in messages.
     pub(crate) name: String,
-    /// Orders the daemons of a client; lower ones are asked first. Random, so that clients spread over all daemons.
+    /// Orders the daemons of a client: the lowest is used first. The second part is random, so that
+    /// clients spread over all daemons.
     pub(crate) order: (usize, u64),
     dial: Dial,
     inner: Mutex<Inner>,
@@ -45,12 +49,13 @@ pub(crate) struct Daemon {
 
 #[derive(Default)]
 struct Inner {
-    /// By purpose.
+    /// The connections for each [`Purpose`].
     connections: [Vec<Connection>; 3],
     /// How many connections were ever made.
     made: u64,
-    /// Whether the daemon has answered since its last failure, and so said which store it serves unless it is of an earlier version.
-    is_known: bool,
+    /// Whether the daemon has answered since its last failure. Its answer names its store, unless
+    /// it is of an earlier version.
+    has_answered: bool,
     store: Option<String>,
     barred: Option<(Instant, Error)>,
 }
@@ -62,7 +67,8 @@ struct Connection {
     idle_since: Instant,
 }
 
-/// The right to send one call over a connection, counted until it is dropped.
+/// The right to send one call over a connection. The connection counts the slot until it is
+/// dropped.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) daemon: Arc<Daemon>,
@@ -72,24 +78,25 @@ pub(crate) struct Slot {
 }
 
 impl Daemon {
-    /// `rank` goes before chance.
+    /// Daemons with a lower `rank` are used first; chance decides within a rank.
     pub(crate) fn new(name: String, rank: usize, dial: Dial) -> Self {
         Self { name, order: (rank, fastrand::u64(..)), dial, inner: Mutex::default() }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
-    /// A connection with room for one more call; a new one if there is none.
+    /// Takes a slot on a connection with room for one more call, and makes a connection if there is
+    /// none.
     pub(crate) fn slot(self: &Arc<Self>, purpose: Purpose) -> Slot {
         if let Some(slot) = self.free(&mut self.inner(), purpose) {
             return slot;
         }
-        // Without the lock: this may be a user's code, which takes as long as it likes.
+        // Outside of the lock: this may be the user's code, which may take any time.
         let channel = (self.dial)();
         let mut inner = self.inner();
-        // Somebody else may have been faster.
+        // Another task may have made a connection meanwhile.
         if let Some(slot) = self.free(&mut inner, purpose) {
             return slot;
         }
@@ -100,9 +107,9 @@ impl Daemon {
         Slot { daemon: Arc::clone(self), channel, purpose, number }
     }
 
-    /// A connection that is there and has room for one more call.
+    /// Takes a slot on an existing connection with room for one more call.
     fn free(self: &Arc<Self>, inner: &mut Inner, purpose: Purpose) -> Option<Slot> {
-        // The first with room, so that the last ones fall idle.
+        // The first one with room, so that the last ones become idle and close.
         let connection =
             inner.connections[purpose as usize].iter_mut().find(|connection| connection.uses < CALLS)?;
         connection.uses += 1;
@@ -110,10 +117,11 @@ impl Daemon {
         Some(Slot { daemon: Arc::clone(self), channel, purpose, number })
     }
 
-    /// Closes connections that nobody has used for a while. The daemon that is asked first keeps one for upkeep and one for calls.
+    /// Closes connections that have been idle for [`IDLE`]. The daemon in use keeps one for
+    /// keepalives and one for calls.
     pub(crate) fn close_idle(&self, now: Instant, is_first: bool) {
         let mut inner = self.inner();
-        for purpose in [Purpose::Upkeep, Purpose::Calls, Purpose::Waits] {
+        for purpose in [Purpose::KeepAlive, Purpose::Calls, Purpose::Waits] {
             let mut kept = usize::from(is_first && purpose != Purpose::Waits);
             inner.connections[purpose as usize].retain(|connection| {
                 let is_kept = std::mem::replace(&mut kept, 0) == 1;
@@ -122,10 +130,11 @@ impl Daemon {
         }
     }
 
-    /// Notes the store that the daemon names, and returns whether it is another than before.
-    pub(crate) fn tells(&self, store: Option<&str>) -> bool {
+    /// Notes the store that the daemon names, and returns whether it is a different one than
+    /// before.
+    pub(crate) fn note_store(&self, store: Option<&str>) -> bool {
         let mut inner = self.inner();
-        inner.is_known = true;
+        inner.has_answered = true;
         let is_news = store.is_some() && inner.store.as_deref() != store;
         if is_news {
             inner.store = store.map(str::to_owned);
@@ -133,30 +142,31 @@ impl Daemon {
         is_news
     }
 
-    /// Forgets that the daemon is known: another one, over another store, may answer at this address next.
+    /// Has the daemon probed before its next call: another daemon, over another store, may answer
+    /// at this address next.
     pub(crate) fn forget(&self) {
-        self.inner().is_known = false;
+        self.inner().has_answered = false;
     }
 
-    pub(crate) fn is_known(&self) -> bool {
-        self.inner().is_known
+    pub(crate) fn has_answered(&self) -> bool {
+        self.inner().has_answered
     }
 
     pub(crate) fn store(&self) -> Option<String> {
         self.inner().store.clone()
     }
 
-    /// Not to be asked for a while.
+    /// Bars the daemon from use for [`BARRED`], because of `error`.
     pub(crate) fn bar(&self, error: Error) {
         self.inner().barred = Some((Instant::now() + BARRED, error));
     }
 
-    /// Lets the daemon be asked again.
+    /// Lets the daemon be used again.
     pub(crate) fn unbar(&self) {
         self.inner().barred = None;
     }
 
-    /// Why it is not asked at the moment.
+    /// Why the daemon is barred, if it is.
     pub(crate) fn barred(&self) -> Option<Error> {
         let barred = &self.inner().barred;
         barred.as_ref().filter(|(until, _)| *until > Instant::now()).map(|(_, error)| error.clone())
@@ -169,10 +179,11 @@ impl Daemon {
 }
 
 impl Slot {
-    /// Nothing more is sent over this connection, and the next call makes another. Calls that are under way on it go on.
+    /// Retires the connection: the next call makes another, and calls in flight on this one
+    /// continue.
     ///
-    /// tonic connects anew by itself when a connection breaks. But one that is silent looks alive to it for some seconds, and a
-    /// channel whose task has panicked fails for ever.
+    /// tonic reconnects on its own when a connection breaks. But a silent connection looks alive to
+    /// tonic for some seconds, and a channel whose task has panicked fails for ever.
     pub(crate) fn retire(&self) {
         let connections = &mut self.daemon.inner().connections[self.purpose as usize];
         connections.retain(|connection| connection.number != self.number);
@@ -212,7 +223,10 @@ mod tests {
         let (daemon, count) = (Arc::clone(&dialled), Arc::clone(&calls));
         let dial = move || {
             count.fetch_add(1, Ordering::Relaxed);
-            assert!(daemon.get().unwrap().inner.try_lock().is_ok(), "others use its connections meanwhile");
+            assert!(
+                daemon.get().unwrap().inner.try_lock().is_ok(),
+                "others can use its connections meanwhile"
+            );
             Endpoint::from_static("http://127.0.0.1:1").connect_lazy()
         };
         let daemon = dialled.get_or_init(|| Arc::new(Daemon::new("one".to_owned(), 0, Arc::new(dial))));

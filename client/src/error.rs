@@ -1,4 +1,4 @@
-//! What can go wrong, told apart by what to do about it.
+//! What can go wrong. The errors differ in what a caller can do about them.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::token::FencingToken;
 /// The `domain` of every `ErrorInfo` of this API.
 const DOMAIN: &str = "leased";
 
-/// Why a call gave no answer, or not the one that was hoped for.
+/// Why a call failed or was refused.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) {
@@ -29,62 +29,63 @@ const DOMAIN: &str = "leased";
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The key could not be had, also after the wait.
+    /// The key was not available, and still was not at the end of the wait.
     #[error("{0}")]
     Held(HeldBy),
-    /// The lease is gone.
+    /// The lease is lost.
     #[error("the lease is lost: {0}")]
     Lost(Loss),
-    /// No daemon confirmed the lease in time. It may be gone.
+    /// No daemon confirmed the lease in time. The lease may be gone.
     #[error("the lease could not be confirmed in time ({cause}); stop acting on its key")]
     #[non_exhaustive]
     Jeopardy {
-        /// Why not, as far as is known.
+        /// Why no daemon confirmed it, if the reason is known.
         cause: String,
     },
-    /// The work ended after the time until which its lease could be relied on, and so could not be stopped in time. What it did
-    /// last may have met another holder.
-    #[error("the work ended too late: its lease could not be relied on any more ({cause})")]
+    /// The work finished after its lease could no longer be relied on, and so could not be stopped
+    /// in time. Its last steps may have run at the same time as another holder's.
+    #[error("the work ended too late: its lease could no longer be relied on ({cause})")]
     #[non_exhaustive]
     EndedLate {
-        /// Why not, as far as is known.
+        /// Why the lease could no longer be relied on, if the reason is known.
         cause: String,
     },
-    /// The key was never leased, or was forgotten since.
-    #[error("this key was never leased, or was forgotten since")]
+    /// The key was never leased, or has been forgotten since.
+    #[error("this key was never leased, or has been forgotten since")]
     KeyUnknown,
-    /// The line of the key takes no more; try again later.
-    #[error("the line of this key is full; try again later")]
+    /// The queue of the key is full; try again later.
+    #[error("the queue of this key is full; try again later")]
     QueueFull,
-    /// A limit of the daemon, or of this client, was passed.
+    /// A limit of the daemon or of this client was exceeded.
     #[error("{0}")]
     LimitExceeded(String),
-    /// The request is wrong.
-    #[error("wrong request: {0}")]
+    /// The request is invalid.
+    #[error("invalid request: {0}")]
     Invalid(String),
-    /// No daemon gave an answer in time. What was asked for may have happened; repeating it is safe.
+    /// No daemon answered in time. The call may have taken effect; repeating it is safe.
     #[error("no daemon answers at {endpoints}: {cause}")]
     #[non_exhaustive]
     Unavailable {
-        /// Whom this client can ask.
+        /// The endpoints of this client.
         endpoints: String,
-        /// What the last try ended with.
+        /// How the last attempt failed.
         cause: String,
         /// The last answer, if there was one.
         source: Option<Status>,
     },
-    /// What answers there is no leased daemon.
+    /// The server at an endpoint is not a leased daemon.
     #[error("{endpoint} is not a leased daemon: {cause}")]
     #[non_exhaustive]
     NotLeased {
-        /// Who was asked.
+        /// The endpoint.
         endpoint: String,
-        /// What it said.
+        /// What is wrong with the server's answer.
         cause: String,
-        /// Its answer.
+        /// The server's answer.
         source: Status,
     },
-    /// Two endpoints of this client serve different stores, so a lease from one means nothing at the other.
+    /// Two endpoints of this client serve different stores, so a lease from one means nothing at
+    /// the other.
     #[error(
         "{endpoint} and {other} serve different stores ({store} and {other_store}); all endpoints of a client must be daemons \
          over the same store"
@@ -93,20 +94,20 @@ pub enum Error {
     DifferentStores {
         /// One endpoint.
         endpoint: String,
-        /// The id of the store behind it.
+        /// The id of that endpoint's store.
         store: String,
         /// Another endpoint.
         other: String,
-        /// The id of the store behind that one.
+        /// The id of the other endpoint's store.
         other_store: String,
     },
-    /// Another answer of the daemon, such as a damaged record, a lack of rights, or a defect.
+    /// Any other error of the daemon, such as a damaged record, a lack of rights, or a bug.
     #[error("the daemon answered {}: {}", .0.code(), .0.message())]
     Status(#[source] Status),
 }
 
 impl Error {
-    /// Whether a daemon has answered that it did nothing.
+    /// Whether a daemon has answered that the call had no effect.
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             Self::Held(_)
@@ -125,29 +126,30 @@ impl Error {
     }
 }
 
-/// Who stands in the way.
+/// Why a key is not available.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HeldBy {
-    /// The holder's label; empty if the holder has none, or if nobody holds the key.
+    /// The holder's label; empty if the holder has none, or if there is no holder.
     pub owner: String,
     /// The holder's token, or the last one granted.
     pub token: FencingToken,
-    /// Until the holder's lease runs out unless touched.
+    /// How long the holder's lease lasts without a touch.
     pub remaining: Duration,
-    /// How many stood before the caller, if it stood in line.
+    /// How many waiters were ahead of the caller, if it waited in the queue.
     pub position: Option<u64>,
-    /// What stands in the way, as the daemon names it: `holder`, `limit`, `waiter` or `min_hold`; empty if an older daemon
-    /// does not say.
+    /// What blocks the key, as the daemon names it: `holder`, `limit`, `waiter` or `min_hold`;
+    /// empty if the daemon is of an earlier version, which does not say.
     pub blocked_by: String,
-    /// The label of the one who came before, if `blocked_by` is `waiter` and it has one.
+    /// The label of the waiter that came before, if `blocked_by` is `waiter` and the waiter has
+    /// one.
     pub waiter: String,
 }
 
 impl std::fmt::Display for HeldBy {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (self.blocked_by.as_str(), self.owner.as_str()) {
-            ("min_hold", _) => formatter.write_str("kept taken by a min_hold"),
+            ("min_hold", _) => formatter.write_str("blocked by a min_hold"),
             ("waiter", _) if self.waiter.is_empty() => formatter.write_str("another came before"),
             ("waiter", _) => write!(formatter, "{} came before", self.waiter),
             (_, "") => formatter.write_str("held by another"),
@@ -156,23 +158,23 @@ impl std::fmt::Display for HeldBy {
     }
 }
 
-/// What a failed try means for the call it belongs to.
+/// What a failed attempt means for its call.
 pub(crate) enum Failure {
-    /// Nobody answered, or the one who did cannot; another try may help, at once or after the pause that was asked for. What was
-    /// asked for may have happened.
+    /// No daemon answered, or the one that did cannot serve the call now. Another attempt may help,
+    /// at once or after the pause that the daemon asked for. The call may have taken effect.
     Passing(Option<Duration>),
-    /// This endpoint will not answer otherwise the next time; others may.
+    /// This endpoint will fail in the same way again. Others may serve the call.
     Useless(Error),
-    /// An answer.
+    /// A daemon's answer.
     Final(Error),
 }
 
 impl Failure {
-    /// Reads the status of a try at `endpoint`.
+    /// Classifies the status of an attempt at `endpoint`.
     ///
-    /// Only what a daemon says of leases is an answer: a status with details of this API. Whatever else comes, from a broken
-    /// connection or from a proxy, says nothing about what has happened to the call, whatever its code. Every call of this API
-    /// may be repeated.
+    /// Only a status with details of this API is a daemon's answer. Any other status comes from a
+    /// broken connection or a proxy, and whatever its code, it does not say whether the call took
+    /// effect. Every call of this API may be repeated.
     pub(crate) fn of(status: &Status, endpoint: &str) -> Self {
         let details = status.get_error_details();
         let entry = |name: &str| {
@@ -215,19 +217,20 @@ impl Failure {
     }
 }
 
-/// What a status says to a person: its message, and the innermost cause if a connection failed.
+/// Describes a status for people: the innermost cause if it has one, else its message.
 pub(crate) fn cause(status: &Status) -> String {
     sources(status).last().map_or_else(|| status.message().to_owned(), ToString::to_string)
 }
 
-/// Whether the answer was no HTTP/2, and so no gRPC: the letters of an HTTP/1 answer make a frame of five million bytes.
+/// Whether the server does not speak HTTP/2, and so not gRPC. Read as HTTP/2, the first letters of
+/// an HTTP/1 answer are a frame of five million bytes, which is too large.
 fn speaks_otherwise(status: &Status) -> bool {
     sources(status)
         .filter_map(|source| source.downcast_ref::<h2::Error>())
         .any(|error| error.reason() == Some(h2::Reason::FRAME_SIZE_ERROR))
 }
 
-/// What a status comes from, outermost first.
+/// The errors that a status comes from, outermost first.
 fn sources(status: &Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
     std::iter::successors(std::error::Error::source(status), |error| error.source())
 }
@@ -241,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_daemon_says_of_leases_is_an_answer() {
+    fn only_a_status_with_details_of_this_api_is_an_answer() {
         for code in (1..=16).map(Code::from_i32) {
             let is_passing =
                 matches!(Failure::of(&Status::new(code, "a proxy's"), "there"), Failure::Passing(_));
@@ -261,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn who_came_before_is_named() {
+    fn the_waiter_that_came_before_is_named() {
         let said = |waiter: &str| {
             let entries = [("blocked_by", "waiter"), ("waiter", waiter), ("owner", "reader")];
             let status =

@@ -1,7 +1,8 @@
-//! One lease that a client holds: what its guard, the keeper and the watchman share.
+//! One lease that a client holds, shared by its guard, the keeper and the task that watches
+//! deadlines.
 
 use std::mem::replace;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use leased_proto::v1::LeaseRef;
@@ -10,10 +11,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::belief::{Belief, Loss, State};
-use crate::moment::Moment;
+use crate::boot_instant::BootInstant;
+use crate::lock::lock;
 use crate::token::FencingToken;
 
-/// A lease as it was granted, and what may be believed of it since.
+/// A lease as it was granted, and the belief in it since.
 #[derive(Debug)]
 pub(crate) struct Holding {
     pub(crate) key: Box<str>,
@@ -22,28 +24,29 @@ pub(crate) struct Holding {
     pub(crate) ttl: Duration,
     pub(crate) margin: Duration,
     told: Mutex<Told>,
-    /// Rings when the state is another one. A `watch` channel would take up more than everything else here.
+    /// Notified when the state changes. A `watch` channel would take up more memory than all other
+    /// fields together.
     changed: Notify,
-    /// Made when it is asked for.
+    /// Made at the first call of [`stop`](Self::stop).
     stop: OnceLock<CancellationToken>,
 }
 
-/// A belief, and the state that was last told of it.
+/// The belief in a lease, and the state that was last reported.
 #[derive(Debug)]
 struct Told {
     belief: Belief,
     state: State,
-    /// Why the last touch confirmed nothing, if it was refused.
+    /// Why the last touch was refused, if it was.
     trouble: Option<Box<str>>,
 }
 
 impl Holding {
-    /// A lease that may be believed in until `deadline`.
+    /// A lease that its holder may rely on until `deadline`.
     pub(crate) fn new(
         (key, id): (String, Uuid),
         token: FencingToken,
         (ttl, margin): (Duration, Duration),
-        deadline: Moment,
+        deadline: BootInstant,
     ) -> Self {
         let told = Told { belief: Belief::new(deadline), state: State::Held, trouble: None };
         let (told, changed, stop) = (Mutex::new(told), Notify::new(), OnceLock::new());
@@ -54,47 +57,47 @@ impl Holding {
         LeaseRef { key: self.key.to_string(), lease_id: self.id.to_string() }
     }
 
-    /// How things stand by the clock, whether or not anybody was told.
+    /// The state at this instant, whether or not it has been reported.
     pub(crate) fn state(&self) -> State {
-        self.told().belief.at(Moment::now())
+        self.told().belief.at(BootInstant::now())
     }
 
-    pub(crate) fn deadline(&self) -> Moment {
+    pub(crate) fn deadline(&self) -> BootInstant {
         self.told().belief.deadline
     }
 
-    /// A daemon has confirmed the lease.
-    pub(crate) fn confirm(&self, deadline: Moment) {
+    /// Notes that a daemon has confirmed the lease, which is good until `deadline`.
+    pub(crate) fn confirm(&self, deadline: BootInstant) {
         self.update(|told| {
             told.belief.confirm(deadline);
             told.trouble = None;
         });
     }
 
-    /// A daemon has refused to touch the lease, for this reason. Belief goes on until its deadline.
+    /// Notes why a daemon has refused to touch the lease. The deadline stays as it is.
     pub(crate) fn refuse(&self, why: &str) {
         self.told().trouble = Some(why.into());
     }
 
-    /// Why the last touch confirmed nothing, if it was refused.
+    /// Why the last touch was refused, if it was.
     pub(crate) fn trouble(&self) -> Option<String> {
         self.told().trouble.as_deref().map(str::to_owned)
     }
 
-    /// It is gone.
+    /// Notes that the lease is lost.
     pub(crate) fn lose(&self, loss: Loss) {
         self.update(|told| told.belief.lose(loss));
     }
 
-    /// Tells if time alone has changed how things stand.
-    pub(crate) fn look(&self) {
+    /// Reports the state if the deadline has passed since the last report.
+    pub(crate) fn check_deadline(&self) {
         self.update(|_| {});
     }
 
     fn update(&self, change: impl FnOnce(&mut Told)) {
         let mut told = self.told();
         change(&mut told);
-        let state = told.belief.at(Moment::now());
+        let state = told.belief.at(BootInstant::now());
         let before = replace(&mut told.state, state);
         drop(told);
         if state != before {
@@ -106,13 +109,13 @@ impl Holding {
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.told)
     }
 
-    /// Waits for a state other than `seen`; a deadline that moves makes none.
+    /// Waits for a state other than `seen`. A deadline that moves is no change of state.
     pub(crate) async fn changed(&self, seen: State) -> State {
         loop {
-            // From here on no change is missed.
+            // Before the state is read, so that no change is missed.
             let changed = self.changed.notified();
             let state = self.state();
             if state != seen {
@@ -122,10 +125,11 @@ impl Holding {
         }
     }
 
-    /// Cancelled when the lease is not held any more, for however short a time.
+    /// Returns a token that is cancelled as soon as the lease is not held, even for a short time.
     pub(crate) fn stop(&self) -> CancellationToken {
         let stop = self.stop.get_or_init(CancellationToken::new);
-        self.look();
+        // The state may have changed before the token was made.
+        self.check_deadline();
         stop.clone()
     }
 }

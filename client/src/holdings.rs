@@ -1,7 +1,8 @@
-//! All leases that a client holds, and when each is to be touched. No task and no network: the keeper and the watchman ask.
+//! All leases of a client, and when each is due to be touched. Has no task and no network of its
+//! own: the keeper and the task that watches deadlines call it.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use leased_proto::v1::LeaseRef;
@@ -9,45 +10,51 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::belief::State;
+use crate::boot_instant::BootInstant;
 use crate::holding::Holding;
-use crate::moment::Moment;
+use crate::lock::lock;
 
-/// A lease is touched when a third of its TTL has passed: two more touches may fail before it is over.
-const BEATS: u32 = 3;
-/// Leases that are due within a ninth of their TTL go along, so a client sends at most three messages in a third for leases that
-/// it has held for a while.
-const ALONG: u32 = 9;
-/// How long a new lease waits for others to be named with. A daemon tells of losses only to a stream that has named the lease,
-/// so this is short; leases that are given back within it are never named.
-const NAMING: Duration = Duration::from_millis(5);
-/// How long after a message the next one names new leases. Somebody who acquires all the time sends ten messages a second, of
-/// the fifty that a daemon takes without slowing the stream down.
-const BETWEEN: Duration = Duration::from_millis(100);
-/// The bytes of the leases named in one message, below the 512 KiB that every daemon takes.
+/// A lease is touched after this part of its TTL, so that two more touches may fail before it
+/// lapses.
+const TOUCHES_PER_TTL: u32 = 3;
+/// Leases that are due within this part of their TTL share a message with those that are due now.
+/// So a client sends at most three messages in a third of the TTL for leases that it has held for a
+/// while.
+const EARLY_SHARE: u32 = 9;
+/// How long a new lease waits for others that can be named in the same message. Short, because a
+/// daemon reports losses only on a stream that has named the lease. A lease that is released within
+/// this time is never named.
+const NAMING_DELAY: Duration = Duration::from_millis(5);
+/// How long after a message the next one may name new leases. A client that acquires all the time
+/// sends ten messages a second, of the fifty that a daemon accepts before it slows the stream down.
+const NAMING_INTERVAL: Duration = Duration::from_millis(100);
+/// The most bytes of leases in one message, below the 512 KiB that every daemon accepts.
 const MESSAGE_BYTES: usize = 500 * 1024;
-/// What a lease takes up in a message beyond its key: the id, two tags and lengths, the tag and length of the whole.
+/// The bytes that a lease takes up in a message beyond its key: the id, two tags and lengths, and
+/// the tag and length of the whole.
 const LEASE_BYTES: usize = 48;
 
+/// The leases of a client.
 #[derive(Debug, Default)]
 pub(crate) struct Holdings {
     inner: Mutex<Inner>,
-    /// A lease is to be touched before the keeper meant to look.
+    /// Notified when a lease is due before the keeper next wakes up.
     pub(crate) sooner_due: Notify,
-    /// A lease runs out before the watchman meant to look.
+    /// Notified when a deadline passes before the deadline task next wakes up.
     pub(crate) sooner_over: Notify,
-    /// A lease is to be touched by a call of its own.
+    /// Notified when a lease is to be touched by a call of its own.
     pub(crate) refused: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     entries: HashMap<Uuid, Entry>,
-    /// When the keeper looks next; `None` for never.
-    keeper: Option<Moment>,
-    /// When the watchman looks next.
-    watchman: Option<Moment>,
+    /// When the keeper next wakes up; `None` for never.
+    next_beat: Option<BootInstant>,
+    /// When the deadline task next wakes up; `None` for never.
+    next_check: Option<BootInstant>,
     /// When leases were last named.
-    named: Option<Moment>,
+    named: Option<BootInstant>,
     /// Why there is no keepalive stream, if there is none.
     trouble: Option<String>,
 }
@@ -55,40 +62,51 @@ struct Inner {
 #[derive(Debug)]
 struct Entry {
     holding: Arc<Holding>,
-    due: Moment,
-    /// A daemon refused to touch the lease on the stream, so it is touched by calls of its own until the next stream opens.
+    due: BootInstant,
+    /// Whether a daemon refused to touch the lease on the stream. Such a lease is touched by calls
+    /// of its own until the next stream opens.
     is_refused: bool,
 }
 
-/// Leases to be touched together.
+/// Which leases a heartbeat touches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// The leases that are due.
+    Due,
+    /// All leases, for a stream that has just been opened.
+    All,
+}
+
+/// A heartbeat: leases to touch together.
 #[derive(Debug, Default)]
 pub(crate) struct Beat {
-    /// What to name, a message each.
+    /// The leases to name in each message.
     pub(crate) messages: Vec<Vec<LeaseRef>>,
-    /// The shortest TTL among them: how urgent the answer is.
+    /// The shortest TTL of these leases, which says how urgent the answer is.
     pub(crate) shortest: Duration,
 }
 
 impl Holdings {
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     pub(crate) fn insert(&self, holding: Arc<Holding>) {
         let mut inner = self.inner();
-        let now = Moment::now();
-        let soon = inner.named.map_or(now + NAMING, |named| (named + BETWEEN).max(now + NAMING));
-        let due = soon.min(now + holding.ttl / ALONG);
-        if inner.keeper.is_none_or(|at| due < at) {
+        let now = BootInstant::now();
+        let soon =
+            inner.named.map_or(now + NAMING_DELAY, |named| (named + NAMING_INTERVAL).max(now + NAMING_DELAY));
+        let due = soon.min(now + holding.ttl / EARLY_SHARE);
+        if inner.next_beat.is_none_or(|at| due < at) {
             self.sooner_due.notify_one();
         }
-        if inner.watchman.is_none_or(|at| holding.deadline() < at) {
+        if inner.next_check.is_none_or(|at| holding.deadline() < at) {
             self.sooner_over.notify_one();
         }
         inner.entries.insert(holding.id, Entry { holding, due, is_refused: false });
     }
 
-    /// Touches it no more.
+    /// Removes a lease, which is then not touched any more.
     pub(crate) fn remove(&self, id: Uuid) {
         self.inner().entries.remove(&id);
     }
@@ -101,27 +119,28 @@ impl Holdings {
         self.inner().entries.is_empty()
     }
 
-    /// When the next lease is to be touched, which is when the keeper looks again.
-    pub(crate) fn next_due(&self) -> Option<Moment> {
+    /// When the next lease is to be touched on the stream. The keeper is expected to wake up then.
+    pub(crate) fn next_due(&self) -> Option<BootInstant> {
         let mut inner = self.inner();
         let on_stream = inner.entries.values().filter(|entry| !entry.is_refused);
-        inner.keeper = on_stream.map(|entry| entry.due).min();
-        inner.keeper
+        inner.next_beat = on_stream.map(|entry| entry.due).min();
+        inner.next_beat
     }
 
-    /// Those that are to be touched on the stream at `now`; or all leases, for a stream that has just been opened. The next touch
-    /// of each is due a third of its TTL later, or a little sooner, so that many clients do not fall into step.
-    pub(crate) fn take_due(&self, now: Moment, all: bool) -> Beat {
+    /// Returns the leases to touch on the stream at `now`. The next touch of each is due a third of
+    /// its TTL later or a little sooner, so that the messages of many clients do not synchronize.
+    pub(crate) fn take_due(&self, now: BootInstant, scope: Scope) -> Beat {
+        let all = scope == Scope::All;
         let jitter = jitter();
         let mut beat = Beat::default();
         let mut room = 0;
         let mut inner = self.inner();
         for Entry { holding, due, is_refused } in inner.entries.values_mut() {
             *is_refused &= !all;
-            if *is_refused || (!all && *due > now + holding.ttl / ALONG) {
+            if *is_refused || (!all && *due > now + holding.ttl / EARLY_SHARE) {
                 continue;
             }
-            *due = now + (holding.ttl / BEATS).mul_f64(jitter);
+            *due = now + (holding.ttl / TOUCHES_PER_TTL).mul_f64(jitter);
             beat.shortest = match beat.messages.is_empty() {
                 true => holding.ttl,
                 false => beat.shortest.min(holding.ttl),
@@ -140,26 +159,29 @@ impl Holdings {
         beat
     }
 
-    /// A daemon refused to touch this lease on the stream: from now on it is touched by calls of its own.
+    /// Notes that a daemon refused to touch this lease on the stream. From now on it is touched by
+    /// calls of its own.
     pub(crate) fn refuse(&self, id: Uuid) {
         if let Some(entry) = self.inner().entries.get_mut(&id) {
             entry.is_refused = true;
-            entry.due = Moment::now();
+            entry.due = BootInstant::now();
             self.refused.notify_one();
         }
     }
 
-    /// When the next lease is to be touched by a call of its own, leaving out those `under_way`.
-    pub(crate) fn next_refused(&self, under_way: &HashSet<Uuid>) -> Option<Moment> {
+    /// When the next lease is to be touched by a call of its own, without those whose calls are
+    /// `under_way`.
+    pub(crate) fn next_refused(&self, under_way: &HashSet<Uuid>) -> Option<BootInstant> {
         let inner = self.inner();
         let waiting = inner.entries.iter().filter(|(id, entry)| entry.is_refused && !under_way.contains(*id));
         waiting.map(|(_, entry)| entry.due).min()
     }
 
-    /// Up to `most` leases that are to be touched by calls of their own at `now`, leaving out those `under_way`.
+    /// Returns up to `most` leases to touch by calls of their own at `now`, without those whose
+    /// calls are `under_way`.
     pub(crate) fn take_refused(
         &self,
-        now: Moment,
+        now: BootInstant,
         most: usize,
         under_way: &HashSet<Uuid>,
     ) -> Vec<Arc<Holding>> {
@@ -171,13 +193,13 @@ impl Holdings {
             .filter(|(id, entry)| entry.is_refused && entry.due <= now && !under_way.contains(*id));
         due.take(most)
             .map(|(_, entry)| {
-                entry.due = now + (entry.holding.ttl / BEATS).mul_f64(jitter);
+                entry.due = now + (entry.holding.ttl / TOUCHES_PER_TTL).mul_f64(jitter);
                 Arc::clone(&entry.holding)
             })
             .collect()
     }
 
-    /// Notes why there is no keepalive stream, or that there is one.
+    /// Notes why there is no keepalive stream; `None` if there is one.
     pub(crate) fn note(&self, trouble: Option<String>) {
         self.inner().trouble = trouble;
     }
@@ -187,29 +209,30 @@ impl Holdings {
         self.inner().trouble.clone()
     }
 
-    /// Tells those whose time is over, and returns when the next one's will be, which is when the watchman looks again.
-    pub(crate) fn look(&self) -> Option<Moment> {
+    /// Reports the leases whose deadlines have passed, and returns the next deadline. The deadline
+    /// task is expected to wake up then.
+    pub(crate) fn check_deadlines(&self) -> Option<BootInstant> {
         let mut inner = self.inner();
-        let now = Moment::now();
+        let now = BootInstant::now();
         let held = |entry: &&Entry| {
-            entry.holding.look();
+            entry.holding.check_deadline();
             entry.holding.state() == State::Held
         };
         let next = inner.entries.values().filter(held).map(|entry| entry.holding.deadline()).min();
-        inner.watchman = next.filter(|next| *next > now);
+        inner.next_check = next.filter(|next| *next > now);
         next
     }
 }
 
-/// Something between seven eighths and one.
+/// A random factor between 7/8 and 1.
 fn jitter() -> f64 {
     1.0 - fastrand::f64() / 8.0
 }
 
-/// Looks at all leases whenever one may have run out, for as long as it is polled.
+/// Checks all leases whenever a deadline may have passed, for as long as the future is polled.
 pub(crate) async fn watch_deadlines(holdings: &Holdings) {
     loop {
-        let next = holdings.look();
+        let next = holdings.check_deadlines();
         tokio::select! {
             () = async { match next {
                 Some(deadline) => deadline.reached().await,
@@ -227,20 +250,20 @@ mod tests {
     use crate::token::FencingToken;
 
     fn lease(ttl: Duration, key: &str) -> Arc<Holding> {
-        let deadline = Moment::now() + ttl;
+        let deadline = BootInstant::now() + ttl;
         let lease = (key.to_owned(), Uuid::new_v4());
         Arc::new(Holding::new(lease, FencingToken::new(1), (ttl, Duration::ZERO), deadline))
     }
 
     const TTL: Duration = Duration::from_secs(9);
 
-    /// Lets time pass, and counts the messages sent meanwhile.
+    /// Lets time pass, and returns the number of messages sent meanwhile.
     async fn messages_in(holdings: &Holdings, time: Duration) -> usize {
-        let end = Moment::now() + time;
+        let end = BootInstant::now() + time;
         let mut messages = 0;
         while let Some(due) = holdings.next_due().filter(|due| *due <= end) {
             due.reached().await;
-            messages += holdings.take_due(Moment::now(), false).messages.len();
+            messages += holdings.take_due(BootInstant::now(), Scope::Due).messages.len();
         }
         end.reached().await;
         messages
@@ -250,19 +273,19 @@ mod tests {
     async fn a_new_lease_is_named_at_once_and_many_that_come_together_in_one_message() {
         let holdings = Holdings::default();
         for ttl in [Duration::from_millis(100), TTL, Duration::from_secs(24 * 3600)] {
-            tokio::time::advance(BETWEEN).await;
+            tokio::time::advance(NAMING_INTERVAL).await;
             holdings.insert(lease(ttl, "key"));
-            assert!(holdings.next_due().unwrap() - Moment::now() <= NAMING);
-            assert_eq!(messages_in(&holdings, NAMING).await, 1);
+            assert!(holdings.next_due().unwrap() - BootInstant::now() <= NAMING_DELAY);
+            assert_eq!(messages_in(&holdings, NAMING_DELAY).await, 1);
         }
-        tokio::time::advance(BETWEEN).await;
+        tokio::time::advance(NAMING_INTERVAL).await;
         (0..100).for_each(|number| holdings.insert(lease(TTL, &format!("key/{number}"))));
-        let messages = messages_in(&holdings, NAMING).await;
+        let messages = messages_in(&holdings, NAMING_DELAY).await;
         assert!(messages <= 1, "{messages} messages");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_acquires_all_the_time_sends_ten_messages_a_second() {
+    async fn a_client_that_acquires_all_the_time_sends_ten_messages_a_second() {
         let holdings = Holdings::default();
         let mut messages = 0;
         for number in 0..1000 {
@@ -273,24 +296,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_refused_is_off_the_stream_until_the_next_one_opens() {
+    async fn a_refused_lease_is_off_the_stream_until_the_next_one_opens() {
         let holdings = Holdings::default();
         let (stays, refused) = (lease(TTL, "stays"), lease(TTL, "refused"));
         holdings.insert(Arc::clone(&stays));
         holdings.insert(Arc::clone(&refused));
-        assert_eq!(holdings.take_due(Moment::now(), true).messages[0].len(), 2);
+        assert_eq!(holdings.take_due(BootInstant::now(), Scope::All).messages[0].len(), 2);
         holdings.refuse(refused.id);
-        let named = |all| holdings.take_due(Moment::now() + TTL, all).messages.concat().len();
-        assert_eq!(named(false), 1);
+        let named = |scope| holdings.take_due(BootInstant::now() + TTL, scope).messages.concat().len();
+        assert_eq!(named(Scope::Due), 1);
         let none = HashSet::new();
-        let alone = holdings.take_refused(Moment::now(), 9, &none);
+        let alone = holdings.take_refused(BootInstant::now(), 9, &none);
         assert_eq!((alone.len(), alone[0].id), (1, refused.id));
-        let next = holdings.next_refused(&none).unwrap() - Moment::now();
+        let next = holdings.next_refused(&none).unwrap() - BootInstant::now();
         assert!(next > TTL / 4 && next <= TTL / 3, "{next:?}");
         let under_way = HashSet::from([refused.id]);
         assert!(holdings.next_refused(&under_way).is_none());
-        assert!(holdings.take_refused(Moment::now() + TTL, 9, &under_way).is_empty());
-        assert_eq!(named(true), 2);
+        assert!(holdings.take_refused(BootInstant::now() + TTL, 9, &under_way).is_empty());
+        assert_eq!(named(Scope::All), 2);
         assert!(holdings.next_refused(&none).is_none());
     }
 
@@ -301,41 +324,41 @@ mod tests {
             holdings.insert(lease(TTL, &format!("key/{number}")));
             tokio::time::advance(Duration::from_millis(90)).await;
         }
-        // All are named once.
+        // Until all have been named once.
         let _ = messages_in(&holdings, TTL / 3).await;
-        let start = Moment::now();
+        let start = BootInstant::now();
         let mut messages = 0;
-        while Moment::now() < start + 10 * TTL {
+        while BootInstant::now() < start + 10 * TTL {
             holdings.next_due().unwrap().reached().await;
-            messages += holdings.take_due(Moment::now(), false).messages.len();
+            messages += holdings.take_due(BootInstant::now(), Scope::Due).messages.len();
         }
         assert!(messages <= 3 * 3 * 10 + 3, "{messages} messages in ten TTLs");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_longer_than_a_third_of_its_ttl() {
+    async fn no_lease_waits_longer_than_a_third_of_its_ttl_for_a_touch() {
         let holdings = Holdings::default();
         for ttl in [1, 2, 3, 5, 30] {
             holdings.insert(lease(Duration::from_secs(ttl), "key"));
         }
-        let mut last = Moment::now();
+        let mut last = BootInstant::now();
         for _ in 0..200 {
             let due = holdings.next_due().unwrap();
             due.reached().await;
-            let beat = holdings.take_due(Moment::now(), false);
+            let beat = holdings.take_due(BootInstant::now(), Scope::Due);
             assert!(!beat.messages.is_empty());
-            assert!(Moment::now() - last <= Duration::from_millis(335));
-            last = Moment::now();
+            assert!(BootInstant::now() - last <= Duration::from_millis(335));
+            last = BootInstant::now();
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn messages_stay_below_what_a_daemon_takes() {
+    async fn messages_stay_below_what_a_daemon_accepts() {
         let holdings = Holdings::default();
         for number in 0..10_000 {
             holdings.insert(lease(TTL, &format!("{number:0>512}")));
         }
-        let beat = holdings.take_due(Moment::now(), true);
+        let beat = holdings.take_due(BootInstant::now(), Scope::All);
         assert_eq!(beat.messages.iter().map(Vec::len).sum::<usize>(), 10_000);
         for leases in beat.messages {
             let message = leased_proto::v1::KeepAliveRequest { leases, sequence: u64::MAX };
@@ -344,9 +367,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_deadline_that_passes_is_told() {
+    async fn a_deadline_that_passes_is_reported() {
         let holdings = Arc::new(Holdings::default());
-        let watchman = tokio::spawn({
+        let watching = tokio::spawn({
             let holdings = Arc::clone(&holdings);
             async move { watch_deadlines(&holdings).await }
         });
@@ -357,6 +380,6 @@ mod tests {
         let stop = short.stop();
         stop.cancelled().await;
         assert_eq!((short.state(), long.state()), (State::Jeopardy, State::Held));
-        watchman.abort();
+        watching.abort();
     }
 }

@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use uuid::Uuid;
 
-/// Names one acquisition. Whoever knows it may touch and release the lease, so neither `Debug` nor a log shows it.
+/// A lease id: names one acquisition. Anyone who knows it can touch and release the lease, so
+/// neither `Debug` nor a log shows it.
 ///
 /// ```
 /// let id: leased_client::LeaseId = "0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02".parse()?;
@@ -17,7 +18,7 @@ use uuid::Uuid;
 pub struct LeaseId(Uuid);
 
 impl LeaseId {
-    /// The id as text, to hand over.
+    /// The id as text, to pass on.
     #[must_use]
     pub fn reveal(&self) -> String {
         self.0.to_string()
@@ -44,7 +45,7 @@ impl FromStr for LeaseId {
     }
 }
 
-/// What was given as a lease id is no UUID.
+/// The error for a lease id that is not a UUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a lease id is a UUID, as in 0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02")]
 pub struct InvalidLeaseId;

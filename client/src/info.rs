@@ -1,4 +1,4 @@
-//! Keys as anyone may see them.
+//! Keys with their holders and waiters, as anyone may see them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -21,37 +21,37 @@ use crate::token::FencingToken;
 pub struct KeyInfo {
     /// The key.
     pub key: String,
-    /// How it stands.
+    /// Whether the key is held.
     pub state: KeyState,
     /// The token of the latest grant.
     pub token: FencingToken,
-    /// Who holds it: one, or several that share it.
+    /// The holders: one, or several that share the key.
     pub holders: Vec<HolderInfo>,
-    /// Who waits for it, the next one first.
+    /// The queue, the next waiter first.
     pub waiters: Vec<WaiterInfo>,
-    /// Nobody is admitted before this, by the store's clock.
+    /// Until when a `min_hold` blocks the key, by the store's clock.
     pub blocked_until: Option<SystemTime>,
 }
 
-/// How a key stands.
+/// Whether a key is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyState {
-    /// Nobody holds it.
+    /// The key has no holder.
     Free,
-    /// It is held in time.
+    /// The key is held.
     Held,
-    /// The holder's time is over, and nobody has taken the key.
+    /// The holder's lease has lapsed, and nobody has taken the key.
     Lapsed,
 }
 
-/// Whether a holder is alone.
+/// Whether a lease admits other holders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Mode {
-    /// Alone.
+    /// There is one holder.
     Exclusive,
-    /// With others.
+    /// There may be other shared holders.
     Shared,
 }
 
@@ -59,23 +59,25 @@ pub enum Mode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HolderInfo {
-    /// Its label.
+    /// The holder's label.
     pub owner: String,
-    /// Its token.
+    /// The holder's fencing token.
     pub token: FencingToken,
-    /// Whether it is alone.
+    /// Whether the lease admits other holders.
     pub mode: Mode,
-    /// If it shares the key: how many may hold it while this one does, itself included; 0 for any number.
+    /// For a shared lease: the most holders of the key while it is held, itself included; 0 for any
+    /// number.
     pub shared_limit: u32,
     /// How long a touch lasts.
     pub ttl: Duration,
-    /// How long it holds unless it touches.
+    /// How long the lease lasts without a touch.
     pub remaining: Duration,
-    /// Since when, by the store's clock.
+    /// Since when the lease is held, by the store's clock.
     pub acquired_at: SystemTime,
-    /// Until when unless it touches, by the store's clock: for people and logs, not for deadlines.
+    /// Until when the lease lasts without a touch, by the store's clock. For people and logs, not
+    /// for deadlines.
     pub expires_at: SystemTime,
-    /// Its other labels.
+    /// The holder's other labels.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -83,13 +85,14 @@ pub struct HolderInfo {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WaiterInfo {
-    /// Its label.
+    /// The waiter's label.
     pub owner: String,
-    /// Whether it wants the key alone.
+    /// Whether the lease will admit other holders.
     pub mode: Mode,
-    /// If it would share the key: how many may hold it then, itself included; 0 for any number.
+    /// For a shared lease: the most holders of the key while it is held, itself included; 0 for any
+    /// number.
     pub shared_limit: u32,
-    /// Since when it stands in line, by the store's clock.
+    /// Since when the waiter is in the queue, by the store's clock.
     pub since: SystemTime,
 }
 
@@ -146,9 +149,9 @@ impl From<v1::Mode> for Mode {
     }
 }
 
-/// A duration of the API; nothing if there is none, or one below nothing.
+/// Converts a duration of the API. A missing or negative one is zero.
 pub(crate) fn span(duration: Option<prost_types::Duration>) -> Duration {
-    // prost's own conversion negates, which overflows for the least number there is.
+    // prost's own conversion negates, which overflows for the smallest number.
     let parts = duration.map(|duration| (u64::try_from(duration.seconds), u32::try_from(duration.nanos)));
     match parts {
         Some((Ok(seconds), Ok(nanos))) => Duration::new(seconds, nanos.min(999_999_999)),
@@ -165,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_time_that_is_told_overflows() {
+    fn no_time_in_an_answer_overflows() {
         for seconds in [i64::MIN, -1, 0, 1, i64::MAX] {
             for nanos in [i32::MIN, -1, 0, 1, i32::MAX] {
                 let told = time(Some(prost_types::Timestamp { seconds, nanos }));

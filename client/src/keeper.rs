@@ -1,4 +1,4 @@
-//! The keeper: one task a client, one stream for all its leases.
+//! The keeper: the task that keeps all leases of a client alive, on one stream.
 //!
 //! ```text
 //!         a lease is due                 answered
@@ -9,10 +9,12 @@
 //!                             └── failed: another daemon, after a pause
 //! ```
 //!
-//! When the client comes back to the daemon that it prefers, the stream moves there between two messages.
+//! When the client returns to a daemon that it prefers, the stream moves there between two
+//! messages.
 //!
-//! A stream that breaks changes nothing about the leases: the keeper opens the next one, at whichever daemon answers, and names
-//! all of them in its first message. What an answer confirms counts from before its message was sent.
+//! A broken stream changes nothing about the leases. The keeper opens the next stream at whichever
+//! daemon answers, and names all leases in its first message. What an answer confirms counts from
+//! before its message was sent.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -29,26 +31,29 @@ use tonic::{Status, Streaming};
 use uuid::Uuid;
 
 use crate::belief::{Loss, deadline};
+use crate::boot_instant::BootInstant;
 use crate::client::touch;
 use crate::daemon::{Purpose, Slot};
 use crate::endpoints::{Endpoints, Pauses};
 use crate::error::{Error, Failure, cause};
 use crate::holding::Holding;
-use crate::holdings::{Beat, Holdings};
+use crate::holdings::{Beat, Holdings, Scope};
 use crate::info::span;
-use crate::moment::Moment;
 
-/// Messages that may be on their way. More means that the daemon reads none, which its silence will show.
+/// The most messages on their way to the daemon. If there are more, the daemon reads none, and its
+/// silence will end the stream.
 const MESSAGES: usize = 32;
 /// How long a stream without leases stays open.
 const LINGER: Duration = Duration::from_secs(10);
-/// The bounds of how long an answer may take before another stream is tried.
+/// The shortest time for an answer before another stream is tried.
 const LEAST_PATIENCE: Duration = Duration::from_millis(100);
+/// The longest time for an answer before another stream is tried.
 const MOST_PATIENCE: Duration = Duration::from_secs(5);
-/// The share of a TTL that a pause between streams may take up, unless that is too short to pause at all.
+/// A pause between streams is at most this part of the shortest TTL, and at least [`LEAST_PAUSE`].
 const PAUSE_SHARE: u32 = 10;
+/// The lower bound of [`PAUSE_SHARE`].
 const LEAST_PAUSE: Duration = Duration::from_millis(50);
-/// Touches under way of leases that are not touched on the stream.
+/// The most touches in flight of leases that are not touched on the stream.
 const TOUCHES: usize = 64;
 
 /// Keeps leases alive for as long as [`run`](Self::run) is polled.
@@ -56,51 +61,52 @@ pub(crate) struct Keeper {
     holdings: Arc<Holdings>,
     endpoints: Arc<Endpoints>,
     sequence: u64,
-    /// Since the last answer.
+    /// The pauses since the last answer.
     pauses: Pauses,
     /// How many streams in a row have been silent.
     silences: u32,
-    /// The shortest TTL of those that the last stream began with.
+    /// The shortest TTL among the leases that the last stream began with.
     shortest: Duration,
 }
 
 enum Phase {
     Idle,
     Opening,
-    Beating(Box<Stream>),
+    Beating(Box<KeepAliveStream>),
 }
 
 /// An open stream.
-struct Stream {
+struct KeepAliveStream {
     slot: Slot,
     requests: mpsc::Sender<KeepAliveRequest>,
     answers: Streaming<KeepAliveResponse>,
     sent: Sent,
 }
 
-/// The latest messages, oldest first. An answer may come in several parts, so an answered one is kept for a while.
+/// The latest messages, oldest first. An answer may come in several parts, so an answered message
+/// is kept for a while.
 #[derive(Default)]
 struct Sent(VecDeque<Message>);
 
 struct Message {
     sequence: u64,
-    /// What its answer is counted from.
-    sent_at: Moment,
-    /// When another stream is tried.
+    /// The time from which its answer counts.
+    sent_at: BootInstant,
+    /// When another stream is tried if there is no answer.
     answer_by: Instant,
-    /// A part of its answer has come.
+    /// Whether a part of its answer has arrived.
     is_answered: bool,
 }
 
-/// Why a stream is left.
+/// Why a stream is closed.
 enum End {
     NoLeases,
-    /// The client is back at another daemon.
+    /// The client has returned to a daemon that it prefers.
     Returned,
     Silent,
     Failed(Status),
-    /// The daemon serves another store than the others.
-    Stranger(Error),
+    /// The daemon serves a different store than the others.
+    WrongStore(Error),
 }
 
 impl Keeper {
@@ -120,7 +126,7 @@ impl Keeper {
         }
     }
 
-    /// Until a lease is due.
+    /// Waits until a lease is due.
     async fn idle(&mut self) -> Phase {
         loop {
             tokio::select! {
@@ -139,23 +145,24 @@ impl Keeper {
             Ok(daemon) => daemon,
             Err(cause) => return self.pause(cause).await,
         };
-        let slot = daemon.slot(Purpose::Upkeep);
+        let slot = daemon.slot(Purpose::KeepAlive);
         let (requests, messages) = mpsc::channel(MESSAGES);
         let mut sent = Sent::default();
-        self.beat(&requests, &mut sent, true);
+        self.beat(&requests, &mut sent, Scope::All);
         if !sent.is_any() {
-            // The last lease was given back while a daemon was looked for. Nothing will be answered.
+            // The last lease was released while the client chose a daemon. A stream without a
+            // message gets no answer, which would look like silence.
             return Phase::Idle;
         }
         let mut stub = LeaseServiceClient::new(slot.channel.clone());
         let opened = stub.keep_alive(ReceiverStream::new(messages));
         let end = match timeout_at(sent.answer_by(), opened).await {
-            Ok(Ok(response)) => match self.endpoints.meet(&daemon, response.metadata()) {
+            Ok(Ok(response)) => match self.endpoints.note_store(&daemon, response.metadata()) {
                 Ok(()) => {
                     let answers = response.into_inner();
-                    return Phase::Beating(Box::new(Stream { slot, requests, answers, sent }));
+                    return Phase::Beating(Box::new(KeepAliveStream { slot, requests, answers, sent }));
                 }
-                Err(error) => End::Stranger(error),
+                Err(error) => End::WrongStore(error),
             },
             Ok(Err(status)) => End::Failed(status),
             Err(_) => End::Silent,
@@ -163,21 +170,22 @@ impl Keeper {
         self.leave(&slot, end).await
     }
 
-    /// Touches what is due and takes in what the daemon says, until the stream is of no use any more.
-    async fn beating(&mut self, mut stream: Box<Stream>) -> Phase {
+    /// Touches leases that are due and reads the answers, until the stream is closed.
+    async fn beating(&mut self, mut stream: Box<KeepAliveStream>) -> Phase {
         let end = loop {
             let due = self.holdings.next_due();
             tokio::select! {
                 biased;
                 answer = stream.answers.message() => match answer {
-                    Ok(Some(answer)) => self.take(answer, &mut stream.sent),
+                    Ok(Some(answer)) => self.read(answer, &mut stream.sent),
                     Ok(None) => break End::Failed(Status::unavailable("the daemon ended the stream")),
                     Err(status) => break End::Failed(status),
                 },
                 () = sleep_until(stream.sent.answer_by()), if stream.sent.is_any() => break End::Silent,
-                () = reached(due) => self.beat(&stream.requests, &mut stream.sent, false),
+                () = reached(due) => self.beat(&stream.requests, &mut stream.sent, Scope::Due),
                 () = self.holdings.sooner_due.notified() => {}
-                // With no message under way every lease was confirmed a moment ago, or is not due yet.
+                // Only while no message waits for its answer: every lease has then just been
+                // confirmed, or is not due yet.
                 () = self.endpoints.returned.notified(), if !stream.sent.is_any() => {
                     if !self.endpoints.is_preferred(&stream.slot.daemon) {
                         break End::Returned;
@@ -189,33 +197,35 @@ impl Keeper {
         self.leave(&stream.slot, end).await
     }
 
-    /// Turns to another daemon and another connection, unless the stream is left for another reason.
+    /// Switches to another daemon and another connection if the stream has failed, and returns the
+    /// next phase.
     async fn leave(&mut self, slot: &Slot, end: End) -> Phase {
         let cause = match end {
             End::NoLeases => return Phase::Idle,
             End::Returned => return Phase::Opening,
             End::Silent => {
                 self.silences += 1;
-                self.endpoints.turn_away(slot, &Failure::Passing(None));
+                self.endpoints.switch(slot, &Failure::Passing(None));
                 "no answer in time".to_owned()
             }
             End::Failed(status) => {
-                // A daemon that ends a stream, for whatever reason, may be asked again after the others.
+                // After an answer `fail` stays at the daemon. A stream that has ended moves on for
+                // any reason, and tries the others first.
                 if let Failure::Final(_) = self.endpoints.fail(slot, &status) {
-                    self.endpoints.turn_away(slot, &Failure::Passing(None));
+                    self.endpoints.switch(slot, &Failure::Passing(None));
                 }
                 cause(&status)
             }
-            End::Stranger(error) => {
+            End::WrongStore(error) => {
                 let cause = error.to_string();
-                self.endpoints.turn_away(slot, &Failure::Useless(error));
+                self.endpoints.switch(slot, &Failure::Useless(error));
                 cause
             }
         };
         self.pause(format!("{}: {cause}", slot.daemon.name)).await
     }
 
-    /// Waits before the next stream is tried, if all daemons have failed.
+    /// Waits before the next stream if all daemons have failed.
     async fn pause(&mut self, cause: String) -> Phase {
         if self.pauses.is_first() {
             tracing::warn!(cause, "the keepalive stream failed; opening another");
@@ -223,34 +233,34 @@ impl Keeper {
             tracing::debug!(cause, "no keepalive stream yet");
         }
         self.holdings.note(Some(cause));
-        // Whoever pauses long finds out late that an outage is over.
+        // Short beside the TTL, so that the end of an outage is noticed in time.
         let longest = (self.shortest / PAUSE_SHARE).max(LEAST_PAUSE);
         sleep(self.pauses.next(self.endpoints.len(), None).min(longest)).await;
         Phase::Opening
     }
 
-    /// Sends what is due, or everything.
-    fn beat(&mut self, requests: &mpsc::Sender<KeepAliveRequest>, sent: &mut Sent, all: bool) {
-        // Before anything leaves: this is what the answers are counted from.
-        let sent_at = Moment::now();
-        let Beat { messages, shortest } = self.holdings.take_due(sent_at, all);
-        if all {
+    /// Sends the messages of a heartbeat.
+    fn beat(&mut self, requests: &mpsc::Sender<KeepAliveRequest>, sent: &mut Sent, scope: Scope) {
+        // Before any message leaves: the answers count from here.
+        let sent_at = BootInstant::now();
+        let Beat { messages, shortest } = self.holdings.take_due(sent_at, scope);
+        if scope == Scope::All {
             self.shortest = shortest;
         }
-        // A store that is slow gets more time with each stream that was silent.
+        // Doubled with each silent stream, to give a slow store more time.
         let patience = (shortest / 3).saturating_mul(1 << self.silences.min(5));
         let answer_by = Instant::now() + patience.clamp(LEAST_PATIENCE, MOST_PATIENCE);
         for leases in messages {
             self.sequence += 1;
             sent.push(Message { sequence: self.sequence, sent_at, answer_by, is_answered: false });
             if requests.try_send(KeepAliveRequest { leases, sequence: self.sequence }).is_err() {
-                tracing::debug!("the keepalive stream takes no more");
+                tracing::debug!("too many keepalive messages are waiting to be sent");
             }
         }
     }
 
-    /// Takes in what a daemon says, asked (`sequence` > 0) or not.
-    fn take(&mut self, answer: KeepAliveResponse, sent: &mut Sent) {
+    /// Applies an answer of the daemon, or a report that it sends unasked, with `sequence` 0.
+    fn read(&mut self, answer: KeepAliveResponse, sent: &mut Sent) {
         let sent_at = sent.answered(answer.sequence);
         if sent_at.is_some() {
             if !self.pauses.is_first() {
@@ -266,7 +276,7 @@ impl Keeper {
                 (Some(Outcome::Kept(kept)), Some(sent_at)) => {
                     holding.confirm(deadline(sent_at, span(kept.remaining), holding.margin));
                 }
-                // The others are none the worse for it.
+                // A refusal of one lease does not affect the others.
                 (Some(Outcome::Refused(refused)), _) => {
                     tracing::warn!(
                         key = &*holding.key,
@@ -294,8 +304,9 @@ impl Sent {
         self.0.push_back(message);
     }
 
-    /// When the message with this sequence was sent, if it is one of this stream.
-    fn answered(&mut self, sequence: u64) -> Option<Moment> {
+    /// Marks the message with this sequence as answered, and returns when it was sent. `None` if
+    /// this stream has sent no such message.
+    fn answered(&mut self, sequence: u64) -> Option<BootInstant> {
         let message = self.0.iter_mut().rfind(|message| message.sequence == sequence)?;
         message.is_answered = true;
         Some(message.sent_at)
@@ -306,21 +317,23 @@ impl Sent {
         self.0.iter().find(|message| !message.is_answered)
     }
 
+    /// Whether any message waits for its answer.
     fn is_any(&self) -> bool {
         self.waiting().is_some()
     }
 
-    /// When the oldest should have been answered.
+    /// When the oldest message without an answer should have been answered.
     fn answer_by(&self) -> Instant {
         self.waiting().map_or_else(Instant::now, |message| message.answer_by)
     }
 }
 
-/// Touches by calls of their own the leases that a daemon refused to touch on the stream, for as long as it is polled. A touch
-/// that is refused as well leaves the lease to its deadline.
+/// Touches each lease that a daemon refused on the stream by a call of its own, for as long as the
+/// future is polled. If this call is refused too, the lease stays valid until its deadline.
 pub(crate) async fn touch_refused(holdings: &Holdings, endpoints: &Endpoints) {
     let mut calls = FuturesUnordered::new();
-    // One call a lease: in an outage a call lasts longer than a short lease takes to be due again.
+    // At most one call for each lease: in an outage a call takes longer than a short lease takes to
+    // be due again.
     let mut under_way = HashSet::new();
     loop {
         let room = TOUCHES - calls.len();
@@ -329,7 +342,7 @@ pub(crate) async fn touch_refused(holdings: &Holdings, endpoints: &Endpoints) {
                 under_way.remove(&id);
             }
             () = reached(holdings.next_refused(&under_way)), if room > 0 => {
-                for holding in holdings.take_refused(Moment::now(), room, &under_way) {
+                for holding in holdings.take_refused(BootInstant::now(), room, &under_way) {
                     under_way.insert(holding.id);
                     calls.push(touch_alone(holdings, endpoints, holding));
                 }
@@ -352,10 +365,10 @@ async fn touch_alone(holdings: &Holdings, endpoints: &Endpoints, holding: Arc<Ho
     holding.id
 }
 
-/// Sleeps until then, or for ever.
-async fn reached(moment: Option<Moment>) {
-    match moment {
-        Some(moment) => moment.reached().await,
+/// Sleeps until `instant`; for ever if there is none.
+async fn reached(instant: Option<BootInstant>) {
+    match instant {
+        Some(instant) => instant.reached().await,
         None => std::future::pending().await,
     }
 }

@@ -1,4 +1,5 @@
-//! The keeper's arrows, one by one, on a paused clock: against a network whose other end says what the test has it say.
+//! Tests each transition of the keeper on a paused clock, against daemons that answer as the test
+//! tells them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,12 +24,12 @@ use crate::token::FencingToken;
 
 const TTL: Duration = Duration::from_secs(9);
 const MARGIN: Duration = Duration::from_millis(90);
-/// What a paused clock may be off by: its timers know whole milliseconds.
+/// How much a paused clock may be off: its timers count whole milliseconds.
 const EXACT: Duration = Duration::from_millis(3);
-/// How soon a new lease is named.
+/// How soon the keeper names a new lease.
 const NAMED: Duration = Duration::from_millis(5);
 
-/// A keeper, its leases, and the daemons that it knows.
+/// A keeper, its leases, and its daemons.
 struct Rig {
     holdings: Arc<Holdings>,
     peers: [Peer; 2],
@@ -51,7 +52,7 @@ impl Rig {
                 keeper.run(),
                 watch_deadlines(&watched),
                 touch_refused(&watched, &endpoints),
-                endpoints.tend()
+                endpoints.maintain()
             );
         });
         Self { holdings, peers, opened, refused, _task: AbortOnDropHandle::new(task) }
@@ -61,20 +62,20 @@ impl Rig {
         self.peers.iter().for_each(|peer| peer.be(manner));
     }
 
-    /// A lease that was touched just now.
+    /// Adds a lease that was touched just now.
     fn hold(&self, key: &str) -> Arc<Holding> {
         hold(&self.holdings, key, TTL)
     }
 
-    /// The next stream, which must come.
+    /// Waits for the next stream.
     async fn stream(&mut self) -> Opened {
         timeout(Duration::from_secs(7200), self.opened.recv()).await.expect("a stream").unwrap()
     }
 }
 
-/// A lease of this TTL that was touched just now.
+/// Adds a lease with this TTL that was touched just now.
 fn hold(holdings: &Holdings, key: &str, ttl: Duration) -> Arc<Holding> {
-    let deadline = deadline(Moment::now(), ttl, MARGIN);
+    let deadline = deadline(BootInstant::now(), ttl, MARGIN);
     let lease = (key.to_owned(), Uuid::new_v4());
     let holding = Arc::new(Holding::new(lease, FencingToken::new(1), (ttl, MARGIN), deadline));
     holdings.insert(Arc::clone(&holding));
@@ -82,7 +83,7 @@ fn hold(holdings: &Holdings, key: &str, ttl: Duration) -> Arc<Holding> {
 }
 
 impl Opened {
-    /// The next message.
+    /// Waits for the next message.
     async fn heard(&mut self) -> KeepAliveRequest {
         self.messages.message().await.unwrap().unwrap()
     }
@@ -91,12 +92,13 @@ impl Opened {
         self.answers.send(Ok(KeepAliveResponse { sequence, results, more: false })).await.unwrap();
     }
 
-    /// Answers that all its leases are kept.
+    /// Answers that all leases of the message are kept.
     async fn keep(&self, message: KeepAliveRequest) {
         self.say(message.sequence, message.leases.into_iter().map(|lease| kept(lease, TTL)).collect()).await;
     }
 
-    /// Hears and keeps for as long as the stream lasts; tells how many messages came and when it ended.
+    /// Keeps all leases for as long as the stream lasts. Returns the number of messages and when
+    /// the stream ended.
     async fn serve(mut self) -> (usize, Instant) {
         let mut count = 0;
         while let Ok(Some(message)) = self.messages.message().await {
@@ -123,12 +125,12 @@ fn named(message: &KeepAliveRequest) -> Vec<&str> {
     keys
 }
 
-/// Lets everybody run who can.
+/// Lets every task run that is ready.
 async fn settle() {
     sleep(EXACT).await;
 }
 
-/// Whether it took about `expected` from `start` to `end`.
+/// Asserts that `start` to `end` took about `expected`.
 #[track_caller]
 fn assert_took(start: Instant, end: Instant, expected: Duration) {
     let took = end - start;
@@ -136,9 +138,9 @@ fn assert_took(start: Instant, end: Instant, expected: Duration) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_is_idle_until_a_lease_is_due() {
+async fn the_keeper_is_idle_until_a_lease_is_due() {
     let mut rig = Rig::start();
-    assert!(timeout(Duration::from_secs(3600), rig.stream()).await.is_err(), "nobody needs a stream");
+    assert!(timeout(Duration::from_secs(3600), rig.stream()).await.is_err(), "no lease needs a stream");
     let start = Instant::now();
     rig.hold("key");
     let mut stream = rig.stream().await;
@@ -202,14 +204,14 @@ async fn a_stream_that_is_silent_is_left_for_one_at_the_other_daemon_that_names_
     let mut first = rig.stream().await;
     let message = first.heard().await;
     first.keep(message).await;
-    // Comes later, and is due at another time than the two.
+    // A third lease comes later, and is due at another time than these two.
     sleep(TTL / 6).await;
     rig.hold("c");
     let message = first.heard().await;
     first.keep(message).await;
     let asked = first.heard().await;
     let start = Instant::now();
-    assert_eq!(named(&asked), ["a", "b"], "the other is not due");
+    assert_eq!(named(&asked), ["a", "b"], "the third is not due");
 
     let mut second = rig.stream().await;
     assert_ne!(first.daemon, second.daemon);
@@ -219,7 +221,7 @@ async fn a_stream_that_is_silent_is_left_for_one_at_the_other_daemon_that_names_
     second.keep(message).await;
     settle().await;
     assert!(holdings.iter().all(|holding| holding.state() == State::Held));
-    // The first is closed.
+    // The first stream is closed.
     while let Ok(Some(_)) = first.messages.message().await {}
 }
 
@@ -246,7 +248,7 @@ async fn an_answer_that_is_late_counts_from_when_its_message_was_sent() {
     let holding = rig.hold("key");
     let mut stream = rig.stream().await;
     let message = stream.heard().await;
-    let sent_at = Moment::now();
+    let sent_at = BootInstant::now();
     sleep(TTL / 4).await;
     stream.keep(message).await;
     settle().await;
@@ -256,7 +258,7 @@ async fn an_answer_that_is_late_counts_from_when_its_message_was_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_answers_no_message_confirms_nothing() {
+async fn an_answer_to_no_message_confirms_nothing() {
     let mut rig = Rig::start();
     let holding = rig.hold("key");
     let mut stream = rig.stream().await;
@@ -273,7 +275,7 @@ async fn what_answers_no_message_confirms_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_loss_that_is_told_unasked_ends_belief_at_once_and_only_that_one() {
+async fn a_loss_that_is_reported_unasked_ends_belief_in_that_lease_at_once() {
     let mut rig = Rig::start();
     let (gone, stays) = (rig.hold("gone"), rig.hold("stays"));
     let stop = gone.stop();
@@ -289,7 +291,7 @@ async fn a_loss_that_is_told_unasked_ends_belief_at_once_and_only_that_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lease_without_word_is_in_jeopardy_at_its_deadline_and_comes_back_with_the_next() {
+async fn an_unconfirmed_lease_is_in_jeopardy_at_its_deadline_and_comes_back_when_confirmed() {
     let mut rig = Rig::start();
     let holding = rig.hold("key");
     rig.all(Manner::Down);
@@ -314,9 +316,9 @@ async fn a_stream_without_leases_is_closed_after_a_while() {
     rig.holdings.remove(holding.id);
     let start = Instant::now();
     let (_, end) = served.await.unwrap();
-    // It looks when the lease would have been due.
+    // The keeper wakes up when the lease would have been due.
     assert!(end - start >= LINGER && end - start <= LINGER + TTL / 3 + EXACT, "{:?}", end - start);
-    assert!(timeout(Duration::from_secs(3600), rig.stream()).await.is_err(), "nobody needs another");
+    assert!(timeout(Duration::from_secs(3600), rig.stream()).await.is_err(), "no lease needs another");
 }
 
 #[tokio::test(start_paused = true)]
@@ -329,7 +331,7 @@ async fn ten_thousand_leases_are_kept_with_few_messages() {
     assert!(holdings.iter().all(|holding| holding.state() == State::Held));
     holdings.iter().for_each(|holding| rig.holdings.remove(holding.id));
     let (messages, _) = served.await.unwrap();
-    // Four beats a TTL at the most, of one message each for every 500 KiB of names.
+    // At most four heartbeats in a TTL, each with one message for every 500 KiB of names.
     assert!(messages <= 2 * (4 * TTLS as usize + 1), "{messages} messages");
 }
 
@@ -347,14 +349,14 @@ async fn a_new_lease_is_named_at_once_on_the_stream_that_is_open() {
     let message = stream.heard().await;
     assert_eq!(named(&message), ["another", "new"]);
     assert_took(start, Instant::now(), NAMED);
-    // And so its loss can be told.
+    // So the daemon can report its loss.
     stream.say(0, vec![lost(&new, LossReason::Revoked)]).await;
     assert_eq!(new.changed(State::Held).await, State::Lost(Loss::Revoked));
     assert_took(start, Instant::now(), NAMED);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_in_parts_is_taken_part_by_part() {
+async fn an_answer_in_parts_is_applied_part_by_part() {
     let mut rig = Rig::start();
     let (one, two) = (rig.hold("one"), rig.hold("two"));
     let mut stream = rig.stream().await;
@@ -374,7 +376,7 @@ fn refused(holding: &Holding, reason: RefusalReason) -> KeepAliveResult {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lease_that_the_stream_refuses_is_kept_by_calls_of_its_own() {
+async fn a_lease_that_is_refused_on_the_stream_is_kept_by_calls_of_its_own() {
     let mut rig = Rig::start();
     let (stays, excess) = (rig.hold("stays"), rig.hold("excess"));
     let mut stream = rig.stream().await;
@@ -390,7 +392,7 @@ async fn a_lease_that_the_stream_refuses_is_kept_by_calls_of_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lease_that_is_refused_everywhere_is_believed_in_until_its_deadline_and_the_reason_is_told() {
+async fn a_lease_that_is_refused_everywhere_is_held_until_its_deadline_and_the_reason_is_shown() {
     let mut rig = Rig::start();
     let start = Instant::now();
     let holding = rig.hold("key");
@@ -399,7 +401,7 @@ async fn a_lease_that_is_refused_everywhere_is_believed_in_until_its_deadline_an
     rig.all(Manner::Stranger);
     stream.say(message.sequence, vec![refused(&holding, RefusalReason::Unreadable)]).await;
     settle().await;
-    assert_eq!(holding.state(), State::Held, "nothing is said about whether it is held");
+    assert_eq!(holding.state(), State::Held, "a refusal does not say whether the lease is held");
     assert_eq!(holding.changed(State::Held).await, State::Jeopardy);
     assert_took(start, Instant::now(), TTL - MARGIN);
     assert!(holding.trouble().is_some());
@@ -409,7 +411,7 @@ async fn a_lease_that_is_refused_everywhere_is_believed_in_until_its_deadline_an
     assert_eq!(holding.trouble(), None);
 }
 
-/// A touch goes on in an outage for longer than the lease takes to be due again.
+/// In an outage a touch takes longer than the lease takes to be due again.
 #[tokio::test(start_paused = true)]
 async fn a_lease_is_touched_by_one_call_at_a_time() {
     let mut rig = Rig::start();
@@ -419,7 +421,7 @@ async fn a_lease_is_touched_by_one_call_at_a_time() {
     rig.all(Manner::Silent);
     stream.say(message.sequence, vec![refused(&holding, RefusalReason::LimitExceeded)]).await;
     sleep(Duration::from_secs(4)).await;
-    // Each of the daemons was asked once, and is silent.
+    // Each of the two silent daemons was asked once.
     let touches: usize = rig.peers.iter().map(|peer| peer.attempts("touch").len()).sum();
     assert_eq!(touches, 2);
 
@@ -427,9 +429,9 @@ async fn a_lease_is_touched_by_one_call_at_a_time() {
     assert_eq!(holding.changed(State::Jeopardy).await, State::Held);
 }
 
-/// Nothing would be answered, and that would look like silence.
+/// A stream without a message gets no answer, which would look like silence.
 #[tokio::test]
-async fn no_stream_is_opened_when_the_last_lease_is_given_back_while_a_daemon_is_looked_for() {
+async fn no_stream_is_opened_when_the_last_lease_is_released_while_a_name_is_looked_up() {
     let holdings = Arc::new(Holdings::default());
     let url: tonic::transport::Uri = "http://localhost:1".parse().unwrap();
     let reach = Reach::Name { url, host: "localhost".to_owned(), port: 1 };
@@ -443,12 +445,12 @@ async fn no_stream_is_opened_when_the_last_lease_is_given_back_while_a_daemon_is
     holdings.remove(holding.id);
     let opened = tokio::select! {
         phase = &mut opening => phase,
-        () = endpoints.tend() => panic!("it never ends"),
+        () = endpoints.maintain() => panic!("maintain never ends"),
     };
     assert!(matches!(opened, Phase::Idle));
 }
 
-/// Whatever a daemon says lasts, or lasts no time at all.
+/// Any duration in an answer is either used or counts as zero.
 #[tokio::test(start_paused = true)]
 async fn no_answer_makes_the_arithmetic_overflow() {
     const SECONDS: [i64; 7] = [i64::MIN, -1, 0, 1, 86_400, 1 << 40, i64::MAX];
@@ -458,20 +460,21 @@ async fn no_answer_makes_the_arithmetic_overflow() {
     for told in spans {
         let remaining = span(Some(told));
         for margin in [Duration::ZERO, crate::belief::margin(remaining), Duration::MAX] {
-            let until = deadline(Moment::now(), remaining, margin);
-            assert!(until >= Moment::now() && until + remaining >= until, "{told:?}");
+            let until = deadline(BootInstant::now(), remaining, margin);
+            assert!(until >= BootInstant::now() && until + remaining >= until, "{told:?}");
         }
-        // As the TTL of a grant.
+        // As the TTL of a granted lease.
         let holdings = Arc::new(Holdings::default());
-        let until = deadline(Moment::now(), remaining, Duration::ZERO);
+        let until = deadline(BootInstant::now(), remaining, Duration::ZERO);
         let lease = ("key".to_owned(), Uuid::new_v4());
         let holding = Holding::new(lease, FencingToken::new(1), (remaining, Duration::ZERO), until);
         holdings.insert(Arc::new(holding));
         assert!(holdings.next_due().is_some());
-        let _ = (holdings.take_due(Moment::now() + remaining, false), holdings.take_due(Moment::now(), true));
-        let _ = holdings.look();
+        let _ = holdings.take_due(BootInstant::now() + remaining, Scope::Due);
+        let _ = holdings.take_due(BootInstant::now(), Scope::All);
+        let _ = holdings.check_deadlines();
 
-        // And of a lease that is kept.
+        // As the time that a kept lease has left.
         let mut rig = Rig::start();
         let holding = rig.hold("key");
         let mut stream = rig.stream().await;
@@ -490,7 +493,7 @@ fn stream_message(holding: &Holding, sequence: u64) -> KeepAliveRequest {
 }
 
 #[tokio::test(start_paused = true)]
-async fn on_silence_the_connection_is_another_one() {
+async fn a_silent_stream_is_replaced_over_another_connection() {
     let mut rig = Rig::start();
     rig.hold("key");
     let mut streams = Vec::new();
@@ -500,7 +503,7 @@ async fn on_silence_the_connection_is_another_one() {
         streams.push(stream);
     }
     let connections = |peer: &Peer| peer.shared.connections.load(std::sync::atomic::Ordering::Relaxed);
-    assert!(rig.peers.iter().all(|peer| connections(peer) >= 2), "each stream had one of its own");
+    assert!(rig.peers.iter().all(|peer| connections(peer) >= 2), "each stream had its own connection");
 }
 
 #[tokio::test(start_paused = true)]
@@ -518,21 +521,21 @@ async fn a_connection_whose_task_has_panicked_is_replaced() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_stream_moves_back_to_the_daemon_that_was_left_without_harm() {
+async fn the_stream_returns_to_the_first_daemon_and_no_lease_is_in_jeopardy() {
     let mut rig = Rig::start();
     let holding = rig.hold("key");
     let first = rig.stream().await;
-    let home = first.daemon;
-    rig.peers[home].be(Manner::Down);
+    let preferred = first.daemon;
+    rig.peers[preferred].be(Manner::Down);
     drop(first);
     let second = rig.stream().await;
-    assert_ne!(second.daemon, home);
+    assert_ne!(second.daemon, preferred);
     let start = Instant::now();
     let served = tokio::spawn(second.serve());
-    rig.peers[home].be(Manner::Up);
+    rig.peers[preferred].be(Manner::Up);
     let stop = holding.stop();
     let back = rig.stream().await;
-    assert_eq!(back.daemon, home);
+    assert_eq!(back.daemon, preferred);
     assert!(start.elapsed() < Duration::from_secs(200), "within minutes");
     tokio::spawn(back.serve());
     served.await.unwrap();
@@ -541,7 +544,7 @@ async fn the_stream_moves_back_to_the_daemon_that_was_left_without_harm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_daemon_over_another_store_says_is_never_believed() {
+async fn an_answer_of_a_daemon_over_another_store_is_ignored() {
     let mut rig = Rig::start();
     rig.peers[0].serve_store("0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02");
     rig.peers[1].serve_store("5d0e63a8-04c7-4a4e-a1cb-0a6a3c5cf1aa");
@@ -552,7 +555,7 @@ async fn what_a_daemon_over_another_store_says_is_never_believed() {
     rig.peers[first.daemon].be(Manner::Down);
     let daemon = first.daemon;
     drop(first);
-    // What the other says is not believed.
+    // The other daemon reports a loss, which is ignored.
     let mut other = rig.stream().await;
     assert_ne!(other.daemon, daemon);
     if let Ok(Some(message)) = other.messages.message().await {

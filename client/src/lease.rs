@@ -1,8 +1,8 @@
-//! The guard of a lease: what a program holds while it may act on a key.
+//! The guard of a lease: a program keeps it while it acts on the key.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
@@ -11,18 +11,21 @@ use tokio_util::sync::CancellationToken;
 
 use crate::acquire::Unknown;
 use crate::belief::{Loss, State};
+use crate::boot_instant::after;
 use crate::client::{Acquired, Client};
 use crate::error::Error;
 use crate::holding::Holding;
 use crate::id::LeaseId;
-use crate::moment::after;
+use crate::lock::lock;
 use crate::token::FencingToken;
 
-/// A lease that this process holds, kept alive in the background until it is released or dropped.
+/// A lease that this process holds. It is kept alive in the background until it is released or
+/// dropped.
 ///
-/// Dropping it gives the lease back in the background; [`release`](Self::release) does so and tells how it went. A process that
-/// is about to end waits with [`Client::settle`] for leases that were dropped. A lease may be shared in an
-/// `Arc`, since nothing but [`detach`](Self::detach) needs it whole.
+/// Dropping it releases the lease in the background. [`release`](Self::release) waits for the
+/// outcome and returns it. A process that is about to exit waits for dropped leases with
+/// [`Client::settle`]. A lease can be shared in an `Arc`: only [`detach`](Self::detach) takes it by
+/// value.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -36,9 +39,9 @@ use crate::token::FencingToken;
 pub struct Lease {
     client: Client,
     holding: Arc<Holding>,
-    /// Nothing is left to give back, or somebody is giving it back.
+    /// Whether the lease has been detached, or a release has begun.
     is_over: AtomicBool,
-    /// One of the leases that a client may hold, until it is given back.
+    /// The permit that counts this lease among those of its client.
     slot: Mutex<Option<OwnedSemaphorePermit>>,
 }
 
@@ -48,7 +51,7 @@ impl Lease {
         Self { client, holding, is_over: AtomicBool::new(false), slot: Mutex::new(Some(slot)) }
     }
 
-    /// What is leased.
+    /// The key.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -60,7 +63,7 @@ impl Lease {
         &self.holding.key
     }
 
-    /// The fencing token: send it along with whatever is done under the lease.
+    /// The fencing token. Send it along with every write under the lease.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -72,7 +75,8 @@ impl Lease {
         self.holding.token
     }
 
-    /// The secret that names this acquisition, for handing it over.
+    /// The secret that names this acquisition. Another process that has it can touch and release
+    /// the lease.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -96,7 +100,7 @@ impl Lease {
         self.holding.ttl
     }
 
-    /// Whether the key may be acted on now, by the clock.
+    /// Whether the key may be acted on at this instant.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -111,9 +115,10 @@ impl Lease {
         self.holding.state() == State::Held
     }
 
-    /// How long the key may be acted on still if no daemon says a word more; nothing if it may not be.
+    /// How long the key may still be acted on without another confirmation; zero if it may not be
+    /// acted on.
     ///
-    /// This is the TTL less the time since the last confirmed touch was *sent*, less the margin.
+    /// This is the TTL minus the time since the last confirmed touch was *sent*, minus the margin.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -128,7 +133,7 @@ impl Lease {
         }
     }
 
-    /// When [`remaining`](Self::remaining) is over as things stand, for timers.
+    /// When [`remaining`](Self::remaining) is over, for timers. A confirmation moves it ahead.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -140,7 +145,7 @@ impl Lease {
         after(Instant::now(), self.remaining())
     }
 
-    /// How this process stands to the lease, now and as it changes.
+    /// Returns a watch of the state, which shows the current state and waits for changes.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -149,8 +154,8 @@ impl Lease {
     /// let mut state = lease.state();
     /// loop {
     ///     match state.changed().await {
-    ///         State::Held => println!("on again"),
-    ///         State::Jeopardy => println!("no word from a daemon: pausing"),
+    ///         State::Held => println!("held again: going on"),
+    ///         State::Jeopardy => println!("no daemon confirms it: pausing"),
     ///         State::Lost(loss) => break println!("gone: {loss}"),
     ///         _ => {}
     ///     }
@@ -162,10 +167,11 @@ impl Lease {
         StateWatch::new(Arc::clone(&self.holding))
     }
 
-    /// Waits until the key may not be acted on any more, and tells why: [`State::Jeopardy`] or [`State::Lost`].
+    /// Waits until the key may no longer be acted on, and returns why: [`State::Jeopardy`] or
+    /// [`State::Lost`].
     ///
-    /// A lease in jeopardy may come back. Who would rather wait for that uses [`lost_for_good`](Self::lost_for_good), and
-    /// does not act on the key meanwhile.
+    /// A lease in jeopardy may come back. To wait for that, use
+    /// [`lost_for_good`](Self::lost_for_good), and do not act on the key meanwhile.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -182,7 +188,8 @@ impl Lease {
             if state != State::Held {
                 return state;
             }
-            // The deadline moves unheard; whoever else tells of it may be late.
+            // A deadline that passes is reported by another task, which may be late. So this one
+            // has a timer of its own, which it sets again when the deadline has moved.
             let deadline = self.holding.deadline();
             tokio::select! {
                 state = self.holding.changed(State::Held) => return state,
@@ -191,7 +198,7 @@ impl Lease {
         }
     }
 
-    /// Waits until a daemon has said that the lease is gone, through any number of jeopardies.
+    /// Waits until the lease is lost for good, even if it is in jeopardy several times before.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -209,8 +216,8 @@ impl Lease {
         }
     }
 
-    /// A token that is cancelled as soon as the key may not be acted on any more, and stays so: for work that is spread over
-    /// tasks.
+    /// Returns a token that is cancelled as soon as the key may no longer be acted on, and stays
+    /// cancelled. For work that is spread over several tasks.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -224,7 +231,7 @@ impl Lease {
         self.holding.stop()
     }
 
-    /// Why no daemon has confirmed the lease lately, for people; nothing if all is well.
+    /// Why no daemon has confirmed the lease lately, for people; `None` if there is no problem.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -238,16 +245,18 @@ impl Lease {
         self.holding.trouble().or_else(|| self.client.shared().holdings.trouble())
     }
 
-    /// Runs `work` for as long as the key may be acted on, and drops it when that is over.
+    /// Runs `work` for as long as the key may be acted on, and then drops it.
     ///
-    /// A future can be dropped only where it awaits. So what blocks its thread goes on, and so does what it has given to others:
-    /// spawned tasks, `spawn_blocking`, threads, processes. Give such work [`stop_token`](Self::stop_token) or a look at
-    /// [`is_held`](Self::is_held) between its steps, wait for its end within `work`, and send [`token`](Self::token) with each of
-    /// its writes, so that what comes too late is refused.
+    /// A future can be dropped only where it awaits. So code that blocks its thread continues, and
+    /// so does work that it has passed on: spawned tasks, `spawn_blocking`, threads, processes.
+    /// Have such work check [`stop_token`](Self::stop_token) or [`is_held`](Self::is_held) between
+    /// its steps, and wait for its end within `work`. Send [`token`](Self::token) with each of its
+    /// writes, so that late writes are refused.
     ///
     /// # Errors
-    /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or not begun. [`Error::EndedLate`] if it ended by itself but
-    /// only when the lease could not be relied on any more; what it returned is dropped.
+    /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or never started.
+    /// [`Error::EndedLate`] if the work finished after the lease could no longer be relied on; its
+    /// result is dropped.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) -> Result<(), leased_client::Error> {
@@ -263,7 +272,7 @@ impl Lease {
                 State::Lost(loss) => Error::Lost(loss),
                 State::Held | State::Jeopardy => Error::Jeopardy { cause: jeopardy() },
             }),
-            // The work may have kept this task from looking at the clock.
+            // The work may have blocked this task, and the deadline may have passed meanwhile.
             done = work => match self.holding.state() {
                 State::Held => Ok(done),
                 State::Jeopardy => Err(Error::EndedLate { cause: jeopardy() }),
@@ -272,13 +281,16 @@ impl Lease {
         }
     }
 
-    /// Gives the lease back. When this returns, the next in line holds the key. The lease counts as lost from the call on, for all
-    /// who share it; giving it back again does nothing, and does not wait for the first.
+    /// Releases the lease. When this returns, the next waiter holds the key.
+    ///
+    /// From the call on the lease counts as lost for everything that shares it. A second call does
+    /// nothing, and does not wait for the first. If this future is dropped, the release continues
+    /// in the background.
     ///
     /// # Errors
-    /// [`Error::Lost`] if it was lost before: what was done under it may have met another holder.
-    /// [`Error::Unavailable`] if no daemon answers; the lease then runs out by itself. Dropping the future leaves the rest
-    /// to the background.
+    /// [`Error::Lost`] if the lease was lost before: work under it may have run at the same time as
+    /// another holder's. [`Error::Unavailable`] if no daemon answers: the lease is then released in
+    /// the background, or lapses at the end of its TTL.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) -> Result<(), leased_client::Error> {
@@ -300,15 +312,15 @@ impl Lease {
         let lease = self.holding.lease_ref();
         let (client, lasts) = (&self.client, self.holding.ttl);
         let mut unknown = Unknown { client, lease: Some(lease.clone()), lasts, sends: None };
-        let released = self.client.shared().release(lease, Acquired::Known).await;
+        let released = self.client.shared().release(lease, Acquired::Granted).await;
         if !matches!(released, Err(Error::Unavailable { .. })) {
             unknown.lease = None;
         }
         released
     }
 
-    /// Stops keeping the lease alive without giving it back, and returns its id: somebody else goes on touching it, or it
-    /// runs out.
+    /// Stops keeping the lease alive without releasing it, and returns its id. Another process
+    /// touches it from now on, or it lapses.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client, lease: leased_client::Lease) -> Result<(), leased_client::Error> {
@@ -317,18 +329,18 @@ impl Lease {
     /// # Ok(())
     /// # }
     /// ```
-    #[must_use = "without the id nobody can touch or release the lease"]
+    #[must_use = "without the id the lease cannot be touched or released"]
     pub fn detach(self) -> LeaseId {
         self.leave();
         self.is_over.store(true, Ordering::Relaxed);
         self.id()
     }
 
-    /// Not touched any more, and not believed in.
+    /// Stops touching the lease, and reports it as released.
     fn leave(&self) {
         self.client.shared().holdings.remove(self.holding.id);
         self.holding.lose(Loss::Released);
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock(&self.slot).take();
     }
 }
 
@@ -337,7 +349,7 @@ impl Drop for Lease {
         let was_lost = matches!(self.holding.state(), State::Lost(_));
         self.leave();
         if !self.is_over.load(Ordering::Relaxed) && !was_lost {
-            self.client.release_in_background(self.holding.lease_ref(), self.holding.ttl, Acquired::Known);
+            self.client.release_in_background(self.holding.lease_ref(), self.holding.ttl, Acquired::Granted);
         }
     }
 }
@@ -355,7 +367,7 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// How a process stands to its lease, as it changes. Nobody has to read it: only the latest state is kept.
+/// A watch of a lease's state. It keeps only the latest state, so it need not be read.
 #[derive(Debug, Clone)]
 pub struct StateWatch {
     holding: Arc<Holding>,
@@ -368,7 +380,7 @@ impl StateWatch {
         Self { holding, seen }
     }
 
-    /// How things stand now, by the clock.
+    /// The state at this instant.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -380,7 +392,8 @@ impl StateWatch {
         self.holding.state()
     }
 
-    /// Waits for a state other than the one that this watch has seen last. After [`State::Lost`] none comes.
+    /// Waits for a state other than the one that this watch has seen last. After [`State::Lost`]
+    /// this never returns.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {

@@ -1,5 +1,5 @@
-//! The holder's side of [leased](https://crates.io/crates/leased): acquire a lease, act on its key while it is held, stop when
-//! it is not.
+//! The holder's side of [leased](https://crates.io/crates/leased): acquire a lease, act on its key
+//! while the lease is held, and stop when it is not.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -11,7 +11,7 @@
 //! async fn main() -> Result<(), leased_client::Error> {
 //!     let client = Client::connect([DEFAULT_ENDPOINT]).await?;
 //!     let lease = client.acquire("reports/daily").wait(Duration::from_secs(60)).await?;
-//!     // Stopped at once when the lease cannot be relied on any more.
+//!     // Stopped as soon as the lease can no longer be relied on.
 //!     lease.run(write_report(lease.token())).await?;
 //!     lease.release().await
 //! }
@@ -19,17 +19,20 @@
 //!
 //! # The time contract
 //!
-//! Three clocks have one job each. The store's decides when a lease runs out. The holder's monotonic clock, which goes on while
-//! the machine is suspended where the platform can tell, decides when the holder stops believing. The daemon's decides
+//! Each of three clocks has one job. The store's clock decides when a lease lapses. The holder's
+//! monotonic clock decides when the holder stops relying on the lease; where the platform allows
+//! it, this clock includes the time for which the machine was suspended. The daemon's clock decides
 //! nothing.
 //!
-//! A lease may be believed in until
+//! A holder may rely on its lease until
 //!
 //! > `sent_at + remaining - margin`
 //!
-//! where `sent_at` is this process's clock just *before* it sent the acquire or touch that was then confirmed, never the time
-//! of the answer. A grant after waiting starts no belief: it is confirmed by a touch first. [`Lease`] keeps this contract, and
-//! tells by [`Lease::is_held`], [`Lease::lost`], [`Lease::stop_token`] and [`Lease::run`] when the deadline has passed:
+//! Here `sent_at` is this process's clock just *before* it sent the acquire or touch that a daemon
+//! then confirmed. It is never the time at which the answer arrived. After a wait the count does
+//! not begin with the grant: the client touches the lease first, and counts from that touch.
+//! [`Lease`] keeps this contract. [`Lease::is_held`], [`Lease::lost`], [`Lease::stop_token`] and
+//! [`Lease::run`] report when the deadline has passed:
 //!
 //! ```text
 //!        deadline passes            a daemon says so
@@ -41,77 +44,86 @@
 //!
 //! # What is promised, and what is not
 //!
-//! Promised, while the clocks of the store's machines differ by no more than its grace: two holders of an exclusive lease never
-//! believe in it at the same time. A holder keeps its lease through an outage of all daemons that is shorter than half of
-//! the TTL. Whoever drops a [`Lease`], or the future that would have acquired one, leaves nothing behind that
-//! outlasts the TTL; or, if that future waited in line and no daemon can be told, the TTL and some 15 s before it, for which
-//! the place in line lasts.
+//! Promised, as long as the clocks of the store's machines differ by no more than the grace period:
 //!
-//! Not promised, here or by any other lease service: that a process which is paused at the wrong moment does nothing when it
-//! goes on. Between a look at [`Lease::is_held`] and the write that follows there may lie a pause of minutes. So send
-//! [`Lease::token`] along with each write, and let the resource refuse what is stale: [`FencingGuard`], and
-//! `docs/fencing.md` for databases and object stores.
+//! - Two holders of an exclusive lease never rely on it at the same time.
+//! - A holder keeps its lease through an outage of all daemons that is shorter than half of the
+//!   TTL.
+//! - A dropped [`Lease`] leaves nothing behind that outlasts the TTL.
+//! - The dropped future of an acquire leaves nothing behind that outlasts the TTL either. If it was
+//!   waiting and no daemon can be told, its entry in the queue lasts for some 15 s more, and may be
+//!   granted the lease in that time.
+//!
+//! Not promised, here or by any other lease service: that a paused process does nothing when it
+//! resumes. Minutes may pass between a call of [`Lease::is_held`] and the write that follows it. So
+//! send [`Lease::token`] along with each write, and let the resource refuse stale tokens.
+//! [`FencingGuard`] does that in memory, and `docs/fencing.md` shows it for databases and object
+//! stores.
 //!
 //! # What a client does in the background
 //!
-//! One task and one stream for all leases of a [`Client`]. A new lease is named on the stream at once, so that its loss is told
-//! at once, and touched every third of its TTL; those that are due at about the same time share a message. When the stream breaks
-//! or falls silent, the next one is opened over a new connection at whichever daemon answers, and the leases live on meanwhile.
-//! There is no channel to drain and no callback to return from.
+//! A [`Client`] keeps all its leases alive with one task and one stream. It names a new lease on
+//! the stream at once, so that the daemon can report its loss at once. It touches each lease every
+//! third of its TTL, and leases that are due at about the same time share a message. When the
+//! stream breaks or falls silent, the client opens the next one over a new connection, to whichever
+//! daemon answers. The leases stay valid meanwhile. There is no channel to drain and no callback to
+//! return from.
 //!
-//! A client has a connection for its leases, one for other calls, and one for every 200 acquires that wait. Of several daemons it
-//! asks one; when that fails it turns to another, and it comes back to the first within some minutes.
+//! A client has one connection for its leases, one for other calls, and one for every 200 acquires
+//! that wait. It uses one of several daemons at a time. When that daemon fails the client switches
+//! to another, and it returns to the first within some minutes.
 //!
 //! # What is not stopped
 //!
-//! [`Lease::run`] drops its future when the lease cannot be relied on any more. That stops what the future awaits, and nothing
-//! else: code that blocks the thread, spawned tasks, `spawn_blocking`, threads and processes go on. Such work looks at
-//! [`Lease::stop_token`] or [`Lease::is_held`] between its steps, and sends the token with what it writes.
+//! [`Lease::run`] drops its future when the lease can no longer be relied on. That stops what the
+//! future awaits, and nothing else: code that blocks the thread, spawned tasks, `spawn_blocking`,
+//! threads and processes continue. Such work should check [`Lease::stop_token`] or
+//! [`Lease::is_held`] between its steps, and send the token with every write.
 
 #![warn(missing_debug_implementations)]
 
-// What a program deals with.
+// The public API.
 
-/// Asking for a lease.
-mod acquire;
-/// Making a client.
-mod builder;
-/// Whom to ask, and about what.
+/// The client: all calls start here.
 mod client;
+/// Configures a client and its daemons.
+mod builder;
+/// Acquires a lease: options, waiting, repetition.
+mod acquire;
+/// The guard of a lease: runs work under it, and reports its loss.
+mod lease;
+/// Fencing tokens, and the check that a resource makes.
+mod token;
+/// Lease ids: secrets that name one acquisition.
+mod id;
+/// Keys with their holders and waiters.
+mod info;
+/// Lists keys.
+mod list;
+/// Watches keys.
+mod watch;
 /// What can go wrong.
 mod error;
-/// Names of acquisitions.
-mod id;
-/// Keys as anyone may see them.
-mod info;
-/// Holding a lease.
-mod lease;
-/// Listing keys.
-mod list;
-/// Fencing.
-mod token;
-/// Watching keys.
-mod watch;
 
-// What goes on behind it.
+// How leases are kept alive.
 
-/// The time contract, as arithmetic.
+/// The time contract as arithmetic. Pure.
 mod belief;
-/// One daemon, and the connections to it.
-mod daemon;
-/// The daemons to ask.
-mod endpoints;
-/// One lease.
+/// The clock of the time contract.
+mod boot_instant;
+/// One lease that the client holds.
 mod holding;
-/// All leases, and when each is due.
+/// All leases of a client, and when each is due.
 mod holdings;
-/// The stream that keeps them alive.
+/// Keeps all leases alive on one stream.
 mod keeper;
-/// The holder's clock.
-mod moment;
-/// Looking up names.
-mod names;
-/// For tests: the other end.
+/// The daemons of a client: chooses one for each call, and repeats calls that fail.
+mod endpoints;
+/// One daemon and the connections to it.
+mod daemon;
+/// Locks a mutex.
+mod lock;
+/// For tests: a daemon behind a network in memory.
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 mod peer;
@@ -120,6 +132,8 @@ use std::time::Duration;
 
 pub use acquire::Acquire;
 pub use belief::{Loss, State};
+#[doc(hidden)]
+pub use boot_instant::run_on_timers_alone;
 pub use builder::Builder;
 pub use client::Client;
 pub use error::{Error, HeldBy};
@@ -128,13 +142,11 @@ pub use info::{HolderInfo, KeyInfo, KeyState, Mode, WaiterInfo};
 pub use lease::{Lease, StateWatch};
 pub use leased_proto::{Reason, v1};
 pub use list::List;
-#[doc(hidden)]
-pub use moment::run_on_timers_alone;
 pub use token::{FencingGuard, FencingToken, StaleToken};
 pub use watch::{ChangeKind, Watch, WatchEvent};
 
-/// Where a daemon with default settings listens.
+/// Where a daemon listens by default.
 pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:5327";
 
-/// How long a lease lasts without a touch if nobody says otherwise.
+/// How long a lease lasts without a touch by default.
 const DEFAULT_TTL: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! Listing: a stream over pages.
+//! Lists keys as a stream over pages.
 
 use std::collections::VecDeque;
 
@@ -11,7 +11,7 @@ use crate::daemon::Purpose;
 use crate::error::Error;
 use crate::info::KeyInfo;
 
-/// A listing of keys, in the order of their bytes.
+/// A list of keys, in the order of their bytes.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -36,7 +36,7 @@ impl List {
         Self { client, request: ListRequest { prefix, ..ListRequest::default() } }
     }
 
-    /// Also the keys that nobody holds.
+    /// Includes the keys that nobody holds.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -51,7 +51,7 @@ impl List {
         self
     }
 
-    /// How many keys are fetched at once: 1 to 1000, 100 if not given.
+    /// Sets how many keys are fetched at once: 1 to 1000, 100 by default.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -66,7 +66,8 @@ impl List {
         self
     }
 
-    /// The keys, fetched as they are read. A key is shown as it was when its page was fetched.
+    /// Returns the keys as a stream, which fetches them as it is read. Each key is shown as it was
+    /// when its page was fetched.
     ///
     /// The stream ends after its first error: [`Error::Invalid`], [`Error::Unavailable`].
     #[must_use]

@@ -1,4 +1,5 @@
-//! For tests: a daemon on the other end of a network in memory, which answers as the test has it answer. It works on a paused clock.
+//! For tests: a daemon behind a network in memory, which answers as the test tells it. It works on
+//! a paused clock.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,35 +37,35 @@ pub(crate) struct Opened {
 /// How a peer answers calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Manner {
-    /// Well.
+    /// Serves the call.
     Up,
-    /// That it cannot.
+    /// Refuses the call as unavailable.
     Down,
-    /// That the line of the key is full.
+    /// Refuses the call because the queue of the key is full.
     Full,
-    /// Not at all.
+    /// Never answers.
     Silent,
-    /// As a server of something else.
+    /// Answers as a server without this API.
     Stranger,
-    /// By a panic of whatever makes the connection.
+    /// Panics when a connection is made.
     Panicking,
 }
 
-/// What the test says, and what the peer has seen.
+/// What the test has set, and what the peer has seen.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) number: usize,
     manner: Mutex<Manner>,
     store: Mutex<Option<&'static str>>,
-    /// Connections that were made.
+    /// How many connections were made.
     pub(crate) connections: AtomicUsize,
-    /// Acquires that wait.
+    /// How many acquires are waiting.
     pub(crate) waiting: AtomicUsize,
-    /// The name of each call, and how often it says it was sent before.
+    /// The name of each call, and how often it says that it was sent before.
     pub(crate) calls: Mutex<Vec<(&'static str, Option<String>)>>,
 }
 
-/// A daemon that hands its streams to the test.
+/// A daemon that passes its streams to the test.
 #[derive(Clone)]
 pub(crate) struct Peer {
     pub(crate) shared: Arc<Shared>,
@@ -89,7 +90,7 @@ impl Peer {
         Self { shared: Arc::new(shared), opened, refused }
     }
 
-    /// A client of these.
+    /// A client of these peers.
     pub(crate) fn client(peers: &[Self], timeout: Duration) -> Client {
         let peers = peers.iter().fold(Client::builder().timeout(timeout), |builder, peer| {
             let dial = peer.dial();
@@ -102,7 +103,7 @@ impl Peer {
         format!("daemon-{}", self.shared.number)
     }
 
-    /// For tests without streams.
+    /// A peer for tests without streams.
     pub(crate) fn numbered(number: usize) -> Self {
         Self::new(number, unbounded_channel().0, unbounded_channel().0)
     }
@@ -115,7 +116,7 @@ impl Peer {
         *self.shared.store.lock().unwrap() = Some(store);
     }
 
-    /// What a call was told of its own earlier attempts, one entry a call.
+    /// How often each call with this name says that it was sent before.
     pub(crate) fn attempts(&self, call: &str) -> Vec<Option<String>> {
         let calls = self.shared.calls.lock().unwrap();
         calls.iter().filter(|(name, _)| *name == call).map(|(_, attempts)| attempts.clone()).collect()
@@ -131,7 +132,7 @@ impl Peer {
             .add_service(HealthServer::new(self.clone()))
     }
 
-    /// An address of this machine at which it can be reached as well.
+    /// Listens on an address of this machine as well, and returns that.
     pub(crate) async fn listen(&self) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -139,7 +140,7 @@ impl Peer {
         address
     }
 
-    /// A way to it, through memory.
+    /// Returns a function that connects to the peer through memory.
     fn dial(&self) -> Dial {
         let (connections, arriving) = unbounded_channel::<Result<DuplexStream, std::io::Error>>();
         tokio::spawn(self.router().serve_with_incoming(UnboundedReceiverStream::new(arriving)));
@@ -158,7 +159,7 @@ impl Peer {
         })
     }
 
-    /// Notes a call and answers it.
+    /// Notes a call, and answers it as the test has set.
     async fn answer<R, T>(&self, call: &'static str, request: &Request<R>, answer: T) -> Calling<T> {
         let attempts = request.metadata().get("grpc-previous-rpc-attempts");
         let attempts = attempts.map(|attempts| attempts.to_str().unwrap().to_owned());
@@ -173,7 +174,7 @@ impl Peer {
         }
     }
 
-    /// An answer that tells the store.
+    /// An answer that names the store.
     fn told<T>(&self, answer: T) -> Response<T> {
         let mut response = Response::new(answer);
         if let Some(store) = *self.shared.store.lock().unwrap() {
@@ -185,7 +186,7 @@ impl Peer {
 
 type Calling<T> = Result<Response<T>, Status>;
 
-/// Counts those who wait for as long as they do.
+/// Counts an acquire as waiting until it is dropped.
 struct Waiting(Arc<Shared>);
 
 impl Drop for Waiting {
@@ -251,7 +252,7 @@ impl LeaseService for Peer {
         let (events, told) = mpsc::channel(1);
         let event = Some(v1::watch_response::Event::SnapshotEnd(v1::SnapshotEnd {}));
         events.send(Ok(v1::WatchResponse { event })).await.map_err(|_| Status::internal("nobody reads"))?;
-        // Open for as long as somebody reads.
+        // Keeps the stream open for as long as it is read.
         tokio::spawn(async move { events.closed().await });
         self.answer("watch", &request, ReceiverStream::new(told)).await
     }

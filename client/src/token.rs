@@ -1,11 +1,13 @@
-//! Fencing tokens, and what a resource does with them.
+//! Fencing tokens, and the check that a resource makes.
 
 use std::collections::HashMap;
 use std::fmt::{self, Display, Formatter};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
-/// A fencing token: greater for each later grant of the same key, for ever. Send it with every write to whatever the lease
-/// protects.
+use crate::lock::lock;
+
+/// A fencing token. Each later grant of the same key has a greater one, for ever. Send it with
+/// every write to the resource that the lease protects.
 ///
 /// ```
 /// use leased_client::FencingToken;
@@ -18,13 +20,13 @@ use std::sync::{Mutex, PoisonError};
 pub struct FencingToken(i64);
 
 impl FencingToken {
-    /// The token with this number, as it came with a write.
+    /// The token with this number, which came with a write.
     #[must_use]
     pub const fn new(number: i64) -> Self {
         Self(number)
     }
 
-    /// Its number, to send along and to store.
+    /// The token's number, to send along and to store.
     #[must_use]
     pub const fn get(self) -> i64 {
         self.0
@@ -37,13 +39,14 @@ impl Display for FencingToken {
     }
 }
 
-/// A resource's own memory of the greatest token it has seen of each key.
+/// The greatest token that a resource has seen of each key.
 ///
-/// It is in memory: a resource that outlives its process stores the token beside its data, and compares it in the same write
-/// (`docs/fencing.md`). It grows by one entry for each key that is ever checked.
+/// It is kept in memory, with one entry for each key that was ever checked. A resource that
+/// outlives its process must store the token beside its data, and compare it in the same write
+/// (`docs/fencing.md`).
 ///
-/// Source: M. Kleppmann, "How to do distributed locking" (2016); Chubby calls it a sequencer (Burrows, OSDI 2006, section
-/// 2.4).
+/// Source: M. Kleppmann, "How to do distributed locking" (2016); Chubby calls it a sequencer
+/// (Burrows, OSDI 2006, section 2.4).
 ///
 /// ```
 /// use leased_client::{FencingGuard, FencingToken};
@@ -67,13 +70,13 @@ impl FencingGuard {
         Self::default()
     }
 
-    /// Lets a write through unless a later holder of `key` has been here. Apply the write before anything else is checked
-    /// for the same key, or check again.
+    /// Checks the token of a write. Apply the write before the next check of the same key, or check
+    /// again.
     ///
     /// # Errors
-    /// [`StaleToken`] if a greater token has been seen: refuse the write.
+    /// [`StaleToken`] if a later holder's token has been seen: refuse the write.
     pub fn check(&self, key: &str, token: FencingToken) -> Result<(), StaleToken> {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.seen);
         match seen.get_mut(key) {
             Some(greatest) if *greatest > token => Err(StaleToken { token, seen: *greatest }),
             Some(greatest) => {
@@ -88,7 +91,7 @@ impl FencingGuard {
     }
 }
 
-/// A write by someone whose lease is over.
+/// A write under a lease that a later one has replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("token {token} is stale: {seen} has been seen")]
 pub struct StaleToken {

@@ -1,4 +1,4 @@
-//! Watching: a stream that outlives the daemons it comes from.
+//! Watches keys: a stream of events that outlives the daemons it comes from.
 
 use futures_util::stream::{BoxStream, StreamExt, try_unfold};
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
@@ -40,25 +40,26 @@ pub struct Watch {
     request: WatchRequest,
 }
 
-/// What a watch tells.
+/// An event of a watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WatchEvent {
-    /// A key as it is. A snapshot comes first, after each [`Interrupted`](Self::Interrupted), and whenever the reader was too
-    /// slow for the changes.
+    /// One key of a snapshot. A watch begins with a snapshot. Another follows each
+    /// [`Interrupted`](Self::Interrupted), and whenever the reader was too slow for the changes.
     Snapshot(KeyInfo),
-    /// The snapshot is whole: keys that were not in it are free.
+    /// The end of a snapshot. Keys that were not in it are free.
     SnapshotEnd,
-    /// A change, in order for each key.
+    /// A change. The changes of one key come in order.
     Change {
         /// What happened.
         kind: ChangeKind,
-        /// The key after it.
+        /// The key after the change.
         key: KeyInfo,
     },
-    /// The daemon is gone, and another is being asked. A snapshot follows; of a watch of changes only, some may be missing.
+    /// The daemon is gone, and the client asks another. A snapshot follows. A watch of changes only
+    /// may have missed some.
     Interrupted {
-        /// Why.
+        /// Why the watch was interrupted.
         cause: String,
     },
 }
@@ -67,17 +68,17 @@ pub enum WatchEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChangeKind {
-    /// Someone holds it now.
+    /// A lease was granted.
     Granted,
-    /// A holder gave it back.
+    /// A holder released its lease.
     Released,
-    /// A holder's time is over.
+    /// A holder's lease lapsed.
     Lapsed,
-    /// An operator took it from a holder.
+    /// An operator revoked a lease.
     Revoked,
-    /// Someone has come into the line.
+    /// A waiter joined the queue.
     Queued,
-    /// Someone has left the line without a grant.
+    /// A waiter left the queue without a grant.
     LeftQueue,
 }
 
@@ -86,7 +87,7 @@ impl Watch {
         Self { client, request: WatchRequest { prefix, changes_only: false } }
     }
 
-    /// No snapshots.
+    /// Leaves snapshots out.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -101,13 +102,16 @@ impl Watch {
         self
     }
 
-    /// The events, for as long as they are read; reconnects by itself, and goes on at another daemon.
+    /// Returns the events as a stream. When the connection breaks, it reconnects or goes on at
+    /// another daemon.
     ///
-    /// The stream ends after an error, which is one that another try would not mend:
+    /// The stream ends after an error, which another attempt would not resolve:
     ///
-    /// - [`Error::Invalid`], [`Error::LimitExceeded`] and [`Error::Status`], which a daemon has answered;
-    /// - [`Error::NotLeased`], [`Error::DifferentStores`] and [`Error::Status`] (a lack of rights), if all endpoints are of no use.
-    ///   One among others is passed over.
+    /// - [`Error::Invalid`], [`Error::LimitExceeded`] and [`Error::Status`] are answers of a
+    ///   daemon.
+    /// - [`Error::NotLeased`], [`Error::DifferentStores`] and [`Error::Status`] for a lack of
+    ///   rights mean that every endpoint is of no use. The watch skips such an endpoint while there
+    ///   are others.
     #[must_use]
     pub fn stream(self) -> BoxStream<'static, Result<WatchEvent, Error>> {
         let watching = Watching { watch: self, open: None, pauses: Pauses::default(), interrupted: false };
@@ -123,11 +127,11 @@ struct Watching {
     watch: Watch,
     open: Option<(Slot, Streaming<WatchResponse>)>,
     pauses: Pauses,
-    /// This outage has been told.
+    /// Whether this outage has been reported.
     interrupted: bool,
 }
 
-/// Why there is no watch: what it means, and what to tell people.
+/// Why a watch is broken.
 struct Broken {
     failure: Failure,
     cause: String,
@@ -136,28 +140,11 @@ struct Broken {
 impl Watching {
     async fn next(&mut self) -> Result<WatchEvent, Error> {
         loop {
-            let broken = match self.open.take() {
-                None => match self.begin().await {
-                    Ok(open) => {
-                        self.open = Some(open);
-                        continue;
-                    }
-                    Err(broken) => broken,
-                },
-                Some((slot, mut events)) => match events.message().await {
-                    Ok(Some(response)) => {
-                        self.open = Some((slot, events));
-                        self.pauses = Pauses::default();
-                        self.interrupted = false;
-                        match response.event.map(WatchEvent::from) {
-                            Some(event) => return Ok(event),
-                            // Of a later version.
-                            None => continue,
-                        }
-                    }
-                    Ok(None) => self.broken(&slot, &Status::unavailable("the daemon ended the watch")),
-                    Err(status) => self.broken(&slot, &status),
-                },
+            let broken = match self.read().await {
+                Ok(Some(event)) => return Ok(event),
+                // An event of a later version.
+                Ok(None) => continue,
+                Err(broken) => broken,
             };
             if let Some(interrupted) = self.go_on(broken).await? {
                 return Ok(interrupted);
@@ -165,7 +152,25 @@ impl Watching {
         }
     }
 
-    /// Opens a watch at the daemon to ask.
+    /// Reads the next event, and opens a watch if none is open. Returns `None` for an event of a
+    /// later version.
+    async fn read(&mut self) -> Result<Option<WatchEvent>, Broken> {
+        let (slot, mut events) = match self.open.take() {
+            Some(open) => open,
+            None => self.begin().await?,
+        };
+        let response = match events.message().await {
+            Ok(Some(response)) => response,
+            Ok(None) => return Err(self.broken(&slot, &Status::unavailable("the daemon ended the watch"))),
+            Err(status) => return Err(self.broken(&slot, &status)),
+        };
+        self.open = Some((slot, events));
+        self.pauses = Pauses::default();
+        self.interrupted = false;
+        Ok(response.event.map(WatchEvent::from))
+    }
+
+    /// Opens a watch at the daemon in use.
     async fn begin(&self) -> Result<(Slot, Streaming<WatchResponse>), Broken> {
         let endpoints = self.endpoints();
         let Ok(Ok(daemon)) = timeout(endpoints.timeout(), endpoints.pick()).await else {
@@ -174,7 +179,7 @@ impl Watching {
         let slot = daemon.slot(Purpose::Calls);
         let mut stub = LeaseServiceClient::new(slot.channel.clone());
         match timeout(endpoints.timeout(), stub.watch(self.watch.request.clone())).await {
-            Ok(Ok(response)) => match endpoints.meet_at(&slot, response.metadata()) {
+            Ok(Ok(response)) => match endpoints.note_store_or_switch(&slot, response.metadata()) {
                 Ok(()) => Ok((slot, response.into_inner())),
                 Err(error) => Err(Broken { cause: error.to_string(), failure: Failure::Useless(error) }),
             },
@@ -187,15 +192,15 @@ impl Watching {
         &self.watch.client.shared().endpoints
     }
 
-    /// Turns to another daemon, unless this is an answer.
+    /// Switches to another daemon, unless `status` is a daemon's answer.
     fn broken(&self, slot: &Slot, status: &Status) -> Broken {
         Broken { failure: self.endpoints().fail(slot, status), cause: cause(status) }
     }
 
-    /// Tells of an outage once, and waits before the next try.
+    /// Reports an outage once. After that, waits before the next attempt.
     ///
     /// # Errors
-    /// The answer, or that there is no endpoint to go on at.
+    /// The daemon's answer, or the reason why every endpoint is of no use.
     async fn go_on(&mut self, broken: Broken) -> Result<Option<WatchEvent>, Error> {
         let asked = match broken.failure {
             Failure::Final(error) => return Err(error),

@@ -1,16 +1,17 @@
 // One lease and the contract about time that its holder keeps.
 //
-// A holder must stop before the daemon may let another in, so it counts by a clock of its own and to its own
-// disadvantage:
+// A holder must stop before the daemon may let another holder in. So it counts by its own clock and
+// to its own disadvantage:
 //
 //     deadline = sentAt + remaining - margin
 //
-// `sentAt` is read just before a request is sent, and counts once that very request has been confirmed; the moment of
-// the answer counts for nothing, since an answer may have been on its way for any time. For the same reason a grant
-// that came out of the line (`waited`) is no reason to believe anything: belief begins with the first touch that is
-// confirmed.
+// `sentAt` is read just before a request is sent, and counts once that request has been confirmed.
+// The time of the answer does not count, since the answer may have been on its way for any time.
+// For the same reason a grant from the queue (`waited`) starts no belief: belief begins with the
+// first touch that is confirmed.
 //
-// What no lease can do is stop a process that is paused in the middle of its work: send `lease.token` with every write.
+// No lease can stop a process that is paused in the middle of its work: send `lease.token` with
+// every write.
 
 import { randomUUID } from 'node:crypto';
 import { performance } from 'node:perf_hooks';
@@ -22,14 +23,14 @@ import protoLoader from '@grpc/proto-loader';
 
 const proto = protoLoader.loadSync('leased/v1/lease.proto', {
   includeDirs: [fileURLToPath(new URL('../../proto', import.meta.url))],
-  longs: String, // a token does not fit a JavaScript number for ever
+  longs: String, // a token is a 64-bit integer
   enums: String,
   defaults: true,
   oneofs: true,
 });
 const { LeaseService } = grpc.loadPackageDefinition(proto).leased.v1;
 
-// A daemon that has gone is noticed and looked for again well within a TTL.
+// Notices a daemon that has gone, and connects again, well within a TTL.
 const CHANNEL_OPTIONS = {
   'grpc.keepalive_time_ms': 5_000,
   'grpc.keepalive_timeout_ms': 2_000,
@@ -38,7 +39,7 @@ const CHANNEL_OPTIONS = {
 };
 
 const { status } = grpc;
-// Codes after which nobody knows whether the call was carried out: it is repeated with the same lease id.
+// Codes that leave open whether the call took effect. The call is repeated with the same lease id.
 const UNKNOWN_OUTCOME = new Set([
   status.UNAVAILABLE,
   status.DEADLINE_EXCEEDED,
@@ -47,19 +48,20 @@ const UNKNOWN_OUTCOME = new Set([
   status.CANCELLED,
 ]);
 
-/** A client of the daemon at `endpoint`, for any number of leases. */
+/** Returns a client of the daemon at `endpoint`, for any number of leases. */
 export function connect(endpoint) {
   return new LeaseService(endpoint, grpc.credentials.createInsecure(), CHANNEL_OPTIONS);
 }
 
-/** Somebody else holds the key, also after the wait. */
+/** Another holds the key, also after the wait. */
 export class Held extends Error {}
 
 /** The lease is over, or cannot be relied on. */
 export class Lost extends Error {}
 
 /**
- * One acquisition of one key: `acquire`, then work until `lost` (an AbortSignal) is aborted, then `release`.
+ * One acquisition of one key: `acquire`, then work until `lost` (an AbortSignal) is aborted, then
+ * `release`.
  * Times are in milliseconds.
  */
 export class Lease {
@@ -84,7 +86,7 @@ export class Lease {
     this.#request = { key, owner, ttl: duration(ttl) };
     this.#ttl = ttl;
     this.#wait = wait;
-    // For clocks that do not run alike, and for the time that stopping takes.
+    // Covers clocks that run at different rates, and the time that stopping takes.
     this.#margin = ttl / 10;
   }
 
@@ -93,15 +95,16 @@ export class Lease {
     return this.#lost.signal;
   }
 
-  /** For how long the lease may be relied on; 0: do not act on the key. */
+  /** For how many milliseconds the lease may be relied on; 0: do not act on the key. */
   get remaining() {
     const believed = this.#deadline !== null && !this.lost.aborted;
     return believed ? Math.max(0, this.#deadline - performance.now()) : 0;
   }
 
   /**
-   * Waits for the lease, begins to keep it alive, and returns its fencing token. Throws `Held` if another holds the key
-   * for longer than `wait`, `Lost` if it was closed or lost meanwhile, and what gRPC threw if repeating does not mend it.
+   * Waits for the lease, begins to keep it alive, and returns its fencing token. Throws `Held` if
+   * another holds the key for longer than `wait`, `Lost` if the lease was closed or lost meanwhile,
+   * and the error of gRPC if repeating does not mend it.
    */
   async acquire() {
     const { sentAt, granted } = await this.#granted();
@@ -114,8 +117,9 @@ export class Lease {
   }
 
   /**
-   * Gives the lease back, or its place in line, and ends everything here. False: it was not held any more, or no daemon
-   * could be told, and the next in line waits for the TTL at worst.
+   * Gives the lease back, or leaves the queue, and ends everything here. Returns false if the lease
+   * was not held any more, or if no daemon could be told; then the next waiter waits for the TTL at
+   * worst.
    */
   async release() {
     this.close();
@@ -133,12 +137,12 @@ export class Lease {
     return false;
   }
 
-  /** Ends the work and every wait at once, without a word to the daemon. */
+  /** Ends the work and every wait at once, without telling the daemon. */
   close() {
     this.#fall('closed');
   }
 
-  /** Asks until there is an answer, with one id: however often it is sent, it is one place in line. */
+  /** Asks until there is an answer. All requests have one id, so they are one queue entry. */
   async #granted() {
     const giveUp = performance.now() + this.#wait;
     this.#id = randomUUID();
@@ -152,7 +156,7 @@ export class Lease {
         this.#unanswered ||= UNKNOWN_OUTCOME.has(error.code);
         if (this.lost.aborted) break;
         if (error.code === status.ALREADY_EXISTS) throw new Held(error.details);
-        // NOT_FOUND: it was granted, the answer got lost, and its time ran out: that acquisition is over.
+        // NOT_FOUND: it was granted, the answer got lost, and the lease is over: take a new id.
         if (error.code === status.NOT_FOUND) [this.#id, this.#unanswered] = [randomUUID(), false];
         else if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() > giveUp + this.#ttl) throw error;
       }
@@ -161,7 +165,7 @@ export class Lease {
     throw this.lost.reason;
   }
 
-  /** One stream after the other, for as long as the lease lives: what a break costs is the time without beats. */
+  /** Opens one stream after the other, for as long as the lease lives. */
   async #carry() {
     while (!this.lost.aborted) {
       const call = this.#client.KeepAlive();
@@ -172,7 +176,7 @@ export class Lease {
     }
   }
 
-  /** Touches on one stream, until that ends or a beat has had no answer. */
+  /** Touches on one stream, until the stream ends or a message has no answer in time. */
   async #beats(call) {
     const sent = new Map();
     const over = new AbortController();
@@ -183,7 +187,7 @@ export class Lease {
     });
     call.on('error', () => over.abort());
     call.on('end', () => over.abort());
-    // A beat without an answer: this stream may be dead without anybody saying so, and another one not.
+    // Ends when a message has no answer: this stream may be dead without notice, and another not.
     for (let sequence = 1; sent.size === 0 && !over.signal.aborted; sequence += 1) {
       sent.set(String(sequence), performance.now());
       call.write({ leases: [this.#ref()], sequence });
@@ -199,7 +203,7 @@ export class Lease {
     }
   }
 
-  /** Ends the belief in time, whatever the network does. */
+  /** Ends the belief at the deadline, whatever the network does. */
   async #watch() {
     const confirmBy = performance.now() + this.#ttl;
     while (!this.lost.aborted) {
@@ -241,7 +245,7 @@ export class Lease {
   }
 }
 
-/** Sleeps, less long if the signal comes. */
+/** Sleeps for `time`, or until the signal is aborted. */
 async function nap(time, signal) {
   await sleep(time, undefined, { signal }).catch(() => {});
 }

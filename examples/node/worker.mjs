@@ -2,8 +2,9 @@
 //
 // node worker.mjs KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
 //
-// Exits with 0 when the work is done or was interrupted, 69 if no daemon answers (within 5 s to begin with; once in line it
-// waits for daemons as well), 73 if the lease was lost, and 75 if another holds the key.
+// Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease
+// was lost, and 75 if another holds the key. At the start it waits 5 s for a daemon; once it is in
+// the queue, it waits for daemons as long as for the key.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
@@ -16,7 +17,7 @@ const { values, positionals } = parseArgs({
     seconds: { type: 'string', default: '15' }, // how long the work takes
     endpoint: { type: 'string', default: '127.0.0.1:5327' }, // of the daemon
     ttl: { type: 'string', default: '10' }, // of the lease, in seconds
-    wait: { type: 'string', default: '60' }, // in line at most, in seconds
+    wait: { type: 'string', default: '60' }, // how long to wait at most, in seconds
   },
 });
 if (positionals.length !== 1) {
@@ -24,7 +25,7 @@ if (positionals.length !== 1) {
   process.exit(2);
 }
 
-// The URL that leasectl takes will do as well.
+// Accepts the URL that leasectl takes, too.
 const endpoint = values.endpoint.replace(/^http:\/\/|\/$/g, '');
 const client = connect(endpoint);
 const lease = new Lease(client, positionals[0], {
@@ -43,17 +44,17 @@ for (const name of ['SIGINT', 'SIGTERM']) {
 
 const code = await run();
 client.close();
-// At once, though a timer of gRPC's may be left that waits for a connection.
+// Ends the process at once: a timer of gRPC's that waits for a connection may be left.
 process.exit(code);
 
 async function run() {
   let code = 0;
   try {
-    // A lease goes on asking for as long as it may wait. Whoever starts this wants to know that there is no daemon.
+    // `acquire` goes on asking for as long as it may wait, so say now if there is no daemon.
     await reached(5_000);
     const token = await lease.acquire();
     console.log(`holding ${lease.key} with fencing token ${token}`);
-    // The work. It sends the token with every write, and stops when the lease is lost.
+    // The work goes here. It sends the token with every write, and stops when the lease is lost.
     await sleep(1_000 * values.seconds, undefined, { signal: lease.lost }).catch(() => lease.lost.throwIfAborted());
   } catch (error) {
     if (error instanceof Held) {
@@ -72,7 +73,7 @@ async function run() {
   return code;
 }
 
-/** Waits until a daemon is connected to. Throws if that takes too long, or the lease was closed meanwhile. */
+/** Waits for a connection to a daemon. Throws if that takes too long, or the lease was closed. */
 function reached(timeout) {
   return new Promise((resolve, reject) => {
     lease.lost.addEventListener('abort', () => reject(lease.lost.reason));

@@ -1,14 +1,17 @@
 """One lease and the contract about time that its holder keeps.
 
-A holder must stop before the daemon may let another in, so it counts by a clock of its own and to its own disadvantage:
+A holder must stop before the daemon may let another holder in. So it counts by its own clock and to
+its own disadvantage:
 
     deadline = sent_at + remaining - margin
 
-`sent_at` is read just before a request is sent, and counts once that very request has been confirmed; the moment of the
-answer counts for nothing, since an answer may have been on its way for any time. For the same reason a grant that came
-out of the line (`waited`) is no reason to believe anything: belief begins with the first touch that is confirmed.
+`sent_at` is read just before a request is sent, and counts once that request has been confirmed.
+The time of the answer does not count, since the answer may have been on its way for any time.
+For the same reason a grant from the queue (`waited`) starts no belief: belief begins with the first
+touch that is confirmed.
 
-What no lease can do is stop a process that is paused in the middle of its work: send `lease.token` with every write.
+No lease can stop a process that is paused in the middle of its work: send `lease.token` with every
+write.
 """
 
 import threading
@@ -20,7 +23,7 @@ from google.protobuf.duration_pb2 import Duration
 from leased.v1 import lease_pb2 as pb
 from leased.v1 import lease_pb2_grpc
 
-# Codes after which nobody knows whether the call was carried out: it is repeated with the same lease id.
+# Codes that leave open whether the call took effect. The call is repeated with the same lease id.
 UNKNOWN_OUTCOME = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -29,31 +32,32 @@ UNKNOWN_OUTCOME = {
     grpc.StatusCode.CANCELLED,
 }
 
-# Says with a call that an acquire with the same id had no answer and may still be on its way, as gRPC's own retries do.
+# Says, as gRPC's own retries do, that an acquire with the same id had no answer and may still be on
+# its way.
 UNANSWERED = (("grpc-previous-rpc-attempts", "1"),)
 
-# A daemon that has gone is noticed and looked for again well within a TTL.
+# Notices a daemon that has gone, and connects again, well within a TTL.
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Calls are repeated here. What repeats them in gRPC takes out the header of UNANSWERED.
+    # Calls are repeated here. gRPC's own retries would remove the header of UNANSWERED.
     ("grpc.enable_retries", 0),
 ]
 
-# The clock of this file. Where there is one that goes on while the machine sleeps, that one.
+# The clock of this file: one that goes on while the machine sleeps, where there is such a clock.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def now() -> float:
-    """Seconds of a clock that nobody sets."""
+    """Returns seconds of a clock that nobody sets."""
     return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
 class Held(Exception):
-    """Somebody else holds the key, also after the wait."""
+    """Another holds the key, also after the wait."""
 
 
 class Lost(Exception):
@@ -73,7 +77,7 @@ class Lease:
         self.reason = None
         self._leased = lease_pb2_grpc.LeaseServiceStub(channel)
         self._owner, self._ttl, self._wait = owner, ttl, wait
-        # For clocks that do not run alike, and for the time that stopping takes.
+        # Covers clocks that run at different rates, and the time that stopping takes.
         self._margin = ttl / 10
         self._id = None
         self._metadata = ()
@@ -87,8 +91,8 @@ class Lease:
     def acquire(self) -> int:
         """Waits for the lease, begins to keep it alive, and returns its fencing token.
 
-        Raises `Held` if another holds the key for longer than `wait`, `Lost` if it was closed or lost meanwhile, and
-        `grpc.RpcError` for everything that repeating does not mend.
+        Raises `Held` if another holds the key for longer than `wait`, `Lost` if the lease was
+        closed or lost meanwhile, and `grpc.RpcError` for what repeating does not mend.
         """
         sent_at, granted = self._granted()
         self.token = granted.fencing_token
@@ -101,15 +105,18 @@ class Lease:
         return self.token
 
     def remaining(self) -> float:
-        """For how many seconds more the lease may be relied on; 0: do not act on the key."""
+        """Returns for how many seconds the lease may be relied on; 0: do not act on the key."""
         with self._lock:
             believed = self._deadline is not None and not self.lost.is_set()
             return max(0.0, self._deadline - now()) if believed else 0.0
 
     def release(self) -> bool:
-        """Gives the lease back, or its place in line, and ends everything here. May be called at any time, but not in a
-        signal handler. False: it was not held any more, or no daemon could be told, and the next in line waits for the
-        TTL at worst."""
+        """Gives the lease back, or leaves the queue, and ends everything here.
+
+        May be called at any time, but not in a signal handler. Returns False if the lease was not
+        held any more, or if no daemon could be told; then the next waiter waits for the TTL at
+        worst.
+        """
         self.close()
         for thread in self._threads:
             thread.join()
@@ -127,7 +134,7 @@ class Lease:
         return False
 
     def close(self):
-        """Ends the work and every wait at once, without a word to the daemon. Never blocks for long."""
+        """Ends the work and every wait at once, without telling the daemon. Never blocks long."""
         self._fall("closed")
 
     def __enter__(self):
@@ -142,7 +149,7 @@ class Lease:
         self.release()
 
     def _granted(self):
-        """Asks until there is an answer, with one id: however often it is sent, it is one place in line."""
+        """Asks until there is an answer. All requests have one id, so they are one queue entry."""
         give_up = now() + self._wait
         pause = 0.1
         self._id = str(uuid.uuid4())
@@ -171,7 +178,7 @@ class Lease:
                 if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                     raise Held(error.details()) from None
                 if error.code() == grpc.StatusCode.NOT_FOUND:
-                    # It was granted, the answer got lost, and its time ran out: that acquisition is over.
+                    # It was granted, the answer got lost, and the lease is over: take a new id.
                     self._id, self._metadata = str(uuid.uuid4()), ()
                 elif error.code() not in UNKNOWN_OUTCOME or now() > give_up + self._ttl:
                     raise
@@ -180,7 +187,7 @@ class Lease:
         raise Lost("closed")
 
     def _carry(self):
-        """One stream after the other, for as long as the lease lives: what a break costs is the time without beats."""
+        """Opens one stream after the other, for as long as the lease lives."""
         while not self._ended.is_set():
             sent, over = {}, threading.Event()
             call = self._leased.KeepAlive(self._beats(sent, over))
@@ -196,7 +203,7 @@ class Lease:
             self._ended.wait(min(0.5, self._ttl / 20))
 
     def _beats(self, sent, over):
-        """The messages of one stream. They come from a thread of gRPC's, which `over` lets go at once."""
+        """Yields the messages of one stream, on a thread of gRPC's. `over` ends it at once."""
         sequence = 0
         while not sent:
             sequence += 1
@@ -204,7 +211,7 @@ class Lease:
             yield pb.KeepAliveRequest(leases=[self._ref()], sequence=sequence)
             if over.wait(self._ttl / 3):
                 return
-        # A beat without an answer: this stream may be dead without anybody saying so, and another one not.
+        # The last message has no answer. This stream may be dead without notice, and another not.
         self._call.cancel()
 
     def _hear(self, result, sent_at):
@@ -214,14 +221,14 @@ class Lease:
             self._believe(sent_at + result.kept.remaining.ToNanoseconds() / 1e9)
 
     def _watch(self):
-        """Ends the belief in time, whatever the network does."""
+        """Ends the belief at the deadline, whatever the network does."""
         confirm_by = now() + self._ttl
         while not self._ended.is_set():
             with self._lock:
                 left = (self._deadline or confirm_by) - now()
             if left <= 0:
                 self._fall("no word from a daemon in time")
-            # In slices, since a sleep may be counted by a clock that stands still while the machine does.
+            # At most 1 s: a sleep may be counted by a clock that stands still during a suspension.
             self._ended.wait(min(left, 1.0))
 
     def _believe(self, until):
@@ -244,7 +251,7 @@ class Lease:
     def _cancel_when_closed(self, call):
         with self._lock:
             self._call = call
-        # It may have been closed before the call was here to be seen.
+        # The lease may have been closed before `_call` was set.
         if self._ended.is_set():
             call.cancel()
 

@@ -2,8 +2,9 @@
 
 python worker.py KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
 
-Exits with 0 when the work is done or was interrupted, 69 if no daemon answers (within 5 s to begin with; once in line it
-waits for daemons as well), 73 if the lease was lost, and 75 if another holds the key.
+Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease was
+lost, and 75 if another holds the key. At the start it waits 5 s for a daemon; once it is in the
+queue, it waits for daemons as long as for the key.
 """
 
 import argparse
@@ -27,13 +28,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=15.0, help="how long the work takes")
     parser.add_argument("--endpoint", default="127.0.0.1:5327", help="of the daemon")
     parser.add_argument("--ttl", type=float, default=10.0, help="of the lease, in seconds")
-    parser.add_argument("--wait", type=float, default=60.0, help="in line at most, in seconds")
+    parser.add_argument("--wait", type=float, default=60.0, help="for the key at most, in seconds")
     options = parser.parse_args()
-    # Both end the work as Ctrl-C does, also where a shell has started this in the background.
+    # Both raise KeyboardInterrupt, even where a background shell has SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    # The URL that leasectl takes will do as well.
+    # Accepts the URL that leasectl takes, too.
     endpoint = options.endpoint.removeprefix("http://").rstrip("/")
     with grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
         lease = Lease(channel, options.key, f"worker.py:{os.getpid()}", options.ttl, options.wait)
@@ -42,11 +43,11 @@ def main():
 
 def run(lease, seconds, reached, endpoint):
     try:
-        # A lease goes on asking for as long as it may wait. Whoever starts this wants to know that there is no daemon.
+        # `acquire` goes on asking for as long as it may wait, so say now if there is no daemon.
         reached.result(timeout=5)
         token = lease.acquire()
         print(f"holding {lease.key} with fencing token {token}", flush=True)
-        # The work. It sends the token with every write, and stops when the lease is lost.
+        # The work goes here. It sends the token with every write, and stops when the lease is lost.
         if lease.lost.wait(seconds):
             raise Lost(lease.reason)
         code = 0

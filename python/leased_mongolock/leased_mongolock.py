@@ -1,8 +1,8 @@
-"""The calls of mongolock on a leased daemon: `MongoLock`, with other promises behind the same signatures.
+"""The calls of mongolock on a leased daemon: `MongoLock`, with its signatures and other promises.
 
-Who holds a lock is decided by a lease id that the object keeps to itself, never by the owner's name, and when a lock is
-over is decided by the daemon's store, never by a clock of this machine. One object may be shared by threads; after a
-fork each process needs one of its own.
+A lease id that the object keeps to itself decides who holds a lock, never the owner's name. The
+daemon's store decides when a lock is over, never a clock of this machine. Threads may share an
+object; after a fork each process needs its own.
 """
 
 import contextlib
@@ -18,21 +18,23 @@ from google.protobuf.duration_pb2 import Duration
 from leased.v1 import lease_pb2 as pb
 from leased.v1 import lease_pb2_grpc
 
-# A lock without `expire` is touched for as long as this process lives, and is over this many seconds after it ended.
+# A lock without `expire` is touched while this process lives, and is over this many seconds after
+# the process has ended.
 UNLIMITED_TTL = 30.0
-# What a daemon takes, unless it is told otherwise.
+# What a daemon accepts by default.
 SHORTEST_TTL, LONGEST_TTL = 0.1, 24 * 3600.0
 LONGEST_WAIT = 3600.0
 # How long a call may take beyond its wait.
 PATIENCE = 10.0
 
-# Where a daemon listens unless it is told otherwise.
+# Where a daemon listens by default.
 PORT = 5327
-# mongolock's own defaults, for the part of `db` and `collection` that is left out.
+# mongolock's own defaults, for whichever of `db` and `collection` is left out.
 DB, COLLECTION = "mongolock", "lock"
 
-# A connection that dies in silence is noticed within 8 s, and replaced before a call gives up. gRPC's core takes the
-# timeout of a ping from the second of these options, or from the third, depending on its version.
+# Notices a connection that dies in silence within 8 s, and replaces it before a call gives up.
+# gRPC's core reads the timeout of a ping from the second option or the third, depending on its
+# version.
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -59,19 +61,19 @@ _SERVICE_CONFIG = {
     ]
 }
 
-# Says with a release that the acquire before it had no answer and may still be on its way.
+# Says with a release that its acquire had no answer and may still be on its way.
 _UNANSWERED = (("grpc-previous-rpc-attempts", "1"),)
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def _now():
-    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps where there is such a clock."""
+    """Returns seconds of a clock that nobody sets, and that counts a suspension if it can."""
     return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
 class MongoLockException(Exception):
-    """A lock that is not held cannot be touched."""
+    """The lock is not held, so it cannot be touched."""
 
 
 class MongoLockLocked(Exception):
@@ -79,21 +81,22 @@ class MongoLockLocked(Exception):
 
 
 class _Lock:
-    """A lease of this object."""
+    """One lease of a `MongoLock`."""
 
     def __init__(self, expire):
         self.id, self.expire = str(uuid.uuid4()), expire
         self.ttl = min(max(expire, SHORTEST_TTL), LONGEST_TTL) if expire else UNLIMITED_TTL
-        # Until when this object touches it unasked; -inf: never.
+        # Until when the object touches the lease unasked; -inf: never.
         self.touch_until = -math.inf if expire else math.inf
         self.touched = -math.inf
 
 
 class MongoLock:
-    """Locks at the daemon at `host`, an address like `localhost:5327`, or at the one that `channel` leads to.
+    """Locks at the daemon at `host`, an address like `localhost:5327`, or at that of `channel`.
 
-    `db` and `collection`, if either is given, keep the keys apart from others: keys begin with `db/collection/`.
-    `acquire_retry_step` is ignored, since nobody polls. A `client` of pymongo leads to no daemon and is refused.
+    If `db` or `collection` is given, keys begin with `db/collection/`, apart from other keys.
+    `acquire_retry_step` is ignored, since nothing polls. A pymongo `client` leads to no daemon and
+    is refused.
     """
 
     def __init__(self, host="localhost", db=None, collection=None, client=None, acquire_retry_step=None, *, channel=None):
@@ -113,7 +116,8 @@ class MongoLock:
         ]
         self._channel = channel or grpc.insecure_channel(_with_port(host), options=options)
         self._leased = lease_pb2_grpc.LeaseServiceStub(self._channel)
-        # grpcio's own retries take the header of _UNANSWERED out of a first attempt. Connects when it is used.
+        # This channel has no retries: those of grpcio would remove the header of _UNANSWERED from a
+        # first attempt. The channel connects when it is used.
         plain = channel or grpc.insecure_channel(_with_port(host), options=[("grpc.enable_retries", 0), *_KEEPALIVE])
         self._without_retries = lease_pb2_grpc.LeaseServiceStub(plain)
         self._held = {}
@@ -122,7 +126,7 @@ class MongoLock:
 
     @contextlib.contextmanager
     def __call__(self, key, owner, timeout=None, expire=None):
-        """Locks for the length of a `with` block. Raises `MongoLockLocked` if `lock` returns False."""
+        """Holds the lock for a `with` block. Raises `MongoLockLocked` if `lock` returns False."""
         if not self.lock(key, owner, timeout, expire):
             info = self.get_lock_info(key) or {"owner": None, "created": None, "expire": None}
             raise MongoLockLocked(f"{key} is locked by {info['owner']} since {info['created']}, until {info['expire']}")
@@ -132,8 +136,10 @@ class MongoLock:
             self.release(key, owner)
 
     def lock(self, key, owner, timeout=None, expire=None):
-        """Takes the lock and returns True, or False if another still holds it after `timeout` seconds. It is free again
-        `expire` seconds after the grant or the last touch; without `expire`, when this process releases it or ends.
+        """Acquires the lock and returns True, or False if it is still held after `timeout` seconds.
+
+        The lock is free again `expire` seconds after the grant or the last touch. Without `expire`,
+        it is free again when this process releases it or ends.
         """
         lock = _Lock(expire)
         give_up = _now() + (timeout or 0)
@@ -149,7 +155,7 @@ class MongoLock:
         return True
 
     def release(self, key, owner):
-        """Gives the lock back, if this object holds it for this owner; else nothing happens."""
+        """Gives the lock back if this object holds it for this owner; else does nothing."""
         with self._changed:
             lock = self._held.pop((key, owner), None)
         if lock is not None:
@@ -157,8 +163,10 @@ class MongoLock:
                 self._leased.Release(pb.ReleaseRequest(lease=self._ref(key, lock)), timeout=PATIENCE)
 
     def touch(self, key, owner, expire=None):
-        """Has the lock last at least `expire` seconds from now on; without `expire`, as long as it was locked for. Raises
-        `MongoLockException` if it is not held. A lock without expiry needs no touch."""
+        """Makes the lock last at least `expire` seconds from now, or its original duration.
+
+        Raises `MongoLockException` if the lock is not held. A lock without expiry needs no touch.
+        """
         with self._changed:
             lock = self._held.get((key, owner))
         if lock is None:
@@ -173,8 +181,11 @@ class MongoLock:
                 self._wake()
 
     def get_lock_info(self, key):
-        """The lock as a dictionary, or None if there never was one. Times are naive UTC, as the store tells them; a
-        lock without `expire` shows when it would be over if its process ended now."""
+        """Returns the lock as a dictionary, or None if there never was one.
+
+        Times are naive UTC, by the store's clock. A lock without `expire` shows when it would be
+        over if its process ended now.
+        """
         try:
             seen = self._leased.Get(pb.GetRequest(key=self._prefix + key), timeout=PATIENCE).lease
         except grpc.RpcError as error:
@@ -190,7 +201,7 @@ class MongoLock:
         return info
 
     def is_locked(self, key):
-        """Whether somebody holds the lock in time."""
+        """Returns whether the lock is held and not over."""
         try:
             seen = self._leased.Get(pb.GetRequest(key=self._prefix + key), timeout=PATIENCE).lease
         except grpc.RpcError as error:
@@ -200,7 +211,10 @@ class MongoLock:
         return seen.state == pb.LEASE_STATE_HELD
 
     def fencing_token(self, key, owner):
-        """The token to send with every write, which mongolock did not have; None if this object holds no such lock."""
+        """Returns the token to send with every write, or None if this object has no such lock.
+
+        mongolock has no such method.
+        """
         with self._changed:
             lock = self._held.get((key, owner))
         return lock and lock.token
@@ -217,25 +231,26 @@ class MongoLock:
                 if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                     return False
                 if error.code() == grpc.StatusCode.NOT_FOUND:
-                    # Granted, the answer got lost, and another took the key when its time was over.
+                    # Granted, the answer got lost, and the lease is over: take a new id.
                     lock.id = str(uuid.uuid4())
                     return False
                 raise
             lock.token = granted.fencing_token
-            # A grant from the line may be old by now.
+            # A grant from the queue may be old by now.
             if granted.waited and not self._touch(key, owner, lock):
                 lock.id = str(uuid.uuid4())
                 return False
             return True
         except BaseException:
-            # It may be held all the same, and the caller goes away. If that cannot be mended now, its time runs out.
+            # The lease may be held all the same, and the caller goes away. If this release fails,
+            # the lease lapses in its time.
             with contextlib.suppress(grpc.RpcError):
                 request = pb.ReleaseRequest(lease=self._ref(key, lock))
                 self._without_retries.Release(request, timeout=PATIENCE, metadata=_UNANSWERED)
             raise
 
     def _touch(self, key, owner, lock, timeout=PATIENCE):
-        """False if the lock is lost, which is then forgotten."""
+        """Touches the lock. If it is lost, forgets it and returns False."""
         sent_at = _now()
         with _losses() as lost:
             self._leased.Touch(pb.TouchRequest(lease=self._ref(key, lock)), timeout=timeout)
@@ -250,7 +265,7 @@ class MongoLock:
         return pb.LeaseRef(key=self._prefix + key, lease_id=lock.id)
 
     def _wake(self):
-        """Has the thread that touches look at what is held; there is none before one is needed."""
+        """Wakes the thread that touches, and starts it when it is first needed."""
         if self._toucher is None and any(lock.touch_until > _now() for lock in self._held.values()):
             self._toucher = threading.Thread(target=self._touch_on, daemon=True)
             self._toucher.start()
@@ -270,14 +285,14 @@ class MongoLock:
                     try:
                         self._touch(key, owner, lock, min(PATIENCE, lock.ttl / 3))
                     except grpc.RpcError:
-                        # The daemon is away; the lock lives on meanwhile.
+                        # The daemon is away, and the lock lives on meanwhile.
                         pause = min(0.5, lock.ttl / 10)
             time.sleep(pause)
 
 
 @contextlib.contextmanager
 def _losses():
-    """Yields a list that has an element afterwards if the daemon said that the lease is lost."""
+    """Yields a list, to which it adds an element if the daemon says that the lease is lost."""
     lost = []
     try:
         yield lost
@@ -288,7 +303,7 @@ def _losses():
 
 
 def _with_port(host):
-    """The address with the daemon's usual port, unless it names one; gRPC would take 443."""
+    """Adds the daemon's default port to an address without a port; gRPC would use 443."""
     name, _, port = host.rpartition(":")
     if port.isdigit() and (":" not in name or name.endswith("]")):
         return host

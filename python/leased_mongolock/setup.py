@@ -1,6 +1,6 @@
-"""Builds the package: generates the stubs of the API beside it, so that none are committed.
+"""Builds the package and generates the stubs of the API, so that none are committed.
 
-Needs the whole repository, in which the API is defined.
+Needs the whole repository, which has the definition of the API.
 """
 
 import pathlib
@@ -12,12 +12,12 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 PROTO = pathlib.Path(__file__).resolve().parents[2] / "proto"
-# google/protobuf/duration.proto and its like.
+# google/protobuf/duration.proto and others.
 WELL_KNOWN = pathlib.Path(grpc_tools.__file__).parent / "_proto"
 
 
 class WithStubs(build_py):
-    """Adds the package `leased.v1`, which is also there for whoever wants more than this drop-in."""
+    """Adds the package `leased.v1`, which programs may also use directly."""
 
     def run(self):
         super().run()
@@ -29,6 +29,6 @@ class WithStubs(build_py):
 
 setup(
     cmdclass={"build_py": WithStubs},
-    # Stubs run with what is at least as new as what generated them.
+    # Stubs need a grpcio and protobuf at least as new as the ones that generated them.
     install_requires=[f"grpcio>={version('grpcio-tools')}", f"protobuf>={version('protobuf')}"],
 )

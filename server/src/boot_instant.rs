@@ -1,9 +1,11 @@
-//! A clock that goes on while the machine is suspended.
+//! The boot clock, which goes on while the machine is suspended.
 //!
-//! A virtual machine that is paused, or a host that sleeps, stops the monotonic clock that timers and
-//! `tokio::time::Instant` run on. Leases run out all the same, so how old a touch is has to be read off this clock. On
-//! Linux and Android the difference between `CLOCK_BOOTTIME` and `CLOCK_MONOTONIC` is the time spent suspended.
-//! Elsewhere suspension counts as nothing.
+//! The monotonic clock, on which timers and `tokio::time::Instant` run, stops while a virtual
+//! machine is paused or a host sleeps. Leases lapse all the same. So the age of a touch is measured
+//! on this clock.
+//!
+//! On Linux and Android the difference between `CLOCK_BOOTTIME` and `CLOCK_MONOTONIC` is the time
+//! spent suspended. On other systems this clock does not count suspension.
 
 use std::ops::Sub;
 use std::time::Duration;
@@ -11,13 +13,14 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 
-/// A point in time on the boot clock. Only the difference of two means anything.
+/// An instant of the boot clock. Only the difference between two of them has a meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BootInstant(Instant);
 
 impl BootInstant {
-    /// Built on tokio's clock, so that it pauses and advances with the runtime of a test.
+    /// Returns the present instant.
     pub(crate) fn now() -> Self {
+        // Built on tokio's clock, so that it pauses and advances with the runtime of a test.
         Self(Instant::now() + suspended())
     }
 }
@@ -34,13 +37,13 @@ impl std::ops::Add<Duration> for BootInstant {
 impl Sub for BootInstant {
     type Output = Duration;
 
-    /// Zero if `earlier` is not earlier.
+    /// Returns the time from `earlier` to `self`, or zero if `earlier` is later.
     fn sub(self, earlier: Self) -> Duration {
         self.0.saturating_duration_since(earlier.0)
     }
 }
 
-/// How long the machine has been up, with the time that it was suspended where the system tells.
+/// Returns how long the machine has been up. Includes suspension on Linux and Android.
 pub(crate) fn since_boot() -> Duration {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     const CLOCK: ClockId = ClockId::Boottime;
@@ -53,15 +56,16 @@ fn read(clock: ClockId) -> Duration {
     Duration::try_from(clock_gettime(clock)).unwrap_or_default()
 }
 
-/// How long the machine has been suspended since it was started.
+/// Returns how long the machine has been suspended since its boot.
 #[cfg(all(not(test), any(target_os = "linux", target_os = "android")))]
 fn suspended() -> Duration {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     static LONGEST: AtomicU64 = AtomicU64::new(0);
     let total = since_boot();
-    // Read last: a pause between the two reads makes the difference too small and never too large. Suspension only adds
-    // up, so the largest difference seen is the best one, and this clock never goes back.
+    // The monotonic clock is read last, so that a pause between the two reads makes the difference
+    // too small and never too large. Suspension only grows, so the largest difference seen so far
+    // is the most exact one. It also keeps this clock from going back.
     let seen = total.saturating_sub(read(ClockId::Monotonic));
     let seen = u64::try_from(seen.as_nanos()).unwrap_or(u64::MAX);
     Duration::from_nanos(LONGEST.fetch_max(seen, Ordering::Relaxed).max(seen))
@@ -77,7 +81,7 @@ pub(crate) use for_tests::suspend;
 #[cfg(test)]
 use for_tests::suspended;
 
-/// Suspension as tests have it: only what they ask for, each thread for itself.
+/// Simulated suspension for tests, separate for each thread.
 #[cfg(test)]
 mod for_tests {
     use std::cell::Cell;
@@ -91,7 +95,7 @@ mod for_tests {
         SUSPENDED.get()
     }
 
-    /// Lets the boot clock run ahead of tokio's, as a suspension of the machine does. For tests on one thread.
+    /// Simulates a suspension of the machine. For tests on one thread.
     pub(crate) fn suspend(duration: Duration) {
         SUSPENDED.set(SUSPENDED.get() + duration);
     }
@@ -102,12 +106,12 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_clock_counts_what_passes_and_what_is_slept_through() {
+    async fn the_clock_counts_time_and_suspension() {
         let start = BootInstant::now();
         assert_eq!(BootInstant::now() - start, Duration::ZERO, "a paused clock stands still");
         tokio::time::advance(Duration::from_secs(2)).await;
         suspend(Duration::from_secs(30));
         assert_eq!(BootInstant::now() - start, Duration::from_secs(32));
-        assert_eq!(start - BootInstant::now(), Duration::ZERO, "never below nothing");
+        assert_eq!(start - BootInstant::now(), Duration::ZERO, "never below zero");
     }
 }

@@ -1,4 +1,5 @@
-//! What was typed ([`Args`]) and what it means ([`Config`]). Relations between settings are checked here.
+//! Command-line options ([`Args`]), and the configuration that they amount to ([`Config`]). The
+//! conversion checks that the options fit together.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -11,69 +12,73 @@ use clap::builder::{BoolishValueParser, NonEmptyStringValueParser, Resettable};
 use clap::{ArgAction, Args as Group, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use humantime::{format_duration, parse_duration};
 
+use crate::engine::Bounds;
 use crate::lease::{Rules, Ttl};
-use crate::lessor::Bounds;
 use crate::store::mongo::Location;
 
-/// A day: the longest TTL and `min_hold`.
+/// The longest TTL, `min_hold` and wait.
 pub const DAY: Duration = Duration::from_secs(24 * 3600);
-/// A key is remembered at least this long after its last lease, so that no late message finds it new.
+/// The shortest `--purge-after`. The record of a key must outlive every late command for it,
+/// because it remembers which ids have ended.
 const MIN_PURGE_AFTER: Duration = Duration::from_secs(3600);
-/// Messages that have not come in whole may have so many bytes, in the whole daemon.
+/// How many bytes partly received messages may have, in the whole daemon.
 const RECEIVING_BYTES: usize = 64 * 1024 * 1024;
 
-/// leased grants leases over gRPC: the right to act on a key until a time that keeps moving forward for as long as
-/// its holder touches it.
+/// leased grants leases over gRPC. A lease is the right to act on a key for a limited time, which
+/// its holder extends by touching it.
 #[derive(Debug, Parser)]
 #[command(name = "leased", version, max_term_width = 110, args_override_self = true)]
 pub struct Args {
-    /// Where to serve gRPC; port 0 picks a free one.
+    /// The address to serve gRPC on; port 0 picks a free port.
     #[arg(long, env = "LEASED_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:5327")]
     listen: SocketAddr,
 
-    /// Where to serve /livez, /readyz and /metrics; `off` for nowhere.
+    /// The address to serve /livez, /readyz and /metrics on, or `off`.
     #[arg(long, env = "LEASED_HTTP_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:5328", value_parser = http_listen)]
     http_listen: HttpListen,
 
-    /// Serve beyond this host without encryption.
+    /// Allow addresses that other hosts can reach. The daemon serves them in plain text.
     #[arg(long, env = "LEASED_INSECURE", value_parser = BoolishValueParser::new())]
     insecure: bool,
 
-    /// Where the leases are kept on this host; made if it is missing, for one daemon at a time.
+    /// The folder for the leases on this host. The daemon creates it if it is missing. One daemon
+    /// at a time can use it.
     #[arg(long, env = "LEASED_DATA_DIR", value_name = "DIR", default_value = "./leased-data")]
     data_dir: PathBuf,
 
-    /// Keep the leases in this MongoDB (a replica set or a sharded cluster) instead, for any number of daemons. Options of
-    /// the URI apply, except those that would make leases unsafe: these are refused.
+    /// Keep the leases in this MongoDB (a replica set or a sharded cluster) instead, for any number
+    /// of daemons. Options in the URI apply. Options that would make leases unsafe are refused.
     #[arg(long, env = "LEASED_MONGODB_URI", value_name = "URI", hide_env_values = true)]
     mongodb_uri: Option<Secret>,
 
-    /// The database in it.
+    /// The database in MongoDB.
     #[arg(long, env = "LEASED_MONGODB_DATABASE", value_name = "NAME", default_value = "leased")]
     mongodb_database: String,
 
-    /// The collection in that.
+    /// The collection in the database.
     #[arg(long, env = "LEASED_MONGODB_COLLECTION", value_name = "NAME", default_value = "leases")]
     mongodb_collection: String,
 
-    /// Give up when MongoDB, or the disk, cannot be reached at start for this long; without it, keep trying.
+    /// How long to try to reach MongoDB, or the disk, at start before the daemon gives up [default:
+    /// for ever].
     #[arg(long, env = "LEASED_STORE_TIMEOUT", value_name = "DURATION", value_parser = parse_duration)]
     store_timeout: Option<Duration>,
 
-    /// The TTL of leases whose request names none.
+    /// The TTL of a lease whose request has none.
     #[arg(long, env = "LEASED_DEFAULT_TTL", value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     default_ttl: Duration,
 
-    /// The shortest TTL granted.
+    /// The shortest TTL that a request may ask for.
     #[arg(long, env = "LEASED_MIN_TTL", value_name = "DURATION", default_value = "100ms", value_parser = parse_duration)]
     min_ttl: Duration,
 
-    /// The longest TTL granted.
+    /// The longest TTL that a request may ask for.
     #[arg(long, env = "LEASED_MAX_TTL", value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     max_ttl: Duration,
 
-    /// How long after it ran out a lease may be taken by another. Covers the difference between the clocks of
-    /// MongoDB's nodes after a failover; the same for all daemons of a database [default: 1s on MongoDB, else 0s].
+    /// How long after a lease has lapsed its key may be granted to another holder. Covers the
+    /// difference between the clocks of MongoDB's nodes after a failover. All daemons of a database
+    /// must have the same value [default: 1s on MongoDB, else 0s].
     #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", value_parser = parse_duration)]
     grace: Option<Duration>,
 
@@ -81,8 +86,9 @@ pub struct Args {
     #[arg(long, env = "LEASED_PURGE_AFTER", value_name = "DURATION", default_value = "7d", value_parser = parse_duration)]
     purge_after: Duration,
 
-    /// Answer a keepalive stream from memory, with the true remaining time, for leases touched less than a tenth of
-    /// their TTL ago; `false` writes every touch.
+    /// Coalesce touches: answer a touch on a keepalive stream without a write if the last written
+    /// one is younger than a tenth of the TTL. The answer has the true remaining time. `false`
+    /// writes every touch.
     #[arg(long, env = "LEASED_COALESCE_TOUCHES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set, value_parser = BoolishValueParser::new())]
     coalesce_touches: bool,
 
@@ -90,11 +96,11 @@ pub struct Args {
     #[arg(long, env = "LEASED_DRAIN_TIMEOUT", value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     drain_timeout: Duration,
 
-    /// How log lines look [default: text on a terminal, else json].
+    /// The format of log lines [default: text on a terminal, else json].
     #[arg(long, env = "LEASED_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
 
-    /// What is logged: a level, or a filter such as `info,leased=debug`.
+    /// The level of log lines, or a filter such as `info,leased=debug`.
     #[arg(long, env = "LEASED_LOG_LEVEL", value_name = "FILTER", default_value = "info", value_parser = NonEmptyStringValueParser::new())]
     log_level: String,
 
@@ -105,15 +111,15 @@ pub struct Args {
 #[derive(Debug, Group)]
 #[command(next_help_heading = "Limits")]
 struct LimitArgs {
-    /// Connections at once; more are closed as they come.
+    /// The most connections at once. Further ones are closed at once.
     #[arg(long, env = "LEASED_MAX_CONNECTIONS", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_connections: usize,
 
-    /// Calls and streams at once on one connection.
+    /// The most calls and streams at once on one connection.
     #[arg(long, env = "LEASED_MAX_STREAMS", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_streams: u32,
 
-    /// Calls that may wait in line at once.
+    /// The most calls that may wait in queues at once.
     #[arg(long, env = "LEASED_MAX_WAITING_CALLS", value_name = "N", default_value_t = 100_000)]
     max_waiting_calls: usize,
 
@@ -121,26 +127,27 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_duration)]
     max_wait: Duration,
 
-    /// Watches at once.
+    /// The most watches at once.
     #[arg(long, env = "LEASED_MAX_WATCHES", value_name = "N", default_value_t = 256)]
     max_watches: usize,
 
-    /// Leases that one keepalive stream may carry.
+    /// The most leases that one keepalive stream tracks, which means that it keeps them alive.
     #[arg(long, env = "LEASED_MAX_STREAM_LEASES", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_stream_leases: usize,
 
-    /// Leases that all keepalive streams together carry. A lease past that is touched by each message that names it, and
-    /// not carried; a tenth as many may be touched so at once.
+    /// The most leases that all keepalive streams together track. Further leases are touched by
+    /// each message that names them, but not tracked. A tenth as many may be touched like that at
+    /// once.
     #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
     max_leases: usize,
 
-    /// Messages a second that a keepalive stream may send before they wait and share a commit; bursts of four seconds'
-    /// worth are let through.
+    /// How many messages a second of a keepalive stream get a commit of their own. Further messages
+    /// wait and share one. A burst may have as many messages as four seconds allow.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     max_stream_rate: u32,
 }
 
-/// What must not be printed.
+/// A text that must not be printed, because a MongoDB URI may have a password.
 #[derive(Clone)]
 struct Secret(String);
 
@@ -158,12 +165,12 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Text for people.
     Text,
-    /// One object a line.
+    /// One JSON object for each line.
     Json,
 }
 
@@ -173,85 +180,86 @@ enum HttpListen {
     At(SocketAddr),
 }
 
-/// What the daemon is to do.
+/// The configuration of the daemon.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// gRPC's address.
+    /// The address to serve gRPC on.
     pub listen: SocketAddr,
-    /// The side port's address, if it is on.
+    /// The address of the side port. `None` if it is off.
     pub http_listen: Option<SocketAddr>,
-    /// Where the leases are.
-    pub place: Place,
-    /// How long to try to reach the store at start; `None` for ever.
+    /// Where the leases are kept.
+    pub location: StoreLocation,
+    /// How long to try to reach the store at start. `None` for ever.
     pub store_timeout: Option<Duration>,
-    /// What the rules are given.
+    /// The durations of the lease rules.
     pub rules: Rules,
-    /// When free keys are forgotten.
+    /// How long a key must have been unused before it is purged.
     pub purge_after: Duration,
-    /// When a drain becomes a cut.
+    /// How long a drain may take before open calls are cut.
     pub drain_timeout: Duration,
-    /// How log lines look; `None`: as fits the terminal.
+    /// The format of log lines. `None`: text on a terminal, else JSON.
     pub log_format: Option<LogFormat>,
-    /// What is logged.
+    /// The log level, or a log filter.
     pub log_level: String,
-    /// What requests may ask.
+    /// The limits on callers.
     pub limits: Limits,
 }
 
 /// Where the leases are kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
-    /// In a folder of this host.
+pub enum StoreLocation {
+    /// In a folder on this host.
     Folder(PathBuf),
     /// In a MongoDB collection.
     MongoDb(Location),
 }
 
-impl Place {
-    /// The grace that fits: a single clock needs none.
+impl StoreLocation {
+    /// Returns the default grace.
     fn grace(&self) -> Duration {
         match self {
+            // The embedded store has a single clock, so the grace has nothing to cover.
             Self::Folder(_) => Duration::ZERO,
             Self::MongoDb(_) => Duration::from_secs(1),
         }
     }
 }
 
-/// The bounds of what callers may do.
+/// The limits on callers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// The TTL for requests that name none.
+    /// The TTL of requests that have none.
     pub default_ttl: Ttl,
-    /// The shortest.
+    /// The shortest TTL.
     pub min_ttl: Ttl,
-    /// The longest.
+    /// The longest TTL.
     pub max_ttl: Ttl,
-    /// The longest time in line.
+    /// The longest wait in a queue.
     pub max_wait: Duration,
-    /// Connections at once.
+    /// The most connections at once.
     pub connections: usize,
-    /// HTTP/2 streams at once on a connection.
+    /// The most HTTP/2 streams at once on a connection.
     pub streams: u32,
-    /// Leases that a keepalive stream carries.
+    /// The most leases that a keepalive stream tracks.
     pub stream_leases: usize,
-    /// Messages a second of a stream that get a commit of their own.
+    /// How many messages a second of a keepalive stream get a commit of their own.
     pub stream_rate: u32,
-    /// Bytes of messages that have not come in whole, in the whole daemon.
+    /// How many bytes partly received messages may have, in the whole daemon.
     pub receiving_bytes: usize,
-    /// Whether streams are answered from memory for leases touched a moment ago.
+    /// Whether touches on keepalive streams are coalesced.
     pub coalesce_touches: bool,
-    /// What the engine keeps.
+    /// The limits of the engine.
     pub bounds: Bounds,
 }
 
-/// Settings that do not go together. The message says which and what to do.
+/// Options that contradict each other. The message says which they are and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Contradiction(String);
 
 impl Args {
-    /// Reads the command line, and the environment for what it leaves open. Ends the process if it cannot be read, or
-    /// after the help that was asked for.
+    /// Reads the command line, and environment variables for options that are not on it. Ends the
+    /// process if they are invalid, and after it has printed the help or the version.
     #[must_use]
     pub fn read() -> Self {
         let mut command = without_empty_variables(Self::command());
@@ -260,7 +268,8 @@ impl Args {
     }
 }
 
-/// A variable that is set and empty counts as unset: that is how compose files and unit files leave one open.
+/// Makes an empty environment variable count as unset. Compose files and unit files leave variables
+/// open like that.
 fn without_empty_variables(command: Command) -> Command {
     let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     command.mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
@@ -278,26 +287,28 @@ impl TryFrom<Args> for Config {
             HttpListen::At(address) => Some(address),
         };
         if !args.insecure {
-            reachable_only_here("--listen", args.listen)?;
-            http_listen.map_or(Ok(()), |address| reachable_only_here("--http-listen", address))?;
+            check_loopback("--listen", args.listen)?;
+            http_listen.map_or(Ok(()), |address| check_loopback("--http-listen", address))?;
         }
         at_least("--purge-after", args.purge_after, MIN_PURGE_AFTER)?;
-        let place = match &args.mongodb_uri {
-            None => Place::Folder(args.data_dir.clone()),
-            Some(uri) => Place::MongoDb(Location {
+        let location = match &args.mongodb_uri {
+            None => StoreLocation::Folder(args.data_dir.clone()),
+            Some(uri) => StoreLocation::MongoDb(Location {
                 uri: uri.0.clone(),
                 database: args.mongodb_database.clone(),
                 collection: args.mongodb_collection.clone(),
             }),
         };
-        let grace = args.grace.unwrap_or_else(|| place.grace());
+        let grace = args.grace.unwrap_or_else(|| location.grace());
         at_most("--grace", grace, Duration::from_secs(60))?;
         Ok(Self {
             listen: args.listen,
             http_listen,
-            place,
+            location,
             store_timeout: args.store_timeout,
-            rules: Rules { grace, place: Duration::from_secs(15) },
+            // A waiter's entry outlasts two refreshes that fail. The pause between refreshes is at
+            // most 4.5 s.
+            rules: Rules { grace, waiter_ttl: Duration::from_secs(15) },
             purge_after: args.purge_after,
             drain_timeout: args.drain_timeout,
             log_format: args.log_format,
@@ -335,13 +346,13 @@ fn limits(args: &Args) -> Result<Limits, Contradiction> {
     })
 }
 
-fn reachable_only_here(option: &str, address: SocketAddr) -> Result<(), Contradiction> {
+fn check_loopback(option: &str, address: SocketAddr) -> Result<(), Contradiction> {
     if address.ip().is_loopback() {
         return Ok(());
     }
     Err(Contradiction(format!(
-        "{option} {address} can be reached from other hosts, in plain text: use a loopback address, or say --insecure \
-         if the network is yours"
+        "{option} {address} can be reached from other hosts, in plain text: use a loopback address, or add --insecure \
+         if you trust the network"
     )))
 }
 
@@ -384,38 +395,40 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_go_together() {
+    fn the_defaults_do_not_contradict_each_other() {
         let config = config(&[]).expect("the defaults");
         assert_eq!(config.listen.port(), 5327);
         assert_eq!(config.limits.default_ttl.get(), Duration::from_secs(30));
-        assert_eq!(config.place, Place::Folder("./leased-data".into()));
+        assert_eq!(config.location, StoreLocation::Folder("./leased-data".into()));
         assert_eq!(config.rules.grace, Duration::ZERO);
         assert!(config.limits.coalesce_touches);
     }
 
     #[test]
-    fn an_empty_filter_is_refused_for_it_would_log_nothing() {
+    fn an_empty_log_filter_is_refused_because_it_would_log_nothing() {
         assert!(Args::try_parse_from(["leased", "--log-level", ""]).is_err());
         assert_eq!(config(&["--log-level=off"]).expect("a filter").log_level, "off");
     }
 
     #[test]
-    fn every_touch_can_be_made_a_write() {
+    fn coalescing_can_be_turned_off() {
         assert!(!config(&["--coalesce-touches=false"]).expect("a switch").limits.coalesce_touches);
     }
 
     #[test]
-    fn with_a_uri_the_leases_are_in_mongodb_and_there_is_a_grace() {
+    fn with_a_uri_the_leases_are_in_mongodb_with_a_grace() {
         let uri = ["--mongodb-uri", "mongodb://127.0.0.1"];
         let shared = config(&uri).expect("the defaults");
-        assert!(matches!(shared.place, Place::MongoDb(location) if location.collection == "leases"));
+        assert!(
+            matches!(shared.location, StoreLocation::MongoDb(location) if location.collection == "leases")
+        );
         assert_eq!(shared.rules.grace, Duration::from_secs(1));
         let chosen = config(&[uri[0], uri[1], "--grace", "3s"]).expect("a grace");
         assert_eq!(chosen.rules.grace, Duration::from_secs(3));
     }
 
     #[test]
-    fn no_password_is_in_what_is_shown_for_debugging() {
+    fn a_debug_print_has_no_password() {
         let options = ["leased", "--mongodb-uri", "mongodb://app:S3cret@127.0.0.1"];
         let args = Args::try_parse_from(options).expect("options that parse");
         let shown = format!("{args:?}");
@@ -424,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_contradict_each_other_are_refused_by_name() {
+    fn options_that_contradict_each_other_are_refused_by_name() {
         for (options, named) in [
             (&["--min-ttl", "1m"][..], "--min-ttl"),
             (&["--max-ttl", "10s"], "--default-ttl"),

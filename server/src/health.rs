@@ -1,4 +1,7 @@
-//! Whether this daemon should be asked, for all who say so: the gRPC health service, the HTTP side port, the metrics.
+//! Whether this daemon is ready to serve.
+//!
+//! The gRPC health service, the HTTP side port and the metrics all read this one state, so they
+//! never disagree.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,23 +16,23 @@ use tonic_health::server::HealthReporter;
 
 use crate::store::{Store, StoreError};
 
-/// How often the store is asked.
+/// The pause between checks of the store.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A store that is silent for so long does not answer.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// What health is reported of; the empty name stands for the whole daemon.
+/// How long a check of the store may take.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// The services whose health is reported. The empty name means the whole daemon.
 const SERVICES: [&str; 3] = ["", LEASE_SERVICE, ADMIN_SERVICE];
 
-/// Why calls should or should not come here.
+/// Whether the daemon is ready to serve, or why not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Readiness {
     Ready,
-    /// The store does not answer, and why.
-    StoreAway(String),
+    /// The store does not answer. Has the cause.
+    StoreUnavailable(String),
     Draining,
 }
 
-/// Tells everyone who asks.
+/// The readiness of the daemon. Clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct Health {
     reporter: HealthReporter,
@@ -37,22 +40,22 @@ pub(crate) struct Health {
 }
 
 impl Health {
-    /// Not ready until a first look at the store.
+    /// Returns a state that is not ready until the first check of the store.
     pub(crate) async fn new(reporter: HealthReporter) -> Self {
-        let unasked = Readiness::StoreAway("it has not been asked yet".to_owned());
-        let health = Self { reporter, readiness: Arc::new(watch::Sender::new(unasked.clone())) };
-        health.report(unasked).await;
+        let unchecked = Readiness::StoreUnavailable("it has not been checked yet".to_owned());
+        let health = Self { reporter, readiness: Arc::new(watch::Sender::new(unchecked.clone())) };
+        health.report(unchecked).await;
         health
     }
 
-    /// Looks at the store again and again until the daemon drains, and then says that.
+    /// Checks the store about every second until the daemon drains, and then reports the drain.
     pub(crate) async fn watch<S: Store>(self, store: &S, draining: CancellationToken) {
         loop {
-            let answer = tokio::select! {
-                answer = timeout(PATIENCE, store.check()) => answer,
+            let result = tokio::select! {
+                result = timeout(CHECK_TIMEOUT, store.check()) => result,
                 () = draining.cancelled() => break,
             };
-            self.look(answer.map_err(|_| "no answer in time".to_owned()).and_then(cause)).await;
+            self.note(result.map_err(|_| "no answer in time".to_owned()).and_then(cause)).await;
             tokio::select! {
                 () = sleep(PERIOD) => {}
                 () = draining.cancelled() => break,
@@ -61,9 +64,10 @@ impl Health {
         self.report(Readiness::Draining).await;
     }
 
-    async fn look(&self, answer: Result<(), String>) {
+    /// Notes the result of a check. Logs and reports only changes.
+    async fn note(&self, result: Result<(), String>) {
         let was_ready = self.readiness() == Readiness::Ready;
-        match answer {
+        match result {
             Ok(()) if was_ready => {}
             Ok(()) => {
                 tracing::info!("the store answers");
@@ -71,17 +75,19 @@ impl Health {
             }
             Err(cause) if was_ready => {
                 tracing::warn!(cause, "the store does not answer");
-                self.report(Readiness::StoreAway(cause)).await;
+                self.report(Readiness::StoreUnavailable(cause)).await;
             }
-            // The cause may be another one than before.
-            Err(cause) => drop(self.readiness.send_replace(Readiness::StoreAway(cause))),
+            // The cause may have changed, and `/readyz` shows it.
+            Err(cause) => {
+                self.readiness.send_replace(Readiness::StoreUnavailable(cause));
+            }
         }
     }
 
     async fn report(&self, readiness: Readiness) {
         let status = match &readiness {
             Readiness::Ready => ServingStatus::Serving,
-            Readiness::StoreAway(_) | Readiness::Draining => ServingStatus::NotServing,
+            Readiness::StoreUnavailable(_) | Readiness::Draining => ServingStatus::NotServing,
         };
         for service in SERVICES {
             self.reporter.set_service_status(service, status).await;
@@ -89,22 +95,22 @@ impl Health {
         self.readiness.send_replace(readiness);
     }
 
-    /// Ends the streams of those who watch; they have been told that the daemon drains.
-    pub(crate) async fn end(mut self) {
+    /// Ends the health streams. Their callers have been sent NOT_SERVING before.
+    pub(crate) async fn end_streams(mut self) {
         for service in SERVICES {
             self.reporter.clear_service_status(service).await;
         }
     }
 
-    /// Why calls should or should not come here.
+    /// Returns whether the daemon is ready, or why not.
     pub(crate) fn readiness(&self) -> Readiness {
         self.readiness.borrow().clone()
     }
 }
 
-fn cause(answer: Result<(), StoreError>) -> Result<(), String> {
-    answer.map_err(|error| match error {
-        // What has become of edits is no matter here.
+fn cause(result: Result<(), StoreError>) -> Result<(), String> {
+    result.map_err(|error| match error {
+        // Without the outcome, which is about edits. A check makes none.
         StoreError::Unavailable { cause, .. } => cause,
         error => error.to_string(),
     })

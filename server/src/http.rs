@@ -1,4 +1,4 @@
-//! The HTTP side port: whether this daemon should be asked, and its metrics.
+//! The HTTP side port: `/livez`, `/readyz` and `/metrics`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,35 +15,35 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::accept::connections;
+use crate::engine::Lessor;
 use crate::health::{Health, Readiness};
-use crate::lessor::Lessor;
-use crate::listener::{Slot, serve_all};
-use crate::meter::Meter;
+use crate::metrics::registry::MetricsRegistry;
 use crate::store::{FeedState, Store};
+use crate::transport::accept::connections;
+use crate::transport::listener::{ConnectionSlot, serve_all};
 
-/// Connections at once.
+/// How many connections may be open at once.
 const CONNECTIONS: usize = 128;
-/// How long a request may take to come in, and all of it to be answered.
-const TIME: Duration = Duration::from_secs(10);
-/// What is shown of the cause of a failure, in characters; the log has all of it.
-const CAUSE: usize = 200;
+/// How long a request may take to arrive, and how long a connection may last in all.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How much of the cause of a failure is shown, in characters. The log has all of it.
+const CAUSE_CHARS: usize = 200;
 
-/// Serves `/livez`, `/readyz` and `/metrics` until `ended`.
+/// Serves `/livez`, `/readyz` and `/metrics` until `ended` is cancelled.
 pub(crate) async fn serve<S: Store>(
     listener: TcpListener,
     refused: Counter,
     health: Health,
     lessor: Lessor<S>,
-    meter: Meter,
+    registry: MetricsRegistry,
     ended: CancellationToken,
 ) {
-    let meter = Arc::new(meter);
+    let registry = Arc::new(registry);
     let ready = move || async move {
         let store = lessor.store();
         let (code, state) = match health.readiness() {
-            Readiness::Ready => (StatusCode::OK, format!("ready{}", feed(store))),
-            Readiness::StoreAway(cause) => {
+            Readiness::Ready => (StatusCode::OK, format!("ready{}", feed_text(store))),
+            Readiness::StoreUnavailable(cause) => {
                 (StatusCode::SERVICE_UNAVAILABLE, format!("the store does not answer: {}", brief(&cause)))
             }
             Readiness::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining".to_owned()),
@@ -51,23 +51,23 @@ pub(crate) async fn serve<S: Store>(
         (code, format!("{state}\nstore={} id={}\n", store.name(), store.id()))
     };
     let metrics = move || async move {
-        let text = meter.text().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
-        Ok::<_, StatusCode>(([(CONTENT_TYPE, Meter::CONTENT_TYPE)], text))
+        let text = registry.text().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+        Ok::<_, StatusCode>(([(CONTENT_TYPE, MetricsRegistry::CONTENT_TYPE)], text))
     };
     let routes = Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics));
     let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
-    // One request a connection: none is kept for those who may come back.
-    http.http1().timer(TokioTimer::new()).header_read_timeout(TIME).keep_alive(false);
+    // One request for each connection, so that idle connections do not use up the few slots.
+    http.http1().timer(TokioTimer::new()).header_read_timeout(TIMEOUT).keep_alive(false);
     let serve = |stream, slot| {
         let (http, routes, ended) = (http.clone(), routes.clone(), ended.clone());
         async move {
-            let _slot: Slot = slot;
-            let answer = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+            let _slot: ConnectionSlot = slot;
+            let response = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
             tokio::select! {
-                _ = timeout(TIME, answer) => {}
+                _ = timeout(TIMEOUT, response) => {}
                 () = ended.cancelled() => {}
             }
         }
@@ -75,14 +75,15 @@ pub(crate) async fn serve<S: Store>(
     serve_all(connections(listener), CONNECTIONS, refused, ended.clone(), serve).await;
 }
 
-/// The beginning of a text, as one line.
+/// Returns the beginning of a text, as one line.
 fn brief(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
-    words.join(" ").chars().take(CAUSE).collect()
+    words.join(" ").chars().take(CAUSE_CHARS).collect()
 }
 
-/// How the change feed stands, for people. Without it the daemon looks for itself, later: it is ready all the same.
-fn feed(store: &impl Store) -> String {
+/// Describes the state of the change feed. Does not affect readiness: without the feed the daemon
+/// polls the store and notices what other daemons did later.
+fn feed_text(store: &impl Store) -> String {
     match store.feed_state() {
         FeedState::Off => String::new(),
         FeedState::Behind(lag) => format!(", change feed {}ms behind", lag.as_millis()),
@@ -97,6 +98,6 @@ mod tests {
     #[test]
     fn a_cause_is_a_short_line() {
         assert_eq!(brief("no space\n  left\ton device\n"), "no space left on device");
-        assert_eq!(brief(&"é".repeat(1000)), "é".repeat(CAUSE));
+        assert_eq!(brief(&"é".repeat(1000)), "é".repeat(CAUSE_CHARS));
     }
 }

@@ -1,65 +1,34 @@
 //! The lease daemon, as a library for its binary and for tests that run it in-process.
 //!
-//! In reading order: the rules, where records live, the engine, what callers see, and what runs it all.
+//! A call passes `transport`, `grpc`, `engine`, `store` and `lease`, in this order.
 //! `ARCHITECTURE.md` draws the whole.
 
 #![warn(missing_debug_implementations)]
 
-/// The rules, pure.
+/// The rules: how a record changes. Pure.
 pub mod lease;
-/// The engine: batching, and the line of waiting calls.
-pub mod lessor;
-/// Where records live.
+/// Where records live: the trait [`store::Store`], the embedded store and MongoDB.
 pub mod store;
+/// Turns calls into edits of records, batches the edits, and notifies whoever waits for a record.
+pub mod engine;
+/// The gRPC services: reads requests, calls the engine, writes responses.
+mod grpc;
+/// Connections: accepts and serves them, and bounds what each call may cost.
+mod transport;
+/// The metrics of one daemon.
+mod metrics;
 
-/// The clock that counts suspension.
-mod boot_instant;
-/// The stream that keeps leases alive.
-mod keepalive;
-/// Requests, read and checked.
-mod request;
-/// The unary calls.
-mod service;
-/// The stream that shows what happens to keys.
-mod watch;
-/// What callers are told.
-mod wire;
-
-/// What counts, and what is shown of it.
-mod meter;
-
-/// Accepting connections.
-mod accept;
-/// What every call is given.
-mod bounds;
-/// Calls, counted.
-mod calls;
-/// Calls of the lease service past the routes.
-mod express;
-/// Whether this daemon should be asked.
-mod health;
-/// The HTTP side port.
-mod http;
-/// Serving connections.
-mod listener;
-/// What the system says of this process.
-mod process;
-/// What a request may take while it comes in.
-mod receiving;
-/// What an answer may take while it goes out.
-mod sending;
-/// Running the daemon.
+/// Runs the daemon: services, health, purge and drain.
 pub mod server;
-/// Which store answers.
-mod stamp;
-/// How the daemon stands.
-mod standing;
-/// What answers on keepalive streams take until they are taken.
-mod untaken;
-
-/// What was typed and what it means.
+/// Command-line options, and the configuration they amount to.
 pub mod config;
-/// What a panic may end.
-pub mod panics;
-/// Log lines.
+/// Log lines, written by a thread that nobody waits for.
 pub mod telemetry;
+/// Which part of the daemon a panic ends.
+pub mod panics;
+/// Whether this daemon should be asked: one source for all that say so.
+mod health;
+/// The HTTP side port: `/livez`, `/readyz` and `/metrics`.
+mod http;
+/// A clock that goes on while the machine is suspended.
+mod boot_instant;

@@ -1,4 +1,4 @@
-//! The daemon's process: telemetry, configuration, store, ports, run, exit code.
+//! The process of the daemon: configuration, log, runtime, store, ports, signals and exit code.
 
 use std::fmt::Display;
 use std::io::{Write, stdout};
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, RwLock, mpsc};
 use std::time::Duration;
 
-use leased::config::{Args, Config, Place};
+use leased::config::{Args, Config, StoreLocation};
 use leased::server::{Listeners, run};
 use leased::store::embedded::EmbeddedStore;
 use leased::store::mongo::MongoStore;
@@ -21,25 +21,26 @@ use tokio_util::sync::CancellationToken;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Between tries to reach the store at start.
+/// The pause between attempts to reach the store at start.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long a try to reach the store may go on after the daemon was told to stop.
-const LAST_TRY: Duration = Duration::from_secs(5);
+/// How long an attempt to reach the store may go on after the daemon was told to stop.
+const LAST_ATTEMPT: Duration = Duration::from_secs(5);
 
-/// Threads for work that blocks: looking up names, files.
+/// The threads for blocking work: looking up names, and files.
 const BLOCKING_THREADS: usize = 16;
 /// How long a thread may take to start.
-const THREADS_START: Duration = Duration::from_secs(10);
-/// How long blocking work may go on at the end.
-const LAST_THREADS: Duration = Duration::from_secs(1);
-/// File descriptors beside those of gRPC connections: the store's, the side port's, the process's own.
+const THREAD_START: Duration = Duration::from_secs(10);
+/// How long blocking work may go on at the end of the process.
+const LAST_BLOCKING_WORK: Duration = Duration::from_secs(1);
+/// How many file descriptors the daemon needs beside those of gRPC connections: for the store, the
+/// side port and the process itself.
 const OTHER_FILES: u64 = 256;
 
-/// How the process ends other than well.
+/// Why the process ends with an error.
 enum Failure {
-    /// Wrong usage or configuration: trying again as it is does not help.
+    /// Wrong usage or configuration. The same start would fail again.
     Usage(String),
-    /// Something failed.
+    /// A failure that may be gone at the next start.
     Running(String),
 }
 
@@ -54,6 +55,7 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
+    // Leases survive a restart, so a panic that no call contains ends the process.
     panics::end_the_process();
     let code = match process() {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,12 +79,12 @@ fn process() -> Result<(), Failure> {
     start_threads(&runtime)?;
     let ended = runtime.block_on(daemon(&config));
     panics::daemon_has_ended();
-    // A look-up that hangs does not keep the process.
-    runtime.shutdown_timeout(LAST_THREADS);
+    // Limited, because a name look-up that hangs cannot be cancelled.
+    runtime.shutdown_timeout(LAST_BLOCKING_WORK);
     ended
 }
 
-/// Makes a runtime whose threads stay for as long as the process does.
+/// Returns a runtime whose threads live as long as the process.
 fn runtime() -> std::io::Result<Runtime> {
     runtime::Builder::new_multi_thread()
         .enable_all()
@@ -91,22 +93,24 @@ fn runtime() -> std::io::Result<Runtime> {
         .build()
 }
 
-/// Starts all threads for blocking work, such as looking up names: tokio panics if it needs one more when the system has
-/// none to give.
+/// Starts all threads for blocking work.
+///
+/// tokio would start them when they are needed, and panics if the system refuses a thread.
 fn start_threads(runtime: &Runtime) -> Result<(), Failure> {
     let (here, started) = mpsc::channel();
     let gate = Arc::new(RwLock::new(()));
     let _closed = gate.write();
     for _ in 0..BLOCKING_THREADS {
         let (here, gate) = (here.clone(), Arc::clone(&gate));
-        // Each waits for all, so that none does the work of two.
+        // No thread ends its task before all have begun. Otherwise one thread could run two of the
+        // tasks.
         runtime.spawn_blocking(move || {
             let _ = here.send(());
             drop(gate.read());
         });
     }
     for count in 0..BLOCKING_THREADS {
-        started.recv_timeout(THREADS_START).map_err(|_| {
+        started.recv_timeout(THREAD_START).map_err(|_| {
             Failure::Running(format!(
                 "only {count} of {BLOCKING_THREADS} threads could be started: raise the limit on processes (ulimit -u, \
                  TasksMax, pids.max)"
@@ -119,19 +123,20 @@ fn start_threads(runtime: &Runtime) -> Result<(), Failure> {
 async fn daemon(config: &Config) -> Result<(), Failure> {
     let shutdown = on_signals().map_err(Failure::running)?;
     raise_file_limit(config.limits.connections);
-    match &config.place {
-        Place::Folder(folder) => {
+    match &config.location {
+        StoreLocation::Folder(folder) => {
             let open = async || Ok(EmbeddedStore::open(folder, config.rules).await?);
             serve(config, shutdown, open).await
         }
-        Place::MongoDb(location) => {
+        StoreLocation::MongoDb(location) => {
             let connect = async || Ok(MongoStore::connect(location, config.rules).await?);
             serve(config, shutdown, connect).await
         }
     }
 }
 
-/// Lets the process have as many file descriptors as it may, and says if those are too few.
+/// Raises the limit on open files as far as the system allows, and warns if that is too few for
+/// `connections`.
 fn raise_file_limit(connections: usize) {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
@@ -149,29 +154,31 @@ fn raise_file_limit(connections: usize) {
     }
 }
 
-/// Serves the store that `start` gives, until told to stop.
+/// Starts a store with `start`, and serves it until the daemon is told to stop.
 async fn serve<S: Store>(
     config: &Config,
     shutdown: CancellationToken,
     start: impl AsyncFn() -> Result<S, StartError>,
 ) -> Result<(), Failure> {
-    let Some(store) = reach(config, &shutdown, start).await? else { return Ok(()) };
+    let Some(store) = start_store(config, &shutdown, start).await? else { return Ok(()) };
     let listeners = match Listeners::bind(config).await {
         Ok(listeners) => listeners,
         Err(error) => {
+            // A daemon that has joined the others has to leave.
             store.leave().await;
             return Err(Failure::usage(error));
         }
     };
-    announce(&listeners, &store).map_err(Failure::running)?;
+    print_ready_line(&listeners, &store).map_err(Failure::running)?;
     run(listeners, store, config, shutdown).await.map_err(|error| match error.downcast_ref() {
         Some(StartError::Unusable(why)) => Failure::usage(why),
         _ => Failure::running(error),
     })
 }
 
-/// Starts the store and joins its other daemons, trying again while it cannot be reached; `None` if told to stop.
-async fn reach<S: Store>(
+/// Starts the store and joins its other daemons. Repeats this while the store cannot be reached.
+/// `None` if the daemon is told to stop.
+async fn start_store<S: Store>(
     config: &Config,
     shutdown: &CancellationToken,
     start: impl AsyncFn() -> Result<S, StartError>,
@@ -180,9 +187,9 @@ async fn reach<S: Store>(
     loop {
         let started = tokio::select! {
             started = start() => started,
-            () = too_late(shutdown) => return Ok(None),
+            () = last_attempt_is_over(shutdown) => return Ok(None),
         };
-        let cause = match joined(started).await {
+        let cause = match join(started).await {
             Ok(store) => return Ok(Some(store)),
             Err(_) if shutdown.is_cancelled() => return Ok(None),
             Err(error @ StartError::Unusable(_)) => return Err(Failure::usage(error)),
@@ -198,15 +205,16 @@ async fn reach<S: Store>(
     }
 }
 
-/// Returns a while after the daemon was told to stop: a try that is under way mostly ends by itself until then, and
-/// what it began with it.
-async fn too_late(shutdown: &CancellationToken) {
+/// Completes some seconds after the daemon was told to stop. An attempt under way usually completes
+/// within that time, so that it leaves nothing half done.
+async fn last_attempt_is_over(shutdown: &CancellationToken) {
     shutdown.cancelled().await;
-    sleep(LAST_TRY).await;
+    sleep(LAST_ATTEMPT).await;
 }
 
-/// Joins the store's other daemons. Must not be dropped part-way, since a daemon that has joined has to leave.
-async fn joined<S: Store>(started: Result<S, StartError>) -> Result<S, StartError> {
+/// Joins the other daemons of a store that has started. Must not be dropped before it completes,
+/// because a daemon that has joined has to leave.
+async fn join<S: Store>(started: Result<S, StartError>) -> Result<S, StartError> {
     let store = started?;
     if let Err(error) = store.join().await {
         store.leave().await;
@@ -215,22 +223,25 @@ async fn joined<S: Store>(started: Result<S, StartError>) -> Result<S, StartErro
     Ok(store)
 }
 
-/// Prints the line that says that calls are accepted.
-fn announce(listeners: &Listeners, store: &impl Store) -> std::io::Result<()> {
+/// Prints the line that says that the daemon accepts calls.
+fn print_ready_line(listeners: &Listeners, store: &impl Store) -> std::io::Result<()> {
     let http = listeners.http()?.map_or_else(|| "off".to_owned(), |address| address.to_string());
     let (grpc, kind, id) = (listeners.grpc()?, store.name(), store.id());
     let line = format!("leased ready grpc={grpc} http={http} store={kind} id={id}\n");
-    // Standard output may be a pipe that is full, or closed.
+    // On a thread for blocking work and without an error, because standard output may be a full or
+    // closed pipe.
     tokio::task::spawn_blocking(move || {
         let _ = stdout().write_all(line.as_bytes()).and_then(|()| stdout().flush());
     });
     Ok(())
 }
 
-/// Handles every signal that would otherwise end the process, but for those that a defect raises. Returns what the first
-/// SIGTERM, SIGINT or SIGQUIT cancels; a second one ends the process at once.
+/// Handles every signal that would otherwise end the process, except for signals that a defect
+/// raises. Returns a token that the first SIGTERM, SIGINT or SIGQUIT cancels. A second one ends the
+/// process at once.
 fn on_signals() -> std::io::Result<CancellationToken> {
-    // A handler, once there, stays. SIGXFSZ then makes the write fail that was too large, as on a full disk.
+    // A handler stays once it is installed, also when its stream is dropped. With a handler for
+    // SIGXFSZ a write that is too large fails like one on a full disk.
     let meaningless = [Signal::ALARM, Signal::VTALARM, Signal::PROF, Signal::XCPU, Signal::XFSZ];
     for kind in [SignalKind::user_defined1(), SignalKind::user_defined2(), SignalKind::io()]
         .into_iter()

@@ -1,7 +1,9 @@
-//! What a panic may end: one call, one connection, or the process, and never a part of the daemon that nobody watches.
+//! Which part of the daemon a panic ends: one call, one connection, one batch, or the whole
+//! process.
 //!
-//! Work that belongs to one caller runs as [`Contained`]. Any other panic ends the process: leases survive a restart,
-//! while a daemon without its purge, its feed or the driver's monitors goes on looking healthy.
+//! Work for one caller or one batch runs as [`Contained`]. Any other panic ends the process. Leases
+//! survive a restart. But a daemon without its purge, its change feed or the driver's monitors
+//! would look healthy for ever.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -16,17 +18,18 @@ use pin_project_lite::pin_project;
 use crate::telemetry;
 
 thread_local! {
-    /// Whether this thread runs work whose panics are caught.
+    /// Whether this thread is running work whose panics are caught.
     static CONTAINED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the daemon has ended, so that its runtime is about to.
+/// Whether the daemon has ended. Its runtime ends next.
 static ENDED: AtomicBool = AtomicBool::new(false);
 
-/// Panics that were contained, in this process.
+/// How many panics were contained in this process.
 static CAUGHT: AtomicU64 = AtomicU64::new(0);
 
-/// Logs every panic, and ends the process with exit code 1 after one that is not contained; see also [`daemon_has_ended`].
+/// Installs a hook that logs every panic, and ends the process with exit code 1 after one that is
+/// not contained. See also [`daemon_has_ended`].
 pub fn end_the_process() {
     set_hook(Box::new(|panic| {
         let message = message(panic.payload());
@@ -51,19 +54,21 @@ pub fn end_the_process() {
     }));
 }
 
-/// Notes that the daemon has ended and the exit code stands. From here on a panic outside of this crate's source is logged
-/// and ends nothing.
+/// Notes that the daemon has ended, so that its exit code is final. From now on a panic in another
+/// crate is logged but does not change the exit code.
 ///
-/// The end of the runtime takes all tasks away in no order, and a task of MongoDB's driver panics if one that it relies on
-/// has gone before it. The driver has such tasks if it could not be shut down in time.
+/// The end of the runtime drops all tasks in no particular order. A task of the MongoDB driver
+/// panics if a task that it relies on was dropped first. Such tasks are left if the driver could
+/// not be shut down in time.
 pub fn daemon_has_ended() {
     ENDED.store(true, Ordering::Relaxed);
 }
 
-/// Whether this is in the source of this crate.
-fn is_ours(place: &Location<'_>) -> bool {
+/// Returns true if the location is in the source of this crate.
+fn is_ours(location: &Location<'_>) -> bool {
+    // `file!()` is `<crate>/src/panics.rs`.
     let ours = Path::new(file!()).ancestors().nth(2);
-    ours.is_some_and(|ours| Path::new(place.file()).starts_with(ours))
+    ours.is_some_and(|ours| Path::new(location.file()).starts_with(ours))
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {
@@ -72,17 +77,17 @@ fn message(payload: &(dyn Any + Send)) -> &str {
         .unwrap_or("a panic without a message")
 }
 
-/// How many panics were contained, in this process.
+/// Returns how many panics were contained in this process.
 pub(crate) fn caught() -> u64 {
     CAUGHT.load(Ordering::Relaxed)
 }
 
-/// The work panicked.
+/// The error of work that panicked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Panicked;
 
 pin_project! {
-    /// A future whose panic is its result.
+    /// A future that completes with [`Panicked`] if its work panics.
     #[derive(Debug)]
     pub(crate) struct Contained<F> {
         #[pin]
@@ -90,15 +95,16 @@ pin_project! {
     }
 }
 
-/// Runs `work` so that its panic is its result.
+/// Contains the panic of a future.
 pub(crate) fn contain<F>(work: F) -> Contained<F> {
     Contained { work }
 }
 
-/// Runs `work` on this thread so that its panic is its result.
+/// Runs `work` on this thread and contains its panic.
 pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
     let before = CONTAINED.replace(true);
     let done = catch_unwind(AssertUnwindSafe(work));
+    // Restored rather than cleared, because contained work may contain further work.
     CONTAINED.set(before);
     done.map_err(|_| {
         CAUGHT.fetch_add(1, Ordering::Relaxed);
@@ -111,7 +117,7 @@ impl<F: Future> Future for Contained<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let work = self.project().work;
-        // The future is not polled again after a panic.
+        // Unwind safe, because the future is not polled again after a panic.
         match contained(|| work.poll(context)) {
             Ok(polled) => polled.map(Ok),
             Err(panicked) => Poll::Ready(Err(panicked)),
@@ -124,7 +130,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_contained_panic_is_a_result_and_counted() {
+    async fn a_contained_panic_is_an_error_and_is_counted() {
         let before = caught();
         assert_eq!(contain(async { 1 }).await, Ok(1));
         let work = async {
@@ -133,7 +139,7 @@ mod tests {
             panic!("in a test");
         };
         assert_eq!(contain(work).await, Err::<(), _>(Panicked));
-        assert!(!CONTAINED.get(), "what comes next on this thread is not contained");
+        assert!(!CONTAINED.get(), "later work on this thread is not contained");
         assert!(caught() > before);
         assert_eq!(contained(|| -> () { panic!("in a test") }), Err(Panicked));
         assert!(!CONTAINED.get());

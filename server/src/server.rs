@@ -1,4 +1,4 @@
-//! Serves a store until told to stop: services, health, purge, drain.
+//! Runs the daemon on a store until it is told to stop: services, health, purge and drain.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -21,35 +21,37 @@ use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 use tower::{Layer, ServiceBuilder};
 
-use crate::accept::connections;
-use crate::bounds::BoundCalls;
-use crate::calls::CountCalls;
 use crate::config::Config;
-use crate::express::{Express, Fork};
+use crate::engine::Lessor;
+use crate::grpc::request::MAX_REQUEST_BYTES;
+use crate::grpc::response::{MAX_MESSAGE_BYTES, limit_exceeded};
+use crate::grpc::service::Service;
 use crate::health::Health;
 use crate::http;
-use crate::lessor::Lessor;
-use crate::listener::{Grpc, serve_all};
-use crate::meter::Meter;
-use crate::process::Process;
-use crate::receiving::Room;
-use crate::request::MAX_REQUEST_BYTES;
-use crate::service::Service;
-use crate::stamp::Stamp;
-use crate::standing::Standing;
-use crate::store::{Metered, StartError, Store};
-use crate::wire::{MAX_MESSAGE_BYTES, limit_exceeded};
+use crate::metrics::daemon::DaemonCollector;
+use crate::metrics::process::Process;
+use crate::metrics::registry::MetricsRegistry;
+use crate::store::{Instrumented, StartError, Store};
+use crate::transport::accept::connections;
+use crate::transport::bounds::BoundsLayer;
+use crate::transport::direct_route::{DirectRoute, DirectService};
+use crate::transport::listener::{Grpc, serve_all};
+use crate::transport::metrics_layer::MetricsLayer;
+use crate::transport::receiving::ReceiveBudget;
+use crate::transport::store_id_layer::StoreIdLayer;
 
-/// The largest message that goes out.
-const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
-/// Between purges; they are spread so that daemons do not purge at the same moment.
+/// The largest message that the daemon sends, in bytes. gRPC clients accept no more unless told
+/// otherwise.
+const MAX_RESPONSE_BYTES: usize = 4 * 1024 * 1024;
+/// The mean pause between purges. Each pause is 0.5 to 1.5 times as long, so that daemons do not
+/// purge at the same moment.
 const PURGE_PERIOD: Duration = Duration::from_secs(3600);
-/// How long watchers of the health service may take to hear of the drain.
-const FAREWELL: Duration = Duration::from_millis(200);
+/// How long health streams stay open in a drain, so that their callers read NOT_SERVING.
+const HEALTH_NOTICE: Duration = Duration::from_millis(200);
 /// How long the daemon's own tasks may take to end.
-const FINISH: Duration = Duration::from_secs(5);
+const TASKS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where calls come in.
+/// The ports of a daemon.
 #[derive(Debug)]
 pub struct Listeners {
     grpc: TcpListener,
@@ -60,7 +62,7 @@ impl Listeners {
     /// Binds both ports.
     ///
     /// # Errors
-    /// A sentence that names the address that could not be bound.
+    /// If an address cannot be bound. The error names it.
     pub async fn bind(config: &Config) -> anyhow::Result<Self> {
         let grpc = bind(config.listen).await?;
         let http = match config.http_listen {
@@ -70,18 +72,18 @@ impl Listeners {
         Ok(Self { grpc, http })
     }
 
-    /// The port that serves gRPC.
+    /// Returns the address that serves gRPC.
     ///
     /// # Errors
-    /// If the system does not tell.
+    /// If the operating system does not tell the address.
     pub fn grpc(&self) -> std::io::Result<SocketAddr> {
         self.grpc.local_addr()
     }
 
-    /// The side port, if there is one.
+    /// Returns the address of the side port, if there is one.
     ///
     /// # Errors
-    /// If the system does not tell.
+    /// If the operating system does not tell the address.
     pub fn http(&self) -> std::io::Result<Option<SocketAddr>> {
         self.http.as_ref().map(TcpListener::local_addr).transpose()
     }
@@ -91,11 +93,14 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
 }
 
-/// Serves `store` until `shutdown`, then drains: no new waits, streams end with a status that sends callers
-/// elsewhere, open calls and commits complete. Returns when that is done or `drain_timeout` is over.
+/// Serves `store` until `shutdown` is cancelled, then drains.
+///
+/// In a drain no new wait begins, streams end with a status that sends callers to another daemon,
+/// and open calls and commits complete. Returns when that is done or `drain_timeout` is over.
 ///
 /// # Errors
-/// If the gRPC server fails; [`StartError`] if the store says that this daemon must not go on.
+/// If the gRPC services cannot be built. [`StartError`] if the store says that this daemon must not
+/// go on.
 pub async fn run<S: Store>(
     listeners: Listeners,
     store: S,
@@ -106,7 +111,7 @@ pub async fn run<S: Store>(
     serve(connections(grpc), http, store, config, shutdown).await
 }
 
-/// Serves connections that come from anywhere, as [`run`] does.
+/// Serves the connections of `incoming` like [`run`]. For callers without a listening socket.
 ///
 /// # Errors
 /// As [`run`].
@@ -123,29 +128,33 @@ where
     let (shutdown, ended) = (shutdown.child_token(), CancellationToken::new());
     let _end_all = (shutdown.clone().drop_guard(), ended.clone().drop_guard());
     let tasks = TaskTracker::new();
-    let mut meter = Meter::default();
-    let store = Metered::new(store, &mut meter);
-    let stamp = Stamp::of(store.id());
-    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone(), &mut meter, &tasks);
+    let mut registry = MetricsRegistry::default();
+    let store = Instrumented::new(store, &mut registry);
+    let store_id = StoreIdLayer::new(store.id());
+    let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone(), &mut registry, &tasks);
     let reporter = HealthReporter::new();
     let health = Health::new(reporter.clone()).await;
 
     let watched = (health.clone(), lessor.clone(), shutdown.clone());
     tasks.spawn(async move { watched.0.watch(watched.1.store(), watched.2).await });
     tasks.spawn(purge(lessor.clone(), config.purge_after, shutdown.clone()));
-    let calls = CountCalls::new(&mut meter);
-    let open = meter.gauge("leased_connections", "Connections that are open");
+    let metrics = MetricsLayer::new(&mut registry);
+    let open = registry.gauge("leased_connections", "Open gRPC connections");
     let refused = ("leased_connections_refused", "Connections closed because as many as allowed were open");
-    let [grpc_refused, http_refused] = meter.by(refused, "port", ["grpc", "http"], Counter::default);
-    meter.ask(Standing { lessor: lessor.clone(), health: health.clone(), limits: config.limits });
-    meter.ask(Process);
+    let [grpc_refused, http_refused] = registry.by(refused, "port", ["grpc", "http"], Counter::default);
+    registry.collect(DaemonCollector {
+        lessor: lessor.clone(),
+        health: health.clone(),
+        limits: config.limits,
+    });
+    registry.collect(Process);
     if let Some(listener) = http {
         tasks.spawn(http::serve(
             listener,
             http_refused,
             health.clone(),
             lessor.clone(),
-            meter,
+            registry,
             ended.clone(),
         ));
     }
@@ -153,10 +162,10 @@ where
     let service = Service::new(lessor.clone(), config.limits, shutdown.clone());
     let grpc = Grpc {
         service: ServiceBuilder::new()
-            .layer(calls)
-            .layer(stamp)
-            .layer(BoundCalls(Room::new(config.limits.receiving_bytes)))
-            .map_response(oversize as fn(_) -> _)
+            .layer(metrics)
+            .layer(store_id)
+            .layer(BoundsLayer(ReceiveBudget::new(config.limits.receiving_bytes)))
+            .map_response(limit_exceeded_if_too_large as fn(_) -> _)
             .service(route(service, reporter)?),
         limits: config.limits,
         open,
@@ -169,9 +178,9 @@ where
     let drain = async {
         shutdown.cancelled().await;
         tracing::info!("draining");
-        sleep(FAREWELL).await;
-        health.end().await;
-        sleep(config.drain_timeout.saturating_sub(FAREWELL)).await;
+        sleep(HEALTH_NOTICE).await;
+        health.end_streams().await;
+        sleep(config.drain_timeout.saturating_sub(HEALTH_NOTICE)).await;
     };
     let outcome = tokio::select! {
         biased;
@@ -179,42 +188,43 @@ where
             tracing::warn!("calls were still open at the end of the drain and are cut");
             Ok(())
         }
-        // At once: to go on for the length of a drain may give a key to two holders.
+        // Ends at once, without a drain: serving any longer could give a key to two holders.
         why = lessor.store().objection() => Err(StartError::Unusable(why).into()),
         () = serve => Ok(()),
     };
     shutdown.cancel();
     if timeout(config.drain_timeout, lessor.settle()).await.is_err() {
-        tracing::warn!("the store did not take the last commits");
+        tracing::warn!("the last commits did not complete in time");
     }
     lessor.give_up();
     ended.cancel();
     tasks.close();
-    if timeout(FINISH, tasks.wait()).await.is_err() {
-        tracing::warn!("some of the daemon's tasks were still running at its end");
+    if timeout(TASKS_TIMEOUT, tasks.wait()).await.is_err() {
+        tracing::warn!("some tasks of the daemon were still running when it ended");
     }
+    // Last, because the store must not be used afterwards.
     lessor.store().leave().await;
     outcome
 }
 
-/// All services, the lease service by the short way.
+/// Returns all services: the lease service by the direct route, the others behind tonic's router.
 fn route<S: Store>(
     service: Service<S>,
     reporter: HealthReporter,
-) -> anyhow::Result<Fork<LeaseServiceServer<Service<S>>>> {
+) -> anyhow::Result<DirectService<LeaseServiceServer<Service<S>>>> {
     let lease = |most| {
         LeaseServiceServer::new(service.clone())
             .max_decoding_message_size(most)
-            .max_encoding_message_size(MAX_ANSWER_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES)
     };
     let admin = AdminServiceServer::new(service.clone())
         .max_decoding_message_size(MAX_REQUEST_BYTES)
-        .max_encoding_message_size(MAX_ANSWER_BYTES);
+        .max_encoding_message_size(MAX_RESPONSE_BYTES);
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(leased_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // What refusals carry; without it grpcurl shows their details as bytes.
+            // The types of error details. Without them grpcurl shows the details as bytes.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let routes = Routes::new(admin)
@@ -222,11 +232,12 @@ fn route<S: Store>(
         .add_service(reflection().build_v1().context("reflection v1")?)
         .add_service(reflection().build_v1alpha().context("reflection v1alpha")?)
         .prepare();
-    Ok(Express::to(lease(MAX_REQUEST_BYTES), lease(MAX_MESSAGE_BYTES)).layer(routes))
+    Ok(DirectRoute::to(lease(MAX_REQUEST_BYTES), lease(MAX_MESSAGE_BYTES)).layer(routes))
 }
 
-/// A request that is too large is past a limit. tonic says `OUT_OF_RANGE`, which nothing else here does.
-fn oversize(response: Response<Body>) -> Response<Body> {
+/// Turns tonic's status for a request that is too large into [`limit_exceeded`]. tonic answers
+/// `OUT_OF_RANGE`, which no other code here does.
+fn limit_exceeded_if_too_large(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
         Some(status) if status.code() == Code::OutOfRange => {
             limit_exceeded("request_bytes", MAX_REQUEST_BYTES).into_http()
@@ -235,8 +246,8 @@ fn oversize(response: Response<Body>) -> Response<Body> {
     }
 }
 
-/// Forgets keys that have been free for long, again and again.
-async fn purge<S: Store>(lessor: Lessor<S>, free_for: Duration, draining: CancellationToken) {
+/// Purges keys that have been unused for `unused_for`, about once an hour, until the daemon drains.
+async fn purge<S: Store>(lessor: Lessor<S>, unused_for: Duration, draining: CancellationToken) {
     loop {
         let pause = PURGE_PERIOD.mul_f64(0.5 + fastrand::f64());
         tokio::select! {
@@ -244,7 +255,7 @@ async fn purge<S: Store>(lessor: Lessor<S>, free_for: Duration, draining: Cancel
             () = draining.cancelled() => return,
         }
         let purged = tokio::select! {
-            purged = lessor.store().purge(free_for) => purged,
+            purged = lessor.store().purge(unused_for) => purged,
             () = draining.cancelled() => return,
         };
         match purged {

@@ -1,4 +1,6 @@
-"""One scenario through mongolock 1.3.4 on a MongoDB and through leased_mongolock on a daemon; what differs is asserted.
+"""Runs the same scenarios with mongolock 1.3.4 on a MongoDB and with leased_mongolock on a daemon.
+
+The common scenario must give the same results. The others assert the intended differences.
 
 python mongolock_comparison.py MONGODB_URI ENDPOINT
 """
@@ -22,12 +24,12 @@ PATIENCE = 30.0
 def until(condition):
     give_up = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < give_up, "it does not come about"
+        assert time.monotonic() < give_up, "the condition is not met in time"
         time.sleep(0.05)
 
 
 def outcome(call, *arguments, **options):
-    """What a call returned, or the name of what it raised."""
+    """Returns what a call returned, or the name of the exception that it raised."""
     try:
         return call(*arguments, **options)
     except Exception as error:
@@ -35,7 +37,7 @@ def outcome(call, *arguments, **options):
 
 
 def same(make):
-    """What a user of either may rely on: a list of what was seen."""
+    """Runs the common scenario, and returns the list of all results that a user can see."""
     one, two = make(), make()
     seen = []
 
@@ -71,7 +73,7 @@ def same(make):
     two.release("plain", "b")
     seen.append(two.get_lock_info("plain"))
 
-    # A lock that ran out is taken by another, and its first holder hears of it with its next touch.
+    # Another owner takes a lock that has expired. The first owner learns this from its next touch.
     see(one.lock, "short", "a", expire=0.5)
     until(lambda: not two.is_locked("short"))
     seen.append(two.get_lock_info("short")["owner"])
@@ -106,8 +108,10 @@ def same(make):
 
 
 def equal_names(make):
-    """Two workers of one name, of which the first is late. Whether its touch succeeds, and whether its release frees
-    the lock of the second."""
+    """Two workers have the same name, and the first one's lock has expired.
+
+    Returns the outcome of the first one's touch, and whether its release frees the second one's lock.
+    """
     one, two = make(), make()
     assert one.lock("named", "worker", expire=0.5)
     until(lambda: not two.is_locked("named"))
@@ -118,7 +122,7 @@ def equal_names(make):
 
 
 def drifting_clocks(make, module):
-    """Whether a client whose clock is a minute ahead gets a lock that has half a minute to go."""
+    """Returns whether a client whose clock is a minute ahead gets a lock with half a minute left."""
     one, two = make(), make()
     assert one.lock("drift", "a", expire=30)
     real = datetime.datetime
@@ -138,7 +142,7 @@ def drifting_clocks(make, module):
 
 
 def expiry_of_a_waiter(make):
-    """Whether a lock that was waited for longer than it lasts is held after the grant."""
+    """Returns whether a new owner holds the lock after it waited for longer than the lock lasts."""
     one, two = make(), make()
     one.lock("late", "a")
     later = threading.Timer(1.5, one.release, ("late", "a"))
@@ -149,7 +153,7 @@ def expiry_of_a_waiter(make):
 
 
 def shorter_touch(make):
-    """Whether a touch with a shorter expiry shortens the lock."""
+    """Returns whether a touch with a shorter expiry shortens the lock."""
     one = make()
     assert one.lock("shorter", "a", expire=60)
     one.touch("shorter", "a", expire=0.2)
@@ -158,7 +162,7 @@ def shorter_touch(make):
 
 
 def longer_touch(make):
-    """Whether a touch with a longer expiry makes the lock last so long."""
+    """Returns whether another owner gets the lock before the longer expiry of a touch is over."""
     one, two = make(), make()
     assert one.lock("longer", "a", expire=0.5)
     one.touch("longer", "a", expire=3)
@@ -166,37 +170,40 @@ def longer_touch(make):
 
 
 def touch_without_expiry(make):
-    """What a touch without expiry says of a lock that has one. (1.1.0, and the example in mongolock's README: renewed.)"""
+    """Returns the outcome of a touch without expiry on a lock that has one.
+
+    mongolock 1.1.0 renewed the lock, and so says the example in mongolock's README.
+    """
     one = make()
     assert one.lock("renewed", "a", expire=60)
     return outcome(one.touch, "renewed", "a")
 
 
 def other_object(make):
-    """What a touch by an object says that did not take the lock."""
+    """Returns the outcome of a touch through an object that did not take the lock itself."""
     one, two = make(), make()
     assert one.lock("other", "a", expire=60)
     return outcome(two.touch, "other", "a", expire=60)
 
 
 def without_expiry(make):
-    """What a lock without expiry shows as one."""
+    """Returns whether the info of a lock without expiry shows none."""
     one = make()
     one.lock("open", "a")
     return one.get_lock_info("open")["expire"] is None
 
 
 def renews_by_the_original_duration(endpoint):
-    """A touch without `expire` lasts as long as the lock was taken for."""
+    """A touch without `expire` renews the lock for the duration with which it was taken."""
     one, two = leased_mongolock.MongoLock(endpoint), leased_mongolock.MongoLock(endpoint)
     assert one.lock("original", "a", expire=2)
     before = one.get_lock_info("original")["expire"]
     until(lambda: one.touch("original", "a") is None and one.get_lock_info("original")["expire"] > before)
-    assert two.lock("original", "b", timeout=PATIENCE, expire=2), "and no longer"
+    assert two.lock("original", "b", timeout=PATIENCE, expire=2), "the renewed lock does not expire"
 
 
-def takes_what_the_constructor_of_mongolock_takes(endpoint):
-    """Two programs that name the same database and collection meet, and others do not."""
+def accepts_the_arguments_of_mongolocks_constructor(endpoint):
+    """Only programs that name the same database and collection compete for the same locks."""
     make = lambda **options: leased_mongolock.MongoLock(host=endpoint, acquire_retry_step=0.5, **options)
     jobs, same, plain = make(db="jobs"), make(db="jobs", collection="lock"), make()
     assert jobs.lock("kept", "a", expire=60) and not same.lock("kept", "b", expire=60)
@@ -213,7 +220,7 @@ def takes_what_the_constructor_of_mongolock_takes(endpoint):
 
 
 class Relay:
-    """Forwards connections to `endpoint`. Those that are open can be silenced; later ones are forwarded."""
+    """Forwards connections to `endpoint`. `silence` silences open connections, but not later ones."""
 
     def __init__(self, endpoint):
         host, port = endpoint.rsplit(":", 1)
@@ -253,7 +260,7 @@ class Away(grpc.RpcError):
 
 
 def gives_back_what_it_cannot_touch(endpoint):
-    """A grant from the line is touched before it counts. Whatever ends that, nothing is left behind."""
+    """After a wait, a lock counts as granted once it is touched. If the touch fails, it is released."""
     one, two = leased_mongolock.MongoLock(endpoint), leased_mongolock.MongoLock(endpoint)
     for failure in (Away, KeyboardInterrupt):
         key = f"ended by {failure.__name__}"
@@ -271,7 +278,7 @@ def gives_back_what_it_cannot_touch(endpoint):
         touch, two._leased.Touch = two._leased.Touch, fail
         try:
             two.lock(key, "b", timeout=PATIENCE, expire=60)
-            raise AssertionError("it was granted")
+            raise AssertionError("the lock was granted although the touch failed")
         except failure:
             pass
         finally:
@@ -286,10 +293,10 @@ def main():
     real = lambda: mongolock.MongoLock(uri, db=database)
     ours = lambda: leased_mongolock.MongoLock(endpoint)
 
-    wanted, found = same(real), same(ours)
-    for line, (theirs, mine) in enumerate(zip(wanted, found)):
-        assert theirs == mine, f"line {line}: mongolock {theirs}, leased_mongolock {mine}"
-    assert len(wanted) == len(found)
+    expected, found = same(real), same(ours)
+    for step, (theirs, mine) in enumerate(zip(expected, found)):
+        assert theirs == mine, f"step {step}: mongolock {theirs}, leased_mongolock {mine}"
+    assert len(expected) == len(found)
 
     def differ(scenario, theirs, mine):
         seen = scenario(real), scenario(ours)
@@ -304,9 +311,9 @@ def main():
     differ(touch_without_expiry, "MongoLockException", None)
     differ(other_object, None, "MongoLockException")
     differ(without_expiry, True, False)
-    print(f"{len(wanted)} lines alike, 8 scenarios told apart")
+    print(f"{len(expected)} equal results, 8 intended differences")
     renews_by_the_original_duration(endpoint)
-    takes_what_the_constructor_of_mongolock_takes(endpoint)
+    accepts_the_arguments_of_mongolocks_constructor(endpoint)
     notices_a_silent_connection(endpoint)
     gives_back_what_it_cannot_touch(endpoint)
 

@@ -1,4 +1,4 @@
-"""Tries docs/service-config.json: a client that has it repeats calls that found no daemon, and one without it does not.
+"""Tries docs/service-config.json: only with it, a client repeats calls that found no daemon.
 
 python retry.py SERVICE_CONFIG STUBS
 """
@@ -15,7 +15,7 @@ from leased.v1 import lease_pb2_grpc  # noqa: E402
 
 
 class Reluctant(lease_pb2_grpc.LeaseServiceServicer):
-    """Fails twice before it answers."""
+    """Fails the first two calls, and answers the third."""
 
     def __init__(self):
         self.ids = []
@@ -28,7 +28,7 @@ class Reluctant(lease_pb2_grpc.LeaseServiceServicer):
 
 
 def acquire(options):
-    """The outcome of a call, and the lease ids that were sent for it."""
+    """Makes one call. Returns its outcome, and the lease id of each attempt that has arrived."""
     servicer, server = Reluctant(), grpc.server(futures.ThreadPoolExecutor(max_workers=1))
     lease_pb2_grpc.add_LeaseServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -46,4 +46,4 @@ def acquire(options):
 config = pathlib.Path(sys.argv[1]).read_text()
 assert acquire([("grpc.service_config", config)]) == (7, ["one"] * 3)
 assert acquire([]) == (grpc.StatusCode.UNAVAILABLE, ["one"])
-print("repeated with the config, and with the same id; not without it")
+print("with the config, the call is repeated with the same id; without it, it is not repeated")

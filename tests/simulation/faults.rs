@@ -1,36 +1,37 @@
-//! What goes wrong in a simulation, and when: made from its seed.
+//! The faults of a simulation, and when each of them begins and ends. They follow from its seed.
 
 use std::time::Duration;
 
 use fastrand::Rng;
 
-use super::store::Weather;
+use super::store::StoreFault;
 use super::world::DAEMONS;
 use crate::support::ms;
 
-/// A change of the world.
+/// The beginning or the end of a fault.
 #[derive(Debug, Clone)]
-pub(crate) enum Happening {
-    Weather(Weather),
-    /// Nothing passes.
+pub(crate) enum Fault {
+    Store(StoreFault),
+    /// All messages between the two hosts are lost.
     Partition(String, String),
-    /// Nothing passes this way.
+    /// All messages from the first host to the second are lost.
     OneWay(String, String),
-    /// Nothing passes until the link is mended; then all does.
+    /// Messages between the two hosts are delayed until the link is repaired.
     Hold(String, String),
-    /// Some of it is lost.
+    /// This share of the messages between the two hosts is lost.
     Lossy(String, String, f64),
-    Mended(String, String),
+    /// The link between the two hosts works again.
+    Repaired(String, String),
     Crash(String),
     Start(String),
 }
 
-/// What happens when, in order.
+/// Faults and their times, in order.
 #[derive(Debug, Default)]
-pub(crate) struct Faults(Vec<(Duration, Happening)>);
+pub(crate) struct Faults(Vec<(Duration, Fault)>);
 
 impl Faults {
-    /// Faults of daemons, `holders`, links and the store that all end by `until`.
+    /// Makes random faults of daemons, `holders`, links and the store. All of them end by `until`.
     pub(crate) fn random(rng: &mut Rng, holders: &[String], until: Duration) -> Self {
         let mut faults = Self::default();
         let mean = rng.u64(200..2000);
@@ -38,31 +39,32 @@ impl Faults {
             for daemon in DAEMONS {
                 faults.spread(rng, mean * 4, until, |rng| link_fault(rng, holder, daemon));
             }
-            faults.spread(rng, mean * 20, until, |_| on_and_off(holder));
+            faults.spread(rng, mean * 20, until, |_| crash_and_restart(holder));
         }
         for daemon in DAEMONS {
-            faults.spread(rng, mean * 8, until, |_| on_and_off(daemon));
+            faults.spread(rng, mean * 8, until, |_| crash_and_restart(daemon));
         }
         faults.spread(rng, mean * 8, until, |rng| {
-            let weather = if rng.bool() { Weather::Away } else { Weather::Slow };
-            (Happening::Weather(weather), Happening::Weather(Weather::Fair))
+            let fault = if rng.bool() { StoreFault::Unavailable } else { StoreFault::Slow };
+            (Fault::Store(fault), Fault::Store(StoreFault::None))
         });
         faults.0.sort_by_key(|(at, _)| *at);
         faults
     }
 
-    /// Faults of one thing, one after another, with pauses of `mean` milliseconds.
+    /// Adds faults of one host, link or store, one after another. The pauses between them are
+    /// `mean` milliseconds on average.
     fn spread(
         &mut self,
         rng: &mut Rng,
         mean: u64,
         until: Duration,
-        mut fault: impl FnMut(&mut Rng) -> (Happening, Happening),
+        mut fault: impl FnMut(&mut Rng) -> (Fault, Fault),
     ) {
         let mut at = Duration::ZERO;
         loop {
             at += ms(rng.u64(1..2 * mean));
-            // Most are short beside a TTL, some long.
+            // Most faults are shorter than a TTL; one in four is about as long or longer.
             let length = if rng.u8(..4) == 0 { ms(rng.u64(1000..6000)) } else { ms(rng.u64(10..1500)) };
             if at >= until {
                 return;
@@ -74,48 +76,48 @@ impl Faults {
         }
     }
 
-    /// One fault after some time.
-    pub(crate) fn one(at: Duration, length: Duration, (begin, end): (Happening, Happening)) -> Self {
+    /// Makes one fault, which begins at `at` and lasts for `length`.
+    pub(crate) fn one(at: Duration, length: Duration, (begin, end): (Fault, Fault)) -> Self {
         Self(vec![(at, begin), (at + length, end)])
     }
 
-    /// One fault of both links of the holder.
-    pub(crate) fn both(at: Duration, length: Duration, fault: fn(String, String) -> Happening) -> Self {
+    /// Makes the same fault on the links between the holder and both daemons.
+    pub(crate) fn both(at: Duration, length: Duration, fault: fn(String, String) -> Fault) -> Self {
         let of = |daemon: &str| {
             let (a, b) = ("holder".to_owned(), daemon.to_owned());
-            Self::one(at, length, (fault(a.clone(), b.clone()), Happening::Mended(a, b)))
+            Self::one(at, length, (fault(a.clone(), b.clone()), Fault::Repaired(a, b)))
         };
         of(DAEMONS[0]).and(of(DAEMONS[1]))
     }
 
-    /// Adds others, which may be at the same time.
+    /// Adds other faults, which may overlap with these.
     pub(crate) fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self.0.sort_by_key(|(at, _)| *at);
         self
     }
 
-    /// Takes what is due.
-    pub(crate) fn due(&mut self, now: Duration) -> Vec<Happening> {
+    /// Removes and returns the faults that are due.
+    pub(crate) fn due(&mut self, now: Duration) -> Vec<Fault> {
         let later = self.0.partition_point(|(at, _)| *at <= now);
-        self.0.drain(..later).map(|(_, happening)| happening).collect()
+        self.0.drain(..later).map(|(_, fault)| fault).collect()
     }
 }
 
-fn link_fault(rng: &mut Rng, a: &str, b: &str) -> (Happening, Happening) {
+fn link_fault(rng: &mut Rng, a: &str, b: &str) -> (Fault, Fault) {
     let (a, b) = (a.to_owned(), b.to_owned());
-    let mended = Happening::Mended(a.clone(), b.clone());
+    let repaired = Fault::Repaired(a.clone(), b.clone());
     let begin = match rng.u8(..8) {
-        0 => Happening::Partition(a, b),
-        1 => Happening::OneWay(a, b),
-        2 => Happening::OneWay(b, a),
-        3 => Happening::Lossy(a, b, 0.02 + 0.2 * rng.f64()),
-        _ => Happening::Hold(a, b),
+        0 => Fault::Partition(a, b),
+        1 => Fault::OneWay(a, b),
+        2 => Fault::OneWay(b, a),
+        3 => Fault::Lossy(a, b, 0.02 + 0.2 * rng.f64()),
+        _ => Fault::Hold(a, b),
     };
-    (begin, mended)
+    (begin, repaired)
 }
 
-/// A host that crashes and is started again.
-pub(crate) fn on_and_off(host: &str) -> (Happening, Happening) {
-    (Happening::Crash(host.to_owned()), Happening::Start(host.to_owned()))
+/// A crash of a host, and its restart.
+pub(crate) fn crash_and_restart(host: &str) -> (Fault, Fault) {
+    (Fault::Crash(host.to_owned()), Fault::Start(host.to_owned()))
 }

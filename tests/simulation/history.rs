@@ -1,4 +1,4 @@
-//! What holders believed and when, in the simulation's one time, and what must be true of it.
+//! What holders believed and when, in simulated time, and the checks of it.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use leased_client::{FencingGuard, FencingToken};
 
 use super::store::SimulatedStore;
 
-/// The time since the simulation began, the same on all hosts.
+/// Returns the time since the simulation began, which is the same on all hosts.
 pub(crate) fn now() -> Duration {
     turmoil::sim_elapsed().expect("a host of a simulation")
 }
@@ -17,11 +17,11 @@ pub(crate) fn now() -> Duration {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     Exclusive,
-    /// Beside fewer than so many others.
+    /// At most so many may hold at the same time.
     Shared(u32),
 }
 
-/// A time in which a holder acted on a key.
+/// A period in which a holder acted on a key.
 #[derive(Debug, Clone)]
 struct Span {
     holder: String,
@@ -32,55 +32,49 @@ struct Span {
     until: Option<Duration>,
 }
 
-/// All that is noted of one simulation. Clones share it.
+/// The record of one simulation. Clones share it.
 #[derive(Clone, Default)]
 pub(crate) struct History {
     spans: Arc<Mutex<Vec<Span>>>,
-    /// What happened, in words.
+    /// A line for each event.
     events: Arc<Mutex<Vec<String>>>,
     failure: Arc<Mutex<Option<String>>>,
     resource: Arc<Resource>,
     done: Arc<AtomicUsize>,
 }
 
-/// What the leases protect.
+/// The resource that the leases protect.
 #[derive(Default)]
 struct Resource {
     guard: FencingGuard,
-    /// Writes let through, in their order.
+    /// The accepted writes, in order.
     done: Mutex<Vec<(&'static str, FencingToken)>>,
     refused: AtomicUsize,
 }
 
-/// A belief that lasts until it is dropped.
-pub(crate) struct Believing {
+/// The belief of a holder that it has a lease. The belief ends when this value is dropped.
+pub(crate) struct Belief {
     history: History,
     position: usize,
 }
 
 impl History {
-    /// Somebody begins to act on `key`.
-    pub(crate) fn believe(
-        &self,
-        holder: &str,
-        key: &'static str,
-        token: FencingToken,
-        mode: Mode,
-    ) -> Believing {
+    /// Notes that a holder begins to act on `key`.
+    pub(crate) fn believe(&self, holder: &str, key: &'static str, token: FencingToken, mode: Mode) -> Belief {
         self.note(now(), format_args!("{holder} holds {key} with {token}, {mode:?}"));
         let mut spans = self.spans.lock().unwrap();
         spans.push(Span { holder: holder.to_owned(), key, token, mode, from: now(), until: None });
-        Believing { history: self.clone(), position: spans.len() - 1 }
+        Belief { history: self.clone(), position: spans.len() - 1 }
     }
 
-    /// Processes end, and believe nothing any more.
+    /// Ends the beliefs of those holders whose name `which` accepts.
     pub(crate) fn end(&self, which: impl Fn(&str) -> bool, at: Duration) {
         for span in self.spans.lock().unwrap().iter_mut().filter(|span| which(&span.holder)) {
             span.until.get_or_insert(at);
         }
     }
 
-    /// A write under the lease with this token reaches the resource.
+    /// Writes to the resource with this token. The resource refuses a stale token.
     pub(crate) fn write(&self, key: &'static str, token: FencingToken) {
         match self.resource.guard.check(key, token) {
             Ok(()) => self.resource.done.lock().unwrap().push((key, token)),
@@ -88,12 +82,12 @@ impl History {
         }
     }
 
-    /// How many writes came too late and were refused.
+    /// Returns how many stale writes were refused.
     pub(crate) fn refused(&self) -> usize {
         self.resource.refused.load(Ordering::Relaxed)
     }
 
-    /// The first write that was let through after one of a later holder.
+    /// Returns the first write that was accepted after a write with a greater token.
     pub(crate) fn stale(&self) -> Option<String> {
         let done = self.resource.done.lock().unwrap();
         done.iter().enumerate().find_map(|(position, (key, token))| {
@@ -102,14 +96,14 @@ impl History {
         })
     }
 
-    /// Notes what happens.
+    /// Notes an event.
     pub(crate) fn note(&self, at: Duration, what: std::fmt::Arguments<'_>) {
         self.events.lock().unwrap().push(format!("{:9.3} {what}", at.as_secs_f64()));
     }
 
-    /// Notes what must not happen. The first stays.
+    /// Notes an event that must not happen. The first one makes the run fail.
     pub(crate) fn fail(&self, at: Duration, what: std::fmt::Arguments<'_>) {
-        self.note(at, format_args!("WRONG: {what}"));
+        self.note(at, format_args!("FAILED: {what}"));
         self.failure.lock().unwrap().get_or_insert_with(|| what.to_string());
     }
 
@@ -117,25 +111,27 @@ impl History {
         self.failure.lock().unwrap().clone()
     }
 
-    /// What happened, line by line.
-    pub(crate) fn told(&self) -> String {
+    /// Returns all events, one a line.
+    pub(crate) fn log(&self) -> String {
         self.events.lock().unwrap().join("\n")
     }
 
-    /// A program has done what it was for.
+    /// Notes that a program has reached its aim.
     pub(crate) fn done(&self) {
         self.done.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many have.
+    /// Returns how many programs have reached their aim.
     pub(crate) fn count_done(&self) -> usize {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// The first two that acted on a key at the same time and should not have.
+    /// Returns the first holders that acted on a key at the same time although their modes forbid
+    /// it.
     pub(crate) fn overlap(&self, store: &SimulatedStore) -> Option<String> {
         let mut spans = self.spans.lock().unwrap().clone();
-        // Who is revoked acts on until told; the operator knows.
+        // A revoked holder may go on until it is told. The operator accepts that, so it is no
+        // overlap.
         for span in &mut spans {
             if let Some(revoked) = store.revoked_at(span.token.get()) {
                 span.until = Some(span.until.map_or(revoked, |until| until.min(revoked)));
@@ -154,7 +150,8 @@ impl History {
         })
     }
 
-    /// The first exclusive holder whose token is not greater than that of one before.
+    /// Returns the first exclusive holder whose token is not greater than that of an earlier
+    /// holder.
     pub(crate) fn regress(&self) -> Option<String> {
         let mut spans = self.spans.lock().unwrap().clone();
         spans.retain(|span| span.mode == Mode::Exclusive);
@@ -168,7 +165,7 @@ impl History {
 }
 
 impl Span {
-    /// Whether this one begins while another acts on the same key under another lease.
+    /// Returns whether this period begins while another lease on the same key is still acted on.
     fn is_beside(&self, earlier: &Self) -> bool {
         self.key == earlier.key
             && self.token != earlier.token
@@ -176,16 +173,17 @@ impl Span {
     }
 }
 
-impl Drop for Believing {
+impl Drop for Belief {
     fn drop(&mut self) {
         let mut spans = self.history.spans.lock().unwrap();
         let span = &mut spans[self.position];
-        // A process that crashed has ended its beliefs already, and has no time of its own any more.
+        // The beliefs of a crashed process have ended already, and there is no current time on its
+        // host.
         if span.until.is_none() {
             span.until = Some(now());
             let (holder, key, token) = (span.holder.clone(), span.key, span.token);
             drop(spans);
-            self.history.note(now(), format_args!("{holder} leaves off {key} with {token}"));
+            self.history.note(now(), format_args!("{holder} stops acting on {key} with {token}"));
         }
     }
 }

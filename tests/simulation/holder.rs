@@ -1,4 +1,4 @@
-//! Programs that use the client: they try, wait, lose interest, hold, release, drop and crash.
+//! Programs that use the client: they try, wait, give up, hold, release, drop and crash.
 
 use std::time::Duration;
 
@@ -16,14 +16,15 @@ pub(crate) struct Holder {
     pub(crate) name: String,
     pub(crate) client: Client,
     pub(crate) history: History,
-    /// Cancelled when all programs are to end, wherever they are.
+    /// Cancelled when all programs must end, whatever they are doing.
     pub(crate) over: CancellationToken,
-    /// Nothing fails, so nothing may be lost.
-    pub(crate) is_calm: bool,
+    /// Whether there are no faults, so that no lease may be lost.
+    pub(crate) is_faultless: bool,
 }
 
 impl Holder {
-    /// Takes and leaves leases until it is over, and then for as long as the client has something to give back.
+    /// Acquires and releases leases until `over` is cancelled. Then it waits until the client has
+    /// released everything.
     pub(crate) async fn live(self) {
         let rounds = async {
             loop {
@@ -50,7 +51,7 @@ impl Holder {
         match timeout(patience, acquire.into_future()).await {
             Ok(Ok(lease)) => self.hold(key, lease, mode).await,
             Ok(Err(Error::Held(_))) | Err(_) => {}
-            Ok(Err(Error::Unavailable { .. } | Error::Lost(_))) if !self.is_calm => {}
+            Ok(Err(Error::Unavailable { .. } | Error::Lost(_))) if !self.is_faultless => {}
             Ok(Err(error)) => self.history.fail(now(), format_args!("{} was told: {error}", self.name)),
         }
     }
@@ -63,9 +64,9 @@ impl Holder {
             drop(belief);
             match worked {
                 Ok(()) => break,
-                // It may come back.
+                // A lease in jeopardy may be confirmed again.
                 Err(Error::Jeopardy { .. }) if self.comes_back(&lease, until).await => {}
-                Err(error) if self.is_calm => {
+                Err(error) if self.is_faultless => {
                     self.history.fail(now(), format_args!("{} lost {key}: {error}", self.name));
                 }
                 Err(_) => break,
@@ -92,7 +93,7 @@ impl Holder {
         timeout_at(until, back).await.unwrap_or(false)
     }
 
-    /// Writes to the resource now and then; some writes take long to get there.
+    /// Writes to the resource from time to time. Some writes take up to 3 s to arrive.
     async fn work(&self, key: &'static str, lease: &Lease, mode: Mode, until: Instant) {
         let token = lease.token();
         while Instant::now() < until {
@@ -110,7 +111,7 @@ impl Holder {
     }
 }
 
-/// A random time of so many milliseconds.
+/// Returns a random duration between two numbers of milliseconds.
 pub(crate) fn between(least: u64, most: u64) -> Duration {
     ms(fastrand::u64(least..=most))
 }

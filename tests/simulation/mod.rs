@@ -1,22 +1,24 @@
-//! The whole client against whole daemons, over a simulated network, in simulated time: many runs, each from a seed.
+//! The whole client against whole daemons, over a simulated network and in simulated time. Each
+//! test makes many runs, each from a seed.
 //!
-//! `LEASED_SIMULATION_SEEDS=5000` makes more of them, and `LEASED_SIMULATION_SEED=17` that one alone, some times over.
+//! `LEASED_SIMULATION_SEEDS=5000` makes so many runs. `LEASED_SIMULATION_SEED=17` runs only that
+//! seed, several times.
 
-/// What goes wrong, and when.
+/// Faults, and when each of them begins and ends.
 mod faults;
-/// What holders believed, and what must be true of it.
+/// What holders believed, and the checks of it.
 mod history;
 /// Programs that use the client.
 mod holder;
-/// Programs that do without it.
+/// Programs that use only the generated stubs.
 mod naive;
-/// Which runs are made.
+/// The seeds of a test, and the report of a failed one.
 mod seeds;
-/// Programs with one aim.
+/// Programs with a single aim, such as keeping one lease.
 mod steady;
 /// The store that the daemons share.
 mod store;
-/// Hosts and the network.
+/// The hosts and the network.
 mod world;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,64 +27,66 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use super::support::{ms, secs};
-use faults::{Faults, Happening, on_and_off};
+use faults::{Fault, Faults, crash_and_restart};
 use holder::Holder;
 use naive::{Counting, Naive};
-use store::Weather;
-use world::{DAEMONS, GRACE, KEYS, PLACE, World, client};
+use store::StoreFault;
+use world::{DAEMONS, GRACE, KEYS, WAITER_TTL, World, client};
 
-/// How long faults happen.
-const STORM: Duration = secs(15);
-/// The longest TTL in one.
+/// How long faults occur in a run.
+const FAULT_PERIOD: Duration = secs(15);
+/// The longest TTL of a lease in a run.
 const TTL: Duration = secs(3);
-/// What everything else may take together.
+/// The time for everything that is not a TTL, the grace, or a wait for an entry to lapse.
 const SLACK: Duration = secs(2);
 
 fn holders() -> Vec<String> {
     (0..4).map(|number| format!("holder-{number}")).collect()
 }
 
-/// Programs of the client that take and leave leases for as long as faults happen, or none.
-fn crowd(seed: u64, faults: Faults, is_calm: bool) -> World {
+/// Runs programs of the client that acquire and release leases while `faults` occur. If
+/// `is_faultless` is set, no lease may be lost.
+fn crowd(seed: u64, faults: Faults, is_faultless: bool) -> World {
     let mut world = World::new(seed);
     for name in holders() {
         let (history, over) = (world.history.clone(), world.over.clone());
         world.host(&name.clone(), move || {
             let (name, history, over) = (name.clone(), history.clone(), over.clone());
-            Holder { client: client(&name), name, history, over, is_calm }.live()
+            Holder { client: client(&name), name, history, over, is_faultless }.live()
         });
     }
-    world.run(STORM, faults, |_| false);
+    world.run(FAULT_PERIOD, faults, |_| false);
     world
 }
 
 #[test]
-fn holders_never_believe_at_once_and_everything_recovers() {
+fn no_two_holders_believe_at_the_same_time_and_everything_recovers() {
     let refused = AtomicUsize::new(0);
-    seeds::each("holders_never", 50, |seed| {
-        let mut world = crowd(seed, Faults::random(&mut Rng::with_seed(seed), &holders(), STORM), false);
+    seeds::each("no_two_holders", 50, |seed| {
+        let mut world =
+            crowd(seed, Faults::random(&mut Rng::with_seed(seed), &holders(), FAULT_PERIOD), false);
         world.over.cancel();
-        // Everybody leaves, and what was under way arrives.
-        world.run(STORM + secs(1), Faults::default(), |_| false);
+        // All programs end, and messages that are still in flight arrive.
+        world.run(FAULT_PERIOD + secs(1), Faults::default(), |_| false);
         world.check()?;
         for key in KEYS {
-            // Those in line now are dead: their processes crashed, or those of the daemons that had their calls. Each may be
-            // granted the lease yet, until its place has lapsed.
-            let turns = 1 + world.store.line(key);
-            let within = ((TTL + GRACE) * turns).min(PLACE + TTL + GRACE) + SLACK;
+            // Nobody waits any more for the entries that are queued now: their holders or daemons
+            // crashed. Each of them may still be granted the lease until it lapses.
+            let turns = 1 + world.store.queue_length(key);
+            let within = ((TTL + GRACE) * turns).min(WAITER_TTL + TTL + GRACE) + SLACK;
             let history = world.history.clone();
             world.host(key, move || steady::probe(client(key), history.clone(), key, within));
         }
         let (history, store) = (world.history.clone(), world.store.clone());
         let is_left = |at| history.count_done() == KEYS.len() && store.leftovers(at).is_empty();
-        if !world.run(STORM + secs(1) + PLACE + TTL + GRACE + SLACK, Faults::default(), is_left) {
+        if !world.run(FAULT_PERIOD + secs(1) + WAITER_TTL + TTL + GRACE + SLACK, Faults::default(), is_left) {
             let left = world.store.leftovers(world.elapsed());
-            world.history.fail(world.elapsed(), format_args!("something is left behind: {left:?}"));
+            world.history.fail(world.elapsed(), format_args!("records are still in use: {left:?}"));
         }
         refused.fetch_add(world.history.refused(), Ordering::Relaxed);
         world.check()
     });
-    assert!(refused.into_inner() > 0, "no write was late, so none had to be refused");
+    assert!(refused.into_inner() > 0, "no write was stale in any run, so the fencing was not tried");
 }
 
 #[test]
@@ -90,7 +94,8 @@ fn nothing_is_lost_while_nothing_fails() {
     seeds::each("nothing_is_lost", 5, |seed| crowd(seed, Faults::default(), true).check());
 }
 
-/// Programs without the client in the same world; who believed at once, if anyone did.
+/// Runs programs without the client under random faults. Returns two that believed at the same
+/// time, if there are any.
 fn naive_crowd(seed: u64, counting: Counting) -> Option<String> {
     let mut world = World::new(seed);
     for name in holders() {
@@ -99,25 +104,26 @@ fn naive_crowd(seed: u64, counting: Counting) -> Option<String> {
             Naive { name: name.clone(), history: history.clone(), counting }.live()
         });
     }
-    world.run(STORM, Faults::random(&mut Rng::with_seed(seed), &holders(), STORM), |_| false);
+    world.run(FAULT_PERIOD, Faults::random(&mut Rng::with_seed(seed), &holders(), FAULT_PERIOD), |_| false);
     world.history.overlap(&world.store)
 }
 
-/// The twin: were the faults too weak for this, they would show nothing of the client either.
+/// This checks the simulation itself: if its faults were too weak to break this program, they would
+/// prove nothing about the client.
 #[test]
-fn whoever_counts_from_the_answer_believes_too_long() {
+fn a_program_that_counts_from_the_answer_believes_too_long() {
     let shown = (0..60).find_map(|seed| naive_crowd(seed, Counting::FromAnswer));
-    println!("{}", shown.expect("nobody believed too long"));
+    println!("{}", shown.expect("no program believed too long"));
 }
 
 #[test]
-fn whoever_counts_from_the_request_does_not() {
-    seeds::each("whoever_counts_from_the_request", 10, |seed| {
+fn a_program_that_counts_from_the_request_does_not_believe_too_long() {
+    seeds::each("a_program_that_counts_from_the_request", 10, |seed| {
         naive_crowd(seed, Counting::FromRequest).map_or(Ok(()), Err)
     });
 }
 
-/// One program that means to keep its lease, and what happens meanwhile.
+/// Runs one program that must keep its lease in spite of `faults`.
 fn steady(seed: u64, ttl: Duration, faults: Faults) -> Result<(), String> {
     let mut world = World::new(seed);
     let history = world.history.clone();
@@ -126,7 +132,7 @@ fn steady(seed: u64, ttl: Duration, faults: Faults) -> Result<(), String> {
     world.check()
 }
 
-/// When the keepalive stream is open.
+/// Returns a random time at which the keepalive stream is already open.
 fn some_time(rng: &mut Rng) -> Duration {
     ms(rng.u64(4000..8000))
 }
@@ -138,19 +144,19 @@ fn an_outage_of_half_the_ttl_loses_nothing() {
         let at = some_time(rng);
         let one = |fault| Faults::one(at, TTL / 2, fault);
         let faults = match seed % 3 {
-            0 => one((Happening::Weather(Weather::Away), Happening::Weather(Weather::Fair))),
-            1 => one(on_and_off(DAEMONS[0])).and(one(on_and_off(DAEMONS[1]))),
-            _ => Faults::both(at, TTL / 2, Happening::Hold),
+            0 => one((Fault::Store(StoreFault::Unavailable), Fault::Store(StoreFault::None))),
+            1 => one(crash_and_restart(DAEMONS[0])).and(one(crash_and_restart(DAEMONS[1]))),
+            _ => Faults::both(at, TTL / 2, Fault::Hold),
         };
         steady(seed, TTL, faults)
     });
 }
 
 #[test]
-fn connections_that_die_unheard_lose_nothing_that_lasts_half_a_minute() {
+fn connections_that_die_silently_lose_no_lease_of_thirty_seconds() {
     seeds::each("connections_that_die", 3, |seed| {
         let at = some_time(&mut Rng::with_seed(seed));
-        steady(seed, secs(30), Faults::both(at, secs(15), Happening::Partition))
+        steady(seed, secs(30), Faults::both(at, secs(15), Fault::Partition))
     });
 }
 
@@ -160,25 +166,25 @@ fn a_stream_moves_before_its_leases_are_in_jeopardy() {
         let rng = &mut Rng::with_seed(seed);
         let (at, daemon) = (some_time(rng), DAEMONS[rng.usize(..2)].to_owned());
         let (from, to) = ("holder".to_owned(), daemon);
-        let mended = Happening::Mended(from.clone(), to.clone());
+        let repaired = Fault::Repaired(from.clone(), to.clone());
         let begin = match seed % 4 {
-            0 => Happening::Hold(from, to),
-            1 => Happening::Partition(from, to),
-            2 => Happening::OneWay(from, to),
-            _ => Happening::OneWay(to, from),
+            0 => Fault::Hold(from, to),
+            1 => Fault::Partition(from, to),
+            2 => Fault::OneWay(from, to),
+            _ => Fault::OneWay(to, from),
         };
-        steady(seed, secs(1), Faults::one(at, secs(60), (begin, mended)))
+        steady(seed, secs(1), Faults::one(at, secs(60), (begin, repaired)))
     });
 }
 
 #[test]
-fn a_revocation_is_told() {
-    seeds::each("a_revocation_is_told", 8, |seed| {
+fn a_revocation_is_reported() {
+    seeds::each("a_revocation_is_reported", 8, |seed| {
         let mut world = World::new(seed);
         let history = world.history.clone();
-        // Without a feed the touch brings it out.
+        // Without a change feed, the holder learns of it with its next touch.
         let within = if world.store.has_feed() { ms(600) } else { secs(11) };
-        // A lease that is a moment old hears of it like any other.
+        // The first seed revokes a lease that is only 5 ms old.
         let at = ms(5 + 700 * seed);
         world.host("holder", move || {
             let (holder, operator) = (client("holder"), client("operator"));
@@ -186,7 +192,7 @@ fn a_revocation_is_told() {
         });
         let history = world.history.clone();
         if !world.run(secs(30), Faults::default(), |_| history.count_done() == 1) {
-            world.history.fail(world.elapsed(), format_args!("the revocation was not told"));
+            world.history.fail(world.elapsed(), format_args!("the revocation was not reported"));
         }
         world.check()
     });

@@ -1,4 +1,5 @@
-//! Programs without the client: they call a daemon as anyone would, and count as `Counting` says.
+//! Programs that call a daemon with the generated stubs, and count the time of a lease by
+//! themselves.
 
 use std::time::Duration;
 
@@ -12,17 +13,18 @@ use uuid::Uuid;
 use super::history::{History, Mode};
 use super::holder::between;
 use super::world::{DAEMONS, KEYS, channel};
-use crate::support::{Asking, Calls, Leases, ask, ms, named};
+use crate::support::{AcquireBuilder, Calls, Leases, acquire, ms, named};
 
-/// What a deadline is counted from.
+/// The moment from which a program counts the time of its lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Counting {
-    /// The answer, and a grant after waiting is believed as it comes: what the contract forbids.
+    /// When the answer arrives, also after a wait. The API's contract forbids this.
     FromAnswer,
-    /// The request; a grant after waiting is touched first.
+    /// When the request is sent. After a wait, the program touches the lease first.
     FromRequest,
 }
 
+/// A program on a host of its own.
 pub(crate) struct Naive {
     pub(crate) name: String,
     pub(crate) history: History,
@@ -41,7 +43,7 @@ impl Naive {
 
     async fn round(&self, stub: &mut Leases) {
         let (key, id, ttl) = (KEYS[fastrand::usize(..KEYS.len())], Uuid::new_v4(), between(1000, 3000));
-        let request = ask(key).id(id).ttl(ttl).wait(between(100, 3000));
+        let request = acquire(key).id(id).ttl(ttl).wait(between(100, 3000));
         let sent_at = Instant::now();
         let Ok(Ok(answer)) = timeout(Duration::from_secs(5), stub.get_lease(request)).await else { return };
         let mut deadline = self.deadline(sent_at, ttl);

@@ -1,16 +1,17 @@
-//! Which runs are made, and what is said of one that went wrong.
+//! The seeds of a test, and the report of a failed one.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// So often one seed is run when it is asked for: the ids of leases, the order of hash maps and of what is ready at the same
-/// time do not follow from it.
+/// How often a single seed is run. One run is not enough, since lease ids, the order of hash maps,
+/// and the order of tasks that are ready at the same time do not follow from the seed.
 const REPETITIONS: usize = 20;
 
-/// Runs `simulate` with `usual` seeds, or those that the environment asks for, on all cores.
+/// Runs `simulate` on all cores, with the first `usual` seeds or with those that the environment
+/// names.
 ///
 /// # Panics
-/// If one went wrong, with its seed and what happened.
+/// If a run fails, with its seed and its history.
 pub(crate) fn each(name: &str, usual: u64, simulate: impl Fn(u64) -> Result<(), String> + Sync) {
     let number = |name: &str| std::env::var(name).ok().map(|number| number.parse().expect(name));
     let seeds: Vec<u64> = match number("LEASED_SIMULATION_SEED") {
@@ -18,22 +19,22 @@ pub(crate) fn each(name: &str, usual: u64, simulate: impl Fn(u64) -> Result<(), 
         None => (0..number("LEASED_SIMULATION_SEEDS").unwrap_or(usual)).collect(),
     };
     let next = AtomicU64::new(0);
-    let wrong = Mutex::new(None);
+    let failed = Mutex::new(None);
     let work = || {
         while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
             if let Err(what) = simulate(*seed) {
-                wrong.lock().unwrap().get_or_insert((*seed, what));
+                failed.lock().unwrap().get_or_insert((*seed, what));
             }
-            if wrong.lock().unwrap().is_some() {
+            if failed.lock().unwrap().is_some() {
                 return;
             }
         }
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| (0..cores).for_each(|_| drop(scope.spawn(work))));
-    if let Some((seed, what)) = wrong.into_inner().unwrap() {
+    if let Some((seed, what)) = failed.into_inner().unwrap() {
         panic!(
-            "{what}\nthis one alone: LEASED_SIMULATION_SEED={seed} cargo test --test integration simulation::{name}"
+            "{what}\nto run this seed alone: LEASED_SIMULATION_SEED={seed} cargo test --test integration simulation::{name}"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Programs with one aim: to keep a lease, to take one away, to have one soon.
+//! Programs with a single aim: to keep a lease, to have one revoked, or to get one soon.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::history::{History, Mode, now};
 use super::world::KEYS;
 use crate::support::secs;
 
-/// Holds the first key for as long as it can, and notes when it cannot any more.
+/// Holds the first key for as long as it can. Losing the lease is a failure.
 pub(crate) async fn keep(client: Client, history: History, ttl: Duration) {
     let lease = client.acquire(KEYS[0]).ttl(ttl).wait(secs(10)).await.unwrap();
     let belief = history.believe("holder", KEYS[0], lease.token(), Mode::Exclusive);
@@ -21,7 +21,8 @@ pub(crate) async fn keep(client: Client, history: History, ttl: Duration) {
     std::future::pending::<()>().await;
 }
 
-/// Holds the first key until it is revoked `at` some time by another, and notes if that is told later than `within`.
+/// Holds the first key until another client revokes the lease, which happens after the time `at`.
+/// It is a failure if the holder is told later than `within` after the revocation.
 pub(crate) async fn be_revoked(
     holder: Client,
     operator: Client,
@@ -38,21 +39,21 @@ pub(crate) async fn be_revoked(
     );
     assert_eq!(revoked.0, 1);
     assert_eq!(told.0, leased_client::Loss::Revoked);
-    let took = told.1.saturating_sub(revoked.1);
-    if took > within {
-        history.fail(now(), format_args!("the revocation was told after {took:?}"));
+    let elapsed = told.1.saturating_sub(revoked.1);
+    if elapsed > within {
+        history.fail(now(), format_args!("the revocation was reported after {elapsed:?}"));
     }
     history.done();
     std::future::pending::<()>().await;
 }
 
-/// Takes `key` as soon as it can, and notes if that is later than `within`.
+/// Acquires `key`. It is a failure if that takes longer than `within`.
 pub(crate) async fn probe(client: Client, history: History, key: &'static str, within: Duration) {
     let start = now();
     let lease = client.acquire(key).ttl(secs(1)).wait(secs(600)).await.unwrap();
-    let took = now() - start;
-    if took > within {
-        history.fail(now(), format_args!("{key} could be had only after {took:?}"));
+    let elapsed = now() - start;
+    if elapsed > within {
+        history.fail(now(), format_args!("{key} was granted only after {elapsed:?}"));
     }
     lease.release().await.unwrap();
     history.done();

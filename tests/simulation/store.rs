@@ -1,5 +1,6 @@
-//! The store that the daemons of a simulation share: the specification over a map, at the simulation's own time. It is slow
-//! now and then, and fails so that nobody knows whether it did what was asked.
+//! The store that the daemons of a simulation share: the specification (`lease::step`) over a map,
+//! in simulated time. It is slow at times, and it can fail without telling whether a commit took
+//! effect.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -15,23 +16,23 @@ use uuid::Uuid;
 use super::history::{History, now};
 use crate::support::ms;
 
-/// When a simulation begins on the store's clock.
+/// The time of the store's clock at which a simulation begins.
 const EPOCH: i64 = 1_700_000_000_000;
 
-/// How the store does.
+/// What is wrong with the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Weather {
-    Fair,
+pub(crate) enum StoreFault {
+    None,
     /// Each commit takes up to a second.
     Slow,
-    /// Nothing is answered; half of what is asked for happens.
-    Away,
+    /// No call is answered, but half of the commits take effect.
+    Unavailable,
 }
 
 #[derive(Clone)]
 pub(crate) struct SimulatedStore {
     rules: Rules,
-    /// Whether it tells of changes.
+    /// Whether the store has a change feed.
     has_feed: bool,
     history: History,
     changes: broadcast::Sender<(Key, i64)>,
@@ -40,23 +41,23 @@ pub(crate) struct SimulatedStore {
 
 struct State {
     records: BTreeMap<Key, Record>,
-    weather: Weather,
+    fault: StoreFault,
     clock: Timestamp,
-    /// What each acquisition was granted.
+    /// The token of each acquisition that was granted.
     granted: HashMap<LeaseId, FencingToken>,
     revoked: Vec<(FencingToken, Duration)>,
-    wrong: Option<String>,
+    violation: Option<String>,
 }
 
 impl SimulatedStore {
     pub(crate) fn new(rules: Rules, has_feed: bool, history: History) -> Self {
         let state = State {
             records: BTreeMap::new(),
-            weather: Weather::Fair,
+            fault: StoreFault::None,
             clock: Timestamp(EPOCH),
             granted: HashMap::new(),
             revoked: Vec::new(),
-            wrong: None,
+            violation: None,
         };
         Self {
             rules,
@@ -71,28 +72,28 @@ impl SimulatedStore {
         self.state.lock().unwrap()
     }
 
-    pub(crate) fn set_weather(&self, weather: Weather) {
-        self.state().weather = weather;
+    pub(crate) fn set_fault(&self, fault: StoreFault) {
+        self.state().fault = fault;
     }
 
-    /// When the lease with this token was revoked.
+    /// Returns when the lease with this token was revoked.
     pub(crate) fn revoked_at(&self, token: i64) -> Option<Duration> {
         self.state().revoked.iter().find(|(revoked, _)| revoked.0 == token).map(|(_, at)| *at)
     }
 
-    /// How many stand in line for `key`.
-    pub(crate) fn line(&self, key: &str) -> u32 {
+    /// Returns how many waiters `key` has.
+    pub(crate) fn queue_length(&self, key: &str) -> u32 {
         let state = self.state();
-        let record = state.records.iter().find(|(known, _)| known.as_str() == key);
+        let record = state.records.iter().find(|(stored, _)| stored.as_str() == key);
         record.map_or(0, |(_, record)| record.waiters.len() as u32)
     }
 
-    /// What must not happen to records, and did.
-    pub(crate) fn wrong(&self) -> Option<String> {
-        self.state().wrong.clone()
+    /// Returns the last forbidden change of a record, if there was one.
+    pub(crate) fn violation(&self) -> Option<String> {
+        self.state().violation.clone()
     }
 
-    /// Records that somebody holds or waits for `elapsed` after the beginning, in words.
+    /// Describes all records that have a holder or a waiter at the time `elapsed`.
     pub(crate) fn leftovers(&self, elapsed: Duration) -> Vec<String> {
         let now = Timestamp(EPOCH) + elapsed;
         let state = self.state();
@@ -103,17 +104,18 @@ impl SimulatedStore {
         left.map(|(key, record)| format!("{}: {}", key.as_str(), shown(record))).collect()
     }
 
-    /// Whether daemons hear of what others do.
+    /// Returns whether daemons learn from a change feed what the others do.
     pub(crate) fn has_feed(&self) -> bool {
         self.has_feed
     }
 
-    fn is_away(&self) -> bool {
-        self.state().weather == Weather::Away
+    fn is_unavailable(&self) -> bool {
+        self.state().fault == StoreFault::Unavailable
     }
 
+    /// Waits as long as a message to or from the store takes.
     async fn travel(&self) {
-        let longest = if self.state().weather == Weather::Slow { 500 } else { 4 };
+        let longest = if self.state().fault == StoreFault::Slow { 500 } else { 4 };
         sleep(ms(fastrand::u64(..=longest))).await;
     }
 
@@ -124,7 +126,7 @@ impl SimulatedStore {
             let (snapshot, is_changed) = state.apply(key, edit, &self.rules);
             if is_changed {
                 self.history.note(now(), format_args!("{}: {}", key.as_str(), shown(&snapshot.record)));
-                // Nobody may be listening.
+                // Sending fails if no daemon follows the feed.
                 let _ = self.changes.send((key.clone(), snapshot.record.rev));
             }
             snapshot
@@ -148,12 +150,12 @@ impl State {
         let after = step(before.clone(), edit, now, rules);
         for holder in &after.holders {
             let token = *self.granted.entry(holder.id).or_insert(holder.token);
-            let is_new = !before.holders.iter().any(|known| known.id == holder.id);
+            let is_new = !before.holders.iter().any(|earlier| earlier.id == holder.id);
             if token != holder.token {
-                self.wrong = Some(format!("one acquisition, two tokens: {token:?} and {holder:?}"));
+                self.violation = Some(format!("one acquisition, two tokens: {token:?} and {holder:?}"));
             }
             if is_new && holder.token <= before.token {
-                self.wrong = Some(format!("{holder:?} is no later than {:?}", before.token));
+                self.violation = Some(format!("the token of {holder:?} is not above {:?}", before.token));
             }
         }
         self.records.insert(key.clone(), after.clone());
@@ -162,7 +164,7 @@ impl State {
     }
 }
 
-/// The record in words.
+/// Describes a record: its holders, their expiry, and its waiters.
 fn shown(record: &Record) -> String {
     let holders =
         record.holders.iter().map(|holder| format!("{} until {}", holder.owner, holder.expires_at.0 - EPOCH));
@@ -171,13 +173,13 @@ fn shown(record: &Record) -> String {
     format!("held by {holders:?}, awaited by {waiters:?}")
 }
 
-/// Who is there.
+/// Returns the ids of all holders and waiters.
 fn ids(record: &Record) -> Vec<LeaseId> {
     let holders = record.holders.iter().map(|holder| holder.id);
     holders.chain(record.waiters.iter().map(|waiter| waiter.acquisition.id)).collect()
 }
 
-fn away(outcome: Outcome) -> StoreError {
+fn unavailable(outcome: Outcome) -> StoreError {
     StoreError::Unavailable { outcome, cause: "simulated".to_owned() }
 }
 
@@ -191,7 +193,7 @@ impl Store for SimulatedStore {
         let (mut outcome, mut is_repeated) = (Outcome::NotApplied, false);
         loop {
             self.travel().await;
-            if !self.is_away() {
+            if !self.is_unavailable() {
                 let snapshots = self.apply(&batch);
                 self.travel().await;
                 return Ok(Committed { records: snapshots.into_iter().map(Ok).collect(), is_repeated });
@@ -202,7 +204,7 @@ impl Store for SimulatedStore {
             }
             let again = Instant::now() + ms(fastrand::u64(25..200));
             if again >= deadline {
-                return Err(away(outcome));
+                return Err(unavailable(outcome));
             }
             sleep_until(again).await;
             let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
@@ -217,21 +219,21 @@ impl Store for SimulatedStore {
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         self.travel().await;
-        if self.is_away() {
-            return Err(away(Outcome::NotApplied));
+        if self.is_unavailable() {
+            return Err(unavailable(Outcome::NotApplied));
         }
         let snapshots = {
             let state = self.state();
             let now = state.clock.max(Timestamp(EPOCH) + now());
-            let known = keys.iter().filter_map(|key| state.records.get(key).cloned());
-            known.map(|record| Ok(Snapshot { record, now })).collect()
+            let found = keys.iter().filter_map(|key| state.records.get(key).cloned());
+            found.map(|record| Ok(Snapshot { record, now })).collect()
         };
         self.travel().await;
         Ok(snapshots)
     }
 
     async fn list(&self, _: ListQuery) -> Result<Page, StoreError> {
-        Err(StoreError::Refused { cause: "nobody lists here".to_owned() })
+        Err(StoreError::Refused { cause: "the simulation has no listing".to_owned() })
     }
 
     async fn purge(&self, _: Duration) -> Result<u64, StoreError> {
@@ -240,7 +242,7 @@ impl Store for SimulatedStore {
 
     async fn check(&self) -> Result<(), StoreError> {
         self.travel().await;
-        if self.is_away() { Err(away(Outcome::NotApplied)) } else { Ok(()) }
+        if self.is_unavailable() { Err(unavailable(Outcome::NotApplied)) } else { Ok(()) }
     }
 
     fn id(&self) -> Uuid {

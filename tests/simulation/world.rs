@@ -1,4 +1,4 @@
-//! A simulated network with two daemons over one store, and the hosts that ask them.
+//! A simulated network with two daemons over one store, and the hosts that call them.
 
 use std::time::Duration;
 
@@ -14,18 +14,18 @@ use tonic::transport::{Channel, Endpoint};
 use turmoil::Sim;
 use turmoil::net::{TcpListener, TcpStream};
 
-use super::faults::{Faults, Happening};
+use super::faults::{Fault, Faults};
 use super::history::History;
 use super::store::SimulatedStore;
 use crate::support::ms;
 
 pub(crate) const KEYS: [&str; 2] = ["jobs/a", "jobs/b"];
 pub(crate) const DAEMONS: [&str; 2] = ["daemon-0", "daemon-1"];
-/// Of the store.
+/// The grace of the store.
 pub(crate) const GRACE: Duration = ms(200);
-/// How long a place in line lasts without its daemon.
-pub(crate) const PLACE: Duration = Duration::from_secs(15);
-/// How exact the hosts' times are beside each other.
+/// The time after which a waiter's entry lapses if no daemon refreshes it.
+pub(crate) const WAITER_TTL: Duration = Duration::from_secs(15);
+/// The step of simulated time. The times of two hosts differ by less.
 const TICK: Duration = ms(5);
 const PORT: u16 = 5327;
 
@@ -33,14 +33,14 @@ const PORT: u16 = 5327;
 pub(crate) struct World {
     pub(crate) history: History,
     pub(crate) store: SimulatedStore,
-    /// Cancelled when all programs are to end.
+    /// Cancelled when all programs must end.
     pub(crate) over: CancellationToken,
     sim: Sim<'static>,
 }
 
 impl World {
-    /// Two daemons. What is random on this thread follows from `seed`, but for the ids of leases, the order of hash maps and
-    /// that of what is ready together.
+    /// Starts two daemons. All randomness on this thread follows from `seed`, except for lease ids,
+    /// the order of hash maps, and the order of tasks that are ready at the same time.
     pub(crate) fn new(seed: u64) -> Self {
         run_on_timers_alone();
         fastrand::seed(seed);
@@ -54,7 +54,7 @@ impl World {
             .simulation_duration(Duration::from_secs(3600))
             .build();
         let history = History::default();
-        let rules = Rules { grace: GRACE, place: PLACE };
+        let rules = Rules { grace: GRACE, waiter_ttl: WAITER_TTL };
         let store = SimulatedStore::new(rules, fastrand::u8(..4) > 0, history.clone());
         for daemon in DAEMONS {
             let store = store.clone();
@@ -63,7 +63,7 @@ impl World {
         Self { history, store, over: CancellationToken::new(), sim }
     }
 
-    /// A host that runs `program` each time it is started.
+    /// Adds a host that runs `program` each time it is started.
     pub(crate) fn host<F>(&mut self, name: &str, program: impl Fn() -> F + 'static)
     where
         F: Future<Output = ()> + 'static,
@@ -77,28 +77,28 @@ impl World {
         });
     }
 
-    /// How long the simulation has run.
+    /// Returns how long the simulation has run.
     pub(crate) fn elapsed(&self) -> Duration {
         self.sim.elapsed()
     }
 
-    /// What must be true by now.
+    /// Checks everything that must be true so far.
     ///
     /// # Errors
-    /// What is not, and all that happened.
+    /// What is not true, after a list of all that happened.
     pub(crate) fn check(&self) -> Result<(), String> {
         let history = &self.history;
         let overlap = history.overlap(&self.store).map(|overlap| format!("two believed at once: {overlap}"));
-        let regress =
-            history.regress().map(|regress| format!("a token is no greater than before: {regress}"));
-        let stale = history.stale().map(|stale| format!("a stale write was let through: {stale}"));
-        match history.failure().or_else(|| self.store.wrong()).or(overlap).or(regress).or(stale) {
-            Some(wrong) => Err(format!("{}\n{wrong}", history.told())),
+        let regress = history.regress().map(|regress| format!("a token does not rise: {regress}"));
+        let stale = history.stale().map(|stale| format!("a stale write was accepted: {stale}"));
+        match history.failure().or_else(|| self.store.violation()).or(overlap).or(regress).or(stale) {
+            Some(violation) => Err(format!("{}\n{violation}", history.log())),
             None => Ok(()),
         }
     }
 
-    /// Lets time pass until `done`, and has the faults happen that are due meanwhile.
+    /// Lets time pass until `done` is true or the time `until` has come, and injects the faults
+    /// that become due. Returns whether `done` is true.
     pub(crate) fn run(
         &mut self,
         until: Duration,
@@ -106,9 +106,9 @@ impl World {
         done: impl Fn(Duration) -> bool,
     ) -> bool {
         loop {
-            for happening in faults.due(self.elapsed()) {
-                self.history.note(self.elapsed(), format_args!("{happening:?}"));
-                self.happens(&happening);
+            for fault in faults.due(self.elapsed()) {
+                self.history.note(self.elapsed(), format_args!("{fault:?}"));
+                self.inject(&fault);
             }
             let is_done = done(self.elapsed());
             if is_done || self.elapsed() >= until {
@@ -121,30 +121,30 @@ impl World {
         }
     }
 
-    /// Changes the world now.
-    pub(crate) fn happens(&mut self, happening: &Happening) {
+    /// Begins or ends a fault now.
+    pub(crate) fn inject(&mut self, fault: &Fault) {
         let sim = &mut self.sim;
-        match happening {
-            Happening::Weather(weather) => self.store.set_weather(*weather),
-            Happening::Partition(a, b) => sim.partition(a.as_str(), b.as_str()),
-            Happening::OneWay(from, to) => sim.partition_oneway(from.as_str(), to.as_str()),
-            Happening::Hold(a, b) => sim.hold(a.as_str(), b.as_str()),
-            Happening::Lossy(a, b, rate) => sim.set_link_fail_rate(a.as_str(), b.as_str(), *rate),
-            Happening::Mended(a, b) => {
+        match fault {
+            Fault::Store(fault) => self.store.set_fault(*fault),
+            Fault::Partition(a, b) => sim.partition(a.as_str(), b.as_str()),
+            Fault::OneWay(from, to) => sim.partition_oneway(from.as_str(), to.as_str()),
+            Fault::Hold(a, b) => sim.hold(a.as_str(), b.as_str()),
+            Fault::Lossy(a, b, rate) => sim.set_link_fail_rate(a.as_str(), b.as_str(), *rate),
+            Fault::Repaired(a, b) => {
                 sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.0);
-                // What was held arrives, late.
+                // Messages that were held arrive now.
                 sim.release(a.as_str(), b.as_str());
             }
-            Happening::Crash(host) => {
+            Fault::Crash(host) => {
                 self.history.end(|holder| holder == host, sim.elapsed());
                 sim.crash(host.as_str());
             }
-            Happening::Start(host) => sim.bounce(host.as_str()),
+            Fault::Start(host) => sim.bounce(host.as_str()),
         }
     }
 }
 
-/// Nobody believes anything after the end of the world.
+/// All beliefs end with the simulation.
 impl Drop for World {
     fn drop(&mut self) {
         self.history.end(|_| true, self.elapsed());
@@ -163,7 +163,7 @@ async fn daemon_over(store: SimulatedStore) -> turmoil::Result {
     Ok(())
 }
 
-/// A client of both daemons; to be called on the host that it is for.
+/// Returns a client of both daemons. It must be called on the host that uses the client.
 pub(crate) fn client(name: &str) -> Client {
     let builder = Client::builder().owner(name);
     let builder = DAEMONS
@@ -172,7 +172,7 @@ pub(crate) fn client(name: &str) -> Client {
     builder.connect_lazily().unwrap()
 }
 
-/// A way to one daemon.
+/// Returns a channel to one daemon.
 pub(crate) fn channel(daemon: &'static str) -> Channel {
     let endpoint = Endpoint::from_shared(format!("http://{daemon}:{PORT}")).unwrap();
     Builder::tuned(endpoint).connect_with_connector_lazy(tower::service_fn(move |_| async move {

@@ -1,4 +1,5 @@
-//! Daemons that crash: each in a runtime of its own, which ends without a farewell and with all that runs in it.
+//! Daemons that crash. Each has a runtime of its own. Shutting that runtime down ends all tasks of
+//! the daemon at once: nothing is drained, answered or written.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -9,32 +10,34 @@ use tokio::runtime::Runtime;
 
 use super::{Daemon, Leases};
 
-/// A daemon over MongoDB that can be killed.
-pub(crate) struct Doomed {
+/// A daemon over MongoDB that can be made to crash.
+pub(crate) struct CrashingDaemon {
     runtime: Option<Runtime>,
     daemon: Daemon,
 }
 
-impl Doomed {
-    /// Starts; blocks the thread, so not one of a runtime's own.
+impl CrashingDaemon {
+    /// Starts a daemon. It blocks the calling thread, which must not be a worker thread of a
+    /// runtime.
     fn start_blocking(config: Config) -> Self {
         let runtime = Runtime::new().unwrap();
         let daemon = runtime.block_on(Daemon::with(config, None));
         Self { runtime: Some(runtime), daemon }
     }
 
-    /// Another daemon over the database of `daemon`.
+    /// Starts another daemon over the database of `daemon`.
     pub(crate) async fn beside(daemon: &Daemon) -> Self {
         let config = daemon.config.clone();
         tokio::task::spawn_blocking(|| Self::start_blocking(config)).await.unwrap()
     }
 
-    /// A client, which lives on in the caller's runtime.
+    /// Returns a client of this daemon. The client belongs to the caller's runtime and outlives a
+    /// crash.
     pub(crate) async fn client(&self) -> Leases {
         self.daemon.own_client().await
     }
 
-    /// Ends everything at once: no drain, no answer, no word to the database.
+    /// Ends the daemon at once, without a drain, an answer, or a last write to the database.
     pub(crate) fn kill(mut self) {
         self.end();
     }
@@ -46,30 +49,31 @@ impl Doomed {
     }
 }
 
-impl Drop for Doomed {
+impl Drop for CrashingDaemon {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-/// A daemon that is killed and started again, over and over, until this is dropped.
-pub(crate) struct Restless {
+/// A daemon that crashes and starts again, over and over, until this value is dropped.
+pub(crate) struct FlakyPeer {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Restless {
+impl FlakyPeer {
+    /// Starts the crashing daemon over the database of `daemon`.
     pub(crate) fn beside(daemon: &Daemon) -> Self {
         let (stop, stopped) = channel();
         let config = daemon.config.clone();
-        let thread = thread::spawn(move || live_and_die(&config, &stopped));
+        let thread = thread::spawn(move || start_and_crash(&config, &stopped));
         Self { stop: Some(stop), thread: Some(thread) }
     }
 }
 
-fn live_and_die(config: &Config, stopped: &Receiver<()>) {
+fn start_and_crash(config: &Config, stopped: &Receiver<()>) {
     loop {
-        let daemon = Doomed::start_blocking(config.clone());
+        let daemon = CrashingDaemon::start_blocking(config.clone());
         let life = Duration::from_millis(fastrand::u64(50..500));
         let is_over = stopped.recv_timeout(life) == Err(RecvTimeoutError::Disconnected);
         daemon.kill();
@@ -79,7 +83,7 @@ fn live_and_die(config: &Config, stopped: &Receiver<()>) {
     }
 }
 
-impl Drop for Restless {
+impl Drop for FlakyPeer {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {

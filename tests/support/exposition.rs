@@ -1,20 +1,21 @@
-//! Metrics as a scraper reads them, and strictly: what Prometheus' text format (version 0.0.4) and its conventions for names
-//! leave no room for is an error.
+//! A strict parser of metrics in Prometheus' text format, version 0.0.4. It refuses whatever the
+//! format or the naming conventions of Prometheus do not allow.
 //!
-//! <https://prometheus.io/docs/instrumenting/exposition_formats/>, <https://prometheus.io/docs/practices/naming/>
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>,
+//! <https://prometheus.io/docs/practices/naming/>
 
 use std::collections::{BTreeMap, BTreeSet};
 
 pub(crate) type Labels = BTreeMap<String, String>;
 
-/// Families by name.
+/// The metric families of a scrape, by name.
 #[derive(Debug, Default)]
 pub(crate) struct Exposition(pub BTreeMap<String, Family>);
 
 #[derive(Debug)]
 pub(crate) struct Family {
     pub kind: String,
-    /// Names of labels, but for `le`.
+    /// The label names of its samples, without `le`.
     pub labels: BTreeSet<String>,
     samples: Vec<Sample>,
 }
@@ -33,7 +34,7 @@ impl Exposition {
         let mut lines = text.split('\n').peekable();
         while let Some(line) = lines.next() {
             let help = line.strip_prefix("# HELP ").and_then(|line| line.split_once(' '));
-            let (name, help) = help.ok_or_else(|| format!("no help begins here: {line}"))?;
+            let (name, help) = help.ok_or_else(|| format!("not a line of help: {line}"))?;
             let line = lines.next().unwrap_or_default();
             let kind = line.strip_prefix("# TYPE ").and_then(|line| line.strip_prefix(name));
             let kind =
@@ -44,19 +45,19 @@ impl Exposition {
             }
             let family = Family::new(name, help, kind, samples).map_err(|why| format!("{name}: {why}"))?;
             if families.insert(name.to_owned(), family).is_some() {
-                return Err(format!("{name} is there twice"));
+                return Err(format!("{name} is listed twice"));
             }
         }
         Ok(Self(families))
     }
 
-    /// The sum of the samples of this name that have these labels.
+    /// Returns the sum of all samples with this name and these labels.
     pub(crate) fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let bare = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
         let family = self.0.get(name).or_else(|| self.0.get(bare?));
         let samples = family.unwrap_or_else(|| panic!("no {name}")).samples.iter();
         let has = |sample: &&Sample| {
-            labels.iter().all(|(label, value)| sample.labels.get(*label).is_some_and(|known| known == value))
+            labels.iter().all(|(label, value)| sample.labels.get(*label).is_some_and(|found| found == value))
         };
         let found: Vec<f64> =
             samples.filter(|sample| sample.name == name).filter(has).map(|sample| sample.value).collect();
@@ -71,21 +72,21 @@ impl Family {
         ensure(!help.is_empty(), "no help")?;
         ensure(!samples.is_empty(), "no samples")?;
         ensure(matches!(kind, "counter" | "gauge" | "histogram"), "an unknown type")?;
-        ensure(name.ends_with("_total") == (kind == "counter"), "counters, and no others, end in _total")?;
+        ensure(name.ends_with("_total") == (kind == "counter"), "only the names of counters end in _total")?;
         let suffixes = if kind == "histogram" { &["_bucket", "_sum", "_count"][..] } else { &[""] };
         let mut labels: Option<BTreeSet<String>> = None;
         let mut seen = BTreeSet::new();
         for sample in &samples {
             let suffix = sample.name.strip_prefix(name).filter(|suffix| suffixes.contains(suffix));
-            let suffix = suffix.ok_or_else(|| format!("{} does not belong here", sample.name))?;
-            let mut own: BTreeSet<String> = sample.labels.keys().cloned().collect();
-            ensure(own.remove("le") == (suffix == "_bucket"), "buckets, and no others, have le")?;
-            ensure(labels.get_or_insert_with(|| own.clone()) == &own, "other labels than before")?;
-            ensure(seen.insert((&sample.name, &sample.labels)), "a sample is there twice")?;
-            let counts = kind != "gauge";
+            let suffix = suffix.ok_or_else(|| format!("{} belongs to another family", sample.name))?;
+            let mut names: BTreeSet<String> = sample.labels.keys().cloned().collect();
+            ensure(names.remove("le") == (suffix == "_bucket"), "only buckets have the label le")?;
+            ensure(labels.get_or_insert_with(|| names.clone()) == &names, "samples differ in their labels")?;
+            ensure(seen.insert((&sample.name, &sample.labels)), "a sample is listed twice")?;
+            let is_count = kind != "gauge";
             ensure(
-                !counts || (sample.value >= 0.0 && sample.value.is_finite()),
-                "a count that counts nothing",
+                !is_count || (sample.value >= 0.0 && sample.value.is_finite()),
+                "a count is negative or not finite",
             )?;
         }
         if kind == "histogram" {
@@ -95,7 +96,8 @@ impl Family {
     }
 }
 
-/// Each histogram of a family comes whole: buckets that rise, the sum, the count.
+/// Checks that each histogram of a family is complete: rising buckets, then the sum, then the
+/// count.
 fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
     let mut samples = samples.iter().peekable();
     while samples.peek().is_some() {
@@ -106,7 +108,7 @@ fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
             if let Some((lower, fewer, others)) = &last {
                 ensure(*lower < bound, "bounds do not rise")?;
                 ensure(*fewer <= sample.value, "a bucket holds less than the one before")?;
-                ensure(*others == labels, "a histogram within another")?;
+                ensure(*others == labels, "a histogram begins within another")?;
             }
             last = Some((bound, sample.value, labels));
         }
@@ -126,31 +128,32 @@ fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
 
 /// `name{label="value",…} number`
 fn sample(line: &str) -> Result<Sample, String> {
-    let wrong = || format!("not a sample: {line}");
-    let end = line.find(['{', ' ']).ok_or_else(wrong)?;
+    let error = || format!("not a sample: {line}");
+    let end = line.find(['{', ' ']).ok_or_else(error)?;
     let (name, mut rest) = line.split_at(end);
     let mut labels = Labels::new();
     if let Some(inner) = rest.strip_prefix('{') {
         rest = inner;
         loop {
-            let (label, quoted) = rest.split_once("=\"").ok_or_else(wrong)?;
-            let (value, after) = unquote(quoted).ok_or_else(wrong)?;
-            ensure(is_name(label) && !label.contains(':'), &wrong())?;
-            ensure(labels.insert(label.to_owned(), value).is_none(), &wrong())?;
+            let (label, quoted) = rest.split_once("=\"").ok_or_else(error)?;
+            let (value, after) = unquote(quoted).ok_or_else(error)?;
+            ensure(is_name(label) && !label.contains(':'), &error())?;
+            ensure(labels.insert(label.to_owned(), value).is_none(), &error())?;
             match after.strip_prefix(',') {
                 Some(more) => rest = more,
                 None => {
-                    rest = after.strip_prefix('}').ok_or_else(wrong)?;
+                    rest = after.strip_prefix('}').ok_or_else(error)?;
                     break;
                 }
             }
         }
     }
-    let value = number(rest.strip_prefix(' ').ok_or_else(wrong)?)?;
+    let value = number(rest.strip_prefix(' ').ok_or_else(error)?)?;
     Ok(Sample { name: name.to_owned(), labels, value })
 }
 
-/// A label's value up to its quotation mark, and what follows.
+/// Splits a quoted label value, whose opening quotation mark is already read, from the text after
+/// it.
 fn unquote(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut rest = text.chars();
@@ -167,14 +170,14 @@ fn unquote(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// A number as Go reads it, and no time after it.
+/// Parses a number as Go writes it. A timestamp after it is an error.
 fn number(text: &str) -> Result<f64, String> {
-    let wrong = || format!("not a number: {text}");
+    let error = || format!("not a number: {text}");
     match text {
         "+Inf" => Ok(f64::INFINITY),
         "-Inf" => Ok(f64::NEG_INFINITY),
         "NaN" => Ok(f64::NAN),
-        _ => text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(wrong),
+        _ => text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(error),
     }
 }
 
@@ -204,7 +207,7 @@ c NaN
 "#;
 
 #[test]
-fn what_is_as_it_should_be_is_read() {
+fn a_valid_exposition_is_parsed() {
     let read = Exposition::parse(GOOD).unwrap();
     assert_eq!(read.value("a_total", &[]), 3.0);
     assert_eq!(read.value("a_total", &[("who", "you")]), 0.0);
@@ -214,8 +217,8 @@ fn what_is_as_it_should_be_is_read() {
 }
 
 #[test]
-fn what_is_not_is_refused() {
-    for (right, wrong) in [
+fn an_invalid_exposition_is_refused() {
+    for (valid, invalid) in [
         ("c NaN\n", "c NaN"),
         ("c NaN", "c nan"),
         ("c NaN", "c 1 1700000000000"),
@@ -246,8 +249,8 @@ fn what_is_not_is_refused() {
             "# HELP a_total How often.\n# TYPE a_total counter\na_total 1",
         ),
     ] {
-        assert!(GOOD.contains(right), "{right}");
-        let text = GOOD.replacen(right, wrong, 1);
-        assert!(Exposition::parse(&text).is_err(), "{wrong:?} instead of {right:?}");
+        assert!(GOOD.contains(valid), "{valid}");
+        let text = GOOD.replacen(valid, invalid, 1);
+        assert!(Exposition::parse(&text).is_err(), "{invalid:?} instead of {valid:?}");
     }
 }

@@ -1,8 +1,13 @@
-//! Daemons in-process over a store of their own, and requests as tests write them.
+//! Daemons that run in this process over a store of their own, and short forms of requests and
+//! calls.
 
+/// Daemons that crash.
 mod crash;
+/// A strict parser of metrics.
 pub(crate) mod exposition;
+/// A relay that loses or delays what it forwards.
 pub(crate) mod relay;
+/// Programs of other ecosystems.
 pub(crate) mod tools;
 
 use std::net::SocketAddr;
@@ -10,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use leased::config::{Args, Config, Place};
+use leased::config::{Args, Config, StoreLocation};
 use leased::server::{self, Listeners};
 use leased::store::Store;
 use leased::store::embedded::{EmbeddedStore, OpenError};
@@ -32,25 +37,26 @@ use uuid::Uuid;
 
 pub(crate) type Leases = LeaseServiceClient<Channel>;
 
-/// Longer than anything in a test takes; what is waited for is a condition.
+/// How long a test waits for a condition before it fails. Nothing in a test takes this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// The grace of daemons in tests.
+/// The grace of the daemons in tests.
 pub(crate) const GRACE: Duration = Duration::from_millis(200);
 
-/// Where leases are kept, and by how many daemons.
+/// The store in which leases are kept, and how many daemons use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Home {
+pub(crate) enum Backend {
     Embedded,
     MongoDb,
-    /// Two daemons over one MongoDB, of which each client meets any, beside a third that crashes and comes back.
+    /// Two daemons over one MongoDB, and a third that crashes and restarts all the time. Each
+    /// client connects to one of the first two at random.
     Fleet,
 }
 
-pub(crate) use Home::{Embedded, Fleet, MongoDb};
-pub(crate) use crash::Doomed;
-use crash::Restless;
+pub(crate) use Backend::{Embedded, Fleet, MongoDb};
+pub(crate) use crash::CrashingDaemon;
+use crash::FlakyPeer;
 
-/// A daemon in this process, or one of a fleet.
+/// A daemon in this process, with the rest of its fleet if it has one.
 pub(crate) struct Daemon {
     pub config: Config,
     pub http: SocketAddr,
@@ -58,30 +64,31 @@ pub(crate) struct Daemon {
     endpoint: Endpoint,
     shutdown: CancellationToken,
     task: JoinHandle<anyhow::Result<()>>,
-    /// Removed with the last daemon that uses it.
+    /// The data folder, which is removed with the last daemon that uses it.
     folder: Option<Arc<TempDir>>,
     fleet: Option<Box<Others>>,
 }
 
-/// The rest of a fleet.
+/// The daemons of a fleet beside the first one.
 struct Others {
     sibling: Daemon,
-    _restless: Restless,
+    _flaky_peer: FlakyPeer,
 }
 
 impl Daemon {
-    /// Over a new folder, or over a new database of the MongoDB that all tests share. That store always answers, however
-    /// slowly on a busy machine, so calls have a long time.
-    pub(crate) async fn start(home: Home) -> Self {
-        Self::start_with(home, |_| {}).await
+    /// Starts over a new folder, or over a new database of the MongoDB that all tests share. No
+    /// test makes that store fail, so calls have a long time: a busy machine makes it slow.
+    pub(crate) async fn start(backend: Backend) -> Self {
+        Self::start_with(backend, |_| {}).await
     }
 
-    pub(crate) async fn start_with(home: Home, change: impl FnOnce(&mut Config)) -> Self {
+    /// Starts as [`Self::start`] does, with a changed configuration.
+    pub(crate) async fn start_with(backend: Backend, change: impl FnOnce(&mut Config)) -> Self {
         let change = |config: &mut Config| {
             config.limits.bounds.call = PATIENCE;
             change(config);
         };
-        match home {
+        match backend {
             Embedded => {
                 let folder = tempfile::tempdir().unwrap();
                 let mut config = config(&["--data-dir", folder.path().to_str().unwrap()]);
@@ -92,15 +99,16 @@ impl Daemon {
             Fleet => {
                 let mut daemon = Self::over(throwaway_mongodb::shared().await.unwrap(), change).await;
                 let sibling = daemon.sibling().await;
-                daemon.follows().await;
-                sibling.follows().await;
-                daemon.fleet = Some(Box::new(Others { sibling, _restless: Restless::beside(&daemon) }));
+                daemon.until_following().await;
+                sibling.until_following().await;
+                let flaky_peer = FlakyPeer::beside(&daemon);
+                daemon.fleet = Some(Box::new(Others { sibling, _flaky_peer: flaky_peer }));
                 daemon
             }
         }
     }
 
-    /// Over a new database of the MongoDB at `uri`, for tests that make it fail.
+    /// Starts over a new database of the MongoDB at `uri`.
     pub(crate) async fn over(uri: &str, change: impl FnOnce(&mut Config)) -> Self {
         let database = format!("leased-test-{}", Uuid::new_v4());
         let mut config = config(&["--mongodb-uri", uri, "--mongodb-database", &database]);
@@ -108,19 +116,19 @@ impl Daemon {
         Self::with(config, None).await
     }
 
-    /// Another daemon over the same database.
+    /// Starts another daemon over the same database.
     pub(crate) async fn sibling(&self) -> Self {
         Self::with(self.config.clone(), None).await
     }
 
-    /// Drains, waits for the end, and starts over the same leases.
+    /// Drains the daemon, waits for its end, and starts a new one over the same leases.
     pub(crate) async fn restart(self) -> Self {
         let (config, folder) = (self.config.clone(), self.folder.clone());
         self.stop().await;
         Self::with(config, folder).await
     }
 
-    /// The same at the address that it is known by.
+    /// Restarts as [`Self::restart`] does; the new daemon listens at `address`.
     pub(crate) async fn restart_at(mut self, address: SocketAddr) -> Self {
         self.config.listen = address;
         self.restart().await
@@ -131,8 +139,8 @@ impl Daemon {
         let (grpc, http) = (listeners.grpc().unwrap(), listeners.http().unwrap().unwrap());
         let endpoint = Endpoint::from_shared(format!("http://{grpc}")).unwrap();
         let shutdown = CancellationToken::new();
-        let task = match &config.place {
-            Place::Folder(folder) => {
+        let task = match &config.location {
+            StoreLocation::Folder(folder) => {
                 // A daemon that has just ended may still be about to close its file.
                 let store = eventually(async || match EmbeddedStore::open(folder, config.rules).await {
                     Err(OpenError::InUse(_)) => None,
@@ -140,7 +148,7 @@ impl Daemon {
                 });
                 serve(listeners, store.await, &config, &shutdown)
             }
-            Place::MongoDb(location) => {
+            StoreLocation::MongoDb(location) => {
                 let store = MongoStore::connect(location, config.rules).await.unwrap();
                 serve(listeners, store, &config, &shutdown)
             }
@@ -148,7 +156,7 @@ impl Daemon {
         Self { config, http, grpc, endpoint, shutdown, task, folder, fleet: None }
     }
 
-    /// A connection; of a fleet, to any of its daemons.
+    /// Connects to this daemon, or to a random one of its fleet.
     pub(crate) async fn channel(&self) -> Channel {
         let sibling = self.fleet.as_ref().map(|others| &others.sibling).filter(|_| fastrand::bool());
         let daemon = sibling.unwrap_or(self);
@@ -156,27 +164,27 @@ impl Daemon {
         daemon.endpoint.connect().await.unwrap()
     }
 
-    /// A client with a connection of its own.
+    /// Returns a client with a connection of its own.
     pub(crate) async fn client(&self) -> Leases {
         LeaseServiceClient::new(self.channel().await)
     }
 
-    /// This daemon and the rest of its fleet that lives as long.
+    /// Returns this daemon and those of its fleet that do not crash.
     pub(crate) fn members(&self) -> impl Iterator<Item = &Daemon> {
         std::iter::once(self).chain(self.fleet.as_ref().map(|others| &others.sibling))
     }
 
-    /// The URLs of all members.
+    /// Returns the URLs of all members.
     pub(crate) fn urls(&self) -> Vec<String> {
         self.members().map(|daemon| format!("http://{}", daemon.grpc)).collect()
     }
 
-    /// A holder that may turn to any daemon of a fleet.
+    /// Returns a client of the client crate with the URLs of all members.
     pub(crate) async fn holder(&self) -> Client {
         Client::connect(self.urls()).await.unwrap()
     }
 
-    /// A client of this very daemon.
+    /// Returns a client of this daemon, never of another one of its fleet.
     async fn own_client(&self) -> Leases {
         LeaseServiceClient::new(self.endpoint.connect().await.unwrap())
     }
@@ -185,34 +193,34 @@ impl Daemon {
         AdminServiceClient::new(self.channel().await)
     }
 
-    /// Waits until the daemon hears of what others do.
-    pub(crate) async fn follows(&self) {
+    /// Waits until the daemon follows the change feed, and so learns what other daemons do.
+    pub(crate) async fn until_following(&self) {
         eventually(async || {
             http(self.http, "/readyz").await.filter(|answer| answer.1.contains("change feed"))
         })
         .await;
     }
 
-    /// Tells the daemon to drain.
+    /// Tells the daemon to drain, and returns at once.
     pub(crate) fn drain(&self) {
         self.shutdown.cancel();
     }
 
-    /// Drains and waits for the end.
+    /// Drains the daemon and waits for its end.
     pub(crate) async fn stop(self) {
         self.drain();
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
     }
 
-    /// Where a daemon over MongoDB has its records.
+    /// Returns where a daemon over MongoDB keeps its records.
     pub(crate) fn location(&self) -> &Location {
-        match &self.config.place {
-            Place::MongoDb(location) => location,
-            Place::Folder(folder) => panic!("the leases are in {}", folder.display()),
+        match &self.config.location {
+            StoreLocation::MongoDb(location) => location,
+            StoreLocation::Folder(folder) => panic!("the leases are in {}", folder.display()),
         }
     }
 
-    /// The daemon's collection, to look at and to damage.
+    /// Returns the daemon's collection, so that tests can read and damage records.
     pub(crate) async fn collection(&self) -> mongodb::Collection<Document> {
         self.database().await.collection(&self.location().collection)
     }
@@ -239,13 +247,13 @@ fn serve<S: Store>(
     tokio::spawn(async move { server::run(listeners, store, &config, shutdown).await })
 }
 
-/// An exclusive try at `key`.
-pub(crate) fn ask(key: &str) -> AcquireRequest {
+/// Builds a request for an exclusive lease on `key`, which does not wait.
+pub(crate) fn acquire(key: &str) -> AcquireRequest {
     AcquireRequest { key: key.to_owned(), owner: "test".to_owned(), ..AcquireRequest::default() }
 }
 
-/// The same with more to it.
-pub(crate) trait Asking {
+/// The options of a request that [`acquire`] has begun.
+pub(crate) trait AcquireBuilder {
     fn id(self, id: Uuid) -> Self;
     fn owner(self, owner: &str) -> Self;
     fn ttl(self, ttl: Duration) -> Self;
@@ -254,7 +262,7 @@ pub(crate) trait Asking {
     fn min_hold(self, min_hold: Duration) -> Self;
 }
 
-impl Asking for AcquireRequest {
+impl AcquireBuilder for AcquireRequest {
     fn id(self, id: Uuid) -> Self {
         Self { lease_id: id.to_string(), ..self }
     }
@@ -280,12 +288,13 @@ impl Asking for AcquireRequest {
     }
 }
 
-/// Calls whose requests name a lease.
+/// Calls with a key or a lease as their only argument, and with the essential part of the answer as
+/// their result.
 pub(crate) trait Calls {
     async fn get_lease(&mut self, request: AcquireRequest) -> Result<AcquireResponse, Status>;
     async fn give_back(&mut self, lease: &LeaseRef) -> Result<(), Status>;
     async fn renew(&mut self, lease: &LeaseRef) -> Result<Duration, Status>;
-    async fn look(&mut self, key: &str) -> Result<v1::Lease, Status>;
+    async fn inspect(&mut self, key: &str) -> Result<v1::Lease, Status>;
 }
 
 impl Calls for Leases {
@@ -302,32 +311,33 @@ impl Calls for Leases {
         Ok(answer.into_inner().remaining.unwrap().try_into().unwrap())
     }
 
-    async fn look(&mut self, key: &str) -> Result<v1::Lease, Status> {
+    async fn inspect(&mut self, key: &str) -> Result<v1::Lease, Status> {
         Ok(self.get(v1::GetRequest { key: key.to_owned() }).await?.into_inner().lease.unwrap())
     }
 }
 
-/// A lease by key and id.
+/// Names a lease by its key and id.
 pub(crate) fn named(key: &str, id: Uuid) -> LeaseRef {
     LeaseRef { key: key.to_owned(), lease_id: id.to_string() }
 }
 
-/// The reason of a refusal, and one entry of its metadata.
+/// Returns the reason of a refusal and one entry of its metadata, which is empty if absent.
 pub(crate) fn refusal(status: &Status, entry: &str) -> (Option<Reason>, String) {
     let info = status.get_details_error_info();
     (Reason::of(status), info.and_then(|info| info.metadata.get(entry).cloned()).unwrap_or_default())
 }
 
-/// The fields that an `INVALID_ARGUMENT` names, in order.
-pub(crate) fn wrong_fields(status: &Status) -> Vec<String> {
+/// Returns the fields that an `INVALID_ARGUMENT` status names, sorted.
+pub(crate) fn invalid_fields(status: &Status) -> Vec<String> {
     assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status:?}");
     let bad_request = status.get_details_bad_request().unwrap();
-    let mut fields: Vec<String> = bad_request.field_violations.into_iter().map(|wrong| wrong.field).collect();
+    let mut fields: Vec<String> =
+        bad_request.field_violations.into_iter().map(|violation| violation.field).collect();
     fields.sort();
     fields
 }
 
-/// Asks again until the answer is `Some`.
+/// Calls `ask` again and again until it returns `Some`.
 pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let asking = async {
         loop {
@@ -340,13 +350,13 @@ pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T 
     tokio::time::timeout(PATIENCE, asking).await.expect("it did not happen in time")
 }
 
-/// The status line and the body of a GET.
+/// Sends an HTTP GET, and returns the status line and the body of the answer.
 pub(crate) async fn http(address: SocketAddr, path: &str) -> Option<(String, String)> {
     let (head, body) = fetch(address, path).await?;
     Some((head.lines().next()?.to_owned(), body))
 }
 
-/// The head and the body of a GET.
+/// Sends an HTTP GET, and returns the head and the body of the answer.
 pub(crate) async fn fetch(address: SocketAddr, path: &str) -> Option<(String, String)> {
     let mut stream = TcpStream::connect(address).await.ok()?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: leased\r\nConnection: close\r\n\r\n");
@@ -357,9 +367,20 @@ pub(crate) async fn fetch(address: SocketAddr, path: &str) -> Option<(String, St
     Some((format!("{head}\r\n"), body.to_owned()))
 }
 
-/// Waits until so many stand in line for `key`.
-pub(crate) async fn line_of(client: &mut Leases, key: &str, length: usize) {
-    eventually(async || client.look(key).await.ok().filter(|lease| lease.waiters.len() == length)).await;
+/// An acquire call that runs as a task.
+pub(crate) type Acquiring = JoinHandle<Result<AcquireResponse, Status>>;
+
+/// Starts a call that waits, and returns once the key has `waiters` waiters, this call included.
+pub(crate) async fn enqueue(client: &mut Leases, request: AcquireRequest, waiters: usize) -> Acquiring {
+    let (mut waiting, key) = (client.clone(), request.key.clone());
+    let call = tokio::spawn(async move { waiting.get_lease(request).await });
+    until_queued(client, &key, waiters).await;
+    call
+}
+
+/// Waits until `key` has exactly `waiters` waiters.
+pub(crate) async fn until_queued(client: &mut Leases, key: &str, waiters: usize) {
+    eventually(async || client.inspect(key).await.ok().filter(|lease| lease.waiters.len() == waiters)).await;
 }
 
 pub(crate) const fn ms(millis: u64) -> Duration {

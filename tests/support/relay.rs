@@ -1,5 +1,5 @@
-//! A relay before a daemon or a MongoDB, whose connections fall silent, lose the answer to a request, or deliver it late. Knows
-//! nothing of leases.
+//! A TCP relay in front of a daemon or a MongoDB. It can silence its connections, lose the answer
+//! to a request, or deliver a request late. It does not know what a lease is.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,21 +11,21 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Passes on what comes, in both directions, for as long as it lives.
+/// Forwards bytes in both directions until it is dropped.
 pub(crate) struct Relay {
     address: SocketAddr,
     url: String,
     connections: Arc<AtomicUsize>,
-    /// Connections with a lower number are silent.
+    /// Connections with a lower number than this are silent.
     silent_below: watch::Sender<usize>,
     trick_is_over: CancellationToken,
     delivered: Mutex<oneshot::Receiver<()>>,
     _task: AbortOnDropHandle<()>,
 }
 
-/// What happens to one request. Whichever connection brings it takes the trick.
+/// What the relay does to one request, whichever connection brings that request.
 struct Trick {
-    /// By which the request is known.
+    /// Text that only the affected request contains.
     words: &'static str,
     kind: Kind,
     is_over: CancellationToken,
@@ -34,30 +34,31 @@ struct Trick {
 
 #[derive(Clone, Copy)]
 enum Kind {
-    /// Its answer is lost, and so is what comes after it over the same connection.
+    /// The answer to the request is lost, and so is everything after it on the same connection.
     Unanswered,
-    /// It comes when the test says so, and is the last thing that passes over its connection.
+    /// The request is delivered when the test says so. Nothing passes on its connection afterwards.
     Late,
 }
 
 impl Relay {
-    /// To the server at `to`.
+    /// Starts a relay to the server at `to` that forwards everything.
     pub(crate) async fn to(to: SocketAddr) -> Self {
         Self::start("", Kind::Unanswered, to).await
     }
 
-    /// To the server at `to`. The first request with `words` goes without its answer, and so does what comes after it over the same
-    /// connection.
+    /// Starts a relay to the server at `to` that loses the answer to the first request that
+    /// contains `words`, and everything after it on the same connection.
     pub(crate) async fn losing_the_answer_to(words: &'static str, to: SocketAddr) -> Self {
         Self::start(words, Kind::Unanswered, to).await
     }
 
-    /// To the server at `to`. The first request with `words` is held back until it is delivered.
+    /// Starts a relay to the server at `to` that holds back the first request that contains
+    /// `words`, until [`Self::deliver`] is called.
     pub(crate) async fn holding_back(words: &'static str, to: SocketAddr) -> Self {
         Self::start(words, Kind::Late, to).await
     }
 
-    /// Without `words` there is no trick.
+    /// Starts a relay. If `words` is empty, it forwards everything.
     async fn start(words: &'static str, kind: Kind, to: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -78,7 +79,7 @@ impl Relay {
                         () = pass(&mut ends, &trick) => return,
                         _ = silence.wait_for(|below| number < *below) => {}
                     }
-                    // Open on both sides, and nothing passes.
+                    // Both connections stay open, and nothing passes between them.
                     std::future::pending::<()>().await;
                 });
             }
@@ -96,22 +97,22 @@ impl Relay {
         &self.url
     }
 
-    /// How many connections were made to it.
+    /// Returns how many connections were made to the relay so far.
     pub(crate) fn count(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// All connections there are fall silent without being closed. Those made later are passed on.
+    /// Silences all connections that exist now, without closing them. Later connections work.
     pub(crate) fn hush(&self) {
         self.silent_below.send_replace(self.count());
     }
 
-    /// Breaks off the connection whose answer was lost.
+    /// Closes the connection on which the answer was lost.
     pub(crate) fn break_off(&self) {
         self.trick_is_over.cancel();
     }
 
-    /// Delivers the request that was held back, and waits until the server has answered.
+    /// Delivers the request that was held back, and waits until the server has answered it.
     pub(crate) async fn deliver(&self) {
         self.trick_is_over.cancel();
         (&mut *self.delivered.lock().await).await.expect("a request that was held back");
@@ -132,17 +133,17 @@ async fn pass((client, server): &mut (TcpStream, TcpStream), trick: &Mutex<Optio
             read = client.read(&mut asked) => {
                 let Ok(length @ 1..) = read else { return };
                 let request = &asked[..length];
-                let is_meant = |words: &str| request.windows(words.len()).any(|part| part == words.as_bytes());
-                let mine = trick.lock().await.take_if(|trick| is_meant(trick.words));
-                if let Some(Trick { kind: Kind::Late, is_over, .. }) = &mine {
+                let matches = |words: &str| request.windows(words.len()).any(|part| part == words.as_bytes());
+                let matched = trick.lock().await.take_if(|trick| matches(trick.words));
+                if let Some(Trick { kind: Kind::Late, is_over, .. }) = &matched {
                     is_over.cancelled().await;
                 }
                 if server.write_all(request).await.is_err() {
                     return;
                 }
-                match mine {
+                match matched {
                     Some(Trick { kind: Kind::Late, delivered, .. }) => {
-                        // The client may be gone by now.
+                        // The answer is dropped, since the client may have hung up by now.
                         if matches!(server.read(&mut answered).await, Ok(1..)) {
                             let _ = delivered.send(());
                         }

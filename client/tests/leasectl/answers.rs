@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Process, end, leasectl};
 
-/// The names of the fields of an object.
+/// Returns the names of the fields of an object.
 fn names(value: &Value) -> Vec<&str> {
     value.as_object().unwrap().keys().map(String::as_str).collect()
 }
@@ -25,7 +25,7 @@ fn a_script_acquires_touches_and_releases() {
     assert_eq!((names(&touched), &touched["key"]), (vec!["key", "remaining_ms"], &json!("a/key")));
     assert!((10_000..=20_000).contains(&touched["remaining_ms"].as_i64().unwrap()), "{touched}");
 
-    // The id is a secret: from the environment, and from standard input.
+    // The id is a secret, so it can also come from the environment or from standard input.
     let touched = end(daemon.leasectl(&["touch", "a/key"]).env("LEASED_ID", id));
     assert_eq!(touched.code, Some(0), "{}", touched.stderr);
     assert!(touched.stdout.starts_with("a/key lasts "), "{}", touched.stdout);
@@ -42,7 +42,7 @@ fn a_script_acquires_touches_and_releases() {
 }
 
 #[test]
-fn a_key_is_shown_with_its_holder_and_its_line() {
+fn a_key_is_shown_with_its_holders_and_its_queue() {
     let daemon = Daemon::start();
     let labels = ["--metadata=build=12", "--metadata=why=a=b"];
     daemon.json(&[&["acquire", "a/key", "--owner=first", "--min-hold=1s"][..], &labels].concat());
@@ -78,15 +78,16 @@ fn a_key_is_shown_with_its_holder_and_its_line() {
 
     let text = daemon.end(&["get", "a/key"]).stdout;
     for shown in
-        ["a/key  held  token ", "first", "build=12 why=a=b", "30s", "PLACE", "second", "shared, at most 2"]
+        ["a/key  held  token ", "first", "build=12 why=a=b", "30s", "POSITION", "second", "shared, at most 2"]
     {
         assert!(text.contains(shown), "{shown}: {text}");
     }
 }
 
-/// Only of the environment variable a label is a line, without the blanks around it.
+/// On the command line, the value of an option is one label. In the environment variable, each line
+/// is one, without the blanks around it.
 #[test]
-fn a_label_on_the_command_line_is_taken_as_it_is() {
+fn a_label_on_the_command_line_is_used_as_it_is() {
     let daemon = Daemon::start();
     let labels =
         ["--metadata=note=  x  ", "--metadata", " x =y ", "--metadata=empty=", "--metadata=a=b\n\nc=d"];
@@ -97,9 +98,9 @@ fn a_label_on_the_command_line_is_taken_as_it_is() {
     let mut acquire = daemon.leasectl(&["acquire", "b/key"]);
     assert_eq!(end(acquire.env("LEASED_METADATA", "\n\n  a = 1 \n\t\n  b=2\r\n")).code, Some(0));
     assert_eq!(daemon.json(&["get", "b/key"])["holders"][0]["metadata"], json!({ "a ": " 1", "b": "2" }));
-    let wrong = end(daemon.leasectl(&["acquire", "c/key"]).env("LEASED_METADATA", "a=1\nnonsense"));
-    assert_eq!(wrong.code, Some(2), "{wrong:?}");
-    assert!(wrong.stderr.contains("'nonsense'") && wrong.stderr.contains("NAME=VALUE"), "{wrong:?}");
+    let invalid = end(daemon.leasectl(&["acquire", "c/key"]).env("LEASED_METADATA", "a=1\nnonsense"));
+    assert_eq!(invalid.code, Some(2), "{invalid:?}");
+    assert!(invalid.stderr.contains("'nonsense'") && invalid.stderr.contains("NAME=VALUE"), "{invalid:?}");
 }
 
 #[test]
@@ -126,7 +127,7 @@ fn keys_are_listed_by_prefix() {
 }
 
 #[test]
-fn a_watch_tells_of_every_change() {
+fn a_watch_shows_every_change() {
     let daemon = Daemon::start();
     let acquired = daemon.json(&["acquire", "a/key"]);
     let watch = |arguments: &[&str]| {
@@ -149,13 +150,13 @@ fn a_watch_tells_of_every_change() {
     assert_eq!(change["key"]["state"], json!("free"));
     let second = texts.next().unwrap();
     assert!(second.contains("  released    a/key  token ") && second.contains("holder -"), "{second}");
-    // Both end without another change, for nobody reads on.
+    // Both watches end without another change, since nobody reads their output any more.
     drop((texts, objects));
     assert_eq!((text.end().code, json.end().code), (Some(0), Some(0)));
 }
 
 #[test]
-fn an_operator_takes_a_lease_away() {
+fn an_operator_revokes_a_lease() {
     let daemon = Daemon::start();
     let acquired = daemon.json(&["acquire", "a/key"]);
     let token = acquired["token"].as_i64().unwrap();
@@ -178,7 +179,8 @@ fn a_revocation_without_a_token_ends_the_block_as_well() {
     assert!(daemon.json(&["get", "a/key"])["blocked_until"].is_null());
     daemon.json(&["acquire", "a/key", "--wait=0"]);
 
-    // One holds still, and another has left a block, in either order of their grants.
+    // One holder still holds, and another has released early and left a block. Both orders of their
+    // grants are tried.
     let run = ["run", "b/key", "--shared", "--min-hold=1h", "--", "true"];
     daemon.json(&["acquire", "b/key", "--shared"]);
     assert_eq!(daemon.end(&run).code, Some(0));
@@ -193,7 +195,7 @@ fn a_revocation_without_a_token_ends_the_block_as_well() {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_failure() {
+fn a_closed_output_is_not_a_failure() {
     let daemon = Daemon::start();
     for number in 0..3 {
         daemon.json(&["acquire", &format!("{number:0>500}")]);
@@ -206,22 +208,25 @@ fn a_reader_that_goes_away_is_no_failure() {
     assert_eq!((ended.status.code(), ended.stderr), (Some(0), Vec::new()));
 }
 
-/// A script that goes on after this one would take the lease for its own.
+/// If nobody has read the lease id, nobody can release the lease. With exit code 0 a script would
+/// go on as if it held the lease.
 #[test]
-fn a_lease_whose_id_nobody_reads_is_a_failure_and_given_back() {
+fn an_acquire_whose_id_nobody_reads_fails_and_releases_the_lease() {
     let daemon = Daemon::start();
     let mut unread = daemon.leasectl(&["acquire", "a/key", "--ttl=1h"]);
     unread.stdout(std::io::pipe().unwrap().1).stderr(Stdio::piped());
     let ended = Process::spawn(&mut unread).end();
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.starts_with("leasectl: nobody has read the id of the lease"), "{ended:?}");
-    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "released");
 }
 
-/// `/dev/null` says that no id is wanted, however it was opened. A closed output cannot be told from it: Rust's runtime puts
-/// `/dev/null` in its place.
+/// An output to `/dev/null`, however it was opened, means that the caller does not need the id. A
+/// closed output looks the same, since Rust's runtime replaces it with `/dev/null`.
 #[rstest]
-fn a_lease_whose_id_is_not_wanted_is_kept(#[values("> /dev/null", "1<> /dev/null", ">&-")] redirected: &str) {
+fn a_lease_whose_id_goes_to_dev_null_is_kept(
+    #[values("> /dev/null", "1<> /dev/null", ">&-")] redirected: &str,
+) {
     let daemon = Daemon::start();
     let command = daemon.leasectl(&["acquire", "a/key", "--ttl=1h", "--wait=0"]);
     let mut shell = std::process::Command::new("sh");
@@ -231,9 +236,9 @@ fn a_lease_whose_id_is_not_wanted_is_kept(#[values("> /dev/null", "1<> /dev/null
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "held");
 }
 
-/// Keys and labels are anybody's.
+/// Any caller can choose keys and labels, and put control characters into them.
 #[test]
-fn nothing_that_is_shown_steers_a_terminal() {
+fn no_output_contains_characters_that_control_a_terminal() {
     let daemon = Daemon::start();
     let key = "a/\u{202e}yek\u{2028}\u{2066}";
     let owner = "--owner=\u{1b}[2J\u{9b}1m\u{202e}";

@@ -1,4 +1,4 @@
-//! A command under a lease that is kept.
+//! A command under a lease that is not lost.
 
 use std::process::Stdio;
 
@@ -14,14 +14,14 @@ fn a_command_sees_its_lease_and_its_exit_code_is_that_of_leasectl() {
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(7), ""));
     let key = daemon.json(&["get", "a/key"]);
     assert_eq!(ended.stdout, format!("a/key {}\n", key["token"]));
-    assert_eq!(key["state"], "free", "given back");
+    assert_eq!(key["state"], "free", "released");
     for (script, code) in [("exit 0", 0), ("exit 255", 255), ("kill -TERM $$", 143), ("kill -KILL $$", 137)] {
         assert_eq!(daemon.end(&["run", "a/key", "--", "sh", "-c", script]).code, Some(code), "{script}");
     }
 }
 
 #[test]
-fn options_come_from_the_environment_too() {
+fn options_can_come_from_the_environment() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let started = folder.path().join("started");
@@ -38,7 +38,7 @@ fn options_come_from_the_environment_too() {
 }
 
 #[test]
-fn variables_are_read_as_people_write_them() {
+fn environment_variables_are_parsed_leniently() {
     let mut daemon = Daemon::start();
     let held = daemon.json(&["acquire", "a/key"]);
     daemon.end(&["run", "free/key", "--", "true"]);
@@ -52,8 +52,8 @@ fn variables_are_read_as_people_write_them() {
         assert_eq!(ls("LEASED_ALL", all), shown, "{all:?}");
     }
     let url = daemon.url();
-    assert!(!ls("LEASED_ENDPOINT", &format!(" {url} , {url} ,")), "blanks around commas are nothing");
-    assert!(!ls("LEASED_TIMEOUT", ""), "set and empty is unset");
+    assert!(!ls("LEASED_ENDPOINT", &format!(" {url} , {url} ,")), "blanks around commas are ignored");
+    assert!(!ls("LEASED_TIMEOUT", ""), "an empty variable counts as unset");
     assert!(held["token"].is_i64());
     daemon.kill();
 }
@@ -84,7 +84,7 @@ fn signals_are_passed_on_to_the_whole_group(
 ) {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
-    // A child of the command hears of it, too.
+    // The command starts a child, which must also get the signal.
     let script = r#"
         number=$1; folder=$2
         ( trap "echo child >> $folder/heard; exit 0" $number; echo ready >> $folder/ready; while :; do sleep 0.01; done ) &
@@ -102,21 +102,21 @@ fn signals_are_passed_on_to_the_whole_group(
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free");
 }
 
-/// The guardian is of the command's group, and may be the first of the two to end.
+/// leasectl's guardian is in the process group of the command, and may end before the command does.
 #[test]
-fn a_command_that_kills_its_whole_group_ends_as_one_that_kills_itself() {
+fn a_command_that_kills_its_group_ends_like_one_that_kills_itself() {
     let daemon = Daemon::start();
     let guardian_first = "read -r _ _ _ _ group _ < /proc/$$/stat; kill -9 $group; kill -9 $$";
     for script in ["kill -9 0", guardian_first].repeat(5) {
         let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", script]);
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(137), ""), "{script}: {ended:?}");
-        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "released");
     }
 }
 
-/// A shell around leasectl ends its script only if leasectl dies of the signal itself.
+/// A shell that runs leasectl in a script ends the script only if the signal also ends leasectl.
 #[test]
-fn an_interrupt_that_is_passed_on_and_ends_the_command_ends_leasectl() {
+fn a_forwarded_interrupt_that_ends_the_command_also_ends_leasectl() {
     let daemon = Daemon::start();
     for signal in [Signal::INT, Signal::QUIT] {
         let folder = tempfile::tempdir().unwrap();
@@ -127,17 +127,17 @@ fn an_interrupt_that_is_passed_on_and_ends_the_command_ends_leasectl() {
         lines(&started, 1);
         process.signal(signal);
         assert_eq!(process.end().signal, Some(signal.as_raw()));
-        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "released");
     }
     for number in [Signal::INT.as_raw(), Signal::QUIT.as_raw()] {
         let script = format!("kill -{number} $$");
         let ended = daemon.end(&["run", "a/key", "--", "sh", "-c", &script]);
-        assert_eq!(ended.code, Some(128 + number), "leasectl was not sent it: {ended:?}");
+        assert_eq!(ended.code, Some(128 + number), "only the command got the signal: {ended:?}");
     }
 }
 
 #[test]
-fn what_is_ignored_stays_ignored() {
+fn an_ignored_signal_stays_ignored() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let started = folder.path().join("started");
@@ -151,17 +151,17 @@ fn what_is_ignored_stays_ignored() {
     kill_process(sleep, Signal::HUP).unwrap();
     process.signal(Signal::TERM);
     until(|| !process.is_running());
-    assert_eq!(process.end().code, Some(143), "TERM, which came after HUP");
+    assert_eq!(process.end().code, Some(143), "HUP has no effect, and TERM ends the command");
 }
 
 #[test]
-fn a_stop_and_a_continue_are_passed_on_and_the_lease_is_kept() {
+fn a_stop_and_a_continue_are_passed_on_while_the_lease_is_renewed() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let started = folder.path().join("started");
     let script = format!("echo $$ > {}; exec sleep 600", started.display());
     let command = daemon.leasectl(&["run", "a/key", "--ttl=6s", "--", "sh", "-c", &script]);
-    // In a session of its own, where no shell would continue it.
+    // In a session of its own, no shell can continue the stopped processes.
     let mut setsid = std::process::Command::new("setsid");
     setsid.arg(command.get_program()).args(command.get_args()).env("LEASED_ENDPOINT", daemon.url());
     let process = Process::spawn(setsid.stderr(Stdio::piped()));
@@ -179,7 +179,7 @@ fn a_stop_and_a_continue_are_passed_on_and_the_lease_is_kept() {
 }
 
 #[test]
-fn a_signal_while_waiting_leaves_the_line() {
+fn a_signal_during_the_wait_leaves_the_queue() {
     let daemon = Daemon::start();
     daemon.json(&["acquire", "a/key"]);
     for signal in [Signal::INT, Signal::TERM] {
@@ -191,13 +191,13 @@ fn a_signal_while_waiting_leaves_the_line() {
         assert_eq!(
             (ended.signal, ended.stderr.as_str()),
             (Some(signal.as_raw()), ""),
-            "as if it had no handler"
+            "leasectl ends as if it had no signal handler"
         );
         daemon.until_key("a/key", |key| key["waiters"].as_array().unwrap().is_empty());
     }
 }
 
-/// A command that `run` has started asks for the key that it runs under.
+/// A command under `leasectl run` runs leasectl again for the key of its own lease.
 #[test]
 fn a_command_does_not_wait_for_its_own_lease() {
     let daemon = Daemon::start();
@@ -208,13 +208,14 @@ fn a_command_does_not_wait_for_its_own_lease() {
     let refused = nested("");
     assert_eq!(refused.code, Some(2), "{refused:?}");
     assert!(refused.stderr.contains("already runs under the lease of a/key"), "{refused:?}");
-    assert_eq!(nested("--wait 0").code, Some(75), "one that does not wait is told who holds it");
-    assert_eq!(nested("--shared").stdout, "nested\n", "two that share wait for nobody");
+    assert_eq!(nested("--wait 0").code, Some(75), "a call that does not wait is refused as usual");
+    assert_eq!(nested("--shared").stdout, "nested\n", "two shared leases do not exclude each other");
 }
 
-/// In a container leasectl is the first process, and parent to all whose parents have ended.
+/// In a container leasectl is the process with id 1, and so the parent of all processes whose own
+/// parent has ended.
 #[test]
-fn the_first_process_waits_for_those_it_adopts() {
+fn as_process_1_leasectl_waits_for_orphans() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let script = "sh -c 'sleep 0.1 & echo $! > $0' $0; orphan=$(cat $0); \
@@ -227,9 +228,9 @@ fn the_first_process_waits_for_those_it_adopts() {
     assert_eq!((ended.code, ended.stdout.as_str()), (Some(0), "gone\n"), "{ended:?}");
 }
 
-/// Standard error is a pipe whose reader has gone, or a full disk.
+/// Standard error is closed, or is a file on a full disk.
 #[test]
-fn what_cannot_be_said_does_not_change_the_exit_code() {
+fn an_error_that_cannot_be_printed_does_not_change_the_exit_code() {
     let mut daemon = Daemon::start();
     daemon.kill();
     for stderr in ["2>&-", "2>/dev/full"] {
@@ -261,7 +262,7 @@ fn commands_under_one_key_never_overlap() {
 }
 
 #[test]
-fn what_a_command_leaves_running_is_its_own_affair() {
+fn processes_that_a_command_leaves_running_are_not_killed() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let left = folder.path().join("left");
@@ -273,9 +274,10 @@ fn what_a_command_leaves_running_is_its_own_affair() {
     kill_process(left, Signal::KILL).unwrap();
 }
 
-/// A daemon that does not answer would otherwise hold up leasectl for as long as `--timeout`.
+/// Without a second signal, leasectl tries for up to `--timeout` to release the lease at a daemon
+/// that does not answer.
 #[test]
-fn a_second_signal_ends_leasectl_while_it_gives_the_lease_back() {
+fn a_second_signal_ends_leasectl_while_it_releases_the_lease() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let started = folder.path().join("started");

@@ -1,4 +1,4 @@
-//! What goes wrong: exit codes, and sentences that say what to do.
+//! Failures: exit codes, and sentences that say what to do.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::support::{Daemon, Ended, PATIENCE, Process, end, leasectl, until};
 
-/// It ended so, with one sentence.
+/// Checks that leasectl ended with this code and one sentence, which contains all of `words`.
 fn assert_says(ended: &Ended, code: i32, words: &[&str]) {
     assert_eq!(ended.code, Some(code), "{ended:?}");
     assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
@@ -40,9 +40,10 @@ fn held_by_another_is_75_and_names_the_holder() {
     assert_says(&daemon.end(&["acquire", "c/key", "--shared", "--wait=0"]), 75, &["second came before"]);
 }
 
-/// The first signal leaves the line, which no daemon can be told.
+/// On the first signal leasectl tries to leave the queue, but the daemon is stopped and does not
+/// answer.
 #[test]
-fn a_second_signal_ends_a_wait_that_nobody_can_be_told_of() {
+fn a_second_signal_ends_a_wait_that_no_daemon_can_end() {
     let daemon = Daemon::start();
     daemon.json(&["acquire", "a/key"]);
     let mut wait = daemon.leasectl(&["--timeout=600s", "run", "a/key", "--ttl=1h", "--", "true"]);
@@ -50,14 +51,17 @@ fn a_second_signal_ends_a_wait_that_nobody_can_be_told_of() {
     daemon.until_key("a/key", |key| !key["waiters"].as_array().unwrap().is_empty());
     daemon.stop();
     let start = Instant::now();
-    // Two of the same that come at once count as one.
+    // The signal is sent again and again, since two of a kind that arrive at once count as one.
     until(|| {
         if wait.is_running() {
             wait.signal(Signal::INT);
         }
         !wait.is_running()
     });
-    assert!(start.elapsed() < PATIENCE / 2, "not only because it has been tried for a minute");
+    assert!(
+        start.elapsed() < PATIENCE / 2,
+        "leasectl ends because of the second signal, not after a timeout"
+    );
     assert_eq!(wait.end().signal, Some(Signal::INT.as_raw()));
 }
 
@@ -136,7 +140,8 @@ fn any_of_several_daemons_may_answer() {
     }
 }
 
-/// Answers each connection's first bytes with this, and reads on.
+/// Starts a server that is not leased. It answers the first bytes of each connection with `answer`,
+/// and then only reads.
 fn stranger(answer: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -155,9 +160,10 @@ fn stranger(answer: &'static [u8]) -> String {
 }
 
 #[test]
-fn what_is_not_leased_is_69_and_said_so() {
+fn a_server_that_is_not_leased_is_69_and_named_as_such() {
     let http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-    // SETTINGS, their acknowledgement, and a response to the first request: 404, indexed in HPACK's static table.
+    // These are a SETTINGS frame, an acknowledgement of the client's, and a response with status
+    // 404 (an index into HPACK's static table).
     let http2 = b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0\0\0\x01\x01\x05\0\0\0\x01\x8d";
     for (answer, why) in [
         (&http[..], "does not speak gRPC"),
@@ -170,9 +176,10 @@ fn what_is_not_leased_is_69_and_said_so() {
     }
 }
 
-/// Whether it is the only endpoint, or nobody listens at another.
+/// The server that is not leased may be the only endpoint, or there may be another endpoint where
+/// nobody listens.
 #[test]
-fn what_is_not_leased_has_one_reason() {
+fn a_server_that_is_not_leased_has_the_same_reason_beside_a_closed_port() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let url = stranger(b"220 mail.example ESMTP ready\r\n");
     for endpoints in [url.clone(), format!("http://{closed},{url}")] {
@@ -184,7 +191,8 @@ fn what_is_not_leased_has_one_reason() {
     }
 }
 
-/// Accepts connections and closes them: with what was sent unread, which resets them, or once it was read.
+/// Starts a server that accepts connections and closes them. If it does not read first, closing
+/// resets the connection.
 fn closes(reads: bool) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -200,9 +208,9 @@ fn closes(reads: bool) -> String {
     url
 }
 
-/// A daemon closes what is beyond its limit, and a proxy what it has no daemon for.
+/// A daemon closes connections beyond its limit, and a proxy closes them if it has no daemon.
 #[test]
-fn who_closes_connections_before_any_answer_is_not_called_a_stranger() {
+fn a_server_that_closes_connections_at_once_may_be_leased() {
     let daemon = Daemon::start_with(&["--max-connections=1"]);
     let _only = std::net::TcpStream::connect(&daemon.address).unwrap();
     for url in [closes(false), closes(true), daemon.url()] {
@@ -214,9 +222,9 @@ fn who_closes_connections_before_any_answer_is_not_called_a_stranger() {
     }
 }
 
-/// The system accepts connections for a process that is stopped, so silence says nothing of who is there.
+/// The system accepts connections for a stopped process, so a silent server may be leased.
 #[test]
-fn a_daemon_that_is_stopped_is_not_called_a_stranger() {
+fn a_stopped_daemon_is_not_reported_as_another_server() {
     let daemon = Daemon::start();
     daemon.stop();
     let ended = daemon.end(&["--timeout=500ms", "ls"]);
@@ -251,9 +259,10 @@ fn scripts_get_failures_as_json() {
     assert_eq!(failure(&["run", "b/key", "--", "/no/such/program"], 127)["reason"], "COMMAND_NOT_STARTED");
 }
 
-/// Too few to begin with: nothing is asked for that could not be given back.
+/// If the limit on open files is too low, leasectl must not acquire a lease that it could not
+/// release.
 #[test]
-fn too_few_files_are_71_and_leave_no_lease() {
+fn too_few_open_files_are_71_and_leave_no_lease() {
     let daemon = Daemon::start();
     let run = |files: u32| {
         let command = daemon.leasectl(&["run", "a/key", "--ttl=1h", "--wait=0", "--", "true"]);
@@ -274,7 +283,7 @@ fn too_few_files_are_71_and_leave_no_lease() {
 }
 
 #[test]
-fn help_is_a_command_too() {
+fn help_is_also_a_command() {
     let help = end(&mut leasectl(&["help", "run"]));
     assert_eq!(help.code, Some(0), "{help:?}");
     assert!(help.stdout.contains("Usage: leasectl run"), "{help:?}");

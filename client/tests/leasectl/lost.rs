@@ -1,4 +1,4 @@
-//! A command whose lease is lost, or nearly so.
+//! A command whose lease is lost or in jeopardy.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -8,14 +8,14 @@ use tempfile::TempDir;
 
 use crate::support::{Daemon, Process, lines, pid_in, state, until};
 
-/// leasectl running a command that notes SIGTERM in `heard`, and what it is then to do.
+/// leasectl that runs a command. On SIGTERM the command writes to the file `heard`.
 struct Run {
     process: Process,
     folder: TempDir,
 }
 
 impl Run {
-    /// `on_term` is what the command does about SIGTERM.
+    /// Starts the command, which also runs `on_term` on SIGTERM.
     fn start(daemon: &Daemon, options: &[&str], on_term: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let script = r#"
@@ -42,7 +42,7 @@ impl Run {
         self.file("heard").exists()
     }
 
-    /// Waits until nothing of the command is left.
+    /// Waits until the command and its child have ended.
     fn until_gone(&self) {
         let (command, child) = (self.command(), pid_in(&self.file("child")));
         until(|| [command, child].into_iter().all(|process| matches!(state(process), None | Some('Z'))));
@@ -55,7 +55,10 @@ fn a_lease_that_is_revoked_ends_the_command_at_once() {
     let run = Run::start(&daemon, &["--ttl=2s"], "");
     daemon.json(&["revoke", "a/key", "--reason=test"]);
     run.until_gone();
-    assert!(!run.heard(), "another may hold the key already");
+    assert!(
+        !run.heard(),
+        "the command must be killed without SIGTERM, since another may hold the key already"
+    );
     let ended = run.process.end();
     assert_eq!(ended.code, Some(73));
     assert!(ended.stderr.contains("a/key") && ended.stderr.contains("revoked"), "{}", ended.stderr);
@@ -71,12 +74,12 @@ fn a_command_ends_by_sigterm_when_no_daemon_confirms_its_lease() {
     run.until_gone();
     assert_eq!(lines(&heard, 1), ["TERM"]);
     let ended = run.process.end();
-    assert_eq!(ended.code, Some(73), "whatever the command's code was");
+    assert_eq!(ended.code, Some(73), "the exit code does not depend on the command");
     assert!(ended.stderr.contains("no daemon confirmed the lease of a/key"), "{}", ended.stderr);
 }
 
 #[test]
-fn a_command_that_does_not_heed_sigterm_is_killed() {
+fn a_command_that_does_not_end_on_sigterm_is_killed() {
     let daemon = Daemon::start();
     let run = Run::start(&daemon, &["--ttl=1s"], "");
     daemon.stop();
@@ -87,9 +90,9 @@ fn a_command_that_does_not_heed_sigterm_is_killed() {
 }
 
 #[test]
-fn what_a_command_started_has_until_the_deadline_as_well() {
+fn processes_that_a_command_started_are_killed_at_the_deadline() {
     let daemon = Daemon::start();
-    // The command ends, what it has started does not.
+    // The command ends on SIGTERM, and its child does not.
     let run = Run::start(&daemon, &["--ttl=1s"], "exit 0");
     daemon.stop();
     run.until_gone();
@@ -98,7 +101,7 @@ fn what_a_command_started_has_until_the_deadline_as_well() {
 }
 
 #[test]
-fn a_lease_that_comes_back_does_not_save_the_command() {
+fn a_daemon_that_answers_again_does_not_save_the_command() {
     let daemon = Daemon::start();
     let run = Run::start(&daemon, &["--ttl=3s"], "");
     daemon.stop();
@@ -108,7 +111,7 @@ fn a_lease_that_comes_back_does_not_save_the_command() {
     run.until_gone();
     let ended = run.process.end();
     assert_eq!(ended.code, Some(73), "{ended:?}");
-    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back, for a daemon is there again");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "leasectl has released the lease");
 }
 
 #[test]
@@ -140,7 +143,7 @@ fn a_command_does_not_outlive_its_lease_when_leasectl_is_stopped() {
     let run = Run::start(&daemon, &["--ttl=1s"], "");
     run.process.stop();
     run.until_gone();
-    assert!(!run.heard(), "nobody was there to send it");
+    assert!(!run.heard(), "SIGTERM was sent while leasectl was stopped");
     run.process.signal(Signal::CONT);
     let ended = run.process.end();
     assert_eq!(ended.code, Some(73), "{ended:?}");
@@ -159,7 +162,7 @@ fn a_command_without_its_guardian_is_ended() {
 }
 
 #[test]
-fn a_lease_that_cannot_be_given_back_does_not_hide_how_the_command_ended() {
+fn a_failed_release_does_not_hide_how_the_command_ended() {
     let mut daemon = Daemon::start();
     let run = Run::start(&daemon, &["--timeout=300ms"], "exit 5");
     daemon.kill();

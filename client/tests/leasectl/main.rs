@@ -1,4 +1,4 @@
-//! leasectl as a process, against daemons that are processes, too.
+//! leasectl as a process, against daemons that also run as processes.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 #![expect(
@@ -11,17 +11,17 @@ mod support;
 /// The commands that answer at once, for people and for scripts.
 mod answers;
 
-/// What goes wrong: exit codes, and sentences that say what to do.
+/// Failures: exit codes, and sentences that say what to do.
 mod failures;
 
-/// A command under a lease that is kept.
+/// A command under a lease that is not lost.
 mod command;
 
-/// A command whose lease is lost, or nearly so.
+/// A command whose lease is lost or in jeopardy.
 mod lost;
 
 /// A command at a terminal.
 mod terminal;
 
-/// A command never runs past its lease: at random moments, many times.
+/// Random trials: a command never runs past its lease.
 mod trials;

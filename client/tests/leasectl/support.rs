@@ -1,4 +1,4 @@
-//! Processes that end with the test, and calls of leasectl.
+//! Processes that end with the test, and runs of leasectl.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -12,21 +12,23 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Longer than anything here takes.
+/// How long a test waits for a condition before it fails. Nothing here takes this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The daemon's program. It is of another package, so cargo is asked for it: nothing is left to do for it when all tests
-/// of the workspace are run, and one that is stale is built anew when only these are.
+/// Returns the path of the daemon's program. The program belongs to another package, so cargo
+/// builds it here. If all tests of the workspace run, it is up to date already; if only these tests
+/// run, a stale one is rebuilt.
 fn daemon_program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let profile = Path::new(env!("CARGO_BIN_EXE_leasectl")).parent().and_then(Path::file_name).unwrap();
         let profile = if profile == "debug" { "dev".as_ref() } else { profile };
         let mut cargo = Command::new(env!("CARGO"));
-        // What cargo tells a test about its package would look like a change to the build scripts of others.
+        // Cargo sets these variables for the test's own package. Passed on, they would make the
+        // build scripts of other packages run again.
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy().into_owned();
-            let told = [
+            let package_variables = [
                 "CARGO_PKG_",
                 "CARGO_MANIFEST_",
                 "CARGO_BIN_",
@@ -34,7 +36,7 @@ fn daemon_program() -> &'static Path {
                 "CARGO_PRIMARY_",
                 "CARGO_TARGET_TMPDIR",
             ];
-            if told.iter().any(|prefix| name.starts_with(prefix)) {
+            if package_variables.iter().any(|prefix| name.starts_with(prefix)) {
                 cargo.env_remove(name);
             }
         }
@@ -70,7 +72,7 @@ impl Daemon {
         Self::start_with(&[])
     }
 
-    /// One with these options as well.
+    /// Starts a daemon with additional options.
     pub(crate) fn start_with(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let options: Vec<String> = options.iter().map(ToString::to_string).collect();
@@ -92,22 +94,23 @@ impl Daemon {
         (process, address.to_owned())
     }
 
-    /// Ends it as a crash would.
+    /// Kills the daemon.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Starts it again where it was.
+    /// Kills the daemon, and starts it again at the same address and with the same data.
     pub(crate) fn restart(&mut self) {
         self.process.kill();
         (self.process, _) = Self::spawn(self.folder.path(), &self.address, &self.options);
     }
 
-    /// Stops it. On return no part of it does anything any more.
+    /// Stops the daemon with SIGSTOP. On return none of its threads runs.
     pub(crate) fn stop(&self) {
         self.process.stop();
     }
 
+    /// Continues the stopped daemon.
     pub(crate) fn go_on(&self) {
         self.process.signal(Signal::CONT);
     }
@@ -116,42 +119,42 @@ impl Daemon {
         format!("http://{}", self.address)
     }
 
-    /// leasectl with these arguments, for this daemon.
+    /// Returns leasectl's command with these arguments, for this daemon.
     pub(crate) fn leasectl(&self, arguments: &[&str]) -> Command {
         let mut command = leasectl(arguments);
         command.env("LEASED_ENDPOINT", self.url());
         command
     }
 
-    /// Its exit code and what it says.
+    /// Runs leasectl with these arguments to its end.
     pub(crate) fn end(&self, arguments: &[&str]) -> Ended {
         end(&mut self.leasectl(arguments))
     }
 
-    /// Its answer, which must be one.
+    /// Runs leasectl with these arguments, which must succeed, and returns its JSON.
     pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let ended = self.end(&[&["--output=json"], arguments].concat());
         assert_eq!(ended.code, Some(0), "{arguments:?}: {}", ended.stderr);
         serde_json::from_str(&ended.stdout).unwrap()
     }
 
-    /// Waits until the key is so.
-    pub(crate) fn until_key(&self, key: &str, is_so: impl Fn(&Value) -> bool) {
-        until(|| self.is_key(key, &is_so));
+    /// Waits until the state of `key` fulfils the condition.
+    pub(crate) fn until_key(&self, key: &str, condition: impl Fn(&Value) -> bool) {
+        until(|| self.is_key(key, &condition));
     }
 
-    /// Whether the key is so now.
-    pub(crate) fn is_key(&self, key: &str, is_so: impl Fn(&Value) -> bool) -> bool {
+    /// Returns whether the state of `key` fulfils the condition now.
+    pub(crate) fn is_key(&self, key: &str, condition: impl Fn(&Value) -> bool) -> bool {
         let ended = self.end(&["--output=json", "get", key]);
-        ended.code == Some(0) && is_so(&serde_json::from_str(&ended.stdout).unwrap())
+        ended.code == Some(0) && condition(&serde_json::from_str(&ended.stdout).unwrap())
     }
 }
 
-/// The program.
+/// The path of leasectl.
 pub(crate) const LEASECTL: &str = env!("CARGO_BIN_EXE_leasectl");
 
-/// leasectl with these arguments, an environment without settings, and no signal ignored: a test run that was started in
-/// the background, or by nohup, ignores some.
+/// Returns leasectl's command with these arguments. It has no settings in its environment and
+/// ignores no signal; a test run in the background or under nohup ignores some.
 pub(crate) fn leasectl(arguments: &[&str]) -> Command {
     let mut command = Command::new("env");
     command.arg("--default-signal").arg(LEASECTL).args(arguments).stdin(Stdio::null());
@@ -166,14 +169,15 @@ pub(crate) fn leasectl(arguments: &[&str]) -> Command {
 /// How a process ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// The exit code, if it ended by itself.
+    /// The exit code, unless a signal ended the process.
     pub(crate) code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that ended the process, if one did.
     pub(crate) signal: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
 
+/// Runs a command to its end.
 pub(crate) fn end(command: &mut Command) -> Ended {
     let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -181,7 +185,7 @@ pub(crate) fn end(command: &mut Command) -> Ended {
     Ended { code, signal, stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
-/// A process that ends with the test.
+/// A process that is killed when this value is dropped.
 pub(crate) struct Process(Child);
 
 impl Process {
@@ -197,7 +201,7 @@ impl Process {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// On return it does nothing any more, for it is stopped or has ended before.
+    /// Stops the process with SIGSTOP. On return it is stopped, or has already ended.
     pub(crate) fn stop(&self) {
         self.signal(Signal::STOP);
         until(|| matches!(state(self.pid()), Some('T' | 'Z')));
@@ -212,12 +216,12 @@ impl Process {
         self.0.try_wait().unwrap().is_none()
     }
 
-    /// The lines that it writes to its piped output.
+    /// Returns the lines of the process's piped standard output.
     pub(crate) fn lines(&mut self) -> impl Iterator<Item = String> + use<> {
         BufReader::new(self.0.stdout.take().unwrap()).lines().map(Result::unwrap)
     }
 
-    /// The exit code, once it has ended; and what it said on piped outputs.
+    /// Waits for the end of the process. Returns its exit code and what it wrote to piped outputs.
     pub(crate) fn end(mut self) -> Ended {
         until(|| !self.is_running());
         let status = self.0.wait().unwrap();
@@ -240,29 +244,30 @@ impl Drop for Process {
     }
 }
 
-/// Waits until it is so.
-pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
+/// Waits until the condition is true.
+pub(crate) fn until(mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < PATIENCE, "it does not come to be so");
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "it did not happen in time");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// The state of a process as ps(1) shows it: `T` is stopped, `Z` ended. `None` if there is no such process.
+/// Returns the state of a process as ps(1) shows it, such as `T` for stopped and `Z` for ended.
+/// `None` if there is no such process.
 pub(crate) fn state(pid: Pid) -> Option<char> {
     let output = Command::new("ps").args(["-o", "state=", "-p", &pid.to_string()]).output().unwrap();
     String::from_utf8(output.stdout).unwrap().chars().next()
 }
 
-/// Waits for the file to have lines, and returns them.
+/// Waits until the file has so many lines, and returns all its lines.
 pub(crate) fn lines(path: &Path, at_least: usize) -> Vec<String> {
     let read = || std::fs::read_to_string(path).unwrap_or_default();
     until(|| read().matches('\n').count() >= at_least);
     read().lines().map(ToOwned::to_owned).collect()
 }
 
-/// The id of a process that has written it to this file.
+/// Waits until a process has written its id to this file, and returns the id.
 pub(crate) fn pid_in(path: &Path) -> Pid {
     lines(path, 1)[0].parse().ok().and_then(Pid::from_raw).unwrap()
 }

@@ -1,4 +1,5 @@
-//! A command at a terminal: it has the keys, can be stopped and continued, and the wait is shown.
+//! A command at a terminal: it reads the keyboard, can be stopped and continued, and the wait is
+//! shown.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -7,16 +8,18 @@ use rstest::rstest;
 
 use crate::support::{Daemon, Ended, Process, leasectl};
 
-/// Plays a person at a terminal: takes pairs of what to wait for on the screen and what to type then, and runs the rest
-/// of its arguments there. Its exit code is theirs; `^C` and `^Z` stand for those keys, and what begins with `!` is not typed but
-/// run elsewhere.
+/// A script that plays a person at a terminal. Its arguments are a number of pairs, the pairs, and
+/// a command. It runs the command at a terminal, and ends with the command's exit code. For each
+/// pair it waits until the first text is on the screen, and then types the second. `^C` and `^Z`
+/// stand for these keys. A second text that begins with `!` is not typed, but run as a shell
+/// command.
 const PERSON: &str = r#"
 import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
 count = int(sys.argv[1])
 script = [(sys.argv[2 + 2 * i], sys.argv[3 + 2 * i]) for i in range(count)]
 child, screen = pty.fork()
 if child == 0:
-    # What the test run was started to ignore is not for them.
+    # Signals that the test run was started to ignore must have their default effect here.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     os.execvp(sys.argv[2 + 2 * count], sys.argv[2 + 2 * count:])
@@ -44,15 +47,15 @@ while True:
     everything += read
 print(everything.decode(errors='replace'))
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-# As shells show a death by a signal.
+# A death by a signal is shown as shells show it.
 sys.exit(98 if script else code if code >= 0 else 128 - code)
 "#;
 
-/// What a person at a terminal sees, who runs `command` and types each second text when each first one (a regular
-/// expression) has been seen.
+/// Runs `command` at a terminal and plays `script` there: pairs of a regular expression to wait for
+/// and a text to type. Returns everything that the screen showed.
 fn at_terminal(daemon: &Daemon, script: &[(&str, &str)], command: &[&str]) -> Ended {
     let mut person = Command::new("python3");
-    // The environment that a test has.
+    // The settings of leasectl are removed from the environment, as in every test.
     let plain = leasectl(&[]);
     for (name, _) in plain.get_envs() {
         person.env_remove(name);
@@ -64,16 +67,17 @@ fn at_terminal(daemon: &Daemon, script: &[(&str, &str)], command: &[&str]) -> En
     Process::spawn(&mut person).end()
 }
 
-/// With leasectl on it.
+/// Returns a search path on which leasectl is found.
 fn path() -> String {
     let folder = Path::new(env!("CARGO_BIN_EXE_leasectl")).parent().unwrap();
     format!("{}:{}", folder.display(), std::env::var("PATH").unwrap())
 }
 
 #[test]
-fn a_command_reads_the_keys_and_the_terminal_comes_back() {
+fn a_command_reads_the_keyboard_and_the_terminal_is_given_back() {
     let daemon = Daemon::start();
-    // Nobody but leasectl gives it back here: a shell without job control goes on reading.
+    // Only leasectl can give the terminal back here, since a shell without job control just goes on
+    // reading.
     let script =
         "leasectl run a/key -- sh -c 'echo ask; read x; echo got:$x:'; echo and; read y; echo then:$y:";
     let ended = at_terminal(&daemon, &[("ask", "one\n"), ("and", "two\n")], &["sh", "-c", script]);
@@ -82,7 +86,7 @@ fn a_command_reads_the_keys_and_the_terminal_comes_back() {
 }
 
 #[test]
-fn a_command_that_asks_for_the_keys_from_within_a_pipe_gets_them() {
+fn a_command_in_a_pipe_can_read_the_keyboard() {
     let daemon = Daemon::start();
     let script = "leasectl run a/key -- sh -c 'echo ask; read x; echo got:$x:' | cat";
     let ended = at_terminal(&daemon, &[("ask", "one\n")], &["sh", "-c", script]);
@@ -91,7 +95,7 @@ fn a_command_that_asks_for_the_keys_from_within_a_pipe_gets_them() {
 }
 
 #[test]
-fn the_key_that_interrupts_reaches_the_command() {
+fn ctrl_c_reaches_the_command() {
     let daemon = Daemon::start();
     let script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done";
     let command = ["leasectl", "run", "a/key", "--", "sh", "-c", script];
@@ -100,22 +104,23 @@ fn the_key_that_interrupts_reaches_the_command() {
     assert_eq!(ended.stdout.matches("caught").count(), 1, "{ended:?}");
 }
 
-/// The key ends the command, and so the script around leasectl, though the terminal did not send it to that.
+/// The terminal sends the signal only to the command. leasectl then ends by the same signal, so
+/// that the script around it ends.
 #[test]
-fn the_key_that_ends_the_command_ends_the_script_around_it() {
+fn ctrl_c_that_ends_the_command_ends_the_script_around_it() {
     let daemon = Daemon::start();
     let script = "leasectl run a/key -- sh -c 'echo ready; exec sleep 600'; echo ne''xt";
     for shell in ["sh", "bash"] {
         let ended = at_terminal(&daemon, &[("ready", "^C")], &[shell, "-c", script]);
         assert_eq!(ended.code, Some(130), "{ended:?}");
         assert!(!ended.stdout.contains("next"), "{ended:?}");
-        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+        assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "released");
     }
 }
 
-/// The key comes to leasectl, which passes it on.
+/// Here the terminal sends the signal to leasectl, which passes it on to the command.
 #[rstest]
-fn the_key_ends_the_script_also_where_the_command_has_no_terminal(
+fn ctrl_c_ends_the_script_even_if_the_command_has_no_terminal(
     #[values("> /dev/null", "< /dev/null", "| cat")] redirected: &str,
 ) {
     let daemon = Daemon::start();
@@ -124,11 +129,11 @@ fn the_key_ends_the_script_also_where_the_command_has_no_terminal(
     let ended = at_terminal(&daemon, &[("ready", "^C")], &["bash", "-c", &script]);
     assert_eq!(ended.code, Some(130), "{ended:?}");
     assert!(!ended.stdout.contains("next"), "{ended:?}");
-    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "given back");
+    assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "released");
 }
 
 #[test]
-fn the_key_that_ends_the_wait_ends_the_script_around_it() {
+fn ctrl_c_that_ends_the_wait_ends_the_script_around_it() {
     let daemon = Daemon::start();
     daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
     let script = "leasectl run a/key -- true; echo ne''xt";
@@ -182,7 +187,7 @@ fn a_command_that_stops_itself_is_a_stopped_job_of_the_shell(
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
 
-/// It is in a process group of its own when it stops.
+/// The inner shell is in a process group of its own when it is suspended.
 #[test]
 fn a_shell_under_leasectl_can_be_suspended() {
     let daemon = Daemon::start();
@@ -199,9 +204,10 @@ fn a_shell_under_leasectl_can_be_suspended() {
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
 
-/// As without leasectl: the system ignores the key for a process group that no shell could continue.
+/// Without leasectl it is the same: the system ignores Ctrl-Z for a process group that no shell
+/// could continue.
 #[rstest]
-fn the_key_that_stops_does_nothing_under_a_shell_without_job_control(
+fn ctrl_z_does_nothing_under_a_shell_without_job_control(
     #[values("sh", "bash")] shell: &str,
     #[values("", "2> /dev/null", "| cat")] redirected: &str,
 ) {
@@ -213,9 +219,10 @@ fn the_key_that_stops_does_nothing_under_a_shell_without_job_control(
     assert!(ended.stdout.contains("got:one:") && ended.stdout.contains("next"), "{ended:?}");
 }
 
-/// timeout(1) makes a background group, and ignores the signals by which that is stopped when it reads the terminal.
+/// timeout(1) runs leasectl in a background process group. It ignores the signals that stop this
+/// group when leasectl uses the terminal.
 #[test]
-fn a_program_around_leasectl_that_is_not_to_be_stopped_goes_on() {
+fn a_program_around_leasectl_that_ignores_stops_goes_on() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let [outer, inner] = ["timeout", "leasectl"].map(|name| folder.path().join(name).display().to_string());
@@ -228,7 +235,8 @@ fn a_program_around_leasectl_that_is_not_to_be_stopped_goes_on() {
     assert!(ended.stdout.contains("code 143"), "{ended:?}");
 }
 
-/// Only the key is meant for the script as well.
+/// A signal from the terminal is also meant for the script. A signal that the command sends itself
+/// is not.
 #[test]
 fn a_command_that_interrupts_itself_does_not_end_the_script_around_it() {
     let daemon = Daemon::start();
@@ -240,7 +248,8 @@ fn a_command_that_interrupts_itself_does_not_end_the_script_around_it() {
     }
 }
 
-/// There the terminal could not be taken back, so it is not given away.
+/// In another PID namespace leasectl could not take the terminal back, so it does not give the
+/// terminal to the command.
 #[test]
 fn a_command_runs_on_a_terminal_within_another_pid_namespace() {
     let daemon = Daemon::start();
@@ -254,15 +263,16 @@ fn a_command_runs_on_a_terminal_within_another_pid_namespace() {
 }
 
 #[test]
-fn a_command_that_is_stopped_for_too_long_is_lost() {
+fn a_command_that_is_stopped_for_too_long_loses_its_lease() {
     let daemon = Daemon::start();
-    // It starts nothing: a shell that is stopped while it does may never be seen as stopped (vfork).
+    // The command starts no process. A shell that is stopped during vfork may never be reported as
+    // stopped.
     let run = "leasectl run a/key --ttl 4s -- sh -c 'echo re''ady; read x'\n";
     let next = "leasectl run a/key -- echo ne''xt\n";
     let script = [
         ("[#$] ", run),
         ("ready", "^Z"),
-        // Waits for the lease to run out; nobody keeps it.
+        // This leasectl waits until the lease of the stopped one has expired.
         ("Stopped", next),
         ("next", "fg\n"),
         ("leasectl: ", "echo code $?\n"),
@@ -273,28 +283,29 @@ fn a_command_that_is_stopped_for_too_long_is_lost() {
 }
 
 #[test]
-fn a_wait_is_shown_with_the_holder_the_place_and_the_time() {
+fn a_wait_is_shown_with_the_holder_the_position_and_the_time() {
     let daemon = Daemon::start();
     daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
     let command = ["leasectl", "run", "a/key", "--", "true"];
-    let shown = "a/key: held by the-holder, place 1 of 1 in line; giving up in 59m";
+    let shown = "a/key: held by the-holder, position 1 of 1 in the queue; giving up in 59m";
     let ended = at_terminal(&daemon, &[(shown, "^C")], &command);
     assert_eq!(ended.code, Some(130), "{ended:?}");
 }
 
 #[test]
-fn a_wait_without_end_has_no_time_at_which_it_gives_up() {
+fn a_wait_without_a_limit_shows_no_time_at_which_it_gives_up() {
     let daemon = Daemon::start();
     let held = daemon.json(&["acquire", "a/key", "--owner=the-holder"]);
     let release = format!("!leasectl release a/key {}", held["lease_id"].as_str().unwrap());
     let command = ["leasectl", "run", "a/key", "--wait", "forever", "--", "echo", "runs"];
-    let shown = "held by the-holder, place 1 of 1 in line";
+    let shown = "held by the-holder, position 1 of 1 in the queue";
     let ended = at_terminal(&daemon, &[(shown, release.as_str())], &command);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(!ended.stdout.contains("giving up") && ended.stdout.contains("runs"), "{ended:?}");
 }
 
-/// The line about the wait is erased when the wait is over, also when what it says is longer than the terminal is wide.
+/// The status line of a wait is erased when the wait is over, even if its text is wider than the
+/// terminal.
 #[test]
 fn a_wait_leaves_nothing_on_the_screen() {
     let daemon = Daemon::start();
@@ -304,7 +315,7 @@ fn a_wait_leaves_nothing_on_the_screen() {
     let command = ["leasectl", "run", &key, "--", "echo", "runs"];
     let ended = at_terminal(&daemon, &[("waiting for kkk", release.as_str())], &command);
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    assert!(!ended.stdout.contains("\x1b[1A"), "it has wrapped: {ended:?}");
+    assert!(!ended.stdout.contains("\x1b[1A"), "the status line has wrapped: {ended:?}");
     let after = ended.stdout.rsplit("\x1b[2K").next().unwrap();
     assert_eq!(after.trim(), "runs", "{ended:?}");
 }

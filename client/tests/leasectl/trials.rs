@@ -1,5 +1,6 @@
-//! A command never runs past its lease: at random moments the daemon or leasectl is stopped or killed, while another waits for
-//! the key. `LEASED_RUN_TRIALS` says how often; 40 times unless it does.
+//! Random trials: a command never runs past its lease. In each trial, the daemon or leasectl is
+//! stopped or killed at a random moment while another leasectl waits for the key.
+//! `LEASED_RUN_TRIALS` sets the number of trials; the default is 40.
 
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
@@ -16,10 +17,11 @@ use tempfile::TempDir;
 
 use crate::support::{Daemon, Process, end, lines, until};
 
-/// So many at a time.
+/// How many trials run at the same time.
 const AT_A_TIME: usize = 10;
 
-/// A command that does not heed SIGTERM, and notes every 2 ms that it is there. Its first line is its process group.
+/// A command that ignores SIGTERM. It first writes its process group to a file, and then the time,
+/// every 2 ms.
 const BEATS: &str = "
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -30,30 +32,32 @@ while True:
     time.sleep(0.002)
 ";
 
-/// What happens at the random moment.
+/// What fails at the random moment.
 #[derive(Debug, Clone, Copy)]
-enum Mishap {
-    /// The daemon is stopped, and goes on later.
+enum Fault {
+    /// The daemon is stopped, and continued later.
     DaemonStopped,
     /// The daemon is killed, and started again later.
     DaemonKilled,
-    /// leasectl is stopped, and goes on later.
+    /// leasectl is stopped, and continued later.
     LeasectlStopped,
     /// leasectl is killed.
     LeasectlKilled,
-    /// Nothing is left that could end the command: what these trials would show if leasectl did not do its work.
+    /// leasectl is stopped and its guardian is killed, so nothing ends the command. This shows that
+    /// the trials would notice if leasectl did not do its work.
     Unguarded,
 }
 
-const MISHAPS: [Mishap; 4] =
-    [Mishap::DaemonStopped, Mishap::DaemonKilled, Mishap::LeasectlStopped, Mishap::LeasectlKilled];
+const FAULTS: [Fault; 4] =
+    [Fault::DaemonStopped, Fault::DaemonKilled, Fault::LeasectlStopped, Fault::LeasectlKilled];
 
-/// The clock that commands note, in nanoseconds.
+/// Returns the time in nanoseconds, by the clock that the commands use.
 fn now() -> i128 {
     Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap().as_nanos().try_into().unwrap()
 }
 
-/// Python itself, where `python3` is a script that looks for it each time.
+/// Returns the path of the Python interpreter itself. On some machines `python3` is a slow wrapper
+/// script.
 fn python() -> &'static str {
     static PYTHON: OnceLock<String> = OnceLock::new();
     PYTHON.get_or_init(|| {
@@ -66,7 +70,7 @@ fn random(from: Duration, to: Duration) -> Duration {
     from + (to - from).mul_f64(fastrand::f64())
 }
 
-/// Two commands for one key.
+/// Two commands that need the same key.
 struct Trial {
     daemon: Daemon,
     folder: TempDir,
@@ -75,29 +79,31 @@ struct Trial {
     second: Process,
 }
 
-/// How a trial went.
+/// The result of a trial.
 #[derive(Debug)]
 struct Seen {
-    /// When the first command was there for the last time.
+    /// When the first command ran for the last time.
     first_until: i128,
-    /// When the second one was there for the first time.
+    /// When the second command ran for the first time.
     second_from: i128,
-    /// When another could have had the key, if nobody had touched it since the mishap.
+    /// When the first lease expires, if it is not touched after the fault.
     bound: i128,
-    /// Nobody can have touched it since.
+    /// Whether the first lease cannot have been touched after the fault.
     was_silent: bool,
 }
 
 impl Trial {
-    /// The first command runs, and the second one waits.
+    /// Starts both commands. On return the first command runs, and the second one waits for the
+    /// key.
     fn start() -> Self {
         let ttl = random(Duration::from_millis(400), Duration::from_millis(800));
         let (daemon, folder) = (Daemon::start(), tempfile::tempdir().unwrap());
         let first = Self::begin(&daemon, ttl, &folder.path().join("first"));
         let run_second = || Self::run(&daemon, ttl, folder.path().join("second"));
         let mut second = run_second();
-        // On a machine that is too busy the first one may have been lost by now, or the second one have given up: it tells at
-        // once that its daemon does not answer in time.
+        // On a very busy machine the first lease may be lost already, so that the second command
+        // runs. Or the second leasectl has ended, since it fails at once if the daemon does not
+        // answer in time.
         until(|| {
             let waits = |key: &Value| !key["waiters"].as_array().unwrap().is_empty();
             let is_there = folder.path().join("second").exists();
@@ -110,7 +116,8 @@ impl Trial {
         Self { daemon, folder, ttl, first, second }
     }
 
-    /// The first command, once it is there: on a machine that is busy with many such starts a short lease may be lost at once.
+    /// Starts a command, and returns once it runs. On a busy machine the short lease may be lost at
+    /// once; then the command is started again.
     fn begin(daemon: &Daemon, ttl: Duration, file: &Path) -> Process {
         loop {
             let mut first = Self::run(daemon, ttl, file.to_owned());
@@ -130,35 +137,35 @@ impl Trial {
         Process::spawn(&mut command)
     }
 
-    /// Has the mishap happen, and what follows.
-    fn go(mut self, mishap: Mishap) -> Seen {
+    /// Injects the fault, ends it after a random time, and returns what the commands have noted.
+    fn go(mut self, fault: Fault) -> Seen {
         let outage = random(self.ttl / 3, self.ttl * 3 / 2);
-        match mishap {
-            Mishap::DaemonStopped => self.daemon.stop(),
-            Mishap::DaemonKilled => self.daemon.kill(),
-            Mishap::LeasectlStopped => self.first.stop(),
-            Mishap::LeasectlKilled => self.first.kill(),
-            Mishap::Unguarded => {
+        match fault {
+            Fault::DaemonStopped => self.daemon.stop(),
+            Fault::DaemonKilled => self.daemon.kill(),
+            Fault::LeasectlStopped => self.first.stop(),
+            Fault::LeasectlKilled => self.first.kill(),
+            Fault::Unguarded => {
                 self.first.stop();
                 kill_process(self.group("first"), Signal::KILL).unwrap();
             }
         }
         let bound = now() + i128::try_from(self.ttl.as_nanos()).unwrap();
         sleep(outage);
-        let was_silent = now() > bound || matches!(mishap, Mishap::LeasectlKilled | Mishap::Unguarded);
-        match mishap {
-            Mishap::DaemonStopped => self.daemon.go_on(),
-            Mishap::DaemonKilled => self.daemon.restart(),
-            Mishap::LeasectlStopped => self.first.signal(Signal::CONT),
-            Mishap::LeasectlKilled | Mishap::Unguarded => {}
+        let was_silent = now() > bound || matches!(fault, Fault::LeasectlKilled | Fault::Unguarded);
+        match fault {
+            Fault::DaemonStopped => self.daemon.go_on(),
+            Fault::DaemonKilled => self.daemon.restart(),
+            Fault::LeasectlStopped => self.first.signal(Signal::CONT),
+            Fault::LeasectlKilled | Fault::Unguarded => {}
         }
-        // A lease that has survived does not last, either.
+        // The first lease may have survived the fault. Killing leasectl ends it later.
         sleep(random(Duration::ZERO, self.ttl));
-        if !matches!(mishap, Mishap::Unguarded) {
+        if !matches!(fault, Fault::Unguarded) {
             self.first.kill();
         }
         let second = self.second();
-        // A command that lives on is noticed by what it notes from now on.
+        // If the first command still runs, it writes more lines during this sleep.
         sleep(self.ttl / 4);
         let seen = Seen {
             first_until: Self::last(&self.file("first")),
@@ -166,13 +173,14 @@ impl Trial {
             bound,
             was_silent,
         };
-        if matches!(mishap, Mishap::Unguarded) {
+        if matches!(fault, Fault::Unguarded) {
             kill_process_group(self.group("first"), Signal::KILL).unwrap();
         }
         seen
     }
 
-    /// What the second command has noted, once it is there: it, too, may have been lost at once, and is then begun again.
+    /// Waits until the second command runs, and returns its lines. If its short lease was lost at
+    /// once, the command is started again.
     fn second(&mut self) -> Vec<String> {
         let file = self.file("second");
         let is_there = || read_to_string(&file).unwrap_or_default().matches('\n').count() >= 2;
@@ -192,7 +200,7 @@ impl Trial {
         lines(&self.file(name), 1)[0].parse().ok().and_then(Pid::from_raw).unwrap()
     }
 
-    /// The last whole line.
+    /// Returns the number in the last complete line.
     fn last(file: &Path) -> i128 {
         let text = read_to_string(file).unwrap();
         text[..=text.rfind('\n').unwrap()].lines().last().unwrap().parse().unwrap()
@@ -217,9 +225,9 @@ fn a_command_never_runs_past_its_lease() {
                     if number >= trials {
                         return;
                     }
-                    let mishap = MISHAPS[number % MISHAPS.len()];
-                    let seen = Trial::start().go(mishap);
-                    assert!(seen.is_safe(), "trial {number}, {mishap:?}: {seen:?}");
+                    let fault = FAULTS[number % FAULTS.len()];
+                    let seen = Trial::start().go(fault);
+                    assert!(seen.is_safe(), "trial {number}, {fault:?}: {seen:?}");
                     let mut least = least.lock().unwrap();
                     *least = (*least).min(seen.second_from - seen.first_until);
                 }
@@ -231,7 +239,7 @@ fn a_command_never_runs_past_its_lease() {
 }
 
 #[test]
-fn a_command_that_does_run_past_its_lease_is_noticed() {
-    let seen = Trial::start().go(Mishap::Unguarded);
+fn the_trials_notice_a_command_that_runs_past_its_lease() {
+    let seen = Trial::start().go(Fault::Unguarded);
     assert!(!seen.is_safe(), "{seen:?}");
 }

@@ -1,4 +1,5 @@
-//! What a record says: the answer to each command, the state people see, and when to look again.
+//! What a record says: the answer to each command, the state that people see, and when the head of
+//! the queue may be admitted.
 
 use std::time::Duration;
 
@@ -10,63 +11,66 @@ use super::{Acquisition, Holder, LeaseId, Mode, Reason, Record, Rules, Timestamp
 pub struct Snapshot {
     /// The record.
     pub record: Record,
-    /// When it was read.
+    /// When the record was read or written.
     pub now: Timestamp,
 }
 
-/// What a record says of one lease id. The answer to every command is read off this.
+/// What a record says of one lease id. Every command is answered by the standing of its id after
+/// the commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing<'a> {
-    /// It holds.
+    /// The id holds a lease.
     Holder(&'a Holder),
-    /// It stands in line, behind this many others whose places have not lapsed.
+    /// The id is in the queue, behind this many others whose entries have not lapsed.
     Waiter(usize),
-    /// The id is over, for this reason.
+    /// The id has ended, for this reason.
     Departed(Reason),
-    /// Nothing is known of it: refused, gone, or never there.
+    /// The record does not know the id: it was refused, is no longer remembered, or was never
+    /// there.
     Unknown,
 }
 
-/// What keeps an acquisition out.
+/// Why an acquisition is not granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Obstacle<'a> {
-    /// Nobody is admitted before this: a lease with a `min_hold` was released early.
+    /// No lease is granted before this instant: a lease with a `min_hold` was released early.
     MinHold(Timestamp),
-    /// The key is held, and one of the two wants it alone.
+    /// The key is held, and the holder or the acquisition is exclusive.
     Holder,
-    /// As many share the key as the smallest limit among theirs and the acquisition's own allows.
+    /// As many hold the key as the smallest `shared_limit` allows, of the holders' and the
+    /// acquisition's own.
     Limit {
-        /// How many, without those whose place may be taken.
+        /// How many holders there are, without those that may be displaced.
         holders: usize,
         /// The smallest limit.
         limit: u32,
     },
-    /// The acquisition would fit, but this waiter came before.
+    /// The acquisition would fit, but this waiter is ahead of it in the queue.
     Waiter(&'a Waiter),
 }
 
-/// A key's state as people see it.
+/// The state of a key as people see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Nobody holds it.
+    /// The key has no holder.
     Free,
-    /// Held in time.
+    /// A holder's lease has not lapsed.
     Held,
-    /// The holders' time ran out and nobody took their place.
+    /// All leases have lapsed, and no other lease has been granted since.
     Lapsed,
 }
 
 impl Snapshot {
-    /// What the record says of `id`.
+    /// Returns what the record says of `id`.
     #[must_use]
     pub fn standing(&self, id: LeaseId) -> Standing<'_> {
         let record = &self.record;
         if let Some(holder) = record.holders.iter().find(|holder| holder.id == id) {
             return Standing::Holder(holder);
         }
-        if let Some(place) = record.waiters.iter().position(|waiter| waiter.acquisition.id == id) {
-            let ahead = &record.waiters[..place];
-            return Standing::Waiter(ahead.iter().filter(|waiter| self.in_line(waiter)).count());
+        if let Some(index) = record.waiters.iter().position(|waiter| waiter.acquisition.id == id) {
+            let ahead = &record.waiters[..index];
+            return Standing::Waiter(ahead.iter().filter(|waiter| self.has_not_lapsed(waiter)).count());
         }
         match record.departures.iter().find(|departure| departure.id == id) {
             Some(departure) => Standing::Departed(departure.reason),
@@ -74,7 +78,7 @@ impl Snapshot {
         }
     }
 
-    /// Whether the id of `asked` is in use for something else: with another mode or limit.
+    /// Returns true if the id of `asked` holds or waits with another mode or limit.
     #[must_use]
     pub fn conflicts(&self, asked: &Acquisition) -> bool {
         let holders = self.record.holders.iter().map(|holder| (holder.id, holder.mode, holder.shared_limit));
@@ -86,7 +90,7 @@ impl Snapshot {
         same_id.any(|(_, mode, shared_limit)| !asked.is_same(mode, shared_limit))
     }
 
-    /// What keeps `asked` out, if anything does.
+    /// Returns why `asked` is not granted, or `None` if nothing keeps it from being granted.
     #[must_use]
     pub fn obstacle(&self, asked: &Acquisition, rules: &Rules) -> Option<Obstacle<'_>> {
         let record = &self.record;
@@ -103,10 +107,10 @@ impl Snapshot {
             let limit = limits.fold(asked.shared_limit, u32::min);
             return Some(Obstacle::Limit { holders: live.count(), limit });
         }
-        self.line().find(|waiter| waiter.acquisition.id != asked.id).map(Obstacle::Waiter)
+        self.queue().find(|waiter| waiter.acquisition.id != asked.id).map(Obstacle::Waiter)
     }
 
-    /// The state to show.
+    /// Returns the state of the key as people see it.
     #[must_use]
     pub fn state(&self) -> State {
         if self.record.holders.is_empty() {
@@ -118,26 +122,28 @@ impl Snapshot {
         }
     }
 
-    /// Time left until the holder's lease runs out.
+    /// Returns how long the holder's lease still lasts.
     #[must_use]
     pub fn remaining(&self, holder: &Holder) -> Duration {
         holder.expires_at - self.now
     }
 
-    /// The line to show: those whose places have not lapsed.
-    pub fn line(&self) -> impl Iterator<Item = &Waiter> {
-        self.record.waiters.iter().filter(|waiter| self.in_line(waiter))
+    /// Returns the waiters whose entries have not lapsed, the head first.
+    pub fn queue(&self) -> impl Iterator<Item = &Waiter> {
+        self.record.waiters.iter().filter(|waiter| self.has_not_lapsed(waiter))
     }
 
-    /// How long until time alone lets the head of the line in; `None` if nobody stands in line.
+    /// Returns how long until the head of the queue can be granted without any other edit. `None`
+    /// if the queue is empty.
     ///
-    /// A hint for a timer: the store decides when it fires.
+    /// Only a hint for a timer. When the timer fires, the store decides.
     #[must_use]
     pub fn next_admission(&self, rules: &Rules) -> Option<Duration> {
         let record = &self.record;
         let head = &record.waiters.first()?.acquisition;
-        // What fits now fits later: nothing but a new edit takes room away. So the first fitting instant can be
-        // searched for among those at which room appears.
+        // A head that fits at one instant fits at all later ones, because only an edit adds a
+        // holder. So a binary search finds the first fitting instant among those at which a block
+        // or a lease ends.
         let mut instants: Vec<Timestamp> = record.blocked_until.into_iter().chain([self.now]).collect();
         instants.extend(record.holders.iter().map(|holder| holder.expires_at + rules.grace));
         instants.sort_unstable();
@@ -147,13 +153,14 @@ impl Snapshot {
         instants.get(fitting).map(|&at| at - self.now)
     }
 
-    /// The holder that stands in the way of others: the one whose time runs longest.
+    /// Returns the holder to name to callers that are refused: an exclusive one, or the one whose
+    /// lease lasts longest.
     #[must_use]
     pub fn foremost(&self) -> Option<&Holder> {
         self.record.holders.iter().max_by_key(|holder| (holder.mode == Mode::Exclusive, holder.expires_at))
     }
 
-    fn in_line(&self, waiter: &Waiter) -> bool {
+    fn has_not_lapsed(&self, waiter: &Waiter) -> bool {
         self.now < waiter.expires_at
     }
 }

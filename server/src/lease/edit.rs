@@ -1,50 +1,53 @@
-//! What happens to one record in one step: all commands for a key that are committed together.
+//! The changes to one record that are committed together: all operations of a batch on one key.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::distinct::Distinct;
 use super::record::footprint;
+use super::unique_list::UniqueList;
 use super::{LeaseId, Mode, REMEMBERED_DEPARTURES, Timestamp, Ttl};
 
 /// A request for a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Acquisition {
-    /// Names the acquisition; repeating it repeats the same one.
+    /// The id of the acquisition. A request with the same id repeats the same acquisition.
     pub id: LeaseId,
-    /// A label for people.
+    /// A label for people, chosen by the caller.
     pub owner: String,
-    /// More labels.
+    /// More labels, chosen by the caller.
     pub metadata: BTreeMap<String, String>,
-    /// Alone or with others.
+    /// Whether the lease excludes others.
     pub mode: Mode,
-    /// Shared only: no more than this many hold while it does; 1 to [`MAX_SHARED_HOLDERS`](super::MAX_SHARED_HOLDERS).
+    /// For shared leases: at most this many hold the key while this one does. 1 to
+    /// [`MAX_SHARED_HOLDERS`](super::MAX_SHARED_HOLDERS).
     pub shared_limit: u32,
-    /// How long the grant and each touch last.
+    /// How long the lease lasts after its grant and after each touch.
     pub ttl: Ttl,
-    /// Keeps the key taken at least this long after the grant; whole milliseconds.
+    /// If the lease is released early, no lease is granted on the key until this long after its
+    /// grant. Whole milliseconds.
     pub min_hold: Duration,
-    /// Stands in line if it cannot be granted at once.
+    /// Whether the acquisition enters the queue if it cannot be granted at once.
     pub wait: bool,
-    /// An earlier command asked for it too, and may still be under way.
+    /// An earlier command asked for the same lease and may still be under way.
     pub repeated: bool,
 }
 
 impl Acquisition {
-    /// Whether a request for the same id is a repetition of this one: it asks for the same mode and limit.
+    /// Returns true if a request with the same id, this mode and this limit repeats this
+    /// acquisition.
     #[must_use]
     pub fn is_same(&self, mode: Mode, shared_limit: u32) -> bool {
         (self.mode, self.shared_limit) == (mode, shared_limit)
     }
 
-    /// What this adds to a record, in bytes.
+    /// Returns how many bytes this acquisition adds to a record.
     #[must_use]
     pub fn size(&self) -> usize {
         footprint(&self.owner, &self.metadata)
     }
 
-    /// One that waits for a second's lease without company, as most tests have it.
+    /// Returns an acquisition that waits for an exclusive lease of one second, as most tests need.
     #[cfg(test)]
     pub(crate) fn waiting(id: LeaseId) -> Self {
         Self {
@@ -61,113 +64,122 @@ impl Acquisition {
     }
 }
 
-/// One key's share of a batch. Its parts are concurrent with each other, for none has been answered; the order in
-/// which [`step`](super::step) takes them is the rule. Each list names an id once.
+/// All operations of a batch on one key, as lists of ids without duplicates.
 ///
-/// Applying an edit twice gives the same answers, as long as it does not ask for an id that it also releases or
-/// cancels: whoever merges commands puts the second of such two into the next edit.
+/// The operations are concurrent with each other, because none has been answered.
+/// [`step`](super::step) applies them in an order of its own, which is part of the rules.
 ///
-/// An edit that contains nothing is a *nudge*: it admits whoever's turn has come.
+/// An edit is idempotent: applied again, it gives the same answers. So an edit must not ask for an
+/// id that it also releases or cancels. The code that merges operations puts the second of the two
+/// into the next edit.
+///
+/// An empty edit is a *nudge*: it only grants the leases whose turn has come.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edit {
-    touch: Distinct<LeaseId>,
-    release: Distinct<LeaseId>,
-    /// The released ids that a command may still ask for.
-    given_up: Distinct<LeaseId>,
-    keep_out: Distinct<LeaseId>,
-    revoke: Distinct<LeaseId>,
-    unblock: Distinct<Timestamp>,
-    cancel: Distinct<LeaseId>,
-    refresh: Distinct<LeaseId>,
-    enqueue: Distinct<Arc<Acquisition>>,
+    touch: UniqueList<LeaseId>,
+    release: UniqueList<LeaseId>,
+    /// The released ids that a command under way may still ask for.
+    given_up: UniqueList<LeaseId>,
+    keep_out: UniqueList<LeaseId>,
+    revoke: UniqueList<LeaseId>,
+    unblock: UniqueList<Timestamp>,
+    cancel: UniqueList<LeaseId>,
+    refresh: UniqueList<LeaseId>,
+    enqueue: UniqueList<Arc<Acquisition>>,
 }
 
 impl Edit {
-    /// Renews the lease.
+    /// Adds a touch, which renews the lease.
     #[must_use]
     pub fn touch(mut self, id: LeaseId) -> Self {
         self.touch.add(id);
         self
     }
 
-    /// Settles the id for good: gives the lease or the place in line back, and keeps out a command that asks for the id
-    /// later.
+    /// Adds a release: ends the id for good, whether it holds, waits or is unknown. A command that
+    /// asks for the id later changes nothing.
     #[must_use]
     pub fn release(mut self, id: LeaseId) -> Self {
         self.release.add(id);
         self
     }
 
-    /// Releases an id whose acquire was given up without an answer: commands that ask for the id may still be under
-    /// way, also if one of them has been granted the lease.
+    /// Adds a release of an id whose acquire the caller gave up without an answer. Commands that
+    /// ask for the id may still be under way, even if one of them was granted the lease.
     #[must_use]
     pub fn give_up(mut self, id: LeaseId) -> Self {
         self.given_up.add(id);
         self.release(id)
     }
 
-    /// Keeps out a command that asks for the id later, unless the id holds or waits by now: then nothing changes.
+    /// Ends the id before a command asks for it, so that a late command changes nothing. An id that
+    /// holds or waits by now is left alone.
     #[must_use]
     pub fn keep_out(mut self, id: LeaseId) -> Self {
         self.keep_out.add(id);
         self
     }
 
-    /// Takes the lease away from its holder.
+    /// Adds a revocation, which takes the lease away from its holder.
     ///
-    /// There is no "revoke whoever holds": committed twice after an unknown outcome it would hit the successor that
-    /// the first commit admitted.
+    /// A revocation names an id, because "revoke the current holder" would not be idempotent:
+    /// committed twice after an unknown outcome, it would also hit the next holder.
     #[must_use]
     pub fn revoke(mut self, id: LeaseId) -> Self {
         self.revoke.add(id);
         self
     }
 
-    /// Ends the block of a `min_hold` that lasts until just then.
+    /// Ends the block of a `min_hold`, if it lasts until exactly this instant.
     #[must_use]
     pub fn unblock(mut self, until: Timestamp) -> Self {
         self.unblock.add(until);
         self
     }
 
-    /// Leaves the line.
+    /// Takes a waiter out of the queue.
     #[must_use]
     pub fn cancel(mut self, id: LeaseId) -> Self {
         self.cancel.add(id);
         self
     }
 
-    /// Keeps the place in line. Never makes one, so that a late refresh does nothing.
+    /// Renews a waiter's entry. Never makes an entry, because a late refresh would make one that
+    /// nobody waits for. A call whose entry is gone asks again, as a repetition.
     #[must_use]
     pub fn refresh(mut self, id: LeaseId) -> Self {
         self.refresh.add(id);
         self
     }
 
-    /// Joins the line, or refreshes the place there, or renews the lease if it is held already.
+    /// Adds an acquisition: enters the queue, or renews the entry or the lease that the id has
+    /// already.
     #[must_use]
     pub fn enqueue(mut self, acquisition: Arc<Acquisition>) -> Self {
-        if let Some(known) = self.enqueue.add(Arc::clone(&acquisition))
-            && acquisition.is_same(known.mode, known.shared_limit)
+        if let Some(existing) = self.enqueue.add(Arc::clone(&acquisition))
+            && acquisition.is_same(existing.mode, existing.shared_limit)
         {
-            // Of two calls for one acquisition the one that waits decides: it must not lose its place to the other.
-            let known = Arc::make_mut(known);
-            known.wait |= acquisition.wait;
-            known.repeated = true;
+            // If one of two calls for the same acquisition waits, the acquisition waits. Otherwise
+            // the call that does not wait would take the other one out of the queue.
+            let existing = Arc::make_mut(existing);
+            existing.wait |= acquisition.wait;
+            existing.repeated = true;
         }
         self
     }
 
-    /// The edit as it is sent again after a failure: what it asks for may have been asked for before.
+    /// Returns the edit as it is sent again after a failure. The first attempt may still be under
+    /// way, so its acquisitions count as repeated.
     #[must_use]
     pub fn repeated(mut self) -> Self {
         self.enqueue.change(|acquisition| Arc::make_mut(acquisition).repeated = true);
         self
     }
 
-    /// Whether it renews leases and does nothing else.
+    /// Returns true if the edit renews leases and does nothing else.
     #[must_use]
     pub fn only_touches(&self) -> bool {
+        // `given_up` is a part of `release`.
         let Self { touch, release, given_up: _, keep_out, revoke, unblock, cancel, refresh, enqueue } = self;
         !touch.is_empty()
             && release.is_empty()
@@ -179,61 +191,61 @@ impl Edit {
             && enqueue.is_empty()
     }
 
-    /// Whether it renews this lease.
+    /// Returns true if the edit touches this lease.
     #[must_use]
     pub fn touches(&self, id: LeaseId) -> bool {
         self.touch.has(id)
     }
 
-    /// Whether it settles this id.
+    /// Returns true if the edit releases this id.
     #[must_use]
     pub fn releases(&self, id: LeaseId) -> bool {
         self.release.has(id)
     }
 
-    /// Whether it keeps out commands that ask for this id later.
+    /// Returns true if the edit keeps this id out.
     #[must_use]
     pub fn keeps_out(&self, id: LeaseId) -> bool {
         self.keep_out.has(id)
     }
 
-    /// Whether it takes this lease away.
+    /// Returns true if the edit revokes this lease.
     #[must_use]
     pub fn revokes(&self, id: LeaseId) -> bool {
         self.revoke.has(id)
     }
 
-    /// Whether it ends a block that lasts until just then.
+    /// Returns true if the edit ends a block that lasts until exactly this instant.
     #[must_use]
     pub fn unblocks(&self, until: Timestamp) -> bool {
         self.unblock.has(until)
     }
 
-    /// Whether it takes this waiter out of the line.
+    /// Returns true if the edit takes this waiter out of the queue.
     #[must_use]
     pub fn cancels(&self, id: LeaseId) -> bool {
         self.cancel.has(id)
     }
 
-    /// Whether it keeps the place of this waiter.
+    /// Returns true if the edit renews the entry of this waiter.
     #[must_use]
     pub fn refreshes(&self, id: LeaseId) -> bool {
         self.refresh.has(id)
     }
 
-    /// Whether it asks for this id, in whatever way.
+    /// Returns true if the edit asks for this id, with whatever mode and limit.
     #[must_use]
     pub fn enqueues(&self, id: LeaseId) -> bool {
         self.enqueue.has(id)
     }
 
-    /// Whether it asks for this id with this mode and limit.
+    /// Returns true if the edit asks for this id with this mode and limit.
     #[must_use]
     pub fn asks(&self, id: LeaseId, mode: Mode, shared_limit: u32) -> bool {
         self.enqueue.get(id).is_some_and(|acquisition| acquisition.is_same(mode, shared_limit))
     }
 
-    /// Whether it is about this id.
+    /// Returns true if the edit has any operation on this id.
     #[must_use]
     pub fn names(&self, id: LeaseId) -> bool {
         [&self.touch, &self.release, &self.keep_out, &self.revoke, &self.cancel, &self.refresh]
@@ -242,56 +254,58 @@ impl Edit {
             || self.enqueues(id)
     }
 
-    /// Leases to renew.
+    /// The leases to renew.
     #[must_use]
     pub fn touched(&self) -> &[LeaseId] {
         &self.touch
     }
 
-    /// Ids to settle.
+    /// The ids to release.
     #[must_use]
     pub fn released(&self) -> &[LeaseId] {
         &self.release
     }
 
-    /// Ids that commands which come later may not ask for, unless they are in use.
+    /// The ids to keep out: later commands may not ask for them.
     #[must_use]
     pub fn kept_out(&self) -> &[LeaseId] {
         &self.keep_out
     }
 
-    /// The released ids whose departures are lasting whatever became of them: those that may still be asked for, and
-    /// all of an edit that releases more than a record remembers anyway, since the edit may be sent again.
+    /// The released ids whose departures are remembered for long, even if they held and were asked
+    /// for once.
     #[must_use]
-    pub(crate) fn lasting(&self) -> &Distinct<LeaseId> {
+    pub(crate) fn lasting(&self) -> &UniqueList<LeaseId> {
+        // The edit may be sent again after other edits. By then the record may have forgotten
+        // departures that are not lasting, except for the newest few.
         if self.release.len() > REMEMBERED_DEPARTURES { &self.release } else { &self.given_up }
     }
 
-    /// Leases to take away.
+    /// The leases to revoke.
     #[must_use]
     pub fn revoked(&self) -> &[LeaseId] {
         &self.revoke
     }
 
-    /// The ends of the blocks to lift.
+    /// The ends of the `min_hold` blocks to end.
     #[must_use]
     pub fn unblocked(&self) -> &[Timestamp] {
         &self.unblock
     }
 
-    /// Waiters to leave the line.
+    /// The waiters to take out of the queue.
     #[must_use]
     pub fn cancelled(&self) -> &[LeaseId] {
         &self.cancel
     }
 
-    /// Waiters whose places to keep.
+    /// The waiters whose entries to renew.
     #[must_use]
     pub fn refreshed(&self) -> &[LeaseId] {
         &self.refresh
     }
 
-    /// Acquisitions to join the line, in the order of their arrival.
+    /// The acquisitions to enter the queue, in the order of their arrival.
     #[must_use]
     pub fn enqueued(&self) -> &[Arc<Acquisition>] {
         &self.enqueue

@@ -1,28 +1,29 @@
-//! Who acquired, and in which order: the lease id and the fencing token.
+//! The lease id, which names an acquisition, and the fencing token, which orders the grants of a
+//! key.
 
 use std::fmt;
 
 use uuid::Uuid;
 
-/// Names one acquisition. A bearer secret: it leaves the daemon only to the one who acquired, so its `Debug` form
-/// does not show it and it has no `Display`.
+/// Names one acquisition. A bearer secret, which the daemon reveals only to the caller that
+/// acquired.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseId(Uuid);
 
 impl LeaseId {
-    /// A new id with 122 random bits.
+    /// Returns a new id with 122 random bits.
     #[must_use]
     pub fn random() -> Self {
         Self(Uuid::new_v4())
     }
 
-    /// The id's 16 bytes.
+    /// Returns the id's 16 bytes.
     #[must_use]
     pub fn to_bytes(self) -> [u8; 16] {
         self.0.into_bytes()
     }
 
-    /// The id as its acquirer sees it: hyphenated lower case.
+    /// Returns the id as its acquirer sees it: a UUID in lower case with hyphens.
     #[must_use]
     pub fn reveal(self) -> String {
         self.0.hyphenated().to_string()
@@ -38,10 +39,10 @@ impl From<[u8; 16]> for LeaseId {
 /// Why a text cannot be a lease id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidLeaseId {
-    /// Not a UUID, or a UUID in another spelling than the one that answers use.
+    /// The text is not a UUID, or not in the one spelling that the daemon uses.
     #[error("must be a UUID in lower case with hyphens, such as 0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02")]
     Spelling,
-    /// What a caller sends who forgot to choose an id. Two such callers would share each other's lease.
+    /// The nil UUID. Two callers that both forget to choose an id would share one lease.
     #[error("must not be the nil UUID; choose a random UUID for each acquisition")]
     Nil,
 }
@@ -49,7 +50,8 @@ pub enum InvalidLeaseId {
 impl TryFrom<&str> for LeaseId {
     type Error = InvalidLeaseId;
 
-    /// Takes the spelling of [`reveal`](Self::reveal) and no other, so that an id has one text everywhere.
+    /// Accepts only the spelling of [`reveal`](Self::reveal), so that an id has the same text
+    /// everywhere.
     fn try_from(text: &str) -> Result<Self, InvalidLeaseId> {
         const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
         if text.len() != HYPHENATED || text.bytes().any(|byte| byte.is_ascii_uppercase()) {
@@ -65,11 +67,13 @@ impl TryFrom<&str> for LeaseId {
 
 impl fmt::Debug for LeaseId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever has the id can touch and release the lease, so logs must not show it. For the
+        // same reason there is no `Display`.
         f.write_str("LeaseId(..)")
     }
 }
 
-/// Orders the grants of a key: strictly greater for each later one, for ever. Zero: never granted.
+/// Orders the grants of a key: each later grant has a greater token. Zero means never granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct FencingToken(pub i64);
 

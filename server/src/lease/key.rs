@@ -1,4 +1,4 @@
-//! The name of what is leased, checked once.
+//! The key that is leased. A `Key` is checked when it is made, so no other code checks it again.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -7,35 +7,35 @@ use std::sync::Arc;
 /// The longest key, in bytes of UTF-8.
 pub const MAX_KEY_BYTES: usize = 512;
 
-/// What is leased: 1 to [`MAX_KEY_BYTES`] bytes of UTF-8 without control characters. Cheap to clone.
+/// A key: 1 to [`MAX_KEY_BYTES`] bytes of UTF-8 without control characters. Cheap to clone.
 ///
-/// `/` is a convention for prefixes and means nothing here.
+/// Callers may structure keys with `/`. The daemon gives `/` no meaning.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key(Arc<str>);
 
 /// Why a string cannot be a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidKey {
-    /// The empty string names nothing.
+    /// The string is empty.
     #[error("must not be empty")]
     Empty,
-    /// Longer than [`MAX_KEY_BYTES`].
+    /// The string is longer than [`MAX_KEY_BYTES`].
     #[error("is {0} bytes long; at most 512 are allowed")]
     TooLong(usize),
-    /// A control character would make listings and logs lie.
+    /// The string has a control character, which could falsify listings and logs.
     #[error("must not contain control characters")]
     ControlCharacter,
 }
 
 impl Key {
-    /// The key as text.
+    /// Returns the key as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Keys are ordered, compared and hashed as their text.
+/// Sound because keys are ordered, compared and hashed like their text.
 impl Borrow<str> for Key {
     fn borrow(&self) -> &str {
         &self.0

@@ -1,10 +1,16 @@
-//! Commands that come late, more than once and in any order: a lease id yields at most one token, and one that has been
-//! released never holds or waits again. Whoever knows that it holds loses the lease by its own release, by a revocation or to
-//! the next one in line when its time is over. In the end nobody holds or waits who does not know of it.
+//! Histories in which commands arrive late, more than once and in any order.
 //!
-//! Callers do what docs/semantics.md asks of them: they choose an id for each acquisition, repeat a call without an answer
-//! as a repetition, and release what they gave up as given up. The network and the store do what they like, but no command
-//! takes effect later than [`UNDER_WAY`] after it was sent, and no call reaches a daemon later than [`ON_ITS_WAY`].
+//! The properties:
+//! - A lease id gets at most one token, and a released id never holds or waits again.
+//! - A caller that knows of its lease loses it only by its own release, by a revocation, or to a
+//!   waiter after the lease and the grace are over.
+//! - In the end an id holds or waits only if its caller may still want it.
+//!
+//! The callers follow docs/semantics.md. They choose an id for each acquisition, repeat an
+//! unanswered call as a repetition, and release an acquire that they gave up as given up. The
+//! network and the store delay and lose commands at will. But no command takes effect later than
+//! [`MAX_COMMAND_DELAY`] after it was sent, and no call reaches a daemon later than
+//! [`MAX_CALL_DELAY`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,61 +21,70 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 
 use super::*;
 
-const RULES: Rules = Rules { grace: Duration::from_millis(300), place: Duration::from_millis(900) };
+const RULES: Rules = Rules { grace: Duration::from_millis(300), waiter_ttl: Duration::from_millis(900) };
 const START: i64 = 1_000_000;
-/// Callers' ids; those of the crowds come on top.
+/// How many callers there are, each with an id. The ids of [`Event::Others`] come on top.
 const IDS: u8 = 30;
-/// How long a command may be under way to the store.
-const UNDER_WAY: i64 = 10_000;
-/// How long a call may be under way to the daemon.
-const ON_ITS_WAY: i64 = 30_000;
+/// How long a command may be under way to the store, in milliseconds.
+const MAX_COMMAND_DELAY: i64 = 10_000;
+/// How long a call may be under way to a daemon, in milliseconds.
+const MAX_CALL_DELAY: i64 = 30_000;
 
 type Step = fn(Record, &Edit, Timestamp, &Rules) -> Record;
-type NewWorld = fn() -> World;
+type NewSimulation = fn() -> Simulation;
 
 #[derive(Debug, Clone)]
 enum Event {
-    /// A caller asks; the call may reach a daemon later.
+    /// A caller begins an acquire. The call may reach a daemon later.
     Call(u8),
-    /// The call reaches a daemon, which sends a command; or the daemon or another one sends it again.
+    /// The call reaches a daemon, which sends a command. Another such event for the same call means
+    /// that this daemon or another one sends the command again.
     Ask(u8),
-    /// One of the commands under way takes effect; its answer is lost or heard.
-    Arrive(usize, bool),
+    /// One of the commands under way takes effect.
+    Arrive(usize, Answer),
     Touch(u8),
-    /// The caller gives back what it has, or gives up.
+    /// The caller releases its lease, or gives up its acquire.
     Release(u8),
-    /// The call's time is over.
+    /// The wait of the call is over.
     Cancel(u8),
-    /// The daemon has not found the call in line.
+    /// The daemon finds that the call is not in the queue, and asks again.
     Rejoin(u8),
     Revoke(usize),
-    /// So many others come and go.
-    Crowd(u8),
-    /// So many hundreds of ids that nobody asks for are released.
+    /// This many other ids acquire a lease and release it, one after the other.
+    Others(u8),
+    /// This many hundreds of ids are released that nobody asks for.
     Flood(u8),
+    /// The clock moves by this many milliseconds.
     Pass(i64),
 }
 
-/// What a caller knows.
+/// What becomes of the answer to a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Delivered,
+    Lost,
+}
+
+/// What a caller knows of its lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Caller {
+enum Knowledge {
     #[default]
     Idle,
     Asks,
     Waits,
     Holds,
-    /// It wants the id no more.
+    /// The caller has released the id or was refused.
     Over,
 }
 
 #[derive(Default)]
-struct Client {
-    state: Caller,
+struct Caller {
+    state: Knowledge,
     called_at: i64,
-    /// Commands sent that ask for the id; only the latest one's answer is heard.
+    /// How many commands that ask for the id were sent. Only the answer to the latest one counts.
     asks: u32,
     asked_at: i64,
-    /// It released the id without knowing whether it holds.
+    /// The caller released the id without knowing whether it holds.
     gives_up: bool,
     token: Option<FencingToken>,
     settled: bool,
@@ -78,28 +93,29 @@ struct Client {
 struct Command {
     edit: Edit,
     sent_at: i64,
-    /// Who hears the answer to which of its commands.
+    /// The caller that the answer is for, and which of its commands this is.
     answers: Option<(u8, u32)>,
 }
 
-struct World {
+struct Simulation {
     step: Step,
-    /// What a daemon commits before it refuses an id that it asked for more than once.
+    /// What a daemon commits before it refuses an id that it has asked for more than once.
     refusal: Option<fn(Edit, LeaseId) -> Edit>,
-    /// Whether it asks once more for an id that it meant to keep out and finds in use.
+    /// Whether a daemon asks once more for an id that it wanted to keep out and finds in use.
     asks_again: bool,
     record: Record,
     now: i64,
-    clients: HashMap<u8, Client>,
+    callers: HashMap<u8, Caller>,
     under_way: Vec<Command>,
-    strangers: u64,
+    other_ids: u64,
 }
 
 fn id(number: u8) -> LeaseId {
     LeaseId::from([number + 1; 16])
 }
 
-/// Of each caller always the same. Most share, so that many hold at once.
+/// Returns the acquisition of a caller, always the same one. Most are shared, so that many hold at
+/// once.
 fn acquisition(number: u8, repeated: bool) -> Arc<Acquisition> {
     Arc::new(Acquisition {
         mode: if number.is_multiple_of(5) { Mode::Exclusive } else { Mode::Shared },
@@ -111,7 +127,7 @@ fn acquisition(number: u8, repeated: bool) -> Arc<Acquisition> {
     })
 }
 
-impl World {
+impl Simulation {
     fn new(step: Step) -> Self {
         Self {
             step,
@@ -119,27 +135,27 @@ impl World {
             asks_again: true,
             record: Record::vacant(Key::try_from("key").expect("a key")),
             now: START,
-            clients: HashMap::new(),
+            callers: HashMap::new(),
             under_way: Vec::new(),
-            strangers: 0,
+            other_ids: 0,
         }
     }
 
-    fn client(&mut self, who: u8) -> &mut Client {
-        self.clients.entry(who).or_default()
+    fn caller(&mut self, who: u8) -> &mut Caller {
+        self.callers.entry(who).or_default()
     }
 
     fn send(&mut self, edit: Edit, answers: Option<(u8, u32)>) {
         self.under_way.push(Command { edit, sent_at: self.now, answers });
     }
 
-    /// Sends a command that asks for the id. The first is none that was repeated.
-    fn ask(&mut self, who: u8, repeated: bool) {
+    /// Sends a command that asks for the id. All but the first one count as repeated.
+    fn ask(&mut self, who: u8) {
         let now = self.now;
-        let client = self.client(who);
-        client.asks += 1;
-        client.asked_at = now;
-        let (number, repeated) = (client.asks, repeated || client.asks > 1);
+        let caller = self.caller(who);
+        caller.asks += 1;
+        caller.asked_at = now;
+        let (number, repeated) = (caller.asks, caller.asks > 1);
         self.send(Edit::default().enqueue(acquisition(who, repeated)), Some((who, number)));
     }
 
@@ -147,26 +163,26 @@ impl World {
         let after = (self.step)(self.record.clone(), edit, Timestamp(self.now), &RULES);
         let before = std::mem::replace(&mut self.record, after);
         let held = |record: &Record, id| record.holders.iter().any(|holder| holder.id == id);
-        for (who, _) in self.clients.iter().filter(|(_, client)| client.state == Caller::Holds) {
+        for (who, _) in self.callers.iter().filter(|(_, caller)| caller.state == Knowledge::Holds) {
             let mut departures = self.record.departures.iter();
-            let taken = |departure: &Departure| {
+            let is_taken_away = |departure: &Departure| {
                 departure.id == id(*who) && matches!(departure.reason, Reason::Displaced | Reason::Revoked)
             };
             let lost = held(&before, id(*who)) && !held(&self.record, id(*who));
-            prop_assert!(!lost || departures.any(taken), "{who} loses a lease that it knows of");
+            prop_assert!(!lost || departures.any(is_taken_away), "{who} loses a lease that it knows of");
         }
-        let mut places = BTreeMap::new();
+        let mut counts = BTreeMap::new();
         for id in self.record.holders.iter().map(|holder| holder.id).chain(self.waiting()) {
-            *places.entry(id).or_insert(0) += 1;
+            *counts.entry(id).or_insert(0) += 1;
         }
-        for (who, client) in &mut self.clients {
+        for (who, caller) in &mut self.callers {
             let id = id(*who);
-            let places = places.get(&id).copied().unwrap_or(0);
-            prop_assert!(places <= 1, "{who} has two places");
-            client.settled |= edit.released().contains(&id);
-            prop_assert!(!client.settled || places == 0, "{who} was released, and is there");
+            let count = counts.get(&id).copied().unwrap_or(0);
+            prop_assert!(count <= 1, "{who} holds or waits twice");
+            caller.settled |= edit.released().contains(&id);
+            prop_assert!(!caller.settled || count == 0, "{who} was released, and holds or waits");
             if let Some(holder) = self.record.holders.iter().find(|holder| holder.id == id) {
-                let token = *client.token.get_or_insert(holder.token);
+                let token = *caller.token.get_or_insert(holder.token);
                 prop_assert_eq!(token, holder.token, "{} has a second token", who);
             }
         }
@@ -178,64 +194,66 @@ impl World {
     }
 
     fn play(mut self, events: &[Event]) -> Result<(), TestCaseError> {
-        events.iter().try_for_each(|event| self.take(event))?;
+        events.iter().try_for_each(|event| self.apply_event(event))?;
         self.end()
     }
 
-    fn take(&mut self, event: &Event) -> Result<(), TestCaseError> {
+    fn apply_event(&mut self, event: &Event) -> Result<(), TestCaseError> {
         let now = self.now;
         match *event {
             Event::Call(who) => {
-                let client = self.client(who);
-                if client.state == Caller::Idle {
-                    (client.state, client.called_at) = (Caller::Asks, now);
+                let caller = self.caller(who);
+                if caller.state == Knowledge::Idle {
+                    (caller.state, caller.called_at) = (Knowledge::Asks, now);
                 }
             }
             Event::Ask(who) => {
-                let Client { state, called_at, asks, .. } = *self.client(who);
-                // The call of one that gave up may still come; one that has come is not repeated then.
-                let comes = state == Caller::Asks || (state == Caller::Over && asks == 0 && called_at > 0);
-                if comes && now <= called_at + ON_ITS_WAY {
-                    self.ask(who, false);
+                let Caller { state, called_at, asks, .. } = *self.caller(who);
+                // The first call of a caller that gave up may still arrive. A caller that gave up
+                // repeats no call.
+                let comes =
+                    state == Knowledge::Asks || (state == Knowledge::Over && asks == 0 && called_at > 0);
+                if comes && now <= called_at + MAX_CALL_DELAY {
+                    self.ask(who);
                 }
             }
-            Event::Arrive(which, heard) if !self.under_way.is_empty() => {
+            Event::Arrive(which, answer) if !self.under_way.is_empty() => {
                 let Command { edit, sent_at, answers } = self.under_way.remove(which % self.under_way.len());
-                // What nobody waits for is sent until it is answered.
-                if answers.is_none() || now <= sent_at + UNDER_WAY {
+                // Releases are sent until they are answered, so they have no last moment.
+                if answers.is_none() || now <= sent_at + MAX_COMMAND_DELAY {
                     self.apply(&edit)?;
-                    if let Some((who, number)) = answers.filter(|_| heard) {
-                        self.hear(who, number, !edit.kept_out().is_empty());
+                    if let Some((who, number)) = answers.filter(|_| answer == Answer::Delivered) {
+                        self.receive_answer(who, number, !edit.kept_out().is_empty());
                     }
                 }
             }
             Event::Touch(who) => {
-                if matches!(self.client(who).state, Caller::Holds | Caller::Waits) {
-                    let asks = self.client(who).asks;
+                if matches!(self.caller(who).state, Knowledge::Holds | Knowledge::Waits) {
+                    let asks = self.caller(who).asks;
                     self.send(Edit::default().touch(id(who)), Some((who, asks)));
                 }
             }
             Event::Release(who) => {
-                // Again, as after an answer that was lost, it says the same.
-                let client = self.client(who);
-                client.gives_up |= matches!(client.state, Caller::Asks | Caller::Waits);
-                if client.state != Caller::Idle {
-                    client.state = Caller::Over;
+                // A release that is repeated says the same as the first one.
+                let caller = self.caller(who);
+                caller.gives_up |= matches!(caller.state, Knowledge::Asks | Knowledge::Waits);
+                if caller.state != Knowledge::Idle {
+                    caller.state = Knowledge::Over;
                     let edit = Edit::default();
-                    let edit = if client.gives_up { edit.give_up(id(who)) } else { edit.release(id(who)) };
+                    let edit = if caller.gives_up { edit.give_up(id(who)) } else { edit.release(id(who)) };
                     self.send(edit, None);
                 }
             }
             Event::Cancel(who) => {
-                // Its turn may come at this very moment, which the answer tells.
-                let Client { state, asks, .. } = *self.client(who);
-                if state == Caller::Waits {
+                // The lease may be granted just before, and then the answer says so.
+                let Caller { state, asks, .. } = *self.caller(who);
+                if state == Knowledge::Waits {
                     self.send(Edit::default().cancel(id(who)), Some((who, asks)));
                 }
             }
             Event::Rejoin(who) => {
-                if self.client(who).state == Caller::Waits {
-                    self.ask(who, true);
+                if self.caller(who).state == Knowledge::Waits {
+                    self.ask(who);
                 }
             }
             Event::Revoke(which) => {
@@ -244,9 +262,9 @@ impl World {
                     self.apply(&revoke)?;
                 }
             }
-            Event::Crowd(count) => {
+            Event::Others(count) => {
                 for _ in 0..count {
-                    let id = self.stranger();
+                    let id = self.other_id();
                     let asked =
                         Acquisition { mode: Mode::Shared, shared_limit: 1000, ..Acquisition::waiting(id) };
                     self.apply(&Edit::default().enqueue(Arc::new(asked)))?;
@@ -255,7 +273,7 @@ impl World {
             }
             Event::Flood(hundreds) => {
                 for _ in 0..hundreds {
-                    let release = (0..100).fold(Edit::default(), |edit, _| edit.release(self.stranger()));
+                    let release = (0..100).fold(Edit::default(), |edit, _| edit.release(self.other_id()));
                     self.apply(&release)?;
                 }
             }
@@ -265,53 +283,53 @@ impl World {
         Ok(())
     }
 
-    /// An id that no caller here has.
-    fn stranger(&mut self) -> LeaseId {
-        self.strangers += 1;
+    /// Returns an id that no caller has.
+    fn other_id(&mut self) -> LeaseId {
+        self.other_ids += 1;
         let mut bytes = [0xff; 16];
-        bytes[..8].copy_from_slice(&self.strangers.to_be_bytes());
+        bytes[..8].copy_from_slice(&self.other_ids.to_be_bytes());
         LeaseId::from(bytes)
     }
 
-    /// The daemon hears what the record says, and tells the caller unless it refuses, or finds an id in use that it meant to keep
-    /// out: then it asks again.
-    fn hear(&mut self, who: u8, number: u32, was_kept_out: bool) {
+    /// The daemon reads the answer off the record and passes it to the caller. But it asks again if
+    /// an id that it wanted to keep out holds, and it may commit something before it refuses.
+    fn receive_answer(&mut self, who: u8, number: u32, was_kept_out: bool) {
         let snapshot = Snapshot { record: self.record.clone(), now: Timestamp(self.now) };
         let asks_again = was_kept_out && self.asks_again;
-        let client = self.client(who);
-        if client.asks == number && matches!(client.state, Caller::Asks | Caller::Waits) {
+        let caller = self.caller(who);
+        if caller.asks == number && matches!(caller.state, Knowledge::Asks | Knowledge::Waits) {
             match snapshot.standing(id(who)) {
-                Standing::Holder(_) if asks_again => self.ask(who, true),
-                Standing::Holder(_) => client.state = Caller::Holds,
-                Standing::Waiter(_) => client.state = Caller::Waits,
-                Standing::Departed(_) => client.state = Caller::Over,
+                Standing::Holder(_) if asks_again => self.ask(who),
+                Standing::Holder(_) => caller.state = Knowledge::Holds,
+                Standing::Waiter(_) => caller.state = Knowledge::Waits,
+                Standing::Departed(_) => caller.state = Knowledge::Over,
                 Standing::Unknown => self.refuse(who),
             }
         }
     }
 
-    /// A daemon that asked for the id more than once, and whose earlier commands may still come, commits something first. The
-    /// caller does not know yet.
+    /// Refuses the call. If earlier commands for the id may still arrive, the daemon commits
+    /// something first, and the caller is not told yet.
     fn refuse(&mut self, who: u8) {
         let (now, refusal) = (self.now, self.refusal);
-        let client = self.client(who);
+        let caller = self.caller(who);
         match refusal {
-            Some(refusal) if client.asks > 1 && now <= client.asked_at + UNDER_WAY => {
-                let heard_by = (who, client.asks);
-                self.send(refusal(Edit::default(), id(who)), Some(heard_by));
+            Some(refusal) if caller.asks > 1 && now <= caller.asked_at + MAX_COMMAND_DELAY => {
+                let answered_to = (who, caller.asks);
+                self.send(refusal(Edit::default(), id(who)), Some(answered_to));
             }
-            _ => client.state = Caller::Over,
+            _ => caller.state = Knowledge::Over,
         }
     }
 
-    /// Has all commands take effect that still can, those last that settle ids: daemons and callers send them until they
-    /// are answered. Then whoever wants nothing more has nothing.
+    /// Applies all commands that can still take effect, and the releases last, since they are sent
+    /// until they are answered. Then no id holds or waits whose caller is done with it.
     fn end(&mut self) -> Result<(), TestCaseError> {
         let under_way = std::mem::take(&mut self.under_way);
         let (asks, others): (Vec<_>, Vec<_>) =
             under_way.into_iter().partition(|command| command.answers.is_some());
         for Command { edit, sent_at, .. } in asks {
-            if self.now <= sent_at + UNDER_WAY {
+            if self.now <= sent_at + MAX_COMMAND_DELAY {
                 self.apply(&edit)?;
             }
         }
@@ -320,47 +338,54 @@ impl World {
         }
         let held = |id| self.record.holders.iter().any(|holder| holder.id == id);
         let waits = |id| self.waiting().any(|waiting| waiting == id);
-        for (who, Client { state, .. }) in &self.clients {
-            prop_assert!(*state != Caller::Over || !(held(id(*who)) || waits(id(*who))), "{who} is a ghost");
+        for (who, Caller { state, .. }) in &self.callers {
+            prop_assert!(
+                *state != Knowledge::Over || !(held(id(*who)) || waits(id(*who))),
+                "{who} is done, and holds or waits"
+            );
         }
         Ok(())
     }
 }
 
-/// Mostly a few of the ids, so that what happens to each is long.
+/// Returns callers, mostly one of four, so that each of them has a long history.
 fn many() -> BoxedStrategy<u8> {
     prop_oneof![3 => 0_u8..4, 1 => 0..IDS].boxed()
 }
 
-/// Two that do not share and do not wait: one is refused while the other holds.
+/// Two callers that do not share and do not wait: one is refused while the other holds.
 fn rivals() -> BoxedStrategy<u8> {
     prop::sample::select(vec![0, 3]).boxed()
 }
 
 fn events(who: BoxedStrategy<u8>) -> impl Strategy<Value = Vec<Event>> {
     let who = move || who.clone();
+    let arrive = |(which, is_delivered): (usize, bool)| {
+        let answer = if is_delivered { Answer::Delivered } else { Answer::Lost };
+        Event::Arrive(which, answer)
+    };
     let event = prop_oneof![
         3 => who().prop_map(Event::Call),
         6 => who().prop_map(Event::Ask),
-        8 => (any::<usize>(), any::<bool>()).prop_map(|(which, heard)| Event::Arrive(which, heard)),
+        8 => (any::<usize>(), any::<bool>()).prop_map(arrive),
         1 => who().prop_map(Event::Touch),
         3 => who().prop_map(Event::Release),
         1 => who().prop_map(Event::Cancel),
         1 => who().prop_map(Event::Rejoin),
         1 => (0_usize..3).prop_map(Event::Revoke),
-        2 => (1_u8..12).prop_map(Event::Crowd),
+        2 => (1_u8..12).prop_map(Event::Others),
         2 => prop_oneof![3 => 0_i64..1000, 1 => 1000_i64..9000].prop_map(Event::Pass),
     ];
     prop::collection::vec(event, 1..80)
 }
 
 fn play(events: &[Event], step: Step) -> Result<(), TestCaseError> {
-    World::new(step).play(events)
+    Simulation::new(step).play(events)
 }
 
-/// Plays random histories until one goes wrong.
-fn find_fault(runner: &mut TestRunner, who: BoxedStrategy<u8>, world: NewWorld) -> Option<String> {
-    match runner.run(&events(who), |events| world().play(&events)) {
+/// Plays random histories until one violates a property.
+fn find_fault(runner: &mut TestRunner, who: BoxedStrategy<u8>, simulation: NewSimulation) -> Option<String> {
+    match runner.run(&events(who), |events| simulation().play(&events)) {
         Ok(()) => None,
         Err(TestError::Fail(why, events)) => Some(format!("{why}\n{events:#?}")),
         Err(TestError::Abort(why)) => panic!("{why}"),
@@ -368,79 +393,86 @@ fn find_fault(runner: &mut TestRunner, who: BoxedStrategy<u8>, world: NewWorld) 
 }
 
 #[test]
-fn an_id_has_at_most_one_token_and_one_place_and_none_once_it_is_released() {
+fn an_id_has_at_most_one_token_and_holds_or_waits_at_most_once_until_it_is_released() {
     let cases = std::env::var("LEASED_LATE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(2000);
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
     for who in [many(), rivals()] {
-        if let Some(fault) = find_fault(&mut TestRunner::new(config.clone()), who, || World::new(step)) {
+        if let Some(fault) = find_fault(&mut TestRunner::new(config.clone()), who, || Simulation::new(step)) {
             panic!("{fault}");
         }
     }
 }
 
-/// Finds them every time: the histories are the same in each run.
+/// The histories are the same in each run, so the faults are always found.
 #[test]
-fn random_histories_find_the_faults_of_broken_rules() {
-    let broken: [(&str, BoxedStrategy<u8>, NewWorld); 3] = [
+fn random_histories_find_the_faults_of_mutants() {
+    let mutants: [(&str, BoxedStrategy<u8>, NewSimulation); 3] = [
         ("departures are forgotten", many(), || {
-            World::new(|mut record, edit, now, rules| {
+            Simulation::new(|mut record, edit, now, rules| {
                 record.departures.clear();
                 step(record, edit, now, rules)
             })
         }),
         ("a release that finds nothing settles nothing", many(), || {
-            World::new(|record, edit, now, rules| {
+            Simulation::new(|record, edit, now, rules| {
                 let mut after = step(record, edit, now, rules);
                 after.departures.retain(|departure| departure.reason != Reason::Settled);
                 after
             })
         }),
-        ("what is refused is released", rivals(), || World {
+        ("a refused id is released instead of kept out", rivals(), || Simulation {
             refusal: Some(Edit::give_up),
-            ..World::new(step)
+            ..Simulation::new(step)
         }),
     ];
-    for (how, who, broken) in broken {
+    for (how, who, mutant) in mutants {
         let config =
             Config { cases: 20_000, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
-        assert!(find_fault(&mut TestRunner::new_with_rng(config, rng), who, broken).is_some(), "{how}");
+        assert!(find_fault(&mut TestRunner::new_with_rng(config, rng), who, mutant).is_some(), "{how}");
     }
 }
 
-/// What each part of the rule is for: a history that has a ghost without it.
+/// For each part of the rules, a history in which an id that has ended holds or waits if the part
+/// is missing.
 #[test]
-fn without_any_part_of_the_rule_there_is_a_ghost() {
-    use Event::{Arrive, Ask, Call, Crowd, Flood, Pass, Release, Revoke};
+fn each_part_of_the_rules_is_needed() {
+    use Answer::{Delivered, Lost};
+    use Event::{Arrive, Ask, Call, Flood, Others, Pass, Release, Revoke};
     const WHO: u8 = 1;
-    // Of two commands the first is granted the lease, and the other comes when many others have come and gone.
+    // The first of two commands is granted the lease. The second one arrives after many others have
+    // come and gone.
     let twice = |between: &[Event]| {
-        let begin = [Call(WHO), Ask(WHO), Ask(WHO), Arrive(0, false)];
-        [&begin, between, &[Crowd(10), Arrive(0, false)]].concat()
+        let begin = [Call(WHO), Ask(WHO), Ask(WHO), Arrive(0, Lost)];
+        [&begin, between, &[Others(10), Arrive(0, Lost)]].concat()
     };
-    let given_up = twice(&[Release(WHO), Arrive(1, false)]);
-    let heard = twice(&[Ask(WHO), Arrive(1, true), Release(WHO), Arrive(1, false)]);
-    let before_it_comes = vec![Call(WHO), Release(WHO), Arrive(0, false), Ask(WHO), Arrive(0, false)];
-    let broken: [(&str, Vec<Event>, Step); 8] = [
+    let given_up = twice(&[Release(WHO), Arrive(1, Lost)]);
+    let asked_again = twice(&[Ask(WHO), Arrive(1, Delivered), Release(WHO), Arrive(1, Lost)]);
+    let before_it_comes = vec![Call(WHO), Release(WHO), Arrive(0, Lost), Ask(WHO), Arrive(0, Lost)];
+    let mutants: [(&str, Vec<Event>, Step); 8] = [
         ("departures are remembered", given_up.clone(), |mut record, edit, now, rules| {
             record.departures.clear();
             step(record, edit, now, rules)
         }),
-        ("some of them for long", given_up.clone(), |record, edit, now, rules| {
+        ("some departures are remembered for long", given_up.clone(), |record, edit, now, rules| {
             let mut after = step(record, edit, now, rules);
             after.departures.truncate(REMEMBERED_DEPARTURES);
             after
         }),
-        ("those of what was given up", given_up, |record, edit, now, rules| {
+        ("departures of ids that were given up are lasting", given_up, |record, edit, now, rules| {
             let plain = edit.released().iter().fold(Edit::default(), |edit, id| edit.release(*id));
             step(record, if edit.released().is_empty() { edit } else { &plain }, now, rules)
         }),
-        ("those of what was asked for more than once", heard, |record, edit, now, rules| {
-            let mut after = step(record, edit, now, rules);
-            after.holders.iter_mut().for_each(|holder| holder.repeated = false);
-            after
-        }),
-        ("those of what was revoked", twice(&[Revoke(0)]), |record, edit, now, rules| {
+        (
+            "departures of ids that were asked for more than once are lasting",
+            asked_again,
+            |record, edit, now, rules| {
+                let mut after = step(record, edit, now, rules);
+                after.holders.iter_mut().for_each(|holder| holder.repeated = false);
+                after
+            },
+        ),
+        ("departures of revoked leases are lasting", twice(&[Revoke(0)]), |record, edit, now, rules| {
             let mut after = step(record, edit, now, rules);
             for departure in &mut after.departures {
                 departure.lasting &= departure.reason != Reason::Revoked;
@@ -448,10 +480,10 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
             after
         }),
         (
-            "also when others release what nobody uses",
+            "departures of revoked leases are lasting even when unused ids are released",
             twice(&[Flood(11), Revoke(0)]),
             |mut record, edit, now, rules| {
-                // Ids that were settled count for the whole room alone.
+                // With another reason these departures may use the whole capacity of lasting ones.
                 for departure in
                     record.departures.iter_mut().filter(|departure| departure.reason == Reason::Settled)
                 {
@@ -460,54 +492,55 @@ fn without_any_part_of_the_rule_there_is_a_ghost() {
                 step(record, edit, now, rules)
             },
         ),
-        ("those of what was displaced", twice(&[Pass(1000)]), |record, edit, now, rules| {
+        ("departures of displaced leases are lasting", twice(&[Pass(1000)]), |record, edit, now, rules| {
             let mut after = step(record, edit, now, rules);
             for departure in &mut after.departures {
                 departure.lasting &= departure.reason != Reason::Displaced;
             }
             after
         }),
-        ("a release settles what is not known", before_it_comes, |record, edit, now, rules| {
+        ("a release of an unknown id is remembered", before_it_comes, |record, edit, now, rules| {
             let mut after = step(record, edit, now, rules);
             after.departures.retain(|departure| departure.reason != Reason::Settled);
             after
         }),
     ];
-    for (rule, history, broken) in broken {
+    for (rule, history, mutant) in mutants {
         assert!(play(&history, step).is_ok(), "{rule}");
-        assert!(play(&history, broken).is_err(), "nobody misses this rule: {rule}");
+        assert!(play(&history, mutant).is_err(), "no property needs this rule: {rule}");
     }
 
     const HOLDER: u8 = 0;
     const TRY: u8 = 3;
-    let holds = [Call(HOLDER), Ask(HOLDER), Arrive(0, true)];
-    let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, true), Release(HOLDER), Arrive(1, false)];
+    let holds = [Call(HOLDER), Ask(HOLDER), Arrive(0, Delivered)];
+    let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, Delivered), Release(HOLDER), Arrive(1, Lost)];
     let history = [&holds[..], &refused].concat();
     assert!(play(&history, step).is_ok());
-    let careless = World { refusal: None, ..World::new(step) };
-    assert!(careless.play(&history).is_err(), "nobody misses that refused ids are kept out");
+    let without_keep_out = Simulation { refusal: None, ..Simulation::new(step) };
+    assert!(without_keep_out.play(&history).is_err(), "no property needs that refused ids are kept out");
 
-    // The refusal is not heard. The caller asks again, elsewhere, and is granted the lease; then what the refusal was to be
-    // preceded by comes.
-    let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, true)];
-    let granted = [Ask(TRY), Release(HOLDER), Arrive(3, false), Arrive(2, true)];
-    let history = [&holds[..], &refused, &granted, &[Arrive(1, false)]].concat();
+    // The refusal does not arrive. The caller asks again at another daemon and is granted the
+    // lease. Then the command arrives that the daemon commits before a refusal.
+    let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, Delivered)];
+    let granted = [Ask(TRY), Release(HOLDER), Arrive(3, Lost), Arrive(2, Delivered)];
+    let history = [&holds[..], &refused, &granted, &[Arrive(1, Lost)]].concat();
     assert!(play(&history, step).is_ok());
-    let cruel = World { refusal: Some(Edit::give_up), ..World::new(step) };
-    assert!(cruel.play(&history).is_err(), "nobody misses that an id in use is left alone");
+    let with_release = Simulation { refusal: Some(Edit::give_up), ..Simulation::new(step) };
+    assert!(with_release.play(&history).is_err(), "no property needs that an id in use is left alone");
 
-    // Of three commands the last is refused and the first is granted after that. The second comes when the lease is over.
+    // Of three commands the last is refused, and then the first is granted the lease. The second
+    // one arrives after the lease has ended.
     let refused =
-        [Call(TRY), Ask(TRY), Ask(TRY), Ask(TRY), Arrive(2, true), Release(HOLDER), Arrive(3, false)];
-    let granted = [Arrive(0, false), Arrive(1, true)];
-    let over = [Release(TRY), Arrive(1, false), Crowd(10), Arrive(0, false)];
+        [Call(TRY), Ask(TRY), Ask(TRY), Ask(TRY), Arrive(2, Delivered), Release(HOLDER), Arrive(3, Lost)];
+    let granted = [Arrive(0, Lost), Arrive(1, Delivered)];
+    let over = [Release(TRY), Arrive(1, Lost), Others(10), Arrive(0, Lost)];
     let history = [&holds[..], &refused, &granted, &over].concat();
     assert!(play(&history, step).is_ok());
-    let forgetful = World { asks_again: false, ..World::new(step) };
+    let without_asking_again = Simulation { asks_again: false, ..Simulation::new(step) };
     assert!(
-        forgetful.play(&history).is_err(),
-        "nobody misses that an id which was not kept out is asked for again"
+        without_asking_again.play(&history).is_err(),
+        "no property needs that an id which could not be kept out is asked for again"
     );
-    let history = [&holds[..], &refused, &granted, &[Arrive(1, true)], &over].concat();
+    let history = [&holds[..], &refused, &granted, &[Arrive(1, Delivered)], &over].concat();
     assert!(play(&history, step).is_ok());
 }

@@ -1,26 +1,42 @@
-//! The rules, pure: what a lease is and how a record changes.
+//! The rules: what a lease is and how its record changes. Pure.
 //!
-//! Nothing here knows of a runtime, a wire, a database or a clock: `now` is always an argument, read from the
-//! store's clock by whoever calls. [`step`] is the specification; a store either runs it or says the same thing in
-//! its own language and is held to it by a differential test.
+//! This module uses no runtime, network, database or clock. `now` is always an argument, which the
+//! caller reads from the store's clock.
+//!
+//! [`step`] is the specification. The embedded store runs `step` itself. The MongoDB store says the
+//! same as an aggregation pipeline, and a differential test compares the two.
 
-mod answer;
-mod distinct;
-mod edit;
-mod id;
+/// The key that is leased.
 mod key;
-#[cfg(test)]
-mod late_commands;
+/// The lease id and the fencing token.
+mod id;
+/// The name of a lease: its key and its id.
+mod name;
+/// Instants of the store's clock, and the TTL.
+mod time;
+/// The record of a key: holders, waiters, departures.
 mod record;
+/// The changes to one record that are committed together.
+mod edit;
+/// A list without duplicates, for the lists of an edit.
+mod unique_list;
+/// The specification: how an edit changes a record.
 mod step;
+/// What a record says: the answers to commands, and the state that people see.
+mod answer;
+
+/// Invariants of the rules over random histories.
 #[cfg(test)]
 mod step_properties;
-mod time;
+/// Commands that arrive late, repeated or out of order.
+#[cfg(test)]
+mod late_commands;
 
 pub use answer::{Obstacle, Snapshot, Standing, State};
 pub use edit::{Acquisition, Edit};
 pub use id::{FencingToken, InvalidLeaseId, LeaseId};
 pub use key::{InvalidKey, Key, MAX_KEY_BYTES};
+pub use name::LeaseName;
 pub use record::{Departure, Holder, Mode, NEVER_GRANTED, Reason, Record, Waiter};
 pub use step::{
     LASTING_DEPARTURES, MAX_RECORD_BYTES, MAX_SHARED_HOLDERS, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,

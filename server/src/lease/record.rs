@@ -1,4 +1,4 @@
-//! The one record of a key, which holds every fact about it.
+//! The record of a key: everything that the store keeps of it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,105 +6,109 @@ use std::time::Duration;
 
 use super::{Acquisition, FencingToken, Key, LeaseId, Timestamp, Ttl};
 
-/// Everything known of a key. A key without a record is one that was never leased or was forgotten since.
+/// The state of a key. A key without a record was never leased, or its record has been purged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// What is leased.
+    /// The key that is leased.
     pub key: Key,
-    /// The token granted last.
+    /// The token of the latest grant.
     pub token: FencingToken,
-    /// Granted and not yet released, revoked or displaced; in the order of their grants.
+    /// The leases that are granted and not yet released, revoked or displaced, in the order of
+    /// their grants.
     pub holders: Vec<Holder>,
-    /// Standing in line; the head first.
+    /// The queue, the head first.
     pub waiters: Vec<Waiter>,
-    /// Who went lately and why; newest first.
+    /// The ids that ended lately and how, the newest first.
     pub departures: Vec<Departure>,
-    /// Nobody is admitted before this; `None` if nobody asked for it.
+    /// No lease is granted before this instant. `None` if no holder has asked for a `min_hold`.
     pub blocked_until: Option<Timestamp>,
-    /// Rises with every edit, so that each is a real write.
+    /// Rises with every edit, so that an edit which changes nothing else is a write as well.
     pub rev: i64,
 }
 
-/// A record of a key that nobody was ever granted is kept for this long, and then until the next purge.
+/// A record without a grant is kept for this long, and then until the next purge.
 pub const NEVER_GRANTED: Duration = Duration::from_secs(3600);
 
-/// Who may act on the key together with whom.
+/// Whether a lease excludes others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mode {
-    /// Alone.
+    /// Held alone.
     Exclusive,
-    /// With other shared holders.
+    /// Held together with other shared holders.
     Shared,
 }
 
 /// A lease that has been granted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
-    /// Names the acquisition.
+    /// The id of the acquisition.
     pub id: LeaseId,
-    /// A label for people.
+    /// A label for people, chosen by the caller.
     pub owner: String,
-    /// More labels.
+    /// More labels, chosen by the caller.
     pub metadata: BTreeMap<String, String>,
-    /// Alone or with others.
+    /// Whether the lease excludes others.
     pub mode: Mode,
-    /// How long a touch lasts.
+    /// How long the lease lasts after its grant and after each touch.
     pub ttl: Ttl,
     /// The token of this grant.
     pub token: FencingToken,
-    /// When it was granted.
+    /// When the lease was granted.
     pub acquired_at: Timestamp,
-    /// When it runs out unless touched before.
+    /// When the lease lapses unless it is touched before.
     pub expires_at: Timestamp,
-    /// The key stays taken at least this long after the grant, even if released.
+    /// If the lease is released early, no lease is granted on the key until this long after its
+    /// grant.
     pub min_hold: Duration,
-    /// Shared only: no more than this many hold while this one does.
+    /// For shared leases: at most this many hold the key while this one does.
     pub shared_limit: u32,
-    /// It was asked for more than once, so a late command may still ask for it.
+    /// The lease was asked for more than once, so a late command may still ask for it.
     pub repeated: bool,
 }
 
-/// An acquisition standing in line.
+/// An acquisition in the queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiter {
-    /// What is asked for.
+    /// The lease that is asked for.
     pub acquisition: Arc<Acquisition>,
-    /// When it came.
+    /// When the acquisition entered the queue.
     pub since: Timestamp,
-    /// When its place lapses unless refreshed before.
+    /// When this entry lapses unless it is refreshed before.
     pub expires_at: Timestamp,
 }
 
-/// A lease id that is over: it is never granted while this is remembered.
+/// A lease id that has ended. The id is never granted while its departure is remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Departure {
-    /// Whose.
+    /// The id that ended.
     pub id: LeaseId,
-    /// How it went.
+    /// How the id ended.
     pub reason: Reason,
-    /// When it went.
+    /// When the id ended.
     pub at: Timestamp,
-    /// It is remembered for [`MEMORY`](super::MEMORY), because a command that asks for the id may still be under way.
+    /// The departure is remembered for [`MEMORY`](super::MEMORY), because a command that asks for
+    /// the id may still be under way.
     pub lasting: bool,
 }
 
-/// How a lease id came to be over.
+/// How a lease id ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// Given back by its holder.
+    /// The holder released it.
     Released,
-    /// Ran out, and another took its place.
+    /// The lease lapsed, and another lease was granted in its stead.
     Displaced,
-    /// Taken away by an operator.
+    /// An operator took the lease away.
     Revoked,
-    /// Released while it stood in line.
+    /// The id was released while it was in the queue.
     Withdrawn,
-    /// Released while it neither held nor stood in line: before it was asked for, or long after it was over.
+    /// The id was released while it neither held nor waited: before an acquisition asked for it, or
+    /// long after it had ended.
     Settled,
 }
 
 impl Record {
-    /// The record of a key that has none.
+    /// Returns the record of a key that has none in the store.
     #[must_use]
     pub fn vacant(key: Key) -> Self {
         Self {
@@ -118,41 +122,46 @@ impl Record {
         }
     }
 
-    /// Whether nobody holds the key, waits for it or keeps it blocked.
+    /// Returns true if the key has no holder and no waiter, and no `min_hold` blocks it.
     #[must_use]
     pub fn is_free(&self, now: Timestamp) -> bool {
         !self.is_taken() && self.blocked_until <= Some(now)
     }
 
-    /// Whether somebody holds the key or waits for it.
+    /// Returns true if the key has a holder or a waiter.
     #[must_use]
     pub fn is_taken(&self) -> bool {
         !self.holders.is_empty() || !self.waiters.is_empty()
     }
 
-    /// Whether nobody has held the key, waited for it or kept it blocked for `unused_for`, so that it may be forgotten.
+    /// Returns true if the key has been unused for `unused_for`, so that its record may be purged.
     ///
-    /// A lease counts as held until others may take it, `grace` after it ran out, and a place in line until it lapses: a
-    /// holder that died releases nothing. The last token is the time of a grant or later than it, so a record goes only
-    /// when the clock alone gives a higher one. A record that was never granted protects no token, and is of use only
-    /// while late commands can arrive.
+    /// A key is used while it has a holder or waiter, while a `min_hold` blocks it, and at each
+    /// departure. A holder counts until `grace` after its lease lapsed, because a holder that died
+    /// releases nothing. A waiter counts until its entry lapses.
     #[must_use]
     pub fn is_forgettable(&self, now: Timestamp, unused_for: Duration, grace: Duration) -> bool {
+        // A record without a grant protects no token. It is of use only while late commands can
+        // arrive.
         let unused_for = if self.token.0 > 0 { unused_for } else { unused_for.min(NEVER_GRANTED) };
         let departed = self.departures.iter().map(|departure| departure.at);
         let held = self.holders.iter().map(|holder| holder.expires_at + grace);
         let waited = self.waiters.iter().map(|waiter| waiter.expires_at);
         let used = departed.chain(held).chain(waited).chain(self.blocked_until);
+        // A token is the time of its grant or later. Once the clock has passed the last token, the
+        // first grant of a new record gets a greater one.
         used.chain([Timestamp(self.token.0)]).all(|last| last + unused_for < now)
     }
 
-    /// Orders the states of a key: tokens rise from one life of its record to the next, where revisions begin anew.
+    /// Returns a version that orders the states of a key. Revisions begin anew when a purged record
+    /// is made again, but tokens go on rising, so the token comes first.
     #[must_use]
     pub fn version(&self) -> (FencingToken, i64) {
         (self.token, self.rev)
     }
 
-    /// What holders and waiters add to the record, in bytes as [`Acquisition::size`] counts them.
+    /// Returns how many bytes holders and waiters add to the record, counted like
+    /// [`Acquisition::size`].
     #[must_use]
     pub fn size(&self) -> usize {
         let holders = self.holders.iter().map(|holder| footprint(&holder.owner, &holder.metadata));
@@ -161,7 +170,8 @@ impl Record {
     }
 }
 
-/// What one acquisition adds to a record: its labels and a fixed part for ids, times and field names.
+/// Returns how many bytes one acquisition adds to a record: its labels, and a fixed part for ids,
+/// times and field names.
 pub(super) fn footprint(owner: &str, metadata: &BTreeMap<String, String>) -> usize {
     const FIXED: usize = 256;
     let labels: usize = metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
@@ -182,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_was_never_granted_is_forgotten_within_the_hour() {
+    fn a_record_without_a_grant_is_forgotten_after_an_hour() {
         let departure =
             Departure { id: LeaseId::random(), reason: Reason::Settled, at: START, lasting: true };
         let record = Record { departures: vec![departure], rev: 1, ..vacant() };
@@ -190,18 +200,21 @@ mod tests {
         assert!(!record.is_forgettable(hour, WEEK, GRACE));
         assert!(record.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE));
         let granted = Record { token: FencingToken(START.0), ..record };
-        assert!(!granted.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE), "its token is to be outlived");
+        assert!(
+            !granted.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE),
+            "a record with a grant is kept for longer"
+        );
     }
 
     #[test]
     fn a_record_with_a_live_holder_or_waiter_is_never_forgotten() {
-        let rules = Rules { grace: GRACE, place: Duration::from_secs(15) };
+        let rules = Rules { grace: GRACE, waiter_ttl: Duration::from_secs(15) };
         let [first, second] = [(); 2].map(|()| Arc::new(Acquisition::waiting(LeaseId::random())));
         let edit = Edit::default().enqueue(first).enqueue(second);
         let mut record = step(vacant(), &edit, START, &rules);
-        let place_ends = record.waiters[0].expires_at;
-        assert!(!record.is_forgettable(place_ends, Duration::ZERO, GRACE));
-        assert!(record.is_forgettable(Timestamp(place_ends.0 + 1), Duration::ZERO, GRACE));
+        let waiter_lapses = record.waiters[0].expires_at;
+        assert!(!record.is_forgettable(waiter_lapses, Duration::ZERO, GRACE));
+        assert!(record.is_forgettable(Timestamp(waiter_lapses.0 + 1), Duration::ZERO, GRACE));
         record.waiters.clear();
         let live_until = record.holders[0].expires_at + GRACE;
         assert!(!record.is_forgettable(live_until, Duration::ZERO, GRACE));

@@ -1,4 +1,6 @@
 //! The specification: how an edit changes a record at one instant.
+//!
+//! The MongoDB store's pipeline says the same, so a rule changes here first and then there.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,64 +9,70 @@ use super::{
     Acquisition, Departure, Edit, FencingToken, Holder, LeaseId, Mode, Reason, Record, Timestamp, Waiter,
 };
 
-/// The newest departures, which a record remembers in any case.
+/// How many departures a record remembers at least: the newest ones.
 pub const REMEMBERED_DEPARTURES: usize = 8;
-/// How long a record remembers departures that are lasting: longer than any command may be under way.
+/// How long a record remembers a lasting departure: longer than any command may be under way.
 pub const MEMORY: Duration = Duration::from_secs(60);
-/// A record with this many lasting departures notes no others as lasting. The room is counted once for each edit, so a
-/// single edit of many may go past it.
+/// A record with this many lasting departures notes further ones as not lasting. The departures are
+/// counted once for each edit, so a single large edit may exceed this.
 pub const LASTING_DEPARTURES: usize = 1024;
-/// How many of the lasting departures may be [`Reason::Settled`]. Anyone can release ids that nobody uses, and the room that
-/// is left belongs to leases that were revoked or displaced: a late command would bring those back.
+/// How many of the lasting departures may be [`Reason::Settled`]. Anyone can release ids that
+/// nobody uses. The rest is kept for leases that were revoked or displaced, which a late command
+/// could bring back.
 pub const SETTLED_DEPARTURES: usize = LASTING_DEPARTURES / 2;
-/// A line this long takes no more.
+/// A queue with this many waiters accepts no more.
 pub const MAX_WAITERS: usize = 1024;
-/// A record this large, as [`Record::size`] counts, takes no more.
+/// A record of this size, as [`Record::size`] counts it, accepts no more waiters.
 pub const MAX_RECORD_BYTES: usize = 1024 * 1024;
-/// Shared holders a key can have: the highest [`Acquisition::shared_limit`].
+/// How many shared holders a key can have: the highest [`Acquisition::shared_limit`].
 pub const MAX_SHARED_HOLDERS: u32 = 1024;
 
-/// The durations the rules are given.
+/// The durations that an operator or a store chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rules {
-    /// A lease may be taken from its holder only this long after it ran out: it covers the difference between the
-    /// clocks of the store's nodes.
+    /// How long after a lease has lapsed its holder may be displaced. Covers the difference between
+    /// the clocks of the store's nodes.
     pub grace: Duration,
-    /// How long a place in line lasts without a refresh.
-    pub place: Duration,
+    /// How long after the last refresh a waiter's entry lapses.
+    pub waiter_ttl: Duration,
 }
 
-/// The record after `edit` at `now`, an instant of the store's clock.
+/// Returns the record after `edit` at `now`, an instant of the store's clock.
 ///
-/// Three parts in this order: *edit* (touch, release, revoke, unblock, cancel, refresh, enqueue), *admit* (the head of
-/// the line, while it fits), *finish* (those who came only to try leave; ids are kept out; `rev` rises).
+/// There are three phases, in this order:
+/// 1. *Edit*: touch, release, revoke, unblock, cancel, refresh, enqueue.
+/// 2. *Admit*: grant the head of the queue, while it fits.
+/// 3. *Finish*: acquisitions that do not wait leave the queue, ids are kept out, and `rev` rises.
 #[must_use]
 pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> Record {
-    let room = Room::of(&record, now);
+    let capacity = Capacity::of(&record, now);
     touch(&mut record, edit, now);
-    let mut gone = depart(&mut record, edit, now, room);
+    let mut departed = depart(&mut record, edit, now, capacity);
     record.blocked_until.take_if(|until| edit.unblocks(*until));
     record.waiters.retain(|waiter| !edit.cancels(waiter.acquisition.id));
-    enqueue(&mut record, edit, &gone, now, rules.place);
+    enqueue(&mut record, edit, &departed, now, rules.waiter_ttl);
 
-    gone.splice(0..0, admit(&mut record, now, rules.grace, room));
-    gone.extend(kept_out(&record, edit, &gone, now, room));
+    departed.splice(0..0, admit(&mut record, now, rules.grace, capacity));
+    departed.extend(kept_out(&record, edit, &departed, now, capacity));
 
-    remember(&mut record, edit, gone, now);
+    remember(&mut record, edit, departed, now);
+    // Only now: an acquisition that does not wait still had to pass through the queue to be
+    // granted.
     record.waiters.retain(|waiter| waiter.acquisition.wait);
     record.rev += 1;
     record
 }
 
-/// How many more departures a record can note as lasting.
+/// How many more lasting departures a record can note.
 #[derive(Debug, Clone, Copy)]
-struct Room {
+struct Capacity {
+    /// Of any reason.
     all: usize,
-    /// Those of ids that are not known.
+    /// Of the reason [`Reason::Settled`].
     settled: usize,
 }
 
-impl Room {
+impl Capacity {
     fn of(record: &Record, now: Timestamp) -> Self {
         let (mut lasting, mut settled) = (0, 0);
         for departure in record.departures.iter().filter(|departure| lasts(departure, now)) {
@@ -76,7 +84,7 @@ impl Room {
     }
 }
 
-/// Extends what is held. Never shortens: the clock may have stepped back.
+/// Renews the leases that the edit touches.
 fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
     for holder in &mut record.holders {
         if edit.touches(holder.id) {
@@ -86,48 +94,56 @@ fn touch(record: &mut Record, edit: &Edit, now: Timestamp) {
 }
 
 fn renew(holder: &mut Holder, now: Timestamp) {
+    // The clock may have stepped back, and a touch never shortens a lease.
     holder.expires_at = holder.expires_at.max(now + holder.ttl.get());
 }
 
-/// Removes the released and the revoked and returns them, newest first. Releasing early does not end `min_hold`.
+/// Removes the ids that the edit releases or revokes, and returns their departures, the newest
+/// first.
 ///
-/// A released id that is not known is noted too, while there is room: an acquire with it that comes later must find it
-/// settled. Most departures are lasting. The exception is the common one, a holder that was asked for once and gives
-/// its lease back: no other command can name its id.
-fn depart(record: &mut Record, edit: &Edit, now: Timestamp, room: Room) -> Vec<Departure> {
-    let released = take(&mut record.holders, |holder| edit.releases(holder.id));
-    let revoked = take(&mut record.holders, |holder| edit.revokes(holder.id));
+/// A released id that the record does not know departs as well, while there is capacity: an acquire
+/// that arrives later must find that the id has ended.
+fn depart(record: &mut Record, edit: &Edit, now: Timestamp, capacity: Capacity) -> Vec<Departure> {
+    let released = extract(&mut record.holders, |holder| edit.releases(holder.id));
+    let revoked = extract(&mut record.holders, |holder| edit.revokes(holder.id));
     let is_withdrawn = |waiter: &mut Waiter| edit.releases(waiter.acquisition.id);
     let withdrawn: Vec<Waiter> = record.waiters.extract_if(.., is_withdrawn).collect();
-    // A holder without a `min_hold` blocks nobody, also if its `acquired_at` is ahead of a clock that stepped back.
+    // An early release does not end the `min_hold`. A holder without a `min_hold` must not block at
+    // all: after the clock stepped back, even its `acquired_at` may lie in the future.
     let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
     let held_for = held_for.map(|holder| Some(holder.acquired_at + holder.min_hold));
     record.blocked_until = held_for.chain([record.blocked_until]).max().flatten();
 
-    let note =
-        |id, reason, lasting: bool| Departure { id, reason, at: now, lasting: lasting && room.all > 0 };
-    let mut gone: Vec<Departure> =
-        revoked.iter().map(|holder| note(holder.id, Reason::Revoked, true)).collect();
-    gone.extend(released.iter().map(|Holder { id, repeated, .. }| {
-        note(*id, Reason::Released, *repeated || edit.lasting().has(*id))
+    let can_last = capacity.all > 0;
+    let departure = |id, reason| Departure { id, reason, at: now, lasting: can_last };
+    let mut departed: Vec<Departure> =
+        revoked.iter().map(|holder| departure(holder.id, Reason::Revoked)).collect();
+    // The most common departure is not lasting, which keeps records small: a holder that was asked
+    // for once releases its lease, and no command under way can ask for its id.
+    departed.extend(released.iter().map(|Holder { id, repeated, .. }| {
+        let lasting = can_last && (*repeated || edit.lasting().has(*id));
+        Departure { lasting, ..departure(*id, Reason::Released) }
     }));
-    gone.extend(withdrawn.iter().map(|waiter| note(waiter.acquisition.id, Reason::Withdrawn, true)));
-    let known = |id: LeaseId| gone.iter().chain(&record.departures).any(|departure| departure.id == id);
-    let unknown = edit.released().iter().filter(|id| !known(**id)).take(room.settled);
-    let settled: Vec<Departure> = unknown.map(|id| note(*id, Reason::Settled, true)).collect();
-    gone.extend(settled);
-    gone
+    departed.extend(withdrawn.iter().map(|waiter| departure(waiter.acquisition.id, Reason::Withdrawn)));
+    let is_known =
+        |id: LeaseId| departed.iter().chain(&record.departures).any(|departure| departure.id == id);
+    let unknown = edit.released().iter().filter(|id| !is_known(**id)).take(capacity.settled);
+    let settled: Vec<Departure> = unknown.map(|id| departure(*id, Reason::Settled)).collect();
+    departed.extend(settled);
+    departed
 }
 
-/// Appends those the record does not know, if it has room for more, refreshes the places of those in line, and renews
-/// what is held. A full record takes nobody; instead it loses the places that have lapsed, so that a later attempt finds
-/// room.
+/// Applies the acquisitions and refreshes of the edit: renews leases and waiter entries, and
+/// appends new waiters.
 ///
-/// Whoever departed does not come back: a late duplicate of an old call must not become a ghost. Nothing changes for an
-/// id that is in use with another mode or limit.
-fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp, place: Duration) {
+/// An id that has departed does not enter the queue, because a late duplicate of an old call must
+/// not acquire the lease again. Nothing changes for an id that holds or waits with another mode or
+/// limit.
+fn enqueue(record: &mut Record, edit: &Edit, departed: &[Departure], now: Timestamp, waiter_ttl: Duration) {
     for holder in &mut record.holders {
         if edit.asks(holder.id, holder.mode, holder.shared_limit) {
+            // A caller that repeats an acquire counts the TTL from the repetition, so the lease
+            // must last that long.
             renew(holder, now);
             holder.repeated = true;
         }
@@ -136,80 +152,96 @@ fn enqueue(record: &mut Record, edit: &Edit, gone: &[Departure], now: Timestamp,
         let Acquisition { id, mode, shared_limit, repeated, .. } = *waiter.acquisition;
         let is_asked = edit.asks(id, mode, shared_limit);
         if is_asked || edit.refreshes(id) {
-            waiter.expires_at = waiter.expires_at.max(now + place);
+            waiter.expires_at = waiter.expires_at.max(now + waiter_ttl);
         }
         if is_asked && !repeated {
             Arc::make_mut(&mut waiter.acquisition).repeated = true;
         }
     }
-    let unknown = |acquisition: &&Arc<Acquisition>| {
+    let is_unknown = |acquisition: &&Arc<Acquisition>| {
         let id = acquisition.id;
         !record.holders.iter().any(|holder| holder.id == id)
             && !record.waiters.iter().any(|waiter| waiter.acquisition.id == id)
-            && !record.departures.iter().chain(gone).any(|departure| departure.id == id)
+            && !record.departures.iter().chain(departed).any(|departure| departure.id == id)
     };
-    let stand = |acquisition: &Arc<Acquisition>| Waiter {
+    let to_waiter = |acquisition: &Arc<Acquisition>| Waiter {
         acquisition: Arc::clone(acquisition),
         since: now,
-        expires_at: now + place,
+        expires_at: now + waiter_ttl,
     };
-    let arrivals: Vec<Waiter> = edit.enqueued().iter().filter(unknown).map(stand).collect();
+    let arrivals: Vec<Waiter> = edit.enqueued().iter().filter(is_unknown).map(to_waiter).collect();
     if arrivals.is_empty() {
         return;
     }
     if record.waiters.len() < MAX_WAITERS && record.size() < MAX_RECORD_BYTES {
         record.waiters.extend(arrivals);
     } else {
+        // A full record accepts nobody. It loses its lapsed entries, so that the waiters of dead
+        // daemons cannot keep it full for good.
         record.waiters.retain(|waiter| now < waiter.expires_at);
     }
 }
 
-/// Admits from the head of the line while it fits, and returns the holders whose place was taken. A head that fits
-/// but whose place has lapsed leaves instead.
-fn admit(record: &mut Record, now: Timestamp, grace: Duration, room: Room) -> Vec<Departure> {
-    let mut left_line = 0;
+/// Grants the lease of the head of the queue, again and again while the head fits. Returns the
+/// departures of the holders that were displaced. A head that fits but has lapsed leaves the queue
+/// without a grant.
+fn admit(record: &mut Record, now: Timestamp, grace: Duration, capacity: Capacity) -> Vec<Departure> {
+    let mut left_queue = 0;
     let mut displaced = Vec::new();
     for waiter in &record.waiters {
         if !fits(&waiter.acquisition, &record.holders, record.blocked_until, now, grace) {
             break;
         }
-        left_line += 1;
+        left_queue += 1;
         if waiter.expires_at <= now {
             continue;
         }
-        displaced.extend(take(&mut record.holders, |holder| !is_live(holder, now, grace)));
+        // Every holder that may be displaced is, shared ones too: if they were touched back to life
+        // later, there could be more holders than the limit.
+        displaced.extend(extract(&mut record.holders, |holder| !is_live(holder, now, grace)));
+        // A token is at least the time of its grant, so that tokens go on rising after a purge of
+        // the record.
         record.token = FencingToken(record.token.0.saturating_add(1).max(now.0));
         record.holders.push(grant(&waiter.acquisition, record.token, now));
     }
-    record.waiters.drain(..left_line);
+    record.waiters.drain(..left_queue);
     let note =
-        |Holder { id, .. }| Departure { id, reason: Reason::Displaced, at: now, lasting: room.all > 0 };
+        |Holder { id, .. }| Departure { id, reason: Reason::Displaced, at: now, lasting: capacity.all > 0 };
     displaced.into_iter().map(note).collect()
 }
 
-/// The ids to be kept out, but for those that are in use and those that are over anyway, as far as there is room.
-fn kept_out(record: &Record, edit: &Edit, gone: &[Departure], now: Timestamp, room: Room) -> Vec<Departure> {
+/// Returns departures for the ids that the edit keeps out, while there is capacity. Ids that hold,
+/// wait or have ended already get none.
+fn kept_out(
+    record: &Record,
+    edit: &Edit,
+    departed: &[Departure],
+    now: Timestamp,
+    capacity: Capacity,
+) -> Vec<Departure> {
     let is_unknown = |id: &&LeaseId| {
         !record.holders.iter().any(|holder| holder.id == **id)
             && !record.waiters.iter().any(|waiter| waiter.acquisition.id == **id)
-            && !record.departures.iter().chain(gone).any(|departure| departure.id == **id)
+            && !record.departures.iter().chain(departed).any(|departure| departure.id == **id)
     };
     let note = |id: &LeaseId| Departure { id: *id, reason: Reason::Settled, at: now, lasting: true };
-    edit.kept_out().iter().filter(is_unknown).take(room.settled).map(note).collect()
+    edit.kept_out().iter().filter(is_unknown).take(capacity.settled).map(note).collect()
 }
 
-/// Puts what has gone before the departures, and forgets some of the others: not the newest, not those that the edit
-/// names, since it may be applied again, and not those that last.
-fn remember(record: &mut Record, edit: &Edit, gone: Vec<Departure>, now: Timestamp) {
-    if gone.is_empty() {
+/// Adds new departures to the record and forgets old ones. The newest departures and the lasting
+/// ones stay, and so do those that the edit names, because the edit may be applied again.
+fn remember(record: &mut Record, edit: &Edit, departed: Vec<Departure>, now: Timestamp) {
+    if departed.is_empty() {
         return;
     }
-    let newest = gone.len().max(REMEMBERED_DEPARTURES);
-    record.departures.splice(0..0, gone);
-    let mut place = 0;
+    // Each departure makes the record larger and its commits slower. So a record remembers only
+    // what a retry may ask about.
+    let newest = departed.len().max(REMEMBERED_DEPARTURES);
+    record.departures.splice(0..0, departed);
+    let mut position = 0;
     record.departures.retain(|departure| {
-        place += 1;
-        place <= newest || lasts(departure, now) || edit.names(departure.id)
+        position += 1;
+        position <= newest || lasts(departure, now) || edit.names(departure.id)
     });
 }
 
@@ -233,8 +265,7 @@ fn grant(acquisition: &Acquisition, token: FencingToken, now: Timestamp) -> Hold
     }
 }
 
-/// Whether the head of the line may be admitted beside those who hold. A limit binds those who come later, too: nobody
-/// who holds with a limit of five is ever one of six.
+/// Returns true if the head of the queue may hold beside the present holders.
 pub(super) fn fits(
     head: &Acquisition,
     holders: &[Holder],
@@ -249,6 +280,8 @@ pub(super) fn fits(
             Mode::Shared => {
                 let (exclusive, shared): (Vec<_>, Vec<_>) =
                     live.partition(|holder| holder.mode == Mode::Exclusive);
+                // The limits of the holders bind a newcomer too: a holder with a limit of five is
+                // never one of six.
                 let limits = shared.iter().map(|holder| holder.shared_limit);
                 let limit = limits.fold(head.shared_limit, u32::min);
                 exclusive.is_empty() && shared.len() < limit as usize
@@ -256,11 +289,12 @@ pub(super) fn fits(
         }
 }
 
-/// Whether nobody may take the holder's place yet.
+/// Returns true until the holder may be displaced.
 pub(super) fn is_live(holder: &Holder, now: Timestamp, grace: Duration) -> bool {
     now < holder.expires_at + grace
 }
 
-fn take(holders: &mut Vec<Holder>, mut which: impl FnMut(&Holder) -> bool) -> Vec<Holder> {
+/// Removes and returns the holders for which `which` is true.
+fn extract(holders: &mut Vec<Holder>, mut which: impl FnMut(&Holder) -> bool) -> Vec<Holder> {
     holders.extract_if(.., |holder| which(holder)).collect()
 }

@@ -1,5 +1,5 @@
-//! The rules' invariants over random histories, and for each a twin: the same check must find a counter-example when
-//! the rule is broken.
+//! Invariants of the rules over random histories. Each invariant comes with a mutant of the rules,
+//! for which the same check must find a counter-example.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -10,17 +10,17 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 
 use super::*;
 
-const RULES: Rules = Rules { grace: Duration::from_millis(300), place: Duration::from_millis(900) };
+const RULES: Rules = Rules { grace: Duration::from_millis(300), waiter_ttl: Duration::from_millis(900) };
 const START: i64 = 1_000_000;
 const IDS: u8 = 40;
 
-/// A way of changing records: the specification, or a broken one.
+/// The specification, or a mutant of it.
 type Step = fn(Record, &Edit, Timestamp, &Rules) -> Record;
-/// Looks at one step of a history.
-type Check = fn(&Moment<'_>, &mut Memory) -> Result<(), TestCaseError>;
+/// Checks one step of a history.
+type Check = fn(&Transition<'_>, &mut Past) -> Result<(), TestCaseError>;
 
-/// One step of a history, as a check sees it.
-struct Moment<'a> {
+/// One step of a history.
+struct Transition<'a> {
     before: &'a Record,
     edit: &'a Edit,
     now: Timestamp,
@@ -28,9 +28,9 @@ struct Moment<'a> {
     step: Step,
 }
 
-/// What a check remembers of a history.
+/// What a check remembers of the steps before.
 #[derive(Default)]
-struct Memory {
+struct Past {
     tokens: HashMap<LeaseId, FencingToken>,
     departed: HashSet<LeaseId>,
     highest: i64,
@@ -62,12 +62,14 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Mostly one of a few, so that commands meet; and enough others for a record to forget some.
+/// Mostly one of six ids, so that commands meet on the same id. The others are enough for a record
+/// to forget departures.
 fn ids() -> impl Strategy<Value = u8> {
     prop_oneof![4 => 0_u8..6, 1 => 0..IDS]
 }
 
-/// How far the clock goes, now and then backwards, and what happens then.
+/// Returns histories: for each step, by how much the clock moves, sometimes backwards, and the
+/// operations that follow.
 fn histories() -> impl Strategy<Value = Vec<(i64, Vec<Op>)>> {
     let passes = prop_oneof![6 => 0_i64..700, 1 => -400_i64..0, 1 => 700_i64..3000];
     prop::collection::vec((passes, prop::collection::vec(ops(), 0..4)), 1..25)
@@ -77,8 +79,8 @@ fn id(number: u8) -> LeaseId {
     LeaseId::from([number + 1; 16])
 }
 
-/// The edit of these commands. As wherever edits are made, an id that is asked for is not given up in the same one, and
-/// nobody asks for it in two ways.
+/// Returns an edit of these operations. As in the daemon, an edit does not both ask for an id and
+/// end it.
 fn edit(ops: &[Op], record: &Record) -> Edit {
     let asked = |who: u8| ops.iter().any(|op| matches!(op, Op::Enqueue { id, .. } if *id == who));
     ops.iter().fold(Edit::default(), |edit, op| match *op {
@@ -87,7 +89,7 @@ fn edit(ops: &[Op], record: &Record) -> Edit {
         Op::Release(who) => edit.release(id(who)),
         Op::GiveUp(who) => edit.give_up(id(who)),
         Op::KeepOut(who) => edit.keep_out(id(who)),
-        Op::Revoke(place) => edit.revoke(record.holders.get(place).map_or(id(IDS + 1), |holder| holder.id)),
+        Op::Revoke(index) => edit.revoke(record.holders.get(index).map_or(id(IDS + 1), |holder| holder.id)),
         Op::Cancel(who) => edit.cancel(id(who)),
         Op::Enqueue { id: who, shared, ttl, min_hold, wait } => edit.enqueue(Arc::new(Acquisition {
             id: id(who),
@@ -103,19 +105,19 @@ fn edit(ops: &[Op], record: &Record) -> Edit {
     })
 }
 
-/// Plays a history and lets `check` look at every step.
+/// Plays a history and checks every step.
 fn play(history: &[(i64, Vec<Op>)], step: Step, check: Check) -> Result<(), TestCaseError> {
     let mut record = Record::vacant(Key::try_from("key").expect("a key"));
-    let mut memory = Memory { highest: START, ..Memory::default() };
+    let mut past = Past { highest: START, ..Past::default() };
     let mut now = START;
     for (passes, ops) in history {
         now += passes;
-        memory.highest = memory.highest.max(now);
+        past.highest = past.highest.max(now);
         let edit = edit(ops, &record);
         let after = step(record.clone(), &edit, Timestamp(now), &RULES);
         check(
-            &Moment { before: &record, edit: &edit, now: Timestamp(now), after: &after, step },
-            &mut memory,
+            &Transition { before: &record, edit: &edit, now: Timestamp(now), after: &after, step },
+            &mut past,
         )?;
         record = after;
     }
@@ -124,7 +126,8 @@ fn play(history: &[(i64, Vec<Op>)], step: Step, check: Check) -> Result<(), Test
 
 fn find_counter_example(cases: u32, step: Step, check: Check) -> Option<String> {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
-    // Twins find theirs every time; the rules themselves face new histories in every run.
+    // For a mutant the histories are the same in every run, so its counter-example is always found.
+    // The rules themselves get new histories in every run.
     let is_rule = std::ptr::fn_addr_eq(step, super::step as Step);
     let max_shrink_iters = if is_rule { 2000 } else { 0 };
     let config = Config { cases, failure_persistence: None, max_shrink_iters, ..Config::default() };
@@ -136,12 +139,12 @@ fn find_counter_example(cases: u32, step: Step, check: Check) -> Option<String> 
     }
 }
 
-/// The rule holds, and the check notices when it is taken out.
-fn holds(check: Check, broken: Step) {
+/// Asserts that the check holds for the rules, and that it fails for the mutant.
+fn holds(check: Check, mutant: Step) {
     if let Some(counter_example) = find_counter_example(2000, super::step, check) {
         panic!("{counter_example}");
     }
-    assert!(find_counter_example(4000, broken, check).is_some(), "the check does not notice a broken rule");
+    assert!(find_counter_example(4000, mutant, check).is_some(), "the check does not notice the mutant");
 }
 
 fn live(holder: &Holder, now: Timestamp) -> bool {
@@ -150,21 +153,21 @@ fn live(holder: &Holder, now: Timestamp) -> bool {
 
 #[test]
 fn tokens_strictly_increase_and_a_lease_has_one() {
-    let check: Check = |moment, memory| {
-        prop_assert!(moment.after.token >= moment.before.token);
-        let mut last = moment.before.token;
-        for holder in &moment.after.holders {
-            match memory.tokens.get(&holder.id) {
+    let check: Check = |transition, past| {
+        prop_assert!(transition.after.token >= transition.before.token);
+        let mut last = transition.before.token;
+        for holder in &transition.after.holders {
+            match past.tokens.get(&holder.id) {
                 Some(token) => prop_assert_eq!(holder.token, *token, "a second token"),
                 None => {
                     prop_assert!(holder.token > last, "{:?} after {:?}", holder.token, last);
                     last = holder.token;
-                    memory.tokens.insert(holder.id, holder.token);
+                    past.tokens.insert(holder.id, holder.token);
                 }
             }
         }
-        // An id whose departure is forgotten may come again, as a new acquisition.
-        memory.tokens.retain(|id, _| moment.after.holders.iter().any(|holder| holder.id == *id));
+        // An id whose departure is forgotten may be acquired again, with a new token.
+        past.tokens.retain(|id, _| transition.after.holders.iter().any(|holder| holder.id == *id));
         Ok(())
     };
     holds(check, |mut record, edit, now, rules| {
@@ -175,8 +178,8 @@ fn tokens_strictly_increase_and_a_lease_has_one() {
 
 #[test]
 fn never_two_live_exclusive_holders_nor_one_beside_shared_ones() {
-    let check: Check = |moment, _| {
-        let live = moment.after.holders.iter().filter(|holder| live(holder, moment.now));
+    let check: Check = |transition, _| {
+        let live = transition.after.holders.iter().filter(|holder| live(holder, transition.now));
         let (exclusive, shared): (Vec<_>, Vec<_>) = live.partition(|holder| holder.mode == Mode::Exclusive);
         prop_assert!(exclusive.len() <= 1 && (exclusive.is_empty() || shared.is_empty()));
         Ok(())
@@ -189,16 +192,16 @@ fn never_two_live_exclusive_holders_nor_one_beside_shared_ones() {
     });
 }
 
-/// With a clock that steps back, a holder may look live again that was displaced in its time; so this is about the
-/// instant of the displacement.
+/// The check looks at the instant of the displacement. A clock that steps back later may make a
+/// displaced holder look live again.
 #[test]
-fn nobody_is_displaced_before_its_time_and_grace_are_over() {
-    let check: Check = |moment, _| {
-        for holder in &moment.before.holders {
-            let gone = !moment.after.holders.iter().any(|other| other.id == holder.id);
-            let sent_away =
-                moment.edit.released().contains(&holder.id) || moment.edit.revoked().contains(&holder.id);
-            prop_assert!(!gone || sent_away || !live(holder, moment.now), "{:?}", holder);
+fn no_holder_is_displaced_before_its_lease_and_the_grace_are_over() {
+    let check: Check = |transition, _| {
+        for holder in &transition.before.holders {
+            let is_gone = !transition.after.holders.iter().any(|other| other.id == holder.id);
+            let is_ended = transition.edit.released().contains(&holder.id)
+                || transition.edit.revoked().contains(&holder.id);
+            prop_assert!(!is_gone || is_ended || !live(holder, transition.now), "{:?}", holder);
         }
         Ok(())
     };
@@ -209,22 +212,23 @@ fn nobody_is_displaced_before_its_time_and_grace_are_over() {
 }
 
 #[test]
-fn nobody_overtakes() {
-    let check: Check = |moment, _| {
-        let leaves =
-            |id: &LeaseId| moment.edit.cancelled().contains(id) || moment.edit.released().contains(id);
-        let in_line = |waiter: &&Waiter| moment.now < waiter.expires_at && !leaves(&waiter.acquisition.id);
+fn no_waiter_overtakes_another() {
+    let check: Check = |transition, _| {
+        let leaves = |id: &LeaseId| {
+            transition.edit.cancelled().contains(id) || transition.edit.released().contains(id)
+        };
+        let waits = |waiter: &&Waiter| transition.now < waiter.expires_at && !leaves(&waiter.acquisition.id);
         let mut still_waits = false;
-        for waiter in moment.before.waiters.iter().filter(in_line) {
+        for waiter in transition.before.waiters.iter().filter(waits) {
             let id = waiter.acquisition.id;
-            let admitted = moment.after.holders.iter().any(|holder| holder.id == id);
-            prop_assert!(!(admitted && still_waits), "{:?} came later", id);
+            let admitted = transition.after.holders.iter().any(|holder| holder.id == id);
+            prop_assert!(!(admitted && still_waits), "{:?} overtakes another waiter", id);
             still_waits |= !admitted;
         }
-        let known = |id| moment.before.holders.iter().any(|holder| holder.id == id);
-        let waited = |id| moment.before.waiters.iter().any(|waiter| waiter.acquisition.id == id);
-        let newcomer = moment.after.holders.iter().any(|holder| !known(holder.id) && !waited(holder.id));
-        prop_assert!(!(newcomer && still_waits), "a newcomer was admitted past the line");
+        let held = |id| transition.before.holders.iter().any(|holder| holder.id == id);
+        let waited = |id| transition.before.waiters.iter().any(|waiter| waiter.acquisition.id == id);
+        let newcomer = transition.after.holders.iter().any(|holder| !held(holder.id) && !waited(holder.id));
+        prop_assert!(!(newcomer && still_waits), "a newcomer overtakes a waiter");
         Ok(())
     };
     holds(check, |mut record, edit, now, rules| {
@@ -235,22 +239,24 @@ fn nobody_overtakes() {
 
 #[test]
 fn applying_an_edit_again_at_once_gives_the_same_answers() {
-    let check: Check = |moment, _| {
-        let again = (moment.step)(moment.after.clone(), moment.edit, moment.now, &RULES);
-        let (first, second) =
-            [moment.after, &again].map(|record| Snapshot { record: record.clone(), now: moment.now }).into();
-        // Whether an id is in use for something else may change when its place has lapsed.
-        let before = Snapshot { record: moment.before.clone(), now: moment.now };
+    let check: Check = |transition, _| {
+        let again = (transition.step)(transition.after.clone(), transition.edit, transition.now, &RULES);
+        let (first, second) = [transition.after, &again]
+            .map(|record| Snapshot { record: record.clone(), now: transition.now })
+            .into();
+        // An entry that has lapsed may leave the queue in this step, so a conflict before may be
+        // none later.
+        let before = Snapshot { record: transition.before.clone(), now: transition.now };
         let conflicts =
-            |id| moment.edit.enqueued().iter().any(|asked| asked.id == id && before.conflicts(asked));
-        for id in (0..=IDS + 1).map(id).filter(|id| moment.edit.names(*id) && !conflicts(*id)) {
+            |id| transition.edit.enqueued().iter().any(|asked| asked.id == id && before.conflicts(asked));
+        for id in (0..=IDS + 1).map(id).filter(|id| transition.edit.names(*id) && !conflicts(*id)) {
             match (first.standing(id), second.standing(id)) {
-                // Whoever tried in vain has left the line, and may have been all that kept the next one out; and who
-                // comes in then takes the place of those whose time is over.
+                // An acquisition that did not wait has left the queue, so the waiter behind it may
+                // be granted. That grant may displace a holder whose lease is over.
                 (Standing::Waiter(_), Standing::Waiter(_) | Standing::Holder(_)) => {}
                 (Standing::Holder(holder), Standing::Departed(Reason::Displaced))
-                    if !live(holder, moment.now) => {}
-                // That it was asked for twice is noted, and no answer.
+                    if !live(holder, transition.now) => {}
+                // The record notes that the id was asked for twice, but no answer shows that.
                 (Standing::Holder(first), Standing::Holder(second)) => {
                     prop_assert_eq!(first, &Holder { repeated: first.repeated, ..second.clone() });
                 }
@@ -265,23 +271,23 @@ fn applying_an_edit_again_at_once_gives_the_same_answers() {
     });
 }
 
-/// What a daemon does after an unknown outcome: the same edit some time later, whatever the clock did meanwhile.
+/// After an unknown outcome a daemon commits the same edit again, some time later.
 #[test]
-fn applying_an_edit_again_later_takes_no_answer_back() {
-    let check: Check = |moment, _| {
-        let later = moment.now + Duration::from_millis(250);
-        let again = (moment.step)(moment.after.clone(), moment.edit, later, &RULES);
+fn applying_an_edit_again_later_contradicts_no_answer() {
+    let check: Check = |transition, _| {
+        let later = transition.now + Duration::from_millis(250);
+        let again = (transition.step)(transition.after.clone(), transition.edit, later, &RULES);
         let is_over = |record: &Record, id| record.departures.iter().any(|departure| departure.id == id);
-        for id in moment.edit.released() {
-            prop_assert!(is_over(moment.after, *id), "an id that was released is not settled");
-            prop_assert!(is_over(&again, *id), "a release was taken back");
+        for id in transition.edit.released() {
+            prop_assert!(is_over(transition.after, *id), "a released id has not ended");
+            prop_assert!(is_over(&again, *id), "a release was undone");
         }
         let touched =
-            moment.edit.touched().iter().chain(moment.edit.enqueued().iter().map(|asked| &asked.id));
+            transition.edit.touched().iter().chain(transition.edit.enqueued().iter().map(|asked| &asked.id));
         for id in touched {
             let held =
                 |record: &Record| record.holders.iter().any(|holder| holder.id == *id && live(holder, later));
-            prop_assert!(!held(moment.after) || held(&again), "a grant or touch was taken back");
+            prop_assert!(!held(transition.after) || held(&again), "a grant or touch was undone");
         }
         Ok(())
     };
@@ -293,17 +299,20 @@ fn applying_an_edit_again_later_takes_no_answer_back() {
 }
 
 #[test]
-fn a_late_duplicate_makes_no_ghost() {
-    let check: Check = |moment, memory| {
-        for departure in &moment.before.departures {
-            memory.departed.insert(departure.id);
+fn a_late_duplicate_acquires_nothing() {
+    let check: Check = |transition, past| {
+        for departure in &transition.before.departures {
+            past.departed.insert(departure.id);
         }
-        memory.departed.retain(|id| moment.before.departures.iter().any(|departure| departure.id == *id));
-        for id in &memory.departed {
-            prop_assert!(!moment.after.holders.iter().any(|holder| holder.id == *id), "a ghost holds");
+        past.departed.retain(|id| transition.before.departures.iter().any(|departure| departure.id == *id));
+        for id in &past.departed {
             prop_assert!(
-                !moment.after.waiters.iter().any(|waiter| waiter.acquisition.id == *id),
-                "a ghost waits"
+                !transition.after.holders.iter().any(|holder| holder.id == *id),
+                "an id that has ended holds"
+            );
+            prop_assert!(
+                !transition.after.waiters.iter().any(|waiter| waiter.acquisition.id == *id),
+                "an id that has ended waits"
             );
         }
         Ok(())
@@ -318,8 +327,8 @@ fn a_late_duplicate_makes_no_ghost() {
 
 #[test]
 fn nothing_is_shortened_by_a_clock_that_steps_back() {
-    let check: Check = |moment, _| {
-        let (before, after) = (moment.before, moment.after);
+    let check: Check = |transition, _| {
+        let (before, after) = (transition.before, transition.after);
         prop_assert!(after.token >= before.token);
         prop_assert!(after.blocked_until >= before.blocked_until);
         for holder in &before.holders {
@@ -343,10 +352,10 @@ fn nothing_is_shortened_by_a_clock_that_steps_back() {
 }
 
 #[test]
-fn an_id_stands_in_one_place_only() {
-    let check: Check = |moment, _| {
-        let holders = moment.after.holders.iter().map(|holder| holder.id);
-        let waiters = moment.after.waiters.iter().map(|waiter| waiter.acquisition.id);
+fn an_id_holds_or_waits_at_most_once() {
+    let check: Check = |transition, _| {
+        let holders = transition.after.holders.iter().map(|holder| holder.id);
+        let waiters = transition.after.waiters.iter().map(|waiter| waiter.acquisition.id);
         let ids: Vec<LeaseId> = holders.chain(waiters).collect();
         let distinct: HashSet<LeaseId> = ids.iter().copied().collect();
         prop_assert_eq!(ids.len(), distinct.len());
@@ -361,18 +370,18 @@ fn an_id_stands_in_one_place_only() {
 }
 
 #[test]
-fn a_stale_id_changes_nothing_but_what_time_alone_does() {
-    let check: Check = |moment, _| {
-        let stranger = id(IDS + 1);
-        let stale = Edit::default().touch(stranger).cancel(stranger).refresh(stranger).revoke(stranger);
-        let after = |step: Step, edit: &Edit| step(moment.before.clone(), edit, moment.now, &RULES);
+fn a_stale_id_changes_no_more_than_an_empty_edit() {
+    let check: Check = |transition, _| {
+        let unknown = id(IDS + 1);
+        let stale = Edit::default().touch(unknown).cancel(unknown).refresh(unknown).revoke(unknown);
+        let after = |step: Step, edit: &Edit| step(transition.before.clone(), edit, transition.now, &RULES);
         let without = after(super::step, &Edit::default());
-        prop_assert_eq!(&after(moment.step, &stale), &without);
-        let with = after(moment.step, &stale.clone().release(stranger));
+        prop_assert_eq!(&after(transition.step, &stale), &without);
+        let with = after(transition.step, &stale.clone().release(unknown));
         prop_assert_eq!(
             Record { departures: without.departures.clone(), ..with },
             without,
-            "but for what it remembers"
+            "only the departures may differ"
         );
         Ok(())
     };
@@ -385,19 +394,19 @@ fn a_stale_id_changes_nothing_but_what_time_alone_does() {
 }
 
 #[test]
-fn keeping_an_id_out_takes_nothing_from_anybody_and_leaves_none_that_may_come_yet() {
-    let check: Check = |moment, _| {
+fn keeping_an_id_out_changes_no_lease_and_ends_every_unknown_id() {
+    let check: Check = |transition, _| {
         let all = (0..=IDS).map(id);
-        let after = |step: Step, edit: &Edit| step(moment.before.clone(), edit, moment.now, &RULES);
+        let after = |step: Step, edit: &Edit| step(transition.before.clone(), edit, transition.now, &RULES);
         let without = after(super::step, &Edit::default());
-        let with = after(moment.step, &all.clone().fold(Edit::default(), Edit::keep_out));
+        let with = after(transition.step, &all.clone().fold(Edit::default(), Edit::keep_out));
         prop_assert_eq!(
             &Record { departures: without.departures.clone(), ..with.clone() },
             &without,
-            "but for what it remembers"
+            "only the departures may differ"
         );
-        let before = Snapshot { record: moment.before.clone(), now: moment.now };
-        let with = Snapshot { record: with, now: moment.now };
+        let before = Snapshot { record: transition.before.clone(), now: transition.now };
+        let with = Snapshot { record: with, now: transition.now };
         for id in all.filter(|id| before.standing(*id) == Standing::Unknown) {
             prop_assert_eq!(with.standing(id), Standing::Departed(Reason::Settled));
         }
@@ -411,8 +420,8 @@ fn keeping_an_id_out_takes_nothing_from_anybody_and_leaves_none_that_may_come_ye
 
 #[test]
 fn every_edit_raises_the_revision() {
-    let check: Check = |moment, _| {
-        prop_assert_eq!(moment.after.rev, moment.before.rev + 1);
+    let check: Check = |transition, _| {
+        prop_assert_eq!(transition.after.rev, transition.before.rev + 1);
         Ok(())
     };
     holds(check, |record, edit, now, rules| {

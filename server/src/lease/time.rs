@@ -1,9 +1,10 @@
-//! Instants of the store's clock and the time to live, in whole milliseconds: what a BSON date can hold.
+//! Instants of the store's clock, and the TTL. Both are whole milliseconds, because a BSON date is.
 
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// An instant on the store's clock: milliseconds since the Unix epoch. Never compared with another clock.
+/// An instant of the store's clock, in milliseconds since the Unix epoch. Not comparable with any
+/// other clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);
 
@@ -18,18 +19,18 @@ impl Add<Duration> for Timestamp {
 impl Sub for Timestamp {
     type Output = Duration;
 
-    /// The time from `earlier` to `self`, zero if it lies the other way round.
+    /// Returns the time from `earlier` to `self`, or zero if `earlier` is later.
     fn sub(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }
 }
 
-/// How long a touch lasts: at least one millisecond, in whole milliseconds.
+/// How long a touch renews a lease for: whole milliseconds, at least one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ttl(Duration);
 
 impl Ttl {
-    /// Rounds `duration` down to whole milliseconds; `None` if nothing is left.
+    /// Rounds `duration` down to whole milliseconds. `None` if that is zero.
     #[must_use]
     pub const fn new(duration: Duration) -> Option<Self> {
         let whole = duration.as_millis();
@@ -40,14 +41,14 @@ impl Ttl {
         }
     }
 
-    /// The duration.
+    /// Returns the TTL as a duration.
     #[must_use]
     pub const fn get(self) -> Duration {
         self.0
     }
 }
 
-/// Whole milliseconds of a duration; saturates.
+/// Returns the whole milliseconds of a duration, at most [`i64::MAX`].
 pub(crate) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -1,23 +1,25 @@
-//! What became of an attempt that failed, and so whether to repeat it; and what all attempts at a batch may have done.
+//! Classifies failed attempts, and notes what all attempts at a batch may have changed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Outcome, StoreError};
 
-/// A failed command or attempt, with its cause for logs. What a failure says of changes is about that command alone;
-/// [`Effects`] knows about the whole batch.
+/// A failed command or attempt, with its cause for logs. A failure is about its own command;
+/// [`Effects`] is about the whole batch.
 #[derive(Debug, Clone)]
 pub(super) enum Failure {
-    /// Nothing was changed; repeat.
+    /// The command changed nothing. Repeat it.
     NotApplied(String),
-    /// Nothing was changed, because the command reached the store after its limit; repeat with a later one.
+    /// The command reached the store after its time limit and changed nothing. Repeat it with a
+    /// later limit.
     Late(String),
-    /// Some or all may have been changed, or may yet be; repeat, for edits are idempotent.
+    /// The command may have changed records, or may still do so. Repeat it, since edits are
+    /// idempotent.
     Unknown(String),
-    /// Nothing was changed, and it will not be done, however often it is asked.
+    /// The command changed nothing and will be refused again. Do not repeat it.
     Refused(String),
-    /// One of the records cannot be written, and the store does not say which. What was asked for the others may have
-    /// been done.
+    /// One of the records cannot be written, and the store does not say which. The others may have
+    /// been written.
     Record(String),
 }
 
@@ -60,15 +62,16 @@ impl From<Failure> for StoreError {
     }
 }
 
-/// Whether anything of a batch may have taken effect, over all commands of all attempts at it.
+/// Whether any command of any attempt at a batch may have changed something.
 ///
-/// A failure knows about one command. A batch may take several and several attempts, so only this may say of a batch
-/// that it was not applied.
+/// A batch may take several commands and several attempts, so no single failure can say that the
+/// batch was not applied.
 #[derive(Debug, Default)]
 pub(super) struct Effects(AtomicBool);
 
 impl Effects {
-    /// Notes the reply to a command that could change something. Of an answer, `is_change` says whether it did.
+    /// Notes the reply to a command. `is_change` says of a successful reply whether the command
+    /// changed something.
     pub(super) fn note<T>(
         &self,
         reply: Result<T, Failure>,
@@ -76,7 +79,7 @@ impl Effects {
     ) -> Result<T, Failure> {
         let is_possible = match &reply {
             Ok(answer) => is_change(answer),
-            // One record could not be written; the others of the same command may have been.
+            // After `Record` the other records of the command may have been written.
             Err(Failure::Unknown(_) | Failure::Record(_)) => true,
             Err(Failure::NotApplied(_) | Failure::Late(_) | Failure::Refused(_)) => false,
         };
@@ -88,7 +91,7 @@ impl Effects {
         if self.0.load(Ordering::Relaxed) { Outcome::Unknown } else { Outcome::NotApplied }
     }
 
-    /// What to tell of a batch whose last attempt ended with `failure`.
+    /// The error of a batch whose last attempt ended with `failure`.
     pub(super) fn conclude(&self, failure: Failure) -> StoreError {
         match (self.outcome(), failure) {
             (Outcome::NotApplied, Failure::Refused(cause)) => StoreError::Refused { cause },
@@ -155,8 +158,8 @@ mod tests {
         prop::collection::vec(prop::collection::vec(reply, 1..4), 1..5)
     }
 
-    /// What is told of a batch with these attempts, after which nothing reaches the store any more: whether it was repeated. And
-    /// the replies that came.
+    /// What is told of a batch with these attempts, after which nothing reaches the store any more:
+    /// whether it was repeated. And the replies that came.
     async fn told(attempts: Vec<Vec<Reply>>, is_noted: bool) -> (Result<bool, StoreError>, Vec<Reply>) {
         let effects = Effects::default();
         let state = Mutex::new((VecDeque::from(attempts), Vec::new()));

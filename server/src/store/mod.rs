@@ -1,12 +1,19 @@
-//! Where records live: the trait that the engine stands on, and its two homes.
+//! Where records live: the trait that the engine uses, and the two stores that implement it.
 
+/// What is known of a failed attempt, and whether to repeat it.
+mod failure;
+/// One file, one daemon.
+pub mod embedded;
+/// MongoDB, any number of daemons.
+pub mod mongo;
+/// Counts what any store does.
+mod instrumented;
+/// Logs records that cannot be read.
+mod unreadable;
+
+/// Tests that hold both stores to the specification.
 #[cfg(test)]
 mod conformance;
-pub mod embedded;
-mod failure;
-mod metered;
-pub mod mongo;
-mod unreadable;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -19,45 +26,48 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use failure::{Effects, Failure};
-pub(crate) use metered::Metered;
+pub(crate) use instrumented::Instrumented;
 pub(crate) use unreadable::report;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
 
-/// The pause before the first repetition of a batch; it doubles up to eight times this.
+/// The pause before a batch is repeated for the first time. It doubles with each repetition, up to
+/// eight times this.
 const BACK_OFF: Duration = Duration::from_millis(25);
 
-/// Keeps records and applies the rules to them, atomically per record.
+/// Keeps records and applies the rules to them. Each edit of a record is atomic.
 pub trait Store: Send + Sync + 'static {
-    /// Applies each key's edit to its record and returns the records. Keys are distinct.
+    /// Applies each key's edit to its record and returns the records. The keys must be different.
     ///
-    /// Repeats the batch after failures until `deadline` has passed; edits are idempotent. Must not be dropped
-    /// part-way by a caller that goes on using the keys.
+    /// Repeats the batch after failures until `deadline` has passed, since edits are idempotent.
+    /// The caller must not drop the future before its end and then use the same keys.
     ///
-    /// A record that cannot be read, or an edit that cannot be applied to its record, fails the answer for its key
-    /// with [`StoreError::Unreadable`]. The other edits of the batch are applied.
+    /// If a record cannot be read, or its edit cannot be applied, the result for its key is
+    /// [`StoreError::Unreadable`]. The other edits of the batch are applied.
     ///
     /// # Errors
-    /// [`StoreError`]; what it says of the outcome holds for every edit of the batch.
+    /// [`StoreError`]. Its outcome holds for every edit of the batch.
     fn commit(
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
 
-    /// How many batches are worth having in flight at once. One leaves the store idle between two of them; with each more,
-    /// batches get smaller, and most of what a small one costs is its overhead.
+    /// How many batches should be in flight at once. With one, the store is idle between two
+    /// batches. With each more, batches get smaller, and most of the cost of a small batch is
+    /// overhead.
     fn batches(&self) -> usize;
 
-    /// The records of those of the `keys` that have one, in any order. A record that cannot be read is returned as
-    /// [`StoreError::Unreadable`], which names its key. For what the engine decides: these reads have the same share of the
-    /// store as commits.
+    /// Reads the records of `keys`, in any order. Keys without a record are left out. A record that
+    /// cannot be read is returned as [`StoreError::Unreadable`], which names its key.
+    ///
+    /// For the engine's own work: these reads do not wait for callers who read or list.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Vec<ForKey>, StoreError>> + Send;
 
-    /// The key's record, if it has one, for callers who look at it. However many look, commits do not wait for them.
+    /// Reads the key's record for a caller, if there is one. Commits do not wait for these reads.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time, or the record cannot be read.
@@ -65,127 +75,131 @@ pub trait Store: Send + Sync + 'static {
         async { self.read(vec![key]).await?.into_iter().next().transpose() }
     }
 
-    /// One page of records in the order of their keys; shorter than asked if the records are large. Records that cannot
-    /// be read are left out and logged. Neither commits nor [`Self::inspect`] wait for those who list.
+    /// Lists one page of records in the order of their keys. The page is shorter than asked for if
+    /// the records are large. Records that cannot be read are left out and logged. Neither commits
+    /// nor [`Self::inspect`] wait for listings.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
     fn list(&self, query: ListQuery) -> impl Future<Output = Result<Page, StoreError>> + Send;
 
-    /// Forgets keys that nobody has held, waited for or kept blocked for `free_for`, and returns how many. A lease counts
-    /// as held until it may be taken over, a place in line until it lapses. Keeps a record of which it cannot tell
-    /// whether somebody holds its key.
+    /// Deletes the records of keys that have been free for `free_for`: not held, waited for or
+    /// blocked. A lease counts as held until it may be taken over, and a waiter until its entry
+    /// lapses. Keeps records that it cannot read. Returns how many records it deleted.
     ///
     /// # Errors
-    /// [`StoreError`]; what was forgotten by then stays so.
+    /// [`StoreError`]. Records that were deleted before the failure stay deleted.
     fn purge(&self, free_for: Duration) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
-    /// Whether the store can take commits now.
+    /// Checks that the store can commit now.
     ///
     /// # Errors
     /// [`StoreError`] if it cannot.
     fn check(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// Identifies the store: every daemon on the same records has this id, also after a restart, and any other store has
-    /// another one. Callers compare the ids of their daemons, and so notice daemons of different stores.
+    /// The identity of the records: the same for every daemon on them and after restarts, and
+    /// different for any other records. Clients compare the ids of their daemons, so that they
+    /// never mix two stores.
     fn id(&self) -> Uuid;
 
-    /// Makes this daemon known to the others on the same records. To be called before anyone is served.
+    /// Announces this daemon to its peers on the same records. Must be called before anyone is
+    /// served.
     ///
     /// # Errors
-    /// [`StartError::Unusable`] if it must not run beside them; [`StartError::Unreachable`] if the store does not answer.
+    /// [`StartError::Unusable`] if it must not run beside its peers; [`StartError::Unreachable`] if the store does not answer.
     fn join(&self) -> impl Future<Output = Result<(), StartError>> + Send {
         async { Ok(()) }
     }
 
-    /// Waits until this daemon must serve no more, because of other daemons or of what became of the store, and says
-    /// why. Never returns while all is well.
+    /// Waits until this daemon must stop serving, because of its peers or because the store is
+    /// gone. Returns the reason.
     fn objection(&self) -> impl Future<Output = String> + Send {
         std::future::pending()
     }
 
-    /// Ends what the store does in the background and tells the other daemons that this one is gone; bounded in time.
-    /// Nothing is asked of the store afterwards.
+    /// Ends the store's background work and tells the peers that this daemon is gone. Bounded in
+    /// time. The store must not be used afterwards.
     fn leave(&self) -> impl Future<Output = ()> + Send {
         async {}
     }
 
-    /// The rules that commits obey.
+    /// The durations that the rules use.
     fn rules(&self) -> Rules;
 
-    /// What kind of store it is, in a word.
+    /// The kind of store, as one word.
     fn name(&self) -> &'static str;
 
-    /// How many attempts at a batch have failed and been repeated so far.
+    /// How many attempts at batches have failed and were repeated.
     fn repetitions(&self) -> u64;
 
-    /// How often the store's clock and this host's were found to have come apart.
+    /// How often the store's clock was set, or this host's, by more than the grace.
     fn clock_steps(&self) -> u64 {
         0
     }
 
-    /// Tells of changes that others make, until `draining` is cancelled or nobody listens any more; at once if there
-    /// are no others. Changes of this daemon's own may be among them.
+    /// Sends news of changes by other daemons until `draining` is cancelled or the receiver is
+    /// dropped. Returns at once if no other daemon can change the records. News of this daemon's
+    /// own changes may be among them.
     fn feed(
         &self,
         events: mpsc::Sender<FeedEvent>,
         draining: CancellationToken,
     ) -> impl Future<Output = ()> + Send;
 
-    /// How the feed stands.
+    /// The state of the feed.
     fn feed_state(&self) -> FeedState;
 
-    /// Whether others commit here too, so that records change without this daemon's doing.
+    /// Whether other daemons can change the records.
     fn is_shared(&self) -> bool;
 }
 
-/// What became of a batch.
+/// The result of a batch.
 #[derive(Debug)]
 pub struct Committed {
-    /// The records, in the order of the batch, as they were right after it or later.
+    /// The records after the batch, in its order. A record may show later edits too.
     pub records: Vec<ForKey>,
-    /// Whether an attempt at the batch failed before the one that succeeded. It may still be under way, and take effect
-    /// after this answer.
+    /// Whether an earlier attempt at the batch failed. Its commands may still be on their way, and
+    /// take effect later.
     pub is_repeated: bool,
 }
 
-/// The record of one key among many, or why there is none: one record's trouble is not that of the others.
+/// The record of one key among many, or why it cannot be had. The other records are not affected.
 pub type ForKey = Result<Snapshot, StoreError>;
 
-/// What a store tells of changes. A hint: it may come late or twice, and says when it may have missed some.
+/// News of changes. A hint: it may be late or doubled, and a gap is announced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FeedEvent {
-    /// Someone came to the key, went, or was admitted; a touch alone is not told.
+    /// Somebody entered the key, left it or was admitted. A touch alone is no news.
     Changed {
-        /// Whose record it is.
+        /// The key of the record.
         key: Key,
-        /// Its revision after the change; `None` if that is not known, or the record is gone.
+        /// The revision after the change; `None` if it is not known or the record is gone.
         rev: Option<i64>,
     },
-    /// Changes may have been missed before this: it comes first of all, and after every failure.
+    /// Earlier news may have been missed. Sent first of all, and after every failure.
     Gap,
 }
 
-/// How a feed stands.
+/// The state of a feed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum FeedState {
-    /// There is none: nobody else commits here.
+    /// There is no feed: no other daemon changes the records.
     #[default]
     Off,
-    /// It tells what happens, and may be behind by this much.
+    /// The feed runs, and may be behind by this much.
     Behind(Duration),
-    /// Others commit here, and what they do cannot be followed at present.
+    /// Other daemons change the records, and the feed does not run at present.
     Broken,
 }
 
 /// Which records a page holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListQuery {
-    /// Only keys that begin like this.
+    /// Only keys with this prefix.
     pub prefix: String,
     /// Only keys after this one.
     pub after: Option<Key>,
-    /// At most so many.
+    /// The most records on the page.
     pub limit: usize,
     /// Also keys that nobody holds, waits for or keeps blocked.
     pub include_free: bool,
@@ -196,26 +210,27 @@ pub struct ListQuery {
 pub struct Page {
     /// The records.
     pub snapshots: Vec<Snapshot>,
-    /// Whether others follow. Then the page holds one record at least, so that the next page has a key to begin after.
+    /// Whether more records follow. Then the page has at least one record, whose key the next page
+    /// begins after.
     pub more: bool,
 }
 
-/// Why there is no store to begin with.
+/// Why a daemon cannot start on a store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StartError {
-    /// It is there and cannot be used; the sentence says what to do.
+    /// The store answers and cannot be used. The sentence says what to do.
     #[error("{0}")]
     Unusable(String),
-    /// It cannot be reached; trying again later may help.
+    /// The store cannot be reached. Trying again later may help.
     #[error("{0}")]
     Unreachable(String),
 }
 
-/// Why the store did not do what was asked.
+/// Why the store failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
-    /// It did not answer in time, or could not be reached; asking again later may help.
+    /// The store did not answer in time, or could not be reached. Trying again later may help.
     #[error("the store does not answer ({outcome}): {cause}")]
     Unavailable {
         /// What is known of the edits.
@@ -223,20 +238,20 @@ pub enum StoreError {
         /// The last failure, for logs.
         cause: String,
     },
-    /// It answered that it will not do this, and asking again will not help.
+    /// The store answered that it will not do this. Trying again will not help.
     #[error("the store refused: {cause}")]
     Refused {
         /// The refusal, for logs.
         cause: String,
     },
-    /// The record of this key cannot be read, or the edit cannot be applied to it. Other keys are not affected, and
-    /// asking again will not help before someone has mended or deleted the record. Whether the edit took effect is not
-    /// known: what cannot be read may have been written before.
+    /// The record of this key cannot be read, or the edit cannot be applied to it. Other keys are
+    /// not affected. Trying again will not help until somebody has mended or deleted the record.
+    /// The edit may have taken effect: a record that cannot be read may have been written before.
     #[error("the record of {key:?} cannot be read or written: {cause}")]
     Unreadable {
-        /// Whose record it is.
+        /// The key of the record.
         key: Key,
-        /// What is wrong with it, for logs.
+        /// What is wrong with the record, for logs.
         cause: String,
     },
 }
@@ -244,9 +259,9 @@ pub enum StoreError {
 /// What is known of edits after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// None of them took effect or will.
+    /// No edit took effect, and none will.
     NotApplied,
-    /// Some or all may have taken effect, or may yet.
+    /// Any of the edits may have taken effect, or may still do so.
     Unknown,
 }
 
@@ -259,9 +274,10 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-/// Repeats an attempt at a batch while it fails in ways that may pass, until `deadline` is over, and counts that. Edits
-/// are idempotent. Each attempt but the first brings the edits as repeated ones: an earlier attempt may still be under way. It
-/// notes in `effects` what its commands may have changed.
+/// Repeats `attempt` until it succeeds, is refused, or `deadline` has passed, and counts the
+/// repetitions. Each attempt notes in `effects` what its commands may have changed. From the second
+/// attempt on the edits are marked as repeated, because the commands of an earlier one may still be
+/// on their way.
 async fn repeat<F>(
     mut batch: Arc<Vec<(Key, Edit)>>,
     deadline: Duration,
@@ -293,13 +309,14 @@ where
     }
 }
 
-/// An arrival makes a record, and so does what must be remembered: a release, or an id that is to be kept out; touching a key that nobody ever leased
-/// leaves no trace.
+/// Whether an edit makes a record where there is none: a new waiter does, and an id that must be
+/// remembered as released or kept out. Touching a key that nobody ever leased leaves no trace.
 fn makes_record(edit: &Edit) -> bool {
     !edit.enqueued().is_empty() || !edit.released().is_empty() || !edit.kept_out().is_empty()
 }
 
-/// The answer for a key without a record. It holds nothing that its instant could matter to.
+/// The answer for a key without a record. Its instant does not matter, since nothing in it can run
+/// out.
 fn vacant(key: &Key) -> Snapshot {
     Snapshot { record: Record::vacant(key.clone()), now: Timestamp(0) }
 }

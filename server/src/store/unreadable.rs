@@ -1,5 +1,4 @@
-//! What is logged of records that cannot be read or written: never more than a line every few seconds, because anyone may
-//! ask for the key of such a record as often as they like.
+//! Logs records that cannot be read or written.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -8,21 +7,24 @@ use tokio::time::Instant;
 
 use super::StoreError;
 
-/// Between two lines.
+/// The least time between two log lines. Anyone may ask for the key of a damaged record as often as
+/// they like, so the log must not grow with the calls.
 const PAUSE: Duration = Duration::from_secs(10);
 
 static LOG: Mutex<Log> = Mutex::new(Log { next: None, left_out: 0 });
 
+/// Decides which reports are written to the log.
 #[derive(Debug)]
 struct Log {
-    /// When the next line may be written.
+    /// When the next line may be written. `None`: at once.
     next: Option<Instant>,
-    /// How many reports there were since the latest line.
+    /// The number of reports since the latest line.
     left_out: u64,
 }
 
 impl Log {
-    /// Returns how many reports were left out before this one, if this one is to be written at `now`.
+    /// Returns the number of reports left out since the latest line if a report at `now` is to be
+    /// written, else `None`.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         if self.next.is_some_and(|next| now < next) {
             self.left_out += 1;
@@ -33,7 +35,8 @@ impl Log {
     }
 }
 
-/// Logs that a record cannot be read or written, or counts it for the next line.
+/// Logs that a record cannot be read or written. Within [`PAUSE`] of the latest line it only counts
+/// the report.
 pub(crate) fn report(error: &StoreError) {
     let admitted = LOG.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
     if let Some(left_out) = admitted {
@@ -46,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_stands_for_all_reports_of_a_while() {
+    fn reports_within_the_pause_are_counted_in_the_next_line() {
         let (mut log, start) = (Log { next: None, left_out: 0 }, Instant::now());
         assert_eq!(log.admit(start), Some(0));
         assert_eq!([log.admit(start), log.admit(start + PAUSE / 2)], [None, None]);

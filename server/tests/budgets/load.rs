@@ -1,4 +1,5 @@
-//! Calls one after the other, so that nothing depends on who comes together with whom.
+//! The calls of the budgets. They are made one after the other, so that the counts do not depend on
+//! which calls meet.
 
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::{
@@ -10,9 +11,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
-/// Operations of a kind that are counted.
+/// How many operations of a kind are counted.
 const TIMES: u32 = 500;
-/// Leases in a message that names many.
+/// How many leases a message with many leases names.
 const CROWD: u32 = 1000;
 const STREAMS: u32 = 1000;
 const STREAMS_A_CONNECTION: u32 = 100;
@@ -22,7 +23,7 @@ pub(crate) struct Load {
     runtime: Runtime,
     address: String,
     client: LeaseServiceClient<Channel>,
-    /// What carries the leases acquired, once there is one.
+    /// The stream that keeps `leases` alive, once it is open.
     stream: Option<Stream>,
     leases: Vec<LeaseRef>,
     idle: Vec<Stream>,
@@ -42,7 +43,7 @@ impl Load {
         Self { runtime, address, client, stream: None, leases: Vec::new(), idle: Vec::new() }
     }
 
-    /// Acquires and releases, on one key.
+    /// Acquires and releases one key, again and again.
     pub(crate) fn pairs(&mut self) -> u32 {
         for _ in 0..TIMES {
             let lease = Some(self.acquire("pair"));
@@ -51,19 +52,19 @@ impl Load {
         TIMES
     }
 
-    /// Touches one lease by message after message.
+    /// Touches one lease with many messages, one after the other.
     pub(crate) fn messages(&mut self) -> u32 {
         self.hold(1);
-        self.carry_them();
+        self.open_stream();
         (0..TIMES).for_each(|_| self.touch());
         TIMES
     }
 
-    /// Touches many leases by each message.
+    /// Touches many leases with each message.
     pub(crate) fn crowds(&mut self) -> u32 {
         const MESSAGES: u32 = 10;
         self.hold(CROWD);
-        self.carry_them();
+        self.open_stream();
         (0..MESSAGES).for_each(|_| self.touch());
         MESSAGES * CROWD
     }
@@ -74,9 +75,9 @@ impl Load {
         CROWD
     }
 
-    /// Lets one stream carry them, a few more with each message.
-    pub(crate) fn carry(&mut self) -> u32 {
-        self.carry_them();
+    /// Makes one stream track all leases, 50 more with each message.
+    pub(crate) fn track(&mut self) -> u32 {
+        self.open_stream();
         let leases = std::mem::take(&mut self.leases);
         for some in leases.chunks(50) {
             some.clone_into(&mut self.leases);
@@ -85,7 +86,7 @@ impl Load {
         CROWD
     }
 
-    /// Opens streams that carry nothing yet.
+    /// Opens many streams that track no lease.
     pub(crate) fn open(&mut self) -> u32 {
         for _ in 0..STREAMS / STREAMS_A_CONNECTION {
             let client = self.runtime.block_on(connect(&self.address));
@@ -110,7 +111,7 @@ impl Load {
         }
     }
 
-    fn carry_them(&mut self) {
+    fn open_stream(&mut self) {
         if self.stream.is_none() {
             self.stream = Some(self.runtime.block_on(Stream::open(self.client.clone())));
         }

@@ -1,28 +1,31 @@
-//! What the hot paths may allocate: budgets that fail the build. Counted and not timed, so the same on every machine.
+//! Budgets for the allocations of the hot paths. A budget that is exceeded fails the build.
+//! Allocations are counted and not timed, so the result is the same on every machine.
 //!
-//! The daemon runs in a process of its own under an allocator that counts, with its embedded store; its callers are
-//! here. With `LEASED_HEAP_PROFILE=FOLDER` that process also writes profiles for DHAT's viewer, which show who allocates.
+//! The daemon runs with its embedded store in a process of its own, under an allocator that counts.
+//! Its callers run in this process. With `LEASED_HEAP_PROFILE=FOLDER` the daemon also writes
+//! profiles for DHAT's viewer, which show what code allocates.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 #![expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
 
 use std::process::ExitCode;
 
-/// The daemon's side.
-mod counted;
-/// The callers' side.
+/// The daemon, in a child process.
+mod counting_daemon;
+/// The callers.
 mod load;
 
-use counted::{Counted, Heap};
+use counting_daemon::{CountingDaemon, Heap};
 use load::Load;
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
-/// What one operation may cost the daemon, transport and store included; a little above what it costs.
+/// What one operation may allocate in the daemon, including transport and store. A budget is a
+/// little above the actual figure.
 struct Budget {
     what: &'static str,
-    /// Does it so many times.
+    /// Does the operation many times, and returns how often.
     run: fn(&mut Load) -> u32,
     coalesces: bool,
     allocations: f64,
@@ -45,7 +48,7 @@ const SPENT: [Budget; 5] = [
         bytes: 60_000.0,
     },
     Budget {
-        what: "the same, coalesced",
+        what: "a coalesced message for one lease",
         run: Load::messages,
         coalesces: true,
         allocations: 9.0,
@@ -59,7 +62,7 @@ const SPENT: [Budget; 5] = [
         bytes: 3_000.0,
     },
     Budget {
-        what: "the same, coalesced",
+        what: "a coalesced lease among 1,000",
         run: Load::crowds,
         coalesces: true,
         allocations: 3.5,
@@ -67,7 +70,7 @@ const SPENT: [Budget; 5] = [
     },
 ];
 
-/// What one may keep allocated, in bytes.
+/// How many bytes one thing may keep allocated in the daemon.
 struct Size {
     what: &'static str,
     prepare: fn(&mut Load) -> u32,
@@ -77,9 +80,9 @@ struct Size {
 
 const KEPT: [Size; 2] = [
     Size {
-        what: "a lease carried on a stream with others",
+        what: "a lease tracked by a stream with others",
         prepare: Load::acquire_many,
-        run: Load::carry,
+        run: Load::track,
         bytes: 512.0,
     },
     Size {
@@ -91,15 +94,15 @@ const KEPT: [Size; 2] = [
 ];
 
 fn main() -> ExitCode {
-    if std::env::args().any(|argument| argument == counted::ROLE) {
-        counted::serve();
+    if std::env::args().any(|argument| argument == counting_daemon::ROLE) {
+        counting_daemon::serve();
         return ExitCode::SUCCESS;
     }
-    let mut all_kept = true;
+    let mut all_met = true;
     let mut check = |what: &str, unit: &str, spent: f64, budget: f64| {
-        let kept = spent <= budget;
-        println!("{what:<45} {spent:>8.1} of {budget:>6} {unit}{}", if kept { "" } else { ", TOO MANY" });
-        all_kept &= kept;
+        let is_met = spent <= budget;
+        println!("{what:<45} {spent:>8.1} of {budget:>6} {unit}{}", if is_met { "" } else { ", TOO MANY" });
+        all_met &= is_met;
     };
     for Budget { what, run, coalesces, allocations, bytes } in SPENT {
         let (before, after, times) = measure(coalesces, run, run);
@@ -110,13 +113,13 @@ fn main() -> ExitCode {
         let (before, after, times) = measure(true, prepare, run);
         check(what, "bytes kept", after.kept.saturating_sub(before.kept) as f64 / times, bytes);
     }
-    if all_kept { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if all_met { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The heap of a new daemon before and after `run`, and how many operations that was. What is set up once is for
-/// `prepare` to do.
+/// Returns the heap of a new daemon before and after `run`, and the number of operations. `prepare`
+/// runs first, so that what is set up only once is not counted.
 fn measure(coalesces: bool, prepare: fn(&mut Load) -> u32, run: fn(&mut Load) -> u32) -> (Heap, Heap, f64) {
-    let mut daemon = Counted::start(coalesces);
+    let mut daemon = CountingDaemon::start(coalesces);
     let mut load = Load::at(daemon.address());
     prepare(&mut load);
     let before = daemon.heap();

@@ -1,4 +1,5 @@
-//! Killed at any moment under load, and short of room: everything acknowledged is there afterwards.
+//! A daemon that is killed at any moment under load, or has no room on its disk. Everything that it
+//! acknowledged is there afterwards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,12 +20,12 @@ type Leases = LeaseServiceClient<Channel>;
 
 /// How often the daemon is killed.
 const KILLS: u64 = 12;
-/// Callers at once, each with a key of its own.
+/// How many callers work at the same time, each with a key of its own.
 const CALLERS: u64 = 16;
-/// Longer than the test.
+/// A TTL longer than the test.
 const TTL: Duration = Duration::from_secs(3600);
 
-/// One caller, who acquires and releases by turns, and what it has been told.
+/// A caller that acquires and releases in turn, and what the daemon has acknowledged to it.
 struct Caller {
     key: String,
     acknowledged: Arc<AtomicU64>,
@@ -34,13 +35,13 @@ struct Caller {
 
 #[derive(Clone)]
 enum State {
-    /// The latest lease, if there was one, is known to be released.
+    /// The latest lease, if there was one, is acknowledged as released.
     Free(Option<Uuid>),
-    /// Asked for, and not answered.
-    Asking(Uuid),
+    /// The acquire is sent and not answered.
+    Acquiring(Uuid),
     Held(Uuid),
-    /// To be given back, and not answered.
-    GivingBack(Uuid),
+    /// The release is sent and not answered.
+    Releasing(Uuid),
 }
 
 impl Caller {
@@ -49,7 +50,7 @@ impl Caller {
     }
 
     async fn acquire(&mut self, client: &mut Leases, id: Uuid) -> Result<(), Status> {
-        self.state = State::Asking(id);
+        self.state = State::Acquiring(id);
         let request = AcquireRequest {
             key: self.key.clone(),
             lease_id: id.to_string(),
@@ -64,13 +65,13 @@ impl Caller {
     }
 
     async fn release(&mut self, client: &mut Leases, id: Uuid) -> Result<(), Status> {
-        self.state = State::GivingBack(id);
+        self.state = State::Releasing(id);
         client.release(ReleaseRequest { lease: Some(self.named(id)) }).await?;
         self.state = State::Free(Some(id));
         Ok(())
     }
 
-    /// Goes on until the daemon is gone.
+    /// Acquires and releases until the daemon is gone.
     async fn work(mut self, mut client: Leases) -> Self {
         loop {
             let done = match self.state.clone() {
@@ -79,7 +80,8 @@ impl Caller {
             };
             match done {
                 Ok(()) => self.acknowledged.fetch_add(1, Ordering::Relaxed),
-                // Whatever a broken connection is called; a refusal would be something else.
+                // A broken connection is reported with one of these codes. A refusal has another
+                // code.
                 Err(status)
                     if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) =>
                 {
@@ -90,24 +92,28 @@ impl Caller {
         }
     }
 
-    /// What was acknowledged is there; what was not is asked for again.
+    /// Checks that what was acknowledged is there, and repeats the call that was not answered.
     async fn check(mut self, mut client: Leases) -> Self {
         match self.state.clone() {
             State::Free(None) => {}
             State::Free(Some(id)) => {
-                assert!(self.holders(&mut client).await.is_empty(), "{}: a release is gone", self.key);
+                assert!(
+                    self.holders(&mut client).await.is_empty(),
+                    "{}: an acknowledged release is lost",
+                    self.key
+                );
                 self.release(&mut client, id).await.unwrap();
             }
             State::Held(_) => {
                 assert_eq!(
                     self.holders(&mut client).await,
                     [self.last_token],
-                    "{}: a grant is gone",
+                    "{}: an acknowledged grant is lost",
                     self.key
                 );
             }
-            State::Asking(id) => self.acquire(&mut client, id).await.unwrap(),
-            State::GivingBack(id) => self.release(&mut client, id).await.unwrap(),
+            State::Acquiring(id) => self.acquire(&mut client, id).await.unwrap(),
+            State::Releasing(id) => self.release(&mut client, id).await.unwrap(),
         }
         self
     }
@@ -118,7 +124,7 @@ impl Caller {
     }
 }
 
-/// Lets every caller do the same at once.
+/// Runs `act` for all callers at the same time.
 async fn each<F>(callers: Vec<Caller>, client: &Leases, act: impl Fn(Caller, Leases) -> F) -> JoinSet<Caller>
 where
     F: Future<Output = Caller> + Send + 'static,
@@ -147,7 +153,8 @@ async fn a_daemon_killed_at_any_moment_has_everything_it_acknowledged() {
         callers = each(callers, &client, Caller::check).await.join_all().await;
         let before = acknowledged.load(Ordering::Relaxed);
         let working = each(callers, &client, Caller::work).await;
-        // So many calls into its life: at another moment each time, however fast the machine is.
+        // The daemon is killed after a different number of calls in each round, however fast the
+        // machine is.
         while acknowledged.load(Ordering::Relaxed) < before + 37 * round {
             sleep(Duration::from_millis(1)).await;
         }
@@ -158,12 +165,13 @@ async fn a_daemon_killed_at_any_moment_has_everything_it_acknowledged() {
     each(callers, &running.client().await, Caller::check).await.join_all().await;
 }
 
-/// Bounds the size of files that a process may write; `None`: no bound.
+/// Limits the size of the files that a process may write, or removes the limit.
 fn bound_file_size(process: u32, bytes: Option<u64>) {
     let process = Pid::from_raw(i32::try_from(process).unwrap());
     prlimit(process, Resource::Fsize, Rlimit { current: bytes, maximum: None }).unwrap();
 }
 
+/// Returns a request with 4,000 bytes of metadata.
 fn bulky(number: usize) -> AcquireRequest {
     AcquireRequest {
         key: format!("key/{number:04}"),
@@ -174,7 +182,7 @@ fn bulky(number: usize) -> AcquireRequest {
 }
 
 #[tokio::test]
-async fn without_room_nothing_is_acknowledged_or_lost_and_with_room_it_goes_on() {
+async fn without_disk_space_nothing_is_acknowledged_and_nothing_is_lost() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::start_in(folder.path(), &[]);
     let mut client = running.client().await;
@@ -186,7 +194,7 @@ async fn without_room_nothing_is_acknowledged_or_lost_and_with_room_it_goes_on()
             Ok(answer) => granted.push(answer.into_inner()),
             Err(status) => break status,
         }
-        assert!(granted.len() < 2000, "a megabyte does not hold so many");
+        assert!(granted.len() < 2000, "1 MiB cannot hold so many records");
     };
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
     assert!(granted.len() > 20, "{} granted", granted.len());

@@ -1,5 +1,5 @@
-//! The data of the embedded store: one daemon's, whole, ours, and not from the future. Otherwise exit code 2, a
-//! sentence, and nothing is changed.
+//! The data file of the embedded store. A file that is in use, damaged, foreign or from a newer
+//! version ends the start with exit code 2 and one sentence, and is not changed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,11 +12,11 @@ use tokio::runtime::Runtime;
 
 use crate::support::{Running, end_in};
 
-/// A folder in which a daemon has granted a hundred leases.
+/// Returns a folder in which a daemon has granted 100 leases.
 fn folder_with_leases() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut running = Running::start_in(folder.path(), &[]);
-    // The connection ends with its runtime, before the drain.
+    // The client's connection ends with this runtime, so the drain need not wait for it.
     Runtime::new().unwrap().block_on(async {
         let mut client = running.client().await;
         for number in 0..100 {
@@ -33,7 +33,8 @@ fn file(folder: &Path) -> PathBuf {
     folder.join("leased-data/leases.redb")
 }
 
-/// A daemon in this folder must end with a sentence that says so, and leave the file as it is.
+/// Checks that a daemon in this folder ends with exit code 2 and a sentence that contains
+/// `sentence`, and does not change the file.
 fn refused(folder: &Path, sentence: &str) {
     let before = fs::read(file(folder)).unwrap();
     let (code, stderr) = end_in(folder, &[]);
@@ -44,7 +45,7 @@ fn refused(folder: &Path, sentence: &str) {
 }
 
 #[test]
-fn a_first_start_needs_nothing_and_makes_a_folder_of_its_own() {
+fn a_first_start_creates_its_data_folder() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::start_in(folder.path(), &[]);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -92,7 +93,7 @@ fn a_damaged_file_is_refused() {
     };
     with(&|bytes| bytes.truncate(bytes.len() / 2));
     refused(folder.path(), "is damaged");
-    // The text of a record, wherever it is.
+    // One bit of a stored key is flipped.
     with(&|bytes| {
         let at = bytes.windows(6).position(|window| window == b"key/42").unwrap();
         bytes[at] ^= 1;
@@ -133,8 +134,8 @@ fn write_table(folder: &Path, table: TableDefinition<'_, &str, i64>, name: &str,
 #[test]
 fn a_folder_that_cannot_be_used_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("taken"), "a file").unwrap();
-    for data_dir in ["taken", "taken/below", "/proc/leased"] {
+    fs::write(folder.path().join("file"), "a file").unwrap();
+    for data_dir in ["file", "file/below", "/proc/leased"] {
         let (code, stderr) = end_in(folder.path(), &["--data-dir", data_dir]);
         assert_eq!(code, Some(2), "{stderr}");
         assert!(stderr.contains("cannot be used") && stderr.contains("--data-dir"), "{stderr}");

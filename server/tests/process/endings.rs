@@ -1,4 +1,4 @@
-//! The end of a daemon on MongoDB, and of the driver with it.
+//! The end of a daemon on MongoDB, and of the MongoDB driver within it.
 
 use std::io::Read;
 
@@ -11,7 +11,8 @@ use crate::support::{Running, daemon};
 
 const ROUNDS: i64 = 5;
 
-/// How often a client of the driver ended its sessions, as it does when it is shut down.
+/// Returns how often a client of the driver has ended its sessions. A client does so when it is
+/// shut down.
 async fn ended_sessions(admin: &mongodb::Database) -> i64 {
     let status = admin.run_command(doc! { "serverStatus": 1 }).await.unwrap();
     let commands = status.get_document("metrics").unwrap().get_document("commands").unwrap();
@@ -37,6 +38,6 @@ async fn every_client_of_the_driver_ends_before_the_process() {
         running.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
         assert!(!stderr.contains("panic"), "{stderr}");
     }
-    // The one for commits and the one for callers who look.
+    // The daemon has two clients: one for commits, and one for Get and List.
     assert_eq!(ended_sessions(&admin).await - before, 2 * ROUNDS);
 }

@@ -1,4 +1,4 @@
-//! The ready line, the exit codes, the signals.
+//! The ready line, the exit codes, and the signals that drain or end the daemon.
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
@@ -33,16 +33,16 @@ async fn the_ready_line_names_the_ports_and_signals_drain(
     assert_eq!(running.code(), Some(0));
     let mut rest = String::new();
     running.stdout.as_mut().unwrap().read_to_string(&mut rest).unwrap();
-    assert_eq!(rest, "", "one line on standard output and no more");
+    assert_eq!(rest, "", "standard output has more than one line");
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_at_once() {
+async fn a_second_signal_ends_the_daemon_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = daemon(&["--drain-timeout=5m"]);
     command.current_dir(folder.path());
     let mut running = Running::spawn(command).ready();
-    // A stream that its caller keeps open keeps the drain from ending by itself.
+    // An open stream keeps the drain from ending before the second signal.
     let url = format!("http://{}", running.address("grpc="));
     let channel = Channel::from_shared(url).unwrap().connect().await.unwrap();
     let mut client = ServerReflectionClient::new(channel);
@@ -52,7 +52,7 @@ async fn a_second_signal_ends_at_once() {
     let mut line = String::new();
     while !line.contains("draining") {
         line.clear();
-        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it drained");
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "the daemon ended before it drained");
     }
     running.signal("TERM");
     assert_eq!(running.code(), Some(1));
@@ -84,16 +84,16 @@ async fn an_unusable_store_is_exit_code_2_and_says_what_to_do() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_exit_code_2() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap().to_string();
+fn a_port_in_use_is_exit_code_2() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
     let (code, stderr) = end(&["--listen", &address]);
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains(&address), "{stderr}");
 }
 
 #[test]
-fn a_store_that_cannot_be_reached_is_tried_for_as_long_as_asked() {
+fn an_unreachable_store_is_tried_until_the_store_timeout() {
     let (code, stderr) =
         end(&["--mongodb-uri=mongodb://user:secret@127.0.0.1:1/?replicaSet=rs0", "--store-timeout=4s"]);
     assert_eq!(code, Some(1), "{stderr}");
@@ -126,9 +126,9 @@ fn help_shows_defaults_and_environment_variables_and_no_secret() {
     assert!(!help.contains("secret"));
 }
 
-/// As compose files and unit files leave a variable open.
+/// Compose files and unit files often set a variable to nothing.
 #[test]
-fn a_variable_that_is_empty_counts_as_unset() {
+fn an_empty_variable_counts_as_unset() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = daemon(&[]);
     command.env("LEASED_MONGODB_URI", "").env("LEASED_GRACE", "").env("LEASED_INSECURE", "0");

@@ -1,4 +1,4 @@
-//! Signals, and limits that the system sets: on open files, and on threads.
+//! Signals without a meaning, and limits of the system on open files and threads.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -17,7 +17,7 @@ use tonic::transport::Channel;
 
 use crate::support::{Running, daemon, eventually};
 
-/// A user that nobody is.
+/// The id of a user that does not exist.
 const NOBODY: u32 = 54_321;
 
 async fn acquire(client: &mut LeaseServiceClient<Channel>, key: &str) {
@@ -30,7 +30,7 @@ fn pid(running: &Running) -> Pid {
 }
 
 #[tokio::test]
-async fn signals_that_mean_nothing_end_nothing() {
+async fn signals_without_a_meaning_do_not_end_the_daemon() {
     let mut running = Running::start(&[]);
     let mut client = running.client().await;
     for signal in [
@@ -50,7 +50,7 @@ async fn signals_that_mean_nothing_end_nothing() {
     assert!(running.child.try_wait().unwrap().is_none());
 }
 
-/// The daemon under limits on open files.
+/// Returns the daemon's command, run by a shell that first sets `limits`.
 fn limited(folder: &Path, limits: &str, options: &[&str]) -> Command {
     let plain = daemon(options);
     let mut shell = Command::new("sh");
@@ -61,7 +61,7 @@ fn limited(folder: &Path, limits: &str, options: &[&str]) -> Command {
 }
 
 #[test]
-fn as_many_files_may_be_open_as_the_system_allows_and_too_few_are_named() {
+fn the_limit_on_open_files_is_raised_and_a_low_one_is_reported() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::spawn(limited(folder.path(), "ulimit -S -n 200", &[])).ready();
     assert_eq!(running.metric("process_max_fds"), getrlimit(Resource::Nofile).maximum.unwrap() as f64);
@@ -73,17 +73,18 @@ fn as_many_files_may_be_open_as_the_system_allows_and_too_few_are_named() {
     assert!(line.contains("--max-connections 300 cannot be reached"), "{line}");
 }
 
-/// Who runs daemons that the limit on processes binds: it counts all of a user's, and does not bind root.
+/// Makes a command run as an ordinary user. The limit on processes counts all processes of a user,
+/// and does not bind root.
 fn bound(command: &mut Command) -> &mut Command {
     if geteuid().is_root() { command.uid(NOBODY).gid(NOBODY) } else { command }
 }
 
-/// Bounds the threads that the daemon's user may have; `None`: as many as before.
+/// Limits the number of threads of the daemon's user, or sets the original limit again.
 fn bound_threads(running: &Running, count: Option<u64>) {
     let count = count
         .or(getrlimit(Resource::Nproc).current)
         .map_or("unlimited".to_owned(), |count| count.to_string());
-    // In a container not even root may do it to others' processes.
+    // In a container, not even root may change the limits of another user's process.
     let mut prlimit = Command::new("prlimit");
     prlimit.args([format!("--pid={}", running.child.id()), format!("--nproc={count}:")]);
     assert!(bound(&mut prlimit).status().unwrap().success());
@@ -93,7 +94,8 @@ fn threads(running: &Running) -> usize {
     fs::read_dir(format!("/proc/{}/task", running.child.id())).unwrap().count()
 }
 
-/// Enough at once that the driver of MongoDB needs more connections, and so looks up more names.
+/// Makes so many calls at the same time that the MongoDB driver opens more connections, and so
+/// resolves more host names.
 async fn crowd(running: &Running, name: &str) {
     let mut calls = JoinSet::new();
     for number in 0..40 {
@@ -112,10 +114,10 @@ async fn crowd(running: &Running, name: &str) {
 
 #[rstest]
 #[tokio::test]
-async fn without_threads_to_be_had_everything_goes_on(#[values("embedded", "mongodb")] store: &str) {
+async fn calls_are_served_while_no_new_thread_can_be_started(#[values("embedded", "mongodb")] store: &str) {
     let folder = tempfile::tempdir().unwrap();
     let uri = throwaway_mongodb::shared().await.unwrap();
-    // By name, which has to be looked up for each connection.
+    // A host name, unlike an address, has to be resolved for each connection.
     let uri = format!("{}&directConnection=true", uri.replace("127.0.0.1", "localhost"));
     let options = ["--mongodb-uri", &uri, "--mongodb-database=process-threads"];
     let mut command = daemon(if store == "mongodb" { &options } else { &[] });
@@ -126,7 +128,7 @@ async fn without_threads_to_be_had_everything_goes_on(#[values("embedded", "mong
     bound(&mut command);
     let mut running = Running::spawn(command).ready();
     let before = threads(&running);
-    assert!(before > 16, "{before} threads: those for blocking work do not wait for work");
+    assert!(before > 16, "{before} threads: those for blocking work must exist from the start");
     bound_threads(&running, Some(1));
     crowd(&running, "without").await;
     eventually(async || running.is_ready().then_some(())).await;

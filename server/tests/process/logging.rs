@@ -1,4 +1,5 @@
-//! Standard error and standard output that take nothing: the daemon goes on, and ends as it should.
+//! Standard error and standard output that nobody reads: the daemon keeps serving, and ends in good
+//! order.
 
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Write, pipe};
@@ -12,18 +13,19 @@ use tonic::transport::Channel;
 
 use crate::support::{Running, daemon, eventually};
 
-/// What a pipe holds.
+/// The capacity of a pipe in bytes.
 const PIPE: usize = 64 * 1024;
 
 type Leases = LeaseServiceClient<Channel>;
 
+/// Acquires and releases a lease.
 async fn pair(client: &mut Leases) {
     let request = AcquireRequest { key: "job".to_owned(), ..AcquireRequest::default() };
     let granted = client.acquire(request).await.unwrap().into_inner();
     client.release(ReleaseRequest { lease: granted.lease }).await.unwrap();
 }
 
-/// A pipe that is full: whoever writes to it waits for ever.
+/// Returns a pipe that is full, so that a write to it blocks.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = pipe().unwrap();
     writer.write_all(&[b'\n'; PIPE]).unwrap();
@@ -36,11 +38,11 @@ fn full_disk() -> File {
 
 #[rstest]
 #[tokio::test]
-async fn log_lines_that_nobody_takes_are_dropped_and_leases_go_on(
+async fn log_lines_that_nobody_reads_are_dropped_and_calls_are_served(
     #[values("closed", "broken", "full pipe", "full disk")] stderr: &str,
 ) {
     let folder = tempfile::tempdir().unwrap();
-    // Some dozen lines a call.
+    // At this level the daemon logs dozens of lines for each call.
     let mut command = daemon(&["--log-level=trace", "--log-format=json"]);
     let mut reader = None;
     match stderr {
@@ -62,7 +64,7 @@ async fn log_lines_that_nobody_takes_are_dropped_and_leases_go_on(
     let mut running = Running::spawn(command).ready();
     let mut client = running.client().await;
     let mut pairs = 0;
-    // The lines of a closed descriptor are nobody's loss: the system library takes them.
+    // A closed descriptor drops no lines, since Rust's runtime replaces it with `/dev/null`.
     while pairs < 50 || (stderr != "closed" && running.metric("leased_log_lines_dropped_total") == 0.0) {
         pair(&mut client).await;
         pairs += 1;
@@ -77,7 +79,7 @@ async fn log_lines_that_nobody_takes_are_dropped_and_leases_go_on(
 
 #[rstest]
 #[tokio::test]
-async fn a_ready_line_that_nobody_takes_harms_nothing(
+async fn a_ready_line_that_nobody_reads_harms_nothing(
     #[values("broken", "full pipe", "full disk")] stdout: &str,
 ) {
     let folder = tempfile::tempdir().unwrap();

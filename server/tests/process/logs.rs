@@ -1,4 +1,4 @@
-//! What callers say stays inside of its log line.
+//! Text of callers in the log: it cannot break out of its log line.
 
 use std::io::Read;
 
@@ -10,7 +10,7 @@ use crate::support::{Running, daemon};
 
 #[rstest]
 #[tokio::test]
-async fn one_revoke_makes_one_log_line_whatever_its_reason_says(#[values("text", "json")] format: &str) {
+async fn one_revoke_makes_one_log_line_whatever_its_reason_contains(#[values("text", "json")] format: &str) {
     let folder = tempfile::tempdir().unwrap();
     let mut command = daemon(&["--log-format", format]);
     command.current_dir(folder.path());
@@ -29,7 +29,7 @@ async fn one_revoke_makes_one_log_line_whatever_its_reason_says(#[values("text",
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("forged")).collect();
     assert_eq!(lines.len(), 1, "{log}");
     assert!(lines[0].contains("maintenance") && lines[0].contains("revoked=9"), "{log}");
-    // Nor does anything stand in the log as it is that ends a line for some reader, or is shown in another order.
+    // Characters that end a line for some reader, or change the order of the text, must be escaped.
     let is_deceptive = |char: char| char.is_control() || ['\u{2028}', '\u{202e}'].contains(&char);
     assert!(log.chars().all(|char| char == '\n' || !is_deceptive(char)), "{log:?}");
     let shown = match format {

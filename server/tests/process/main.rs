@@ -8,32 +8,32 @@
 
 mod support;
 
-/// The ready line, the exit codes, the signals.
+/// The ready line, the exit codes, and the signals that drain or end the daemon.
 mod lifecycle;
 
-/// What is refused before anyone is served.
+/// Settings and stores that the daemon refuses at its start.
 mod start;
 
-/// The end of a daemon on MongoDB, and of the driver with it.
+/// The end of a daemon on MongoDB, and of the MongoDB driver within it.
 mod endings;
 
-/// Log lines and the ready line that nobody takes.
+/// Log lines and a ready line that nobody reads.
 mod logging;
 
-/// Signals, and limits that the system sets.
+/// Signals without a meaning, and limits of the system on open files and threads.
 mod limits;
 
 /// Panics.
 mod panics;
 
-/// The data of the embedded store: whose it is, and in which state.
+/// The data file of the embedded store: in use, damaged, foreign, or from a newer version.
 mod data;
 
-/// Killed at any moment, and short of room.
+/// A daemon that is killed at any moment, or has no room on its disk.
 mod crash;
 
-/// A data folder that is removed, replaced, unmounted or never finished.
+/// A data folder that is removed, replaced, unmounted or incomplete.
 mod volume;
 
-/// What callers say, in the log.
+/// Text of callers in the log.
 mod logs;

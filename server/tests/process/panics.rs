@@ -1,4 +1,5 @@
-//! A panic that belongs to no call ends the process, in a child that is this test once more.
+//! A panic outside of a call ends the process. Each test runs itself again in a child process,
+//! which panics.
 
 use std::env;
 use std::process::{Command, Output};
@@ -10,13 +11,13 @@ use tokio::runtime::Runtime;
 
 const IN_CHILD: &str = "LEASED_TEST_PANIC";
 
-/// What a daemon does with a panic in this place.
+/// Sets up this process as a daemon does, and panics in `place`.
 fn panic_in(place: &str) {
     leased::panics::end_the_process();
     leased::telemetry::init(None, "info").unwrap();
     match place {
         "thread" => std::thread::spawn(|| panic!("boom")).join().unwrap_err(),
-        // A client needs a runtime.
+        // The driver panics here, since a client needs a runtime.
         "driver" => std::thread::spawn(|| Client::with_options(ClientOptions::default())).join().unwrap_err(),
         _ => {
             let runtime = Runtime::new().unwrap();
@@ -25,7 +26,7 @@ fn panic_in(place: &str) {
     };
 }
 
-/// Runs the test that calls this in a child.
+/// Runs the calling test in a child process.
 fn in_child(place: &str) -> Output {
     let this = std::thread::current().name().unwrap().to_owned();
     let mut child = Command::new(env::current_exe().unwrap());

@@ -1,4 +1,5 @@
-//! What is refused before anyone is served: exit code 2 and one sentence that says what to do, on a real MongoDB.
+//! Settings and stores that the daemon refuses at its start, with exit code 2 and one sentence that
+//! says what to do. They run on a real MongoDB.
 
 use std::fs;
 use std::io::Read;
@@ -15,39 +16,41 @@ use uuid::Uuid;
 use crate::support::{Running, daemon, end, eventually};
 
 /// A database of the test's own.
-struct Place {
+struct TestDatabase {
     uri: String,
     name: String,
-    database: Database,
+    handle: Database,
 }
 
-impl Place {
+impl TestDatabase {
     async fn new() -> Self {
         Self::at(throwaway_mongodb::shared().await.unwrap()).await
     }
 
     async fn at(uri: &str) -> Self {
         let name = format!("leased-test-{}", Uuid::new_v4());
-        let database = Client::with_uri_str(uri).await.unwrap().database(&name);
-        Self { uri: uri.to_owned(), name, database }
+        let handle = Client::with_uri_str(uri).await.unwrap().database(&name);
+        Self { uri: uri.to_owned(), name, handle }
     }
 
     async fn run(&self, command: Document) {
-        self.database.run_command(command).await.unwrap();
+        self.handle.run_command(command).await.unwrap();
     }
 
+    /// Returns the daemon's options for this database, and `more` options.
     fn options<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
         [&["--mongodb-uri", &self.uri, "--mongodb-database", &self.name][..], more].concat()
     }
 
-    /// The documents of daemons.
-    async fn signs_of_life(&self) -> u64 {
-        let daemons = self.database.collection::<Document>("leases.daemons");
+    /// Returns how many daemons have a heartbeat document.
+    async fn heartbeats(&self) -> u64 {
+        let daemons = self.handle.collection::<Document>("leases.daemons");
         daemons.count_documents(doc! { "seen_at": { "$exists": true } }).await.unwrap()
     }
 
-    /// A sign of life of a daemon that is not there: it began a day ago and was seen so many seconds ago.
-    async fn remembers(&self, grace_ms: i64, seconds: i64) {
+    /// Writes a heartbeat of a daemon that does not exist. It started a day ago, and its last
+    /// heartbeat was `seconds` ago.
+    async fn insert_heartbeat(&self, grace_ms: i64, seconds: i64) {
         let ago = |seconds: i64| doc! { "$subtract": ["$$NOW", seconds * 1000] };
         let set = doc! {
             "host": "elsewhere", "pid": 4711_i64, "grace_ms": grace_ms, "started_at": ago(86_400), "seen_at": ago(seconds),
@@ -57,7 +60,7 @@ impl Place {
     }
 }
 
-/// Ends with exit code 2 and one sentence with all of these in it.
+/// Checks that a daemon ends with exit code 2 and one sentence that contains all of `said`.
 fn is_refused(options: &[&str], said: &[&str]) {
     let (code, stderr) = end(options);
     assert_eq!(code, Some(2), "{options:?}: {stderr}");
@@ -84,18 +87,18 @@ async fn a_uri_that_asks_for_less_than_a_majority_is_refused_by_name(
     #[case] option: &str,
     #[case] advice: &str,
 ) {
-    let place = Place::new().await;
-    let uri = format!("{}&{option}", place.uri);
+    let database = TestDatabase::new().await;
+    let uri = format!("{}&{option}", database.uri);
     let name = option.split('=').next().unwrap();
-    is_refused(&place.options(&["--mongodb-uri", &uri]), &[name, advice]);
+    is_refused(&database.options(&["--mongodb-uri", &uri]), &[name, advice]);
 }
 
 #[tokio::test]
 async fn a_uri_may_say_primary_and_majority() {
-    let place = Place::new().await;
+    let database = TestDatabase::new().await;
     let said = "readPreference=primary&readConcernLevel=majority&w=majority&journal=true";
-    let uri = format!("{}&{said}", place.uri);
-    let running = Running::start(&place.options(&["--mongodb-uri", &uri]));
+    let uri = format!("{}&{said}", database.uri);
+    let running = Running::start(&database.options(&["--mongodb-uri", &uri]));
     assert!(running.ready.contains("store=mongodb"), "{}", running.ready);
 }
 
@@ -119,9 +122,9 @@ async fn a_uri_may_say_primary_and_majority() {
 )]
 #[tokio::test]
 async fn a_collection_on_which_leases_are_not_safe_is_refused(#[case] made: Document, #[case] said: &str) {
-    let place = Place::new().await;
-    place.run(made).await;
-    is_refused(&place.options(&["--mongodb-collection=odd"]), &["the collection", said]);
+    let database = TestDatabase::new().await;
+    database.run(made).await;
+    is_refused(&database.options(&["--mongodb-collection=odd"]), &["the collection", said]);
 }
 
 #[rstest]
@@ -131,25 +134,25 @@ async fn a_collection_on_which_leases_are_not_safe_is_refused(#[case] made: Docu
 #[case::validated_by_nothing(doc! { "create": "fine", "validator": {} })]
 #[case::indexed(doc! { "createIndexes": "fine", "indexes": [{ "key": { "token": 1 }, "name": "token_1" }] })]
 #[tokio::test]
-async fn a_collection_that_is_fine_is_used(#[case] made: Document) {
-    let place = Place::new().await;
-    place.run(made).await;
-    let running = Running::start(&place.options(&["--mongodb-collection=fine"]));
+async fn a_collection_on_which_leases_are_safe_is_used(#[case] made: Document) {
+    let database = TestDatabase::new().await;
+    database.run(made).await;
+    let running = Running::start(&database.options(&["--mongodb-collection=fine"]));
     assert!(running.ready.contains("store=mongodb"), "{}", running.ready);
 }
 
 #[tokio::test]
-async fn a_database_of_mongodb_itself_and_a_name_that_it_does_not_take_are_refused() {
-    let place = Place::new().await;
-    is_refused(&place.options(&["--mongodb-database=local"]), &["\"local\"", "--mongodb-database"]);
-    is_refused(&place.options(&["--mongodb-collection=a$b"]), &["a$b", "would do so again"]);
+async fn a_system_database_and_an_invalid_collection_name_are_refused() {
+    let database = TestDatabase::new().await;
+    is_refused(&database.options(&["--mongodb-database=local"]), &["\"local\"", "--mongodb-database"]);
+    is_refused(&database.options(&["--mongodb-collection=a$b"]), &["a$b", "would do so again"]);
 }
 
 #[tokio::test]
-async fn a_wrong_password_is_called_that_and_not_shown() {
-    let place = Place::new().await;
-    let uri = place.uri.replace("mongodb://", "mongodb://app:S3cretWord@");
-    let (code, stderr) = end(&place.options(&["--mongodb-uri", &uri]));
+async fn a_wrong_password_is_named_as_the_cause_and_not_shown() {
+    let database = TestDatabase::new().await;
+    let uri = database.uri.replace("mongodb://", "mongodb://app:S3cretWord@");
+    let (code, stderr) = end(&database.options(&["--mongodb-uri", &uri]));
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("MongoDB refused the user or the password"), "{stderr}");
     assert!(!stderr.contains("S3cretWord"), "{stderr}");
@@ -166,7 +169,7 @@ fn no_part_of_the_password_of_a_malformed_uri_is_printed() {
 
 #[tokio::test]
 async fn a_direct_connection_is_refused_unless_the_set_has_one_member() {
-    let alone = Place::new().await;
+    let alone = TestDatabase::new().await;
     let direct = format!("{}&directConnection=true", alone.uri);
     let running = Running::start(&alone.options(&["--mongodb-uri", &direct]));
     assert!(running.ready.contains("store=mongodb"), "{}", running.ready);
@@ -179,46 +182,47 @@ async fn a_direct_connection_is_refused_unless_the_set_has_one_member() {
 }
 
 #[tokio::test]
-async fn a_set_of_another_name_is_told_from_one_that_is_away() {
-    let place = Place::new().await;
-    let uri = place.uri.replace("replicaSet=rs0", "replicaSet=rs7");
-    let (code, stderr) = end(&place.options(&["--mongodb-uri", &uri, "--store-timeout=1s"]));
+async fn a_wrong_replica_set_name_is_suggested_as_the_cause() {
+    let database = TestDatabase::new().await;
+    let uri = database.uri.replace("replicaSet=rs0", "replicaSet=rs7");
+    let (code, stderr) = end(&database.options(&["--mongodb-uri", &uri, "--store-timeout=1s"]));
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains("belongs to the set that its replicaSet names"), "{stderr}");
 }
 
 #[tokio::test]
 async fn a_daemon_with_another_grace_is_refused_and_the_first_goes_on() {
-    let place = Place::new().await;
-    let mut first = Running::start(&place.options(&["--grace=1s"]));
+    let database = TestDatabase::new().await;
+    let mut first = Running::start(&database.options(&["--grace=1s"]));
     let pid = format!("pid {}", first.child.id());
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    is_refused(&place.options(&["--grace=2500ms"]), &["--grace is 2s 500ms here and 1s at", &pid, &host]);
-    let same = Running::start(&place.options(&["--grace=1s"]));
+    is_refused(&database.options(&["--grace=2500ms"]), &["--grace is 2s 500ms here and 1s at", &pid, &host]);
+    let same = Running::start(&database.options(&["--grace=1s"]));
     assert!(same.ready.contains("store=mongodb"), "{}", same.ready);
-    assert_eq!(place.signs_of_life().await, 2, "who was refused leaves nothing behind");
+    assert_eq!(database.heartbeats().await, 2, "the refused daemon leaves no heartbeat");
     drop(same);
     first.signal("TERM");
     assert_eq!(first.code(), Some(0));
 }
 
 #[tokio::test]
-async fn a_daemon_that_died_long_ago_has_no_say_in_the_grace() {
-    let place = Place::new().await;
-    place.remembers(9_000, 11).await;
-    let running = Running::start(&place.options(&["--grace=1s"]));
+async fn the_grace_of_a_daemon_that_died_long_ago_does_not_count() {
+    let database = TestDatabase::new().await;
+    database.insert_heartbeat(9_000, 11).await;
+    let running = Running::start(&database.options(&["--grace=1s"]));
     assert!(running.ready.contains("store=mongodb"), "{}", running.ready);
 }
 
-/// Of two that start at once, as seen by the one that has not seen the other in time.
+/// When two daemons start at the same time, one may see the other's heartbeat only after it is
+/// ready.
 #[tokio::test]
-async fn a_daemon_that_finds_an_earlier_one_with_another_grace_later_ends_all_the_same() {
-    let place = Place::new().await;
-    let mut command = daemon(&place.options(&["--grace=1s"]));
+async fn a_ready_daemon_that_finds_an_earlier_one_with_another_grace_ends() {
+    let database = TestDatabase::new().await;
+    let mut command = daemon(&database.options(&["--grace=1s"]));
     let folder = tempfile::tempdir().unwrap();
     command.current_dir(folder.path());
     let mut running = Running::spawn(command).ready();
-    place.remembers(9_000, 0).await;
+    database.insert_heartbeat(9_000, 0).await;
     assert_eq!(running.code(), Some(2));
     let mut stderr = String::new();
     running.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
@@ -229,29 +233,29 @@ async fn a_daemon_that_finds_an_earlier_one_with_another_grace_later_ends_all_th
 }
 
 #[tokio::test]
-async fn records_that_are_replaced_by_others_end_the_daemon() {
-    let place = Place::new().await;
-    let mut running = Running::start(&place.options(&[]));
-    let daemons = place.database.collection::<Document>("leases.daemons");
-    let known = daemons.find_one(doc! { "_id": "store" }).await.unwrap().unwrap();
-    assert_eq!(known.get_str("store_id").unwrap(), running.address("id="));
-    // The daemon writes the identity again if somebody drops the collection.
+async fn a_daemon_ends_when_the_identity_of_its_store_changes() {
+    let database = TestDatabase::new().await;
+    let mut running = Running::start(&database.options(&[]));
+    let daemons = database.handle.collection::<Document>("leases.daemons");
+    let identity = daemons.find_one(doc! { "_id": "store" }).await.unwrap().unwrap();
+    assert_eq!(identity.get_str("store_id").unwrap(), running.address("id="));
+    // If somebody drops the collection, the daemon writes the identity again.
     daemons.drop().await.unwrap();
     eventually(async || daemons.find_one(doc! { "_id": "store" }).await.unwrap()).await;
-    let again = Running::start(&place.options(&[]));
+    let again = Running::start(&database.options(&[]));
     assert_eq!(again.address("id="), running.address("id="));
     drop(again);
-    // Another identity is another store.
+    // A changed identity means that the records belong to another store.
     let other = doc! { "$set": { "store_id": Uuid::new_v4().to_string() } };
     daemons.update_one(doc! { "_id": "store" }, other).await.unwrap();
     assert_eq!(running.code(), Some(2));
 }
 
-/// Starts and ends at moments that differ; a few at a time.
+/// Daemons are stopped at different moments after their start, four of them at a time.
 #[tokio::test]
-async fn daemons_that_start_and_stop_quickly_leave_no_sign_of_life_and_no_panic() {
-    let place = Place::new().await;
-    let options = place.options(&[]);
+async fn daemons_that_start_and_stop_quickly_leave_no_heartbeat_and_no_panic() {
+    let database = TestDatabase::new().await;
+    let options = database.options(&[]);
     std::thread::scope(|scope| {
         for lane in 0..4_u64 {
             let options = &options;
@@ -261,7 +265,7 @@ async fn daemons_that_start_and_stop_quickly_leave_no_sign_of_life_and_no_panic(
                     let mut command = daemon(options);
                     command.current_dir(folder.path());
                     let mut running = Running::spawn(command).ready();
-                    // The moment itself is what is tried.
+                    // The sleep chooses the moment of the stop, which is what this test varies.
                     std::thread::sleep(Duration::from_millis((lane * 10 + round) * 37 % 400));
                     running.signal("TERM");
                     assert_eq!(running.code(), Some(0));
@@ -272,10 +276,11 @@ async fn daemons_that_start_and_stop_quickly_leave_no_sign_of_life_and_no_panic(
             });
         }
     });
-    assert_eq!(place.signs_of_life().await, 0);
+    assert_eq!(database.heartbeats().await, 0);
 }
 
-/// A CA, and a certificate of it for a server on this host, as `mongod` and the URI want them.
+/// A CA, and a server certificate for this host that it has signed, as files for `mongod` and the
+/// URI.
 struct Certificates {
     folder: TempDir,
 }
@@ -300,7 +305,7 @@ impl Certificates {
 }
 
 #[tokio::test]
-async fn one_side_that_speaks_tls_and_one_that_does_not_are_named() {
+async fn a_tls_mismatch_with_mongodb_is_named_as_the_cause() {
     let certificates = Certificates::new();
     let (ca, server) = (certificates.path("ca.pem"), certificates.path("server.pem"));
     let options = [

@@ -1,4 +1,4 @@
-//! Processes, each in a folder of its own, and calls to them.
+//! Daemons as processes, each in a folder of its own, and calls to them.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -10,20 +10,20 @@ use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
-/// Longer than anything here takes.
+/// How long a test waits for a condition before it fails. Nothing here takes this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The daemon with these options, where the caller is.
+/// Returns the daemon's command with these options, in the current folder.
 pub(crate) fn daemon(options: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_leased"));
-    // The last value of an option counts.
+    // If an option is given twice, its last value counts.
     command.args(["--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0"]).args(options);
     command.env_remove("LEASED_MONGODB_URI");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
-/// A daemon that ends with the test.
+/// A daemon that is killed when this value is dropped.
 pub(crate) struct Running {
     pub(crate) child: Child,
     pub(crate) stdout: Option<BufReader<ChildStdout>>,
@@ -32,7 +32,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// In an empty folder, and ready.
+    /// Starts a daemon in an empty folder, and waits until it is ready.
     pub(crate) fn start(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut running = Self::start_in(folder.path(), options);
@@ -40,27 +40,28 @@ impl Running {
         running
     }
 
-    /// In this folder, and ready.
+    /// Starts a daemon in this folder, and waits until it is ready.
     pub(crate) fn start_in(folder: &Path, options: &[&str]) -> Self {
         let mut command = daemon(options);
-        // Nobody would read it.
+        // A pipe that nobody reads would fill up.
         command.current_dir(folder).stderr(Stdio::null());
         Self::spawn(command).ready()
     }
 
+    /// Starts a daemon, and does not wait for its ready line.
     pub(crate) fn spawn(mut command: Command) -> Self {
         let mut running = Self::silent(&mut command);
         running.stdout = running.child.stdout.take().map(BufReader::new);
         running
     }
 
-    /// Without a ready line.
+    /// Starts a daemon whose standard output this process does not read.
     pub(crate) fn silent(command: &mut Command) -> Self {
         let child = command.spawn().unwrap();
         Self { child, stdout: None, ready: String::new(), _folder: None }
     }
 
-    /// Waits for the line that says so.
+    /// Waits for the ready line.
     pub(crate) fn ready(mut self) -> Self {
         self.stdout.as_mut().unwrap().read_line(&mut self.ready).unwrap();
         self
@@ -71,29 +72,30 @@ impl Running {
         assert!(sent.success());
     }
 
-    /// Ends the process as a crash would.
+    /// Kills the process.
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// The exit code, once it has ended.
+    /// Waits for the end of the process, and returns its exit code.
     pub(crate) fn code(&mut self) -> Option<i32> {
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();
             }
-            assert!(start.elapsed() < PATIENCE, "it does not end");
+            assert!(start.elapsed() < PATIENCE, "the process does not end");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
+    /// Returns the value of a field of the ready line, such as `grpc=`.
     pub(crate) fn address(&self, name: &str) -> &str {
         self.ready.split_whitespace().find_map(|word| word.strip_prefix(name)).unwrap()
     }
 
-    /// An answer of the side port.
+    /// Sends a GET to the HTTP port, and returns the whole answer.
     pub(crate) fn http(&self, path: &str) -> String {
         let mut http = TcpStream::connect(self.address("http=")).unwrap();
         write!(http, "GET {path} HTTP/1.1\r\nHost: l\r\n\r\n").unwrap();
@@ -102,12 +104,12 @@ impl Running {
         answer
     }
 
-    /// Whether it says that it should be asked.
+    /// Returns whether the daemon reports itself as ready.
     pub(crate) fn is_ready(&self) -> bool {
         self.http("/readyz").starts_with("HTTP/1.1 200")
     }
 
-    /// What a metric without labels stands at.
+    /// Returns the value of a metric without labels.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let text = self.http("/metrics");
         let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
@@ -126,24 +128,25 @@ impl Drop for Running {
     }
 }
 
-/// Asks again until the answer is `Some`.
+/// Calls `ask` again and again until it returns `Some`.
 pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(answer) = ask().await {
             return answer;
         }
-        assert!(start.elapsed() < PATIENCE, "it does not come");
+        assert!(start.elapsed() < PATIENCE, "it did not happen in time");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Runs to the end, which must come by itself, in an empty folder.
+/// Runs a daemon that must end without a signal, in an empty folder. Returns its exit code and its
+/// standard error.
 pub(crate) fn end(options: &[&str]) -> (Option<i32>, String) {
     end_in(tempfile::tempdir().unwrap().path(), options)
 }
 
-/// The same in this folder.
+/// Runs a daemon as [`end`] does, in this folder.
 pub(crate) fn end_in(folder: &Path, options: &[&str]) -> (Option<i32>, String) {
     let Output { status, stderr, .. } = daemon(options).current_dir(folder).output().unwrap();
     (status.code(), String::from_utf8(stderr).unwrap())

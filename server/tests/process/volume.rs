@@ -1,5 +1,6 @@
-//! What becomes of a data folder: its first start is killed or finds no room, its file is removed or replaced, its
-//! volume is unmounted. A daemon stays with the file that it opened, and makes none after its start.
+//! Failures of a data folder: the first start is killed or finds no room, the file is removed or
+//! replaced, or the volume is unmounted. A daemon keeps to the file that it opened, and never
+//! creates a new one after its start.
 
 use rustix::process::geteuid;
 use std::fs;
@@ -14,9 +15,9 @@ use tonic::{Code, Status};
 
 use crate::support::{Running, daemon, eventually};
 
-/// First starts that are killed, each a little later in its life than the one before.
+/// How many first starts are killed, each a little later than the one before.
 const KILLS: u32 = 40;
-/// Longer than the tests.
+/// A TTL longer than the tests.
 const TTL: Duration = Duration::from_secs(3600);
 
 #[test]
@@ -34,12 +35,16 @@ fn a_first_start_that_is_killed_at_any_moment_leaves_a_folder_that_starts() {
 
         let running = Running::start_in(folder.path(), &[]);
         assert!(running.ready.starts_with("leased ready"), "killed at moment {number}: {:?}", running.ready);
-        assert_eq!(names(&folder.path().join("leased-data")), ["leases.redb"], "and nothing is left over");
+        assert_eq!(
+            names(&folder.path().join("leased-data")),
+            ["leases.redb"],
+            "a temporary file is left over"
+        );
     }
 }
 
 #[tokio::test]
-async fn of_two_first_starts_at_the_same_moment_one_serves_and_the_other_says_that_it_is_in_use() {
+async fn of_two_simultaneous_first_starts_one_serves_and_one_is_refused() {
     for _ in 0..5 {
         let folder = tempfile::tempdir().unwrap();
         let mut both = [(); 2].map(|()| {
@@ -64,8 +69,9 @@ fn names(folder: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// Whether the calling test goes on in this process, which may mount then. Unless the user is root, the test is run once
-/// more, in namespaces where it may mount, and is done here.
+/// Returns whether this process may mount, so that the calling test can go on here. Unless the user
+/// is root, the test is run in a child process with namespaces in which it may mount, and the
+/// result is `false`.
 fn may_mount() -> bool {
     if geteuid().is_root() {
         return true;
@@ -80,7 +86,7 @@ fn may_mount() -> bool {
     false
 }
 
-/// Memory as a volume, until it is dropped.
+/// A mounted volume, such as a tmpfs. It is unmounted when this value is dropped.
 struct Volume(PathBuf);
 
 impl Volume {
@@ -94,19 +100,20 @@ impl Volume {
 
     fn resize(&self, size: &str) {
         let options = format!("remount,size={size}");
-        // By its source as well: in a namespace of users the path alone is not enough.
+        // Within a user namespace, remounting needs the source as well as the path.
         let mut mount = Command::new("mount");
         mount.args(["-o", &options, "leased-test"]).arg(&self.0);
         assert!(mount.status().unwrap().success());
     }
 
-    /// Unmounts it, unless somebody has a file open there.
+    /// Unmounts the volume, unless a process has a file open on it. Returns whether it is
+    /// unmounted.
     fn unmount(&self) -> bool {
         Command::new("umount").arg(&self.0).stderr(Stdio::null()).status().unwrap().success()
     }
 }
 
-/// Also if a file is open there.
+/// Unmounts the volume even if a process has a file open on it.
 impl Drop for Volume {
     fn drop(&mut self) {
         drop(Command::new("umount").arg("-l").arg(&self.0).stderr(Stdio::null()).status());
@@ -114,7 +121,7 @@ impl Drop for Volume {
 }
 
 #[test]
-fn a_first_start_without_room_says_so_and_goes_on_when_there_is_some() {
+fn a_first_start_without_disk_space_says_so_and_succeeds_once_there_is_some() {
     if !may_mount() {
         return;
     }
@@ -149,7 +156,8 @@ async fn holders(running: &Running, key: &str) -> Result<usize, Status> {
     Ok(running.client().await.get(request).await?.into_inner().lease.unwrap().holders.len())
 }
 
-/// A held key is not granted again, nor anything else.
+/// Checks that the daemon answers no call and is not ready. In particular it must not grant the
+/// held key again.
 async fn refuses(running: &Running) {
     for key in ["held", "other"] {
         let refused = acquire(running, key, 0).await.unwrap_err();
@@ -159,7 +167,7 @@ async fn refuses(running: &Running) {
     eventually(async || (!running.is_ready()).then_some(())).await;
 }
 
-/// Waits until the daemon serves again what was held.
+/// Waits until the daemon is ready again, and checks that the held key is still held.
 async fn serves_again(running: &Running) {
     eventually(async || running.is_ready().then_some(())).await;
     assert_eq!(holders(running, "held").await.unwrap(), 1);
@@ -167,7 +175,7 @@ async fn serves_again(running: &Running) {
 }
 
 #[tokio::test]
-async fn a_volume_that_is_unmounted_is_not_replaced_by_what_is_below() {
+async fn an_unmounted_volume_is_not_replaced_by_the_folder_below() {
     if !may_mount() {
         return;
     }
@@ -180,7 +188,8 @@ async fn a_volume_that_is_unmounted_is_not_replaced_by_what_is_below() {
     let mut numbers = 0..;
     let mut fill = async || acquire(&running, &format!("key/{}", numbers.next().unwrap()), 4000).await;
     while fill().await.is_ok() {}
-    // It is full. What does not fit is tried again for some seconds, and after each failure the file is closed.
+    // The volume is full. The daemon repeats the failed write for some seconds, and closes the file
+    // after each failure. Only while the file is closed can the volume be unmounted.
     let unmounted = eventually(async || volume.unmount().then_some(()));
     let more = async {
         loop {
@@ -219,7 +228,7 @@ async fn a_volume_that_is_mounted_again_is_served_again() {
     let bound = bind();
     let running = Running::start_in(folder.path(), &["--data-dir", "mount/data"]);
     acquire(&running, "held", 0).await.unwrap();
-    // Although the file is open.
+    // Dropping unmounts the volume although the daemon has the file open.
     drop(bound);
     refuses(&running).await;
     assert!(names(&mount).is_empty(), "{:?}", names(&mount));
@@ -229,14 +238,14 @@ async fn a_volume_that_is_mounted_again_is_served_again() {
 }
 
 #[tokio::test]
-async fn a_folder_that_is_moved_away_is_missed_and_another_in_its_place_is_not_taken_for_it() {
+async fn a_data_folder_that_is_moved_away_is_not_replaced_by_a_new_one() {
     let folder = tempfile::tempdir().unwrap();
-    let [place, away] = ["data", "away"].map(|name| folder.path().join(name));
+    let [data, away] = ["data", "away"].map(|name| folder.path().join(name));
     let running = Running::start_in(folder.path(), &["--data-dir", "data"]);
     acquire(&running, "held", 0).await.unwrap();
-    fs::rename(&place, &away).unwrap();
+    fs::rename(&data, &away).unwrap();
     refuses(&running).await;
-    assert!(!place.exists(), "nothing is made");
+    assert!(!data.exists(), "the daemon has created a new folder");
 
     let second = Running::start_in(folder.path(), &["--data-dir", "data"]);
     acquire(&second, "held", 0).await.unwrap();
@@ -244,8 +253,8 @@ async fn a_folder_that_is_moved_away_is_missed_and_another_in_its_place_is_not_t
     second.kill();
     refuses(&running).await;
 
-    fs::remove_dir_all(&place).unwrap();
-    fs::rename(&away, &place).unwrap();
+    fs::remove_dir_all(&data).unwrap();
+    fs::rename(&away, &data).unwrap();
     serves_again(&running).await;
 }
 
@@ -264,22 +273,22 @@ async fn a_file_that_is_removed_or_replaced_by_a_copy_is_noticed() {
             fs::remove_file(&file).unwrap();
         }
         refuses(&running).await;
-        assert_eq!(file.exists(), copied, "nothing is made");
+        assert_eq!(file.exists(), copied, "the daemon has created a new file");
         running.signal("TERM");
         assert_eq!(running.code(), Some(0));
     }
 }
 
-/// The threads of the daemon, by the names that the system has for them.
+/// Returns the ids of the daemon's threads.
 fn threads(running: &Running) -> Vec<String> {
     let mut threads = names(Path::new(&format!("/proc/{}/task", running.child.id())));
     threads.sort_unstable();
     threads
 }
 
-/// Where a process may have no more threads, what needs a new one fails.
+/// Under a limit on threads, a call that needs a new thread would fail.
 #[tokio::test]
-async fn no_call_needs_a_thread_that_is_not_there_from_the_start() {
+async fn no_call_needs_a_thread_that_does_not_exist_from_the_start() {
     let running = Running::start(&[]);
     acquire(&running, "held", 0).await.unwrap();
     let before = threads(&running);

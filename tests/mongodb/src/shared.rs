@@ -1,4 +1,5 @@
-//! One server for all of a process: the tests of a binary share it and each use a database of their own.
+//! One server that a whole process shares: all tests of a binary use it, each with a database of
+//! its own.
 
 use std::env;
 use std::sync::OnceLock;
@@ -11,11 +12,11 @@ use crate::Mongod;
 
 static SHARED: OnceLock<Result<String, String>> = OnceLock::new();
 
-/// The URI of a server that all of this process shares and that ends with it, or of the one that
-/// `LEASED_TEST_MONGODB_URI` names.
+/// Returns the URI of a server that this process shares and that ends with the process.
+/// `LEASED_TEST_MONGODB_URI` names another server to use instead.
 ///
 /// # Errors
-/// As [`Mongod::start`]; the first caller's failure is everyone's.
+/// As [`Mongod::start`]. If the first call fails, all later calls fail with the same error.
 pub async fn shared() -> Result<&'static str> {
     let shared = match SHARED.get() {
         Some(shared) => shared,
@@ -24,7 +25,8 @@ pub async fn shared() -> Result<&'static str> {
     shared.as_deref().map_err(|error| anyhow!("{error}"))
 }
 
-/// On a thread of its own: whoever comes first may belong to a runtime that ends long before the others do.
+/// Starts the server on a thread of its own, since the runtime of the first caller may end long
+/// before other callers do.
 async fn first() -> Result<&'static Result<String, String>> {
     let (sender, receiver) = oneshot::channel();
     thread::spawn(move || sender.send(SHARED.get_or_init(start)));
@@ -39,7 +41,7 @@ fn start() -> Result<String, String> {
     let start = runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(Mongod::start()));
     let mongod = start.map_err(|error| format!("{error:#}"))?;
     let uri = mongod.uri().to_owned();
-    // Never dropped: its guardian ends it together with this process.
+    // The server must outlive every caller. Its guardian ends it together with this process.
     std::mem::forget(mongod);
     Ok(uri)
 }

@@ -1,19 +1,19 @@
-//! The commands that answer at once, one call each.
+//! The commands that answer at once.
 
 use leased_client::{Client, FencingToken, KeyInfo};
 use tokio_stream::StreamExt;
 
-use crate::args::{LeaseArgs, Wish};
+use crate::args::{AcquireArgs, LeaseArgs};
 use crate::failure::Failure;
 use crate::json::{Acquired, Key, Released, Revoked, Touched, milliseconds};
 use crate::output::{Output, json};
 use crate::signals::{ENDING, Signals};
-use crate::{table, wanted};
+use crate::{table, wait};
 
-/// Acquires a lease that lives on, for somebody else to touch.
-pub(crate) async fn acquire(client: &Client, wish: Wish, output: &mut Output) -> Result<u8, Failure> {
+/// Acquires a lease that outlives leasectl, for another process to touch.
+pub(crate) async fn acquire(client: &Client, args: AcquireArgs, output: &mut Output) -> Result<u8, Failure> {
     let mut signals = Signals::new(ENDING)?;
-    let lease = wanted::lease(client, wish, &mut signals).await?;
+    let lease = wait::for_lease(client, args, &mut signals).await?;
     let (key, token, ttl) = (lease.key().to_owned(), lease.token(), lease.ttl());
     let id = lease.id().reveal();
     let acquired =
@@ -27,22 +27,23 @@ pub(crate) async fn acquire(client: &Client, wish: Wish, output: &mut Output) ->
             let _ = lease.detach();
             Ok(0)
         }
-        // Without the id nobody could give it back.
+        // Without the id the lease cannot be released later, so it is released now.
         Err(failure) => {
             drop(lease);
-            wanted::settle(client, &mut signals).await?;
+            wait::settle(client, &mut signals).await?;
             Err(match failure {
-                // Elsewhere no failure. A script that goes on after this one would take the lease for its own.
-                Failure::NobodyReads => {
-                    Failure::Other("nobody has read the id of the lease, which was given back".to_owned())
-                }
+                // Other commands do not fail when nobody reads their output. Here a script would go
+                // on as if it had the lease.
+                Failure::NobodyReads => Failure::Other(
+                    "nobody has read the id of the lease, so the lease was released".to_owned(),
+                ),
                 failure => failure,
             })
         }
     }
 }
 
-/// Renews a lease.
+/// Touches a lease.
 pub(crate) async fn touch(client: &Client, lease: LeaseArgs, output: &mut Output) -> Result<u8, Failure> {
     let remaining = client.touch(&lease.key, lease.id()?).await?;
     let touched = Touched { key: &lease.key, remaining_ms: milliseconds(remaining) };
@@ -52,7 +53,7 @@ pub(crate) async fn touch(client: &Client, lease: LeaseArgs, output: &mut Output
     Ok(0)
 }
 
-/// Gives a lease back.
+/// Releases a lease.
 pub(crate) async fn release(client: &Client, lease: LeaseArgs, output: &mut Output) -> Result<u8, Failure> {
     client.release(&lease.key, lease.id()?).await?;
     let released = Released { key: &lease.key, released: true };
@@ -94,7 +95,7 @@ pub(crate) async fn list(
     Ok(0)
 }
 
-/// Takes leases away.
+/// Revokes leases.
 pub(crate) async fn revoke(
     client: &Client,
     key: &str,

@@ -1,4 +1,4 @@
-//! How leasectl ends other than well: a sentence that says what to do, and an exit code.
+//! Failures of leasectl: for each a sentence that says what to do, and an exit code.
 
 use std::io::{ErrorKind, Write, stderr};
 use std::process::ExitCode;
@@ -13,53 +13,54 @@ use tokio::time::{Instant, timeout_at};
 use tonic::transport::Uri;
 
 use crate::args::Format;
-use crate::json::{Fault, Standing, milliseconds};
+use crate::json::{ErrorObject, HolderObject, milliseconds};
 use crate::output::{complain, json};
 use crate::signals::{Target, die_of};
 
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
-/// As `EX_UNAVAILABLE` of sysexits.h.
+/// `EX_UNAVAILABLE` of sysexits.h.
 const UNAVAILABLE: u8 = 69;
-/// As `EX_OSERR`.
+/// `EX_OSERR` of sysexits.h.
 const SYSTEM: u8 = 71;
-/// As `EX_CANTCREAT`; the lease is lost.
+/// `EX_CANTCREAT` of sysexits.h: the lease is lost.
 pub(crate) const LOST: u8 = 73;
-/// As `EX_TEMPFAIL`; another holds the key.
+/// `EX_TEMPFAIL` of sysexits.h: another holds the key.
 const HELD: u8 = 75;
 pub(crate) const NOT_EXECUTABLE: u8 = 126;
 pub(crate) const NOT_FOUND: u8 = 127;
 
-/// How long to find out what answers at an endpoint.
-const LOOK: Duration = Duration::from_secs(1);
+/// How long leasectl takes to find out what answers at an endpoint.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why leasectl does not end well.
+/// Why leasectl fails.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// A call failed, or its answer was no.
+    /// A call failed or was refused.
     Client(Error),
-    /// Something was asked that makes no sense.
+    /// The command line makes no sense.
     Usage(String),
-    /// Nobody that could answer was found.
+    /// No server that answers was found.
     Unreachable(String),
-    /// Something else than a daemon was found.
+    /// A server was found that is no daemon.
     NotLeased(String),
     /// The command's lease was lost.
     Lost(String),
-    /// The command cannot be started; with the exit code for it.
+    /// The command cannot be started. Holds the exit code.
     Command(u8, String),
-    /// A signal came before there was a command to pass it on to.
+    /// A signal came while there was no command to pass it on to.
     Signal(Signal),
-    /// Whoever read the output has gone.
+    /// The reader of the output is gone.
     NobodyReads,
     /// The system lacks, or forbids, what leasectl needs.
     System(String),
-    /// Something else failed.
+    /// Any other failure.
     Other(String),
 }
 
 impl Failure {
-    /// Says what is wrong: a sentence for people, an object for scripts.
+    /// Writes the failure to standard error, as a sentence for people or an object for scripts, and
+    /// returns the exit code.
     pub(crate) fn report(self, format: Format) -> ExitCode {
         let (code, reason, sentence) = match &self {
             Self::NobodyReads => return ExitCode::SUCCESS,
@@ -80,9 +81,9 @@ impl Failure {
             Self::Client(Error::Held(by)) => Some(by),
             _ => None,
         };
-        // An older daemon does not say.
+        // Empty if the daemon is of an earlier version.
         let blocked_by = refusal.map(|by| by.blocked_by.as_str()).filter(|name| !name.is_empty());
-        let holder = refusal.map(|by| Standing {
+        let holder = refusal.map(|by| HolderObject {
             owner: &by.owner,
             token: by.token.get(),
             remaining_ms: milliseconds(by.remaining),
@@ -90,8 +91,8 @@ impl Failure {
         match format {
             Format::Table => complain(&sentence),
             Format::Json => {
-                let fault = Fault { reason, message: &sentence, exit_code: code, blocked_by, holder };
-                let line = json(&serde_json::json!({ "error": fault })).unwrap_or(sentence);
+                let error = ErrorObject { reason, message: &sentence, exit_code: code, blocked_by, holder };
+                let line = json(&serde_json::json!({ "error": error })).unwrap_or(sentence);
                 let _ = writeln!(stderr(), "{line}");
             }
         }
@@ -99,12 +100,12 @@ impl Failure {
     }
 }
 
-/// What is wrong with what was typed, in a sentence; or the help that was asked for.
+/// Says in a sentence what is wrong with the command line, or prints the help that was asked for.
 pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
     if matches!(error.kind(), DisplayHelp | DisplayVersion) {
-        // Whoever reads it may have gone.
-        drop(error.print());
+        // The reader may be gone.
+        let _ = error.print();
         return ExitCode::SUCCESS;
     }
     if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -116,17 +117,17 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
         && typed().any(|word| word == "run")
         && !typed().any(|word| word == "--")
     {
-        let sentence = "the command of `run` stands after `--`: leasectl run KEY -- CMD ARG...";
+        let sentence = "the command of `run` must follow `--`: leasectl run KEY -- CMD ARG...";
         return Failure::Usage(sentence.to_owned()).report(Format::Table);
     }
     let text = error.to_string();
-    // The first paragraph says it; the others repeat the usage.
+    // Only the first paragraph: the others repeat the usage.
     let said = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = said.strip_prefix("error: ").unwrap_or(said).split_whitespace().collect();
     Failure::Usage(format!("{}; see --help", words.join(" "))).report(Format::Table)
 }
 
-/// The exit code that shells give to what a signal has ended.
+/// The exit code that shells use for a command that a signal has ended.
 pub(crate) fn of_signal(number: i32) -> u8 {
     u8::try_from(128 + number).unwrap_or(u8::MAX)
 }
@@ -141,7 +142,7 @@ fn code_of(error: &Error) -> u8 {
     }
 }
 
-/// The reason for scripts: the API's own where there is one.
+/// The reason for scripts: the API's own reason if there is one.
 fn reason_of(error: &Error) -> &'static str {
     match error {
         Error::Held(_) => "LEASE_HELD",
@@ -160,13 +161,13 @@ fn reason_of(error: &Error) -> &'static str {
 fn sentence_of(error: &Error) -> String {
     match error {
         Error::Held(by) => held(by),
-        Error::Lost(Loss::Gone) => {
-            "the lease is not held any more, or never was; acquire it again".to_owned()
-        }
+        Error::Lost(Loss::Gone) => "the lease is no longer held, or never was; acquire it again".to_owned(),
         Error::Lost(loss) => format!("the lease is lost ({loss}); acquire it again"),
-        Error::KeyUnknown => "this key was never leased, or has been free for so long that it is forgotten; \
+        Error::KeyUnknown => {
+            "this key was never leased, or has been free for so long that it was forgotten; \
                               `leasectl ls --all` shows the keys there are"
-            .to_owned(),
+                .to_owned()
+        }
         Error::Unavailable { endpoints, cause, .. } => {
             format!(
                 "no daemon answers at {endpoints} ({cause}); start one, or name another with --endpoint or LEASED_ENDPOINT"
@@ -180,19 +181,22 @@ fn sentence_of(error: &Error) -> String {
 fn held(by: &HeldBy) -> String {
     let left = crate::table::duration(by.remaining);
     match (by.blocked_by.as_str(), by.owner.as_str()) {
-        ("min_hold", _) => format!("the key is blocked for {left} yet (--min-hold); wait longer with --wait"),
+        ("min_hold", _) => {
+            format!("the key is blocked for {left} more (--min-hold); wait longer with --wait")
+        }
         ("waiter", _) => {
             let who =
                 if by.waiter.is_empty() { "another".to_owned() } else { crate::table::plain(&by.waiter) };
             format!("{who} came before, and waits for the key; wait as well with --wait")
         }
         (_, "") => format!(
-            "the key is held, for {left} yet unless touched; wait longer with --wait, or see `leasectl get`"
+            "the key is held for {left} more, or longer if touched; wait longer with --wait, or see `leasectl get`"
         ),
         (_, owner) => {
             let owner = crate::table::plain(owner);
             format!(
-                "the key is held by {owner}, for {left} yet unless touched; wait longer with --wait, or see `leasectl get`"
+                "the key is held by {owner} for {left} more, or longer if touched; wait longer with --wait, \
+                 or see `leasectl get`"
             )
         }
     }
@@ -200,55 +204,57 @@ fn held(by: &HeldBy) -> String {
 
 fn not_leased(endpoint: &str, why: &str) -> String {
     format!(
-        "what answers at {endpoint} is not leased: {why}; see --endpoint, and the port that the daemon's ready line names as grpc="
+        "the server at {endpoint} is not leased: {why}; see --endpoint, and the port that the daemon's ready line \
+         names as grpc="
     )
 }
 
-/// Finds out more about daemons that do not answer: whether something else does. Takes up to [`LOOK`].
+/// Finds out whether another server answers in place of a daemon that does not. Takes up to
+/// [`PROBE_TIMEOUT`].
 pub(crate) async fn explain(error: Error, endpoints: impl Iterator<Item = &str>) -> Failure {
     if !matches!(error, Error::Unavailable { .. }) {
         return Failure::Client(error);
     }
-    let found = join_all(endpoints.map(stranger)).await;
+    let found = join_all(endpoints.map(probe)).await;
     found.into_iter().flatten().next().unwrap_or(Failure::Client(error))
 }
 
-/// What is wrong with the server at the endpoint, if there is one.
+/// Connects to the endpoint and returns what is wrong with its server, if there is one.
 ///
-/// Whoever speaks HTTP/2 begins with a SETTINGS frame (RFC 9113, section 3.4).
-async fn stranger(endpoint: &str) -> Option<Failure> {
+/// A server that speaks HTTP/2 begins with a SETTINGS frame (RFC 9113, section 3.4).
+async fn probe(endpoint: &str) -> Option<Failure> {
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     const HEAD: usize = 9;
     const SETTINGS: u8 = 4;
     let uri: Uri = endpoint.parse().ok()?;
     let address = (uri.host()?.trim_matches(['[', ']']), uri.port_u16().unwrap_or(80));
-    let until = Instant::now() + LOOK;
+    let until = Instant::now() + PROBE_TIMEOUT;
     let mut stream = timeout_at(until, TcpStream::connect(address)).await.ok()?.ok()?;
-    // Fails where the connection is closed at once, as reading will.
+    // Fails if the connection is closed at once. Then reading fails as well, which says more.
     let _ = stream.write_all(HELLO).await;
     let mut head = Vec::with_capacity(HEAD);
     let read = async {
-        // Ends early with the end of the stream, or of the connection.
+        // Ends early if the stream or the connection ends.
         while head.len() < HEAD && matches!(stream.read_buf(&mut head).await, Ok(1..)) {}
     };
     let is_open = timeout_at(until, read).await.is_err();
     match head.get(3) {
         Some(&SETTINGS) => None,
-        None if head.is_empty() => Some(Failure::Unreachable(unheard(endpoint, is_open))),
+        None if head.is_empty() => Some(Failure::Unreachable(silent(endpoint, is_open))),
         _ => Some(Failure::NotLeased(not_leased(endpoint, "it does not speak gRPC"))),
     }
 }
 
-/// What a server may be that accepts a connection and says nothing.
-fn unheard(endpoint: &str, is_open: bool) -> String {
+/// Describes what a server may be that accepts a connection and sends nothing.
+fn silent(endpoint: &str, is_open: bool) -> String {
     match is_open {
-        // The system accepts connections for a process that is stopped.
+        // The system accepts connections even for a process that is stopped.
         true => format!(
             "the process at {endpoint} does not answer, though connections to it are accepted; it may be stopped or \
              overloaded, or not be leased"
         ),
         false => format!(
-            "connections to {endpoint} are closed before any answer; a daemon does that when it has as many as it may \
+            "connections to {endpoint} are closed before any answer; a daemon does that at its limit \
              (--max-connections), and a proxy when it finds no daemon: try again later, or see their logs"
         ),
     }

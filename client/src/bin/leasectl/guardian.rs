@@ -1,10 +1,10 @@
-//! The end of a command that outlives its lease, come what may: a process that kills the command's group when leasectl is
-//! gone, or did not say in time that the lease is held still, because it was stopped or starved.
+//! The guardian: a process that kills the command's process group if leasectl cannot do so in time.
+//! That is when leasectl is gone, or was stopped or starved and did not extend the deadline.
 //!
-//! It is this program in another role. It makes the process group that the command then joins, so the two of them
-//! are known to each other before the command begins, and the group's number cannot go to another while the guardian is
-//! there. Its orders come through a pipe of which only leasectl has the other end, so the system itself closes it when
-//! leasectl ends, in whatever way.
+//! The guardian is this program in another role. It makes the process group that the command then
+//! joins. So the group is known before the command starts, and its number cannot be reused while
+//! the guardian exists. Orders come through a pipe. Only leasectl has the other end, so the system
+//! closes the pipe when leasectl ends, in whatever way.
 
 use std::io::{self, Read, Write, stdin, stdout};
 use std::os::unix::process::CommandExt;
@@ -25,20 +25,22 @@ use signal_hook::flag::register;
 use crate::processes::group_of;
 use crate::times::{now, until};
 
-/// The name under which this program guards. `killall leasectl` does not mean it.
+/// The process name of the guardian. It differs from leasectl's, so that `killall leasectl` spares
+/// the guardian.
 pub(crate) const ROLE: &str = "lease-guard";
 
-/// Timers stand still while the machine is suspended, so none is longer than this.
-const NAP: Duration = Duration::from_secs(1);
-/// How often to see whether anything is left of a group.
-const LOOK: Duration = Duration::from_millis(10);
+/// The longest timer. Timers stop while the machine is suspended.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// How often the guardian checks whether its group is empty.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The signals of keys that end a command. The exit code of a guardian that was dismissed says which have come, a bit each.
+/// The signals of terminal keys that end a command. The exit code of a dismissed guardian says
+/// which of them it has received, a bit each.
 pub(crate) const KEYS: [Signal; 2] = [Signal::INT, Signal::QUIT];
 
-/// This program in its other role.
+/// Returns this program in its other role.
 fn program() -> Command {
-    // On Linux also when the file has been replaced or deleted since.
+    // On Linux this works even if the file has been replaced or deleted since.
     let path = match cfg!(target_os = "linux") {
         true => PathBuf::from("/proc/self/exe"),
         false => std::env::current_exe().unwrap_or_else(|_| PathBuf::from("leasectl")),
@@ -52,12 +54,13 @@ fn program() -> Command {
 pub(crate) struct Guardian {
     group: Pid,
     orders: ChildStdin,
-    /// When it kills the group.
+    /// When the guardian kills the group.
     deadline: u64,
 }
 
 impl Guardian {
-    /// Starts it, in a process group of its own, and returns when no signal to the group can end it any more but SIGKILL.
+    /// Starts the guardian in a process group of its own. Returns once no signal to the group but
+    /// SIGKILL can end the guardian.
     pub(crate) fn start() -> io::Result<Self> {
         let mut command = program();
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -68,17 +71,17 @@ impl Guardian {
             return Err(io::ErrorKind::Other.into());
         };
         answer.read_exact(&mut [0])?;
-        // One that is stopped takes no orders, and must not hold up leasectl.
+        // A stopped guardian reads no orders, and must not block leasectl.
         ioctl_fionbio(&orders, true)?;
         Ok(Self { group, orders, deadline: u64::MAX })
     }
 
-    /// The group that it guards.
+    /// The process group that the guardian guards.
     pub(crate) fn group(&self) -> Pid {
         self.group
     }
 
-    /// Has the group killed at this time, unless told another before.
+    /// Has the group killed at `deadline`, unless another deadline is set before.
     pub(crate) fn until(&mut self, deadline: u64) {
         if deadline != self.deadline {
             self.deadline = deadline;
@@ -86,29 +89,30 @@ impl Guardian {
         }
     }
 
-    /// When it kills the group, as it knows.
+    /// The deadline that was last set.
     pub(crate) fn deadline(&self) -> u64 {
         self.deadline
     }
 
-    /// Ends it; what is left of the group lives on.
+    /// Ends the guardian. The rest of the group lives on.
     pub(crate) fn dismiss(&mut self) {
         self.order("dismiss");
     }
 
-    /// Has it end when nothing is left of the group, which it kills at the deadline.
+    /// Has the guardian end once its group is empty. It kills the group at the deadline.
     pub(crate) fn clear(&mut self) {
         self.order("clear");
     }
 
-    /// Whether it has ended: as it was told to, or killed.
+    /// Whether the guardian has ended.
     pub(crate) fn has_ended(&self) -> bool {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        // It is left as it is: while nobody has waited for it the group's number is its own.
+        // NOWAIT leaves it a zombie, so that the number of its group cannot be reused yet.
         !matches!(waitid(WaitId::Pid(self.group), options), Ok(None))
     }
 
-    /// Whether its group was sent one of the [`KEYS`], once it has ended. If it was killed, that is taken for granted.
+    /// Whether the group was sent `key`, one of the [`KEYS`]. `None` while the guardian has not
+    /// ended; true if it was killed.
     pub(crate) fn heard(&self, key: Signal) -> Option<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let status = waitid(WaitId::Pid(self.group), options).ok()??;
@@ -116,21 +120,22 @@ impl Guardian {
         Some(status.exit_status().is_none_or(heard))
     }
 
-    /// Continues it, if it was stopped.
+    /// Continues the guardian, if it was stopped.
     pub(crate) fn go_on(&self) {
-        // Fails if it has ended.
+        // Fails if the guardian has ended.
         let _ = kill_process(self.group, Signal::CONT);
     }
 
     fn order(&mut self, order: &str) {
-        // If it is gone, `has_ended` says so.
-        drop(writeln!(self.orders, "{order}"));
+        // Fails if the guardian is gone, which `has_ended` reports.
+        let _ = writeln!(self.orders, "{order}");
     }
 }
 
 impl Drop for Guardian {
-    /// Waits for it, where nobody else would: the first process of a container often waits for no children of others. One
-    /// that has been dismissed ends within a moment, or is stopped and left alone.
+    /// Waits up to 50 ms for the guardian to end, so that it does not stay a zombie: the first
+    /// process of a container often does not wait for adopted processes. A dismissed guardian ends
+    /// at once, unless it is stopped.
     fn drop(&mut self) {
         let nap = Timespec::try_from(Duration::from_millis(1)).ok();
         for _ in 0..50 {
@@ -142,7 +147,7 @@ impl Drop for Guardian {
     }
 }
 
-/// The guardian's process.
+/// The main function of the guardian.
 pub(crate) fn main() -> ExitCode {
     let _ = rustix::thread::set_name(c"lease-guard");
     let Some(group) = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or_default()) else {
@@ -159,7 +164,7 @@ pub(crate) fn main() -> ExitCode {
             return ExitCode::from(bits.sum::<u8>());
         }
         Verdict::Clear(deadline) => clear(group, deadline),
-        // Ends this process as well.
+        // Kills this process as well.
         Verdict::Kill => {
             let _ = kill_process_group(group, Signal::KILL);
         }
@@ -167,14 +172,14 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What is to be done in the end.
+/// What the guardian does in the end.
 enum Verdict {
     Dismissed,
     Clear(u64),
     Kill,
 }
 
-/// Takes orders until the end.
+/// Follows orders until the deadline passes, leasectl is gone, or an order ends it.
 fn guard() -> Verdict {
     let (mut deadline, mut orders) = (u64::MAX, Vec::new());
     loop {
@@ -182,7 +187,7 @@ fn guard() -> Verdict {
         if left.is_zero() {
             return Verdict::Kill;
         }
-        let nap = Timespec::try_from(left.min(NAP)).ok();
+        let nap = Timespec::try_from(left.min(LONGEST_SLEEP)).ok();
         match poll(&mut [PollFd::new(&stdin(), PollFlags::IN)], nap.as_ref()) {
             Ok(0) | Err(Errno::INTR) => continue,
             Ok(_) => {}
@@ -207,13 +212,15 @@ fn guard() -> Verdict {
     }
 }
 
-/// Waits until nothing is left of the group, and kills what is left of it at the deadline, or when leasectl is gone.
+/// Waits until the group is empty. Kills the rest of it at the deadline, or when leasectl is gone.
 fn clear(group: Pid, deadline: u64) {
-    // A group whose last member this process is would never be empty. Its number stays taken by this process. A group of
-    // leasectl that a PID namespace hides cannot be joined: then what is left is killed at once.
+    // The group would never be empty with this process in it, so this process joins leasectl's
+    // group. The group's number is not reused, because it is also the id of this process. If a PID
+    // namespace hides leasectl's group, it cannot be joined, and the rest of the command's group is
+    // killed at once.
     let left = getppid().and_then(|leasectl| group_of(Some(leasectl)));
     let left = left.is_some_and(|other| setpgid(None, Some(other)).is_ok());
-    let nap = Timespec::try_from(LOOK).ok();
+    let nap = Timespec::try_from(POLL_INTERVAL).ok();
     let leasectl = getppid();
     while left && now() < deadline && getppid() == leasectl {
         if test_kill_process_group(group).is_err() {
@@ -224,7 +231,8 @@ fn clear(group: Pid, deadline: u64) {
     let _ = kill_process_group(group, Signal::KILL);
 }
 
-/// Handles the signals that a group is sent, by doing nothing but noting, for each of the [`KEYS`], that it has come.
+/// Handles the signals that a group may be sent, so that they do not end this process. Returns a
+/// flag for each of the [`KEYS`], which is set when that signal comes.
 fn withstand() -> io::Result<[Arc<AtomicBool>; KEYS.len()]> {
     let others = [
         Signal::HUP,

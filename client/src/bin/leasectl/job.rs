@@ -1,5 +1,5 @@
-//! The command and its process group: started, signalled, stopped and continued with the terminal, and over. Knows nothing of
-//! leases but a deadline.
+//! The command and its process group: starts and signals them, stops and continues them with the
+//! terminal, and notices their end. Of the lease it knows only a deadline.
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
@@ -14,39 +14,39 @@ use crate::orphans;
 use crate::processes::group_of;
 use crate::terminal::Terminal;
 
-/// A command that was started.
+/// A started command.
 pub(crate) struct Job {
     guardian: Guardian,
     command: Pid,
     terminal: Option<Terminal>,
-    /// The group has, or had until it was stopped, the terminal.
+    /// Whether the group has the terminal, or had it until it was stopped.
     has_terminal: bool,
-    /// The command has got SIGHUP for the terminal that it cannot have.
+    /// Whether the command was sent SIGHUP, because it asked for a terminal that it cannot have.
     is_hung_up: bool,
 }
 
-/// What has happened to it.
+/// What has happened to a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
     /// The command has ended.
     Ended(Exit),
     /// The command has been stopped.
     Stopped(i32),
-    /// The guardian is gone.
+    /// The guardian has ended.
     Unguarded,
 }
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// By itself, with this code.
+    /// The command exited with this code.
     Code(u8),
-    /// By the signal of this number.
+    /// The signal with this number ended the command.
     Signal(i32),
 }
 
 impl Exit {
-    /// The exit code as shells show it.
+    /// The exit code, as shells show it.
     pub(crate) fn code(self) -> u8 {
         match self {
             Self::Code(code) => code,
@@ -54,7 +54,7 @@ impl Exit {
         }
     }
 
-    /// The signal that ended it, if that has a name.
+    /// The signal that ended the command, if that has a name.
     pub(crate) fn signal(self) -> Option<Signal> {
         match self {
             Self::Code(_) => None,
@@ -62,14 +62,14 @@ impl Exit {
         }
     }
 
-    /// The signal that a key sends, if one of those ended the command.
+    /// The signal that ended the command, if a terminal key sends it.
     pub(crate) fn by_key(self) -> Option<Signal> {
         self.signal().filter(|signal| KEYS.contains(signal))
     }
 }
 
 impl Job {
-    /// Starts a command that is killed at `deadline`, unless [`until`](Self::until) moves that.
+    /// Starts a command, which is killed at `deadline` unless [`until`](Self::until) moves that.
     pub(crate) fn start(
         command: &[OsString],
         environment: [(&str, String); 2],
@@ -103,18 +103,19 @@ impl Job {
         }
     }
 
-    /// Has the group killed at this time, whatever becomes of leasectl.
+    /// Has the group killed at `deadline`, whatever happens to leasectl.
     pub(crate) fn until(&mut self, deadline: u64) {
         self.guardian.until(deadline);
     }
 
-    /// When the group is killed, as things stand.
+    /// When the group is killed, unless [`until`](Self::until) moves that.
     pub(crate) fn deadline(&self) -> u64 {
         self.guardian.deadline()
     }
 
-    /// What has happened since the last look, after a SIGCHLD.
-    pub(crate) fn look(&mut self) -> io::Result<Option<Event>> {
+    /// Returns what has happened to the command since the last call. To be called after each
+    /// SIGCHLD.
+    pub(crate) fn poll(&mut self) -> io::Result<Option<Event>> {
         self.reap();
         let options = WaitOptions::NOHANG | WaitOptions::UNTRACED;
         if let Some((_, status)) = waitpid(Some(self.command), options)? {
@@ -131,16 +132,17 @@ impl Job {
 
     /// Signals the whole group.
     pub(crate) fn signal(&self, signal: Signal) {
-        // Fails if nothing is left of it.
+        // Fails if the group is empty.
         let _ = kill_process_group(self.guardian.group(), signal);
     }
 
-    /// The command was stopped. If it asked for the terminal it gets that. Otherwise leasectl stops as well, as a job of the
-    /// shell around it, and passes on SIGCONT when it is continued.
+    /// Reacts to a stop of the command. A command that asked for the terminal gets it. Otherwise
+    /// leasectl stops as well, as a job of the shell around it, and passes on SIGCONT when it is
+    /// continued.
     pub(crate) fn stopped(&mut self, signal: i32) {
         let is = |one: Signal| one.as_raw() == signal;
         if is(Signal::STOP) {
-            // Sent to the whole group, it has stopped the guardian, too.
+            // If it was sent to the whole group, it has stopped the guardian, too.
             self.guardian.go_on();
         }
         let Some(terminal) = &self.terminal else { return };
@@ -152,19 +154,21 @@ impl Job {
         if terminal.stop(asks.unwrap_or(Signal::TSTP)) || is(Signal::STOP) {
             return;
         }
-        // No shell would ever continue the command.
+        // There is no shell that could continue the command.
         if asks.is_none() {
             self.resume();
         } else if !std::mem::replace(&mut self.is_hung_up, true) {
-            // It cannot have the terminal. One that ignores this signal and asks again stays stopped.
+            // The command asked for a terminal that it cannot have. If it ignores SIGHUP and asks
+            // again, it stays stopped.
             self.signal(Signal::HUP);
             self.signal(Signal::CONT);
         }
     }
 
-    /// Goes on after a stop: in the foreground again, if that is where it was and leasectl has been put.
+    /// Continues the command after a stop. It is in the foreground again if it was before, and if
+    /// leasectl is in the foreground.
     pub(crate) fn resume(&self) {
-        // An interactive shell has made a group of its own.
+        // The command may be in a group of its own: an interactive shell makes one.
         let group = group_of(Some(self.command)).unwrap_or(self.guardian.group());
         if let Some(terminal) = self.terminal.as_ref().filter(|_| self.has_terminal) {
             terminal.give(group);
@@ -175,28 +179,30 @@ impl Job {
         }
     }
 
-    /// The command has ended, under its lease. What it has left running in its group is its own affair. Returns whether
-    /// the group had the terminal.
+    /// Leaves the group after the command has ended under its lease. Processes that the command
+    /// left running in the group live on. Returns whether the group had the terminal.
     pub(crate) fn leave(&mut self) -> bool {
         let had_terminal = self.take_terminal();
         self.guardian.dismiss();
         had_terminal
     }
 
-    /// Whether the group was sent INT or QUIT, once it has been left and the guardian has ended.
+    /// Whether the group was sent `signal`, INT or QUIT. `None` until the guardian has ended, after
+    /// [`leave`](Self::leave).
     pub(crate) fn group_heard(&self, signal: Signal) -> Option<bool> {
         self.guardian.heard(signal)
     }
 
-    /// The command has ended, and not under its lease: the rest of the group has until the deadline.
+    /// Gives the rest of the group until the deadline, after the command has ended and its lease
+    /// cannot be relied on.
     pub(crate) fn clear(&mut self) {
         self.take_terminal();
         self.guardian.clear();
     }
 
-    /// Whether nothing is left of the group, once it is being cleared.
+    /// Whether the group is empty, after [`clear`](Self::clear).
     pub(crate) fn is_clear(&self) -> bool {
-        // One that has ended and was not waited for counts as a member of its group.
+        // A process that has ended counts as a member of its group until it is waited for.
         self.reap();
         self.guardian.has_ended()
     }
@@ -214,7 +220,7 @@ impl Job {
 fn cannot_start(program: &OsString, error: &io::Error) -> Failure {
     let program = program.display();
     match error.kind() {
-        // No process could be made, or it had no memory.
+        // The system could not make a process, or lacked the memory for it.
         ErrorKind::WouldBlock | ErrorKind::OutOfMemory => {
             Failure::System(format!("cannot start {program}: {error}"))
         }
@@ -233,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_command_for_which_there_is_no_room_is_not_one_that_cannot_be_run() {
+    fn a_lack_of_processes_or_memory_is_not_the_fault_of_the_command() {
         let failure = |errno: Errno| cannot_start(&"program".into(), &errno.into());
         for errno in [Errno::AGAIN, Errno::NOMEM] {
             assert!(matches!(failure(errno), Failure::System(_)), "{errno}");

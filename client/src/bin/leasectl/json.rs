@@ -1,5 +1,5 @@
-//! Answers as JSON: names in snake_case, times as RFC 3339, durations in milliseconds. Scripts rely on every name here
-//! (docs/leasectl.md).
+//! Answers as JSON: names in snake_case, times as RFC 3339, durations in milliseconds. Scripts rely
+//! on every name of a field and every string in this file (docs/leasectl.md).
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -8,7 +8,7 @@ use humantime::format_rfc3339_millis;
 use leased_client::{ChangeKind, HolderInfo, KeyInfo, KeyState, Mode, WaiterInfo, WatchEvent};
 use serde::Serialize;
 
-/// A lease that was acquired. The only answer with a lease id.
+/// The answer of `acquire`. No other answer has a lease id.
 #[derive(Debug, Serialize)]
 pub(crate) struct Acquired<'a> {
     pub(crate) key: &'a str,
@@ -17,45 +17,49 @@ pub(crate) struct Acquired<'a> {
     pub(crate) ttl_ms: u64,
 }
 
+/// The answer of `touch`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Touched<'a> {
     pub(crate) key: &'a str,
     pub(crate) remaining_ms: u64,
 }
 
+/// The answer of `release`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Released<'a> {
     pub(crate) key: &'a str,
     pub(crate) released: bool,
 }
 
+/// The answer of `revoke`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Revoked<'a> {
     pub(crate) key: &'a str,
     pub(crate) revoked: u32,
 }
 
-/// What went wrong. The value of `error` in an object of its own.
+/// A failure: the value of the field `error` of an object.
 #[derive(Debug, Serialize)]
-pub(crate) struct Fault<'a> {
+pub(crate) struct ErrorObject<'a> {
     pub(crate) reason: &'static str,
     pub(crate) message: &'a str,
     pub(crate) exit_code: u8,
-    /// What stands in the way, as the daemon names it.
+    /// What blocks the key, as the daemon names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) blocked_by: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) holder: Option<Standing<'a>>,
+    pub(crate) holder: Option<HolderObject<'a>>,
 }
 
-/// Who stands in the way.
+/// The holder of the key that was refused.
 #[derive(Debug, Serialize)]
-pub(crate) struct Standing<'a> {
+pub(crate) struct HolderObject<'a> {
     pub(crate) owner: &'a str,
     pub(crate) token: i64,
     pub(crate) remaining_ms: u64,
 }
 
+/// A key: the answer of `get`, an element of `ls`, and part of an event.
 #[derive(Debug, Serialize)]
 pub(crate) struct Key<'a> {
     key: &'a str,
@@ -87,7 +91,7 @@ struct Waiter<'a> {
     since: String,
 }
 
-/// What a watch tells.
+/// An event of `watch`.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum Event<'a> {
@@ -138,7 +142,7 @@ impl<'a> From<&'a WaiterInfo> for Waiter<'a> {
 }
 
 impl<'a> Event<'a> {
-    /// The event as JSON shows it, unless it is one of a later version.
+    /// Converts an event. `None` for an event of a later version.
     pub(crate) fn of(event: &'a WatchEvent) -> Option<Self> {
         Some(match event {
             WatchEvent::Snapshot(key) => Self::Snapshot { key: key.into() },
@@ -150,7 +154,7 @@ impl<'a> Event<'a> {
     }
 }
 
-/// The word for a state.
+/// The name of a state.
 pub(crate) fn state(state: KeyState) -> &'static str {
     match state {
         KeyState::Held => "held",
@@ -159,7 +163,7 @@ pub(crate) fn state(state: KeyState) -> &'static str {
     }
 }
 
-/// The word for a mode.
+/// The name of a mode.
 pub(crate) fn mode(mode: Mode) -> &'static str {
     match mode {
         Mode::Shared => "shared",
@@ -167,12 +171,12 @@ pub(crate) fn mode(mode: Mode) -> &'static str {
     }
 }
 
-/// The limit of one who shares. Without sharing there is none.
+/// The limit of a shared lease. An exclusive one has none.
 fn shared_limit(mode: Mode, limit: u32) -> Option<u32> {
     (mode == Mode::Shared).then_some(limit)
 }
 
-/// The word for a change.
+/// The name of a change.
 pub(crate) fn change(kind: ChangeKind) -> &'static str {
     match kind {
         ChangeKind::Granted => "granted",
@@ -189,7 +193,7 @@ pub(crate) fn milliseconds(duration: Duration) -> u64 {
     duration.as_millis().try_into().unwrap_or(u64::MAX)
 }
 
-/// A time as RFC 3339, in UTC.
+/// Formats a time as RFC 3339, in UTC.
 pub(crate) fn time(time: SystemTime) -> String {
     format_rfc3339_millis(time).to_string()
 }

@@ -1,52 +1,52 @@
-//! leasectl: leases for people and scripts. Contents page, and the exit code.
+//! leasectl: leases for people and scripts. Dispatches the commands, and returns the exit code.
 
-/// What was typed.
+/// The command line: commands, options and their environment variables.
 mod args;
-/// How it ends.
+/// Failures: a sentence and an exit code for each.
 mod failure;
 
 // Commands.
 
-/// The calls that answer at once.
+/// The commands that answer at once.
 mod calls;
-/// The manual and completions.
-mod manual;
-/// A command that runs for as long as a lease is held.
-mod run;
-/// A line per change.
+/// `watch`: prints a line per change.
 mod watch;
+/// `run`: runs a command for as long as a lease is held.
+mod run;
+/// Prints the manual and completions.
+mod manual;
 
-// What they are made of.
+// What the commands share.
 
-/// Room for the files that it opens.
-mod files;
-/// Keys and changes as JSON.
-mod json;
-/// What is shown: for people, and as JSON.
-mod output;
-/// The owner's label when none is given.
+/// Acquires a lease, and shows the wait on a terminal.
+mod wait;
+/// The owner's label by default.
 mod owner;
+/// Writes answers to standard output, for people or as JSON.
+mod output;
 /// Keys and changes for people.
 mod table;
-/// A lease, waited for.
-mod wanted;
+/// Keys and changes as JSON.
+mod json;
+/// Checks that enough files can be opened.
+mod files;
 
 // What `run` is made of.
 
-/// The end of a command that outlives its lease, come what may.
-mod guardian;
-/// The command and its process group.
-mod job;
-/// What the first process of a container adopts.
-mod orphans;
-/// Groups, sessions and parents of processes.
-mod processes;
-/// Signals that are passed on, and death by one.
-mod signals;
-/// Whose the terminal is.
-mod terminal;
 /// When a command must end.
 mod times;
+/// The command and its process group.
+mod job;
+/// The process that kills a command which would outlive its lease.
+mod guardian;
+/// Signals: received, passed on, and died of.
+mod signals;
+/// The controlling terminal, and which process group has it.
+mod terminal;
+/// Groups, sessions and parents of processes.
+mod processes;
+/// Waits for processes that the first process of a container adopts.
+mod orphans;
 
 use std::process::ExitCode;
 
@@ -58,7 +58,8 @@ use failure::Failure;
 use output::Output;
 
 fn main() -> ExitCode {
-    // The other role of this program, which `run` starts. It is to be quick, and has no options.
+    // `run` starts this program again as the guardian. That role takes no options, and must start
+    // quickly.
     if std::env::args_os().next().is_some_and(|role| role == guardian::ROLE) {
         return guardian::main();
     }
@@ -70,7 +71,8 @@ fn main() -> ExitCode {
     if let Err(failure) = files::make_sure_of_room() {
         return failure.report(format);
     }
-    // One thread: the system ends no child of a thread that is still there, and a short command starts sooner.
+    // One thread, which lasts as long as leasectl: the system may signal a child when the thread
+    // that started it ends (`PR_SET_PDEATHSIG` in prctl(2)). A short command also starts sooner.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(error).report(format),
@@ -100,8 +102,8 @@ async fn execute(args: Args) -> Result<u8, Failure> {
 
 async fn perform(client: &Client, command: Command, output: &mut Output) -> Result<u8, Failure> {
     match command {
-        Command::Run { wish, command } => run::run(client, wish, &command).await,
-        Command::Acquire { wish } => calls::acquire(client, wish, output).await,
+        Command::Run { args, command } => run::run(client, args, &command).await,
+        Command::Acquire { args } => calls::acquire(client, args, output).await,
         Command::Touch(lease) => calls::touch(client, lease, output).await,
         Command::Release(lease) => calls::release(client, lease, output).await,
         Command::Get { key } => calls::get(client, &key, output).await,

@@ -1,4 +1,4 @@
-//! Completions and the manual, made from the options themselves.
+//! Prints completions and the manual, which are generated from the options.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
@@ -7,7 +7,7 @@ use crate::args::Args;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// Completions for a shell.
+/// Prints the completions for a shell.
 pub(crate) fn completions(shell: Shell, output: &mut Output) -> Result<u8, Failure> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Args::command(), "leasectl", &mut text);
@@ -15,7 +15,7 @@ pub(crate) fn completions(shell: Shell, output: &mut Output) -> Result<u8, Failu
     Ok(0)
 }
 
-/// The page of leasectl, or of one of its commands.
+/// Prints the manual page of leasectl, or of one of its commands.
 pub(crate) fn page(name: Option<&str>, output: &mut Output) -> Result<u8, Failure> {
     let mut command = Args::command();
     command.build();

@@ -1,4 +1,4 @@
-//! Where answers go: standard output, in the form that was asked for.
+//! Writes answers to standard output, in the format that was asked for.
 
 use std::io::{BufWriter, Stdout, Write, stderr, stdout};
 use std::time::Duration;
@@ -26,7 +26,7 @@ impl Output {
         self.format == Format::Json
     }
 
-    /// Writes one answer, whole: `value` for scripts or `text` for people.
+    /// Writes a whole answer: `value` for scripts or `text` for people.
     pub(crate) fn answer(
         &mut self,
         value: &impl Serialize,
@@ -38,24 +38,25 @@ impl Output {
         }
     }
 
-    /// Writes a line, at once.
+    /// Writes a line, and flushes it.
     pub(crate) fn line(&mut self, line: &str) -> Result<(), Failure> {
         writeln!(self.stdout, "{line}")?;
         Ok(self.stdout.flush()?)
     }
 
-    /// Waits until nobody can read standard output any more: the other end of a pipe or a socket is closed, or the terminal gone.
+    /// Waits until standard output has no reader: the other end of a pipe or a socket is closed, or
+    /// the terminal is gone.
     pub(crate) async fn unread(&self) {
-        const LOOK: Duration = Duration::from_secs(1);
+        const POLL_INTERVAL: Duration = Duration::from_secs(1);
         let gone = PollFlags::ERR | PollFlags::HUP;
         loop {
-            // These two are told without being asked for.
+            // `poll` reports these two flags without being asked for them.
             let mut stdout = [PollFd::new(self.stdout.get_ref(), PollFlags::empty())];
             let polled = poll(&mut stdout, Some(&Timespec::default()));
             if polled.is_ok() && stdout[0].revents().intersects(gone) {
                 return;
             }
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -65,18 +66,19 @@ impl Output {
     }
 }
 
-/// Says on standard error what a person should know. That nobody can read it is no reason to stop.
+/// Writes a sentence for people to standard error. A failure to write is ignored: it is no reason
+/// to stop.
 ///
-/// Sentences quote what was typed and what servers have answered, so nothing in them may steer a terminal.
+/// Sentences quote the command line and the answers of servers, so control characters are escaped.
 pub(crate) fn complain(sentence: &str) {
     let _ = writeln!(stderr(), "leasectl: {}", plain(sentence));
 }
 
-/// A value on one line, which does no harm to a terminal either.
+/// Formats a value as JSON on one line, with control characters escaped.
 pub(crate) fn json(value: &impl Serialize) -> Result<String, Failure> {
     let raw = serde_json::to_string(value).map_err(|error| Failure::Other(error.to_string()))?;
     let mut line = String::with_capacity(raw.len());
-    // What JSON lets pass unescaped stands within strings.
+    // Characters that JSON leaves unescaped occur only within strings, where `\u` is allowed.
     for character in raw.chars() {
         if is_deceptive(character) {
             line += &format!("\\u{:04x}", u32::from(character));

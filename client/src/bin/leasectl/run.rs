@@ -1,8 +1,8 @@
-//! A command that runs for as long as a lease is held.
+//! `run`: runs a command for as long as a lease is held.
 //!
 //! ```text
 //!            granted            the command ends
-//!  waiting ──────────► running ──────────────────► give the lease back, exit as the command did
+//!  waiting ──────────► running ──────────────────► release the lease, exit as the command did
 //!                        │  │ lost: SIGKILL
 //!            in jeopardy │  └──────────────────┐
 //!               SIGTERM  ▼                     ▼
@@ -18,19 +18,19 @@ use rustix::process::Signal;
 use tokio::signal::unix::{Signal as Notices, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
-use crate::args::Wish;
+use crate::args::AcquireArgs;
 use crate::failure::Failure;
 use crate::job::{Event, Exit, Job};
 use crate::output::complain;
 use crate::signals::{ENDING, OTHER, Signals, Target, die_of};
 use crate::times::{Times, after, until};
-use crate::wanted;
+use crate::wait;
 
-/// Timers stand still while the machine is suspended, so none is longer than this.
-const NAP: Duration = Duration::from_secs(1);
-/// How long to try to give back a lease that no daemon has confirmed for long.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// How long a command may take to end that was killed together with its guardian.
+/// The longest timer. Timers stop while the machine is suspended.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// How long to try to release a lease that no daemon has confirmed in time.
+const LAST_RELEASE: Duration = Duration::from_secs(1);
+/// How long after its guardian a command may be seen to end, if both were sent the same signal.
 const TOGETHER: Duration = Duration::from_secs(1);
 
 /// A command under its lease.
@@ -42,43 +42,51 @@ struct Running {
     children: Notices,
 }
 
-/// How it came to an end.
+/// How a command under its lease ended.
 enum End {
     /// The command ended under its lease.
     Done(Exit),
-    /// The lease could not be relied on any more.
+    /// The lease could no longer be relied on.
     Lost(State),
     /// The guardian was killed.
     Unguarded,
 }
 
+/// Whether a signal has already told leasectl and the command to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ToldToEnd {
+    No,
+    Yes,
+}
+
 /// Waits for a lease, runs the command while it is held, and returns the command's exit code.
-pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Result<u8, Failure> {
+pub(crate) async fn run(client: &Client, args: AcquireArgs, command: &[OsString]) -> Result<u8, Failure> {
     if command.first().is_some_and(|program| program.is_empty()) {
         return Err(Failure::Usage("the command is empty; name it after `--`".to_owned()));
     }
-    let times = Times::of(wish.ttl);
+    let times = Times::of(args.ttl);
     let mut signals = Signals::new(ENDING)?;
-    let lease = wanted::lease(client, wish, &mut signals).await?;
+    let lease = wait::for_lease(client, args, &mut signals).await?;
     let mut running = match Running::start(lease, times, signals, command) {
         Ok(running) => running,
         Err(not_started) => {
             let (lease, mut signals, failure) = *not_started;
-            give_back(lease, &mut signals, false).await?;
+            release(lease, &mut signals, ToldToEnd::No).await?;
             return Err(failure);
         }
     };
     let end = match running.supervise().await? {
-        // The lease may have been lost in the very moment: then the command was not under it.
+        // The lease may have been lost just before the command ended. Then the command did not end
+        // under it.
         End::Done(_) if !running.lease.is_held() => End::Lost(running.lease.state().current()),
         end => end,
     };
     match end {
         End::Done(exit) => {
             let had_terminal = running.job.leave();
-            // A shell around leasectl ends its script only if leasectl dies of the signal as well.
+            // A shell around leasectl ends its script only if the same signal ends leasectl.
             let target = match exit.by_key() {
-                // The terminal sent the key to the command's group alone.
+                // The terminal sent the key's signal to the command's group only.
                 Some(signal) if had_terminal && running.group_heard(signal).await => {
                     Some((signal, Target::Group))
                 }
@@ -87,7 +95,8 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
             };
             let is_told =
                 target.is_some() || exit.signal().is_some_and(|signal| running.signals.has_come(signal));
-            give_back(running.lease, &mut running.signals, is_told).await?;
+            let told = if is_told { ToldToEnd::Yes } else { ToldToEnd::No };
+            release(running.lease, &mut running.signals, told).await?;
             if let Some((signal, target)) = target {
                 die_of(signal, target);
             }
@@ -96,8 +105,8 @@ pub(crate) async fn run(client: &Client, wish: Wish, command: &[OsString]) -> Re
         End::Lost(state) => Err(running.lost(state).await),
         End::Unguarded => {
             running.job.leave();
-            give_back(running.lease, &mut running.signals, false).await?;
-            Err(Failure::Other("the command was killed, because its guardian had been".to_owned()))
+            release(running.lease, &mut running.signals, ToldToEnd::No).await?;
+            Err(Failure::Other("the command was killed, because its guardian was killed".to_owned()))
         }
     }
 }
@@ -122,12 +131,12 @@ impl Running {
         }
     }
 
-    /// Until the command ends, by itself or because it must.
+    /// Waits until the command has ended, and ends it if the lease cannot be relied on.
     async fn supervise(&mut self) -> Result<End, Failure> {
         let mut ticks = interval(self.times.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            match self.look()? {
+            match self.poll()? {
                 Some(End::Unguarded) => return self.unguarded().await,
                 Some(end) => return Ok(end),
                 None => {}
@@ -138,7 +147,7 @@ impl Running {
                 signal = self.signals.next() => self.pass_on(signal),
                 state = self.lease.lost() => return self.end(state).await,
                 _ = ticks.tick() => {
-                    // Once in jeopardy, what was told last holds.
+                    // In jeopardy the guardian keeps the deadline that it was told last.
                     if self.lease.is_held() {
                         self.job.until(kill_at(&self.lease, self.times));
                     }
@@ -147,16 +156,16 @@ impl Running {
         }
     }
 
-    /// The lease cannot be relied on: ends the command, and looks on until that has ended. That the lease comes back
-    /// meanwhile changes nothing.
+    /// Ends the command because the lease cannot be relied on, and waits for that. It ends the
+    /// command even if a daemon confirms the lease meanwhile.
     async fn end(&mut self, state: State) -> Result<End, Failure> {
-        // Once the deadline has passed one that is stopped must not go on for a moment.
+        // Not after the deadline: SIGCONT would let a stopped command run for an instant.
         if state == State::Jeopardy && !until(self.job.deadline()).is_zero() {
             self.job.signal(Signal::TERM);
-            // One that is stopped would not notice.
+            // A stopped command would not notice SIGTERM.
             self.job.signal(Signal::CONT);
             loop {
-                if self.look()?.is_some() {
+                if self.poll()?.is_some() {
                     return Ok(End::Lost(state));
                 }
                 let left = until(self.job.deadline());
@@ -168,7 +177,7 @@ impl Running {
                     _ = self.children.recv() => {}
                     _ = self.lease.lost_for_good() => break,
                     signal = self.signals.next() => self.pass_on(signal),
-                    () = sleep(left.min(NAP)) => {}
+                    () = sleep(left.min(LONGEST_SLEEP)) => {}
                 }
             }
         }
@@ -177,12 +186,15 @@ impl Running {
         Ok(End::Lost(self.lease.state().current()))
     }
 
-    /// The guardian is gone. A command that was killed with it, as by a `kill -9 0` of its own, may be seen to end later than the
-    /// guardian, and has ended by itself all the same. Any other is killed.
+    /// Ends the command because its guardian is gone.
+    ///
+    /// One signal may have ended both, as a command's own `kill -9 0` does. The command may then be
+    /// seen to end after the guardian, and counts as having ended on its own. So this waits for
+    /// [`TOGETHER`] before it kills the command.
     async fn unguarded(&mut self) -> Result<End, Failure> {
         let mut too_long = std::pin::pin!(sleep(TOGETHER.min(until(self.job.deadline()))));
         loop {
-            if let Some(end @ (End::Done(_) | End::Lost(_))) = self.look()? {
+            if let Some(end @ (End::Done(_) | End::Lost(_))) = self.poll()? {
                 return Ok(end);
             }
             tokio::select! {
@@ -197,21 +209,21 @@ impl Running {
         Ok(End::Unguarded)
     }
 
-    /// Waits until the command has ended, guarded or not.
+    /// Waits until the command has ended, with or without a guardian.
     async fn ended(&mut self) -> Result<End, Failure> {
         loop {
-            match self.look()? {
+            match self.poll()? {
                 Some(end @ (End::Done(_) | End::Lost(_))) => return Ok(end),
                 Some(End::Unguarded) | None => self.children.recv().await,
             };
         }
     }
 
-    /// What has become of the command.
-    fn look(&mut self) -> Result<Option<End>, Failure> {
-        while let Some(event) = self.job.look()? {
+    /// Handles what has happened to the command, and returns how it ended if it has.
+    fn poll(&mut self) -> Result<Option<End>, Failure> {
+        while let Some(event) = self.job.poll()? {
             match event {
-                // Not by itself but by the guardian, while this process was held up.
+                // After the deadline the guardian has ended it, while this process was held up.
                 Event::Ended(_) if until(self.job.deadline()).is_zero() => {
                     return Ok(Some(End::Lost(State::Jeopardy)));
                 }
@@ -222,7 +234,8 @@ impl Running {
                 Event::Unguarded => return Ok(Some(End::Unguarded)),
                 Event::Stopped(signal) => {
                     self.job.stopped(signal);
-                    // This process has sent it to its own group.
+                    // `stopped` may have sent SIGTSTP to this process's own group, and this process
+                    // has received it.
                     self.signals.forget_stop();
                 }
             }
@@ -232,15 +245,17 @@ impl Running {
 
     fn pass_on(&self, signal: Signal) {
         match signal {
-            // After a stop: of a lease that has run out meanwhile the command hears by other signals.
+            // Only under the lease. If the lease has lapsed during the stop, `end` signals the
+            // command.
             Signal::CONT if self.lease.is_held() => self.job.resume(),
             Signal::CONT => {}
             signal => self.job.signal(signal),
         }
     }
 
-    /// Whether a signal that ended the command was sent to its whole group, as by a key, and so to the guardian, which has
-    /// been dismissed. A command may also have sent it to itself.
+    /// Whether the signal that ended the command was sent to its whole group, as a terminal key
+    /// does. The dismissed guardian, which is in the group, knows. Otherwise the command has sent
+    /// the signal to itself.
     async fn group_heard(&mut self, signal: Signal) -> bool {
         let mut too_long = std::pin::pin!(sleep(TOGETHER));
         loop {
@@ -255,7 +270,7 @@ impl Running {
         }
     }
 
-    /// Sees to it that nothing of the command is left, and says what has happened.
+    /// Clears the command's group, and says what has happened.
     async fn lost(mut self, state: State) -> Failure {
         self.job.clear();
         while !self.job.is_clear() {
@@ -276,10 +291,10 @@ impl Running {
                 "the lease of {key} was lost while the command ran ({loss}), and the command was killed; \
                  see `leasectl get` for who holds it"
             )),
-            // Held, in jeopardy, or something of a later version.
+            // Held, in jeopardy, or a state of a later version.
             _ => {
-                // Nobody waits for the rest of the TTL if a daemon is there again.
-                drop(timeout(FAREWELL, self.lease.release()).await);
+                // If a daemon answers again, waiters need not wait for the end of the TTL.
+                let _ = timeout(LAST_RELEASE, self.lease.release()).await;
                 Failure::Lost(format!(
                     "no daemon confirmed the lease of {key} in time, and the command was ended before another could hold it"
                 ))
@@ -288,28 +303,31 @@ impl Running {
     }
 }
 
-/// When the command must be gone, as things stand: `reserve` before another could hold the key.
+/// When the command must be killed unless the lease is confirmed again: `reserve` before another
+/// could hold the key.
 fn kill_at(lease: &Lease, times: Times) -> u64 {
     after(lease.remaining() + times.margin.saturating_sub(times.reserve))
 }
 
-/// Gives the lease back after the command, or says that it could not be. A second signal ends that, and the lease runs out by
-/// itself. If `is_told` to end, by the signal that ended the command, the next one is the second.
-async fn give_back(lease: Lease, signals: &mut Signals, is_told: bool) -> Result<(), Failure> {
+/// Releases the lease after the command has ended, or says that it could not be released. A second
+/// signal interrupts this, and the lease then lapses. If `told` is [`ToldToEnd::Yes`], the next
+/// signal counts as the second.
+async fn release(lease: Lease, signals: &mut Signals, told: ToldToEnd) -> Result<(), Failure> {
     let (key, ttl) = (crate::table::plain(lease.key()), crate::table::duration(lease.ttl()));
     let released = tokio::select! {
         biased;
         released = lease.release() => released,
-        signal = signals.ending(if is_told { 1 } else { 2 }) => return Err(Failure::Signal(signal)),
+        signal = signals.ending(if told == ToldToEnd::Yes { 1 } else { 2 }) => return Err(Failure::Signal(signal)),
     };
     match released {
         Ok(()) => Ok(()),
         Err(Error::Lost(loss)) => Err(Failure::Lost(format!(
-            "the lease of {key} was lost before it was given back ({loss}); what was done last may have met another holder"
+            "the lease of {key} was lost before it was released ({loss}); the command's last steps may have run at the \
+             same time as another holder's"
         ))),
         Err(error) => {
             complain(&format!(
-                "the lease of {key} could not be given back ({error}); it runs out within {ttl}"
+                "the lease of {key} could not be given back ({error}); it lapses within {ttl}"
             ));
             Ok(())
         }

@@ -1,4 +1,5 @@
-//! Answers for people: aligned, without borders, and without a lease id but of the lease that was just acquired.
+//! Answers for people: aligned columns without borders. No answer but that of `acquire` shows a
+//! lease id.
 
 use std::time::Duration;
 
@@ -8,10 +9,11 @@ use leased_client::{HolderInfo, KeyInfo, Mode, WaiterInfo};
 
 use crate::json::{mode, state, time};
 
-/// Characters in the first column; a longer name stands on a line of its own above the rest of its row.
+/// The most characters in the first column. A longer name is on a line of its own, above the rest
+/// of its row.
 const WIDE: usize = 48;
 
-/// A table of these rows under a header.
+/// Formats a table of `rows` under a header.
 pub(crate) fn rows<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
     table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(header);
@@ -32,7 +34,7 @@ pub(crate) fn rows<const N: usize>(header: [&str; N], rows: impl IntoIterator<It
     lines.join("\n")
 }
 
-/// Keys, a row each.
+/// Formats keys, a row each.
 pub(crate) fn keys(keys: &[KeyInfo]) -> String {
     rows(["KEY", "STATE", "HOLDER", "TOKEN", "LEFT", "WAITING"], keys.iter().map(key_row))
 }
@@ -49,7 +51,7 @@ fn key_row(info: &KeyInfo) -> [String; 6] {
     ]
 }
 
-/// What fits into a column beside others; `get` shows all of it.
+/// Cuts a text to what fits into a column. `get` shows all of it.
 fn short(text: String) -> String {
     if text.chars().count() <= WIDE {
         return text;
@@ -57,7 +59,7 @@ fn short(text: String) -> String {
     text.chars().take(WIDE - 1).chain(['…']).collect()
 }
 
-/// The holders in a word.
+/// Summarizes the holders: the first one, and how many more there are.
 pub(crate) fn holders(holders: &[HolderInfo]) -> String {
     match holders {
         [] => "-".to_owned(),
@@ -66,7 +68,7 @@ pub(crate) fn holders(holders: &[HolderInfo]) -> String {
     }
 }
 
-/// All there is to know of one key.
+/// Formats everything that is known of one key.
 pub(crate) fn key(info: &KeyInfo) -> String {
     let mut text = format!("{}  {}  token {}", plain(&info.key), state(info.state), info.token);
     if let Some(until) = info.blocked_until {
@@ -78,7 +80,7 @@ pub(crate) fn key(info: &KeyInfo) -> String {
     }
     if !info.waiters.is_empty() {
         let waiters = info.waiters.iter().enumerate().map(waiter_row);
-        text += &format!("\n\n{}", rows(["PLACE", "WAITER", "MODE", "SINCE"], waiters));
+        text += &format!("\n\n{}", rows(["POSITION", "WAITER", "MODE", "SINCE"], waiters));
     }
     text
 }
@@ -102,7 +104,7 @@ fn waiter_row((index, waiter): (usize, &WaiterInfo)) -> [String; 4] {
     [(index + 1).to_string(), plain(&waiter.owner), mode, time(waiter.since)]
 }
 
-/// How a key is held, and by how many at most if it is shared.
+/// Formats a mode, with the limit if it is shared and has one.
 fn mode_and_limit(held: Mode, limit: u32) -> String {
     match (held, limit) {
         (Mode::Shared, 1..) => format!("{}, at most {limit}", mode(held)),
@@ -110,7 +112,7 @@ fn mode_and_limit(held: Mode, limit: u32) -> String {
     }
 }
 
-/// A duration as people write it, no finer than they need: milliseconds below ten seconds, else seconds.
+/// Formats a duration for people: in milliseconds below ten seconds, else in seconds.
 pub(crate) fn duration(duration: Duration) -> String {
     let rounded = match duration {
         short if short < Duration::from_secs(10) => Duration::from_millis(short.as_millis() as u64),
@@ -119,7 +121,8 @@ pub(crate) fn duration(duration: Duration) -> String {
     format_duration(rounded).to_string()
 }
 
-/// Labels are anybody's: what could steer a terminal is shown and not sent.
+/// Escapes the characters of a text that could control a terminal. Anyone can choose a label, so
+/// none is printed as it is.
 pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for character in text.chars() {
@@ -132,9 +135,9 @@ pub(crate) fn plain(text: &str) -> String {
     plain
 }
 
-/// Whether a character makes text look like other text: control characters, separators of lines and paragraphs, and the
-/// controls of Unicode's bidirectional algorithm (UAX #9, 2), which reorder what stands beside them. The daemon's log escapes
-/// the same ones.
+/// Whether a character can make text look like other text. These are control characters, separators
+/// of lines and paragraphs, and the controls of Unicode's bidirectional algorithm (UAX #9, 2),
+/// which reorder the text beside them. The daemon's log escapes the same characters.
 pub(crate) fn is_deceptive(character: char) -> bool {
     character.is_control()
         || matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -164,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_cannot_steer_a_terminal() {
+    fn labels_cannot_control_a_terminal() {
         assert_eq!(plain("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
         let deceptive = "\u{9b}\u{61c}\u{200e}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}";
         assert_eq!(plain(deceptive), deceptive.escape_default().to_string());

@@ -1,15 +1,17 @@
-//! When a command must end. Arithmetic, and the clock that the guardian shares.
+//! When a command must end: arithmetic, and the clock that leasectl and the guardian share.
 
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// The most that a command is given between SIGTERM and SIGKILL.
+/// The longest margin, unless 1 % of the TTL is more than [`USUAL_RESERVE`].
 const LONGEST_GRACE: Duration = Duration::from_secs(10);
-/// The most that is kept in hand for SIGKILL to take effect, of leases whose clocks cannot drift further apart meanwhile.
+/// The longest time that is reserved for SIGKILL to take effect, unless clocks may drift further
+/// apart during the TTL.
 const USUAL_RESERVE: Duration = Duration::from_secs(1);
 
-/// The times of a command that runs under a lease of some TTL. After the last touch that was confirmed had been sent:
+/// When a command is ended, by the TTL of its lease. Counted from when the last confirmed touch was
+/// sent:
 ///
 /// ```text
 /// 0                                    TTL - margin        TTL - reserve    TTL
@@ -18,17 +20,20 @@ const USUAL_RESERVE: Duration = Duration::from_secs(1);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Times {
-    /// How long before its end the lease counts as being in jeopardy.
+    /// How long before the end of the TTL the lease counts as being in jeopardy, and the command
+    /// gets SIGTERM.
     pub(crate) margin: Duration,
-    /// How long before its end the command is killed.
+    /// How long before the end of the TTL the command gets SIGKILL.
     pub(crate) reserve: Duration,
-    /// How often the guardian is told how things stand.
+    /// How often the guardian is told the deadline.
     pub(crate) tick: Duration,
 }
 
 impl Times {
-    /// A quarter of the TTL in all, of which a tenth of the TTL for SIGKILL; of long ones no more than ends any command.
-    /// A hundredth stays for clocks that do not run at the same rate, as in every lease.
+    /// Returns the times for a TTL. The command gets SIGTERM a quarter of the TTL before its end,
+    /// and SIGKILL a tenth of the TTL before its end. A long TTL has upper bounds for both, which
+    /// give any command enough time to end. The reserve is at least 1 % of the TTL, for clocks that
+    /// do not run at the same rate.
     pub(crate) fn of(ttl: Duration) -> Self {
         let reserve = (ttl / 10).min(USUAL_RESERVE);
         let grace = (ttl / 4).min(LONGEST_GRACE).saturating_sub(reserve);
@@ -38,7 +43,8 @@ impl Times {
     }
 }
 
-/// Nanoseconds since the machine was started, suspended or not where the platform can tell; the same in every process.
+/// Nanoseconds since the machine was started, with the time that it was suspended where the
+/// platform can tell. The value is the same in every process.
 pub(crate) fn now() -> u64 {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     let clock = ClockId::Boottime;
@@ -53,7 +59,7 @@ pub(crate) fn after(duration: Duration) -> u64 {
     now().saturating_add(duration.as_nanos().try_into().unwrap_or(u64::MAX))
 }
 
-/// How long until then; nothing if it is past.
+/// The time from [`now`] until `time`; zero if that is past.
 pub(crate) fn until(time: u64) -> Duration {
     Duration::from_nanos(time.saturating_sub(now()))
 }

@@ -1,4 +1,4 @@
-//! A line per change.
+//! `watch`: prints a line per change.
 
 use std::time::SystemTime;
 
@@ -10,9 +10,9 @@ use crate::json::{Event, change, state, time};
 use crate::output::{Output, complain, json};
 use crate::table;
 
-/// Prints what happens, until a signal ends the process or nobody reads on.
+/// Prints keys and changes, until a signal ends the process or nobody reads its output.
 pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) -> Result<u8, Failure> {
-    // A watch waits for daemons for as long as it takes. Whoever starts one wants to know that there is none.
+    // Reports an outage at the start. The watch itself goes on through outages, and would not fail.
     let mut first = client.list(prefix.clone()).page_size(1).stream();
     first.try_next().await?;
     let mut events = client.watch(prefix).stream();
@@ -20,7 +20,7 @@ pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) 
         let event = tokio::select! {
             biased;
             event = events.try_next() => event?,
-            // Noticed without a change to print as well.
+            // Also notices a closed output while there is nothing to print.
             () = output.unread() => return Err(Failure::NobodyReads),
         };
         let Some(event) = event else { return Ok(0) };
@@ -34,18 +34,18 @@ pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) 
     }
 }
 
-/// The line for people, if the event needs one.
+/// Formats the line for people. `None` if the event has no line.
 fn text(event: &WatchEvent) -> Option<String> {
     match event {
         WatchEvent::Snapshot(key) => Some(line(state(key.state), key)),
         WatchEvent::Change { kind, key } => Some(line(change(*kind), key)),
         WatchEvent::Interrupted { cause } => {
             complain(&format!(
-                "the watch was interrupted ({cause}); it begins anew as soon as a daemon answers"
+                "the watch was interrupted ({cause}); it starts again as soon as a daemon answers"
             ));
             None
         }
-        // The end of a snapshot, or something of a later version.
+        // The end of a snapshot, or an event of a later version.
         _ => None,
     }
 }

@@ -1,7 +1,7 @@
-//! Holds the stores to the specification: the same random edits at the same instants through [`step`](crate::lease::step)
-//! and through the store, records equal field by field after every batch.
+//! Compares the stores with the specification. Both apply the same random edits at the same
+//! instants, and after every batch the records must be equal field by field.
 //!
-//! `LEASED_DIFFERENTIAL_CASES` sets the number of sequences.
+//! The variable `LEASED_DIFFERENTIAL_CASES` sets the number of sequences.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,20 +13,20 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use rstest::rstest;
 
-use super::homes::{Applier, Home, TestStore};
-use super::wrongs::Wrong;
+use super::backends::{Applier, Backend, TestStore};
+use super::mutants::Mutant;
 use crate::lease::{
     Acquisition, Edit, Key, LASTING_DEPARTURES, LeaseId, MAX_WAITERS, Mode, Record, Rules,
     SETTLED_DEPARTURES, Timestamp, Ttl,
 };
 
-const RULES: Rules = Rules { grace: Duration::from_millis(300), place: Duration::from_millis(900) };
+const RULES: Rules = Rules { grace: Duration::from_millis(300), waiter_ttl: Duration::from_millis(900) };
 const START: i64 = 1_700_000_000_000;
 const KEYS: usize = 4;
 const IDS: u8 = 48;
-/// Sequences of the default run.
+/// The number of sequences unless the variable sets another one.
 const CASES: u32 = 2000;
-/// Sequences under way at once; MongoDB has time to spare for more than one.
+/// How many sequences run at once. A single one would not keep MongoDB busy.
 const THREADS: u32 = 4;
 
 #[derive(Clone)]
@@ -35,17 +35,17 @@ enum Op {
     Release(u8),
     GiveUp(u8),
     KeepOut(u8),
-    /// So many ids from one on.
+    /// The first id, and how many follow each other.
     ReleaseMany(u8, u8),
-    /// By position among the holders; past their number: an id that nobody has.
+    /// The position among the holders. Past the last one: an id that nobody has.
     Revoke(usize),
     RevokeAll,
-    /// The block that there is, or another.
+    /// Whether the edit names the block of the key, or another one.
     Unblock(bool),
     Cancel(u8),
     Refresh(u8),
     Enqueue(Arrival),
-    /// So many who share and wait, with ids from one on.
+    /// Shared acquisitions that wait: the first id, and how many.
     EnqueueMany(u8, u8),
 }
 
@@ -59,24 +59,27 @@ struct Arrival {
     owner: String,
 }
 
-/// A batch: for some keys what happens, and how far the clock went since the last one.
+/// A batch and its time.
 #[derive(Debug, Clone)]
-struct Moment {
+struct TimedBatch {
+    /// The milliseconds since the batch before. The clock may step back.
     passed: i64,
+    /// By key.
     edits: BTreeMap<usize, Vec<Op>>,
-    /// Instead of what would happen to this key, an earlier edit comes again, or comes late.
-    again: Option<Again>,
+    /// Replaces the edit of one key by an earlier one, as when a command is repeated or arrives
+    /// late.
+    replay: Option<Replay>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Again {
+struct Replay {
     key: usize,
     which: usize,
     repeated: bool,
 }
 
 #[derive(Clone)]
-struct Sequence(Vec<Moment>);
+struct Sequence(Vec<TimedBatch>);
 
 impl fmt::Debug for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -110,12 +113,12 @@ impl fmt::Debug for Arrival {
     }
 }
 
-/// A line for each key of each moment, as people can follow it.
+/// Writes a line for each key of each batch.
 impl fmt::Display for Sequence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Moment { passed, edits, again } in &self.0 {
+        for TimedBatch { passed, edits, replay } in &self.0 {
             writeln!(f, "{passed:+} ms")?;
-            if let Some(Again { key, which, repeated }) = again {
+            if let Some(Replay { key, which, repeated }) = replay {
                 writeln!(
                     f,
                     "    key {key}: edit {which} again{}",
@@ -151,7 +154,8 @@ fn arrivals() -> impl Strategy<Value = Arrival> {
     )
 }
 
-/// Mostly one of a few, so that commands meet; and enough others for a record to forget some.
+/// Most ids are one of six, so that edits often concern the same id. The others are enough for a
+/// record to forget some.
 fn ids() -> impl Strategy<Value = u8> {
     prop_oneof![5 => 0_u8..6, 1 => 0..IDS]
 }
@@ -172,12 +176,15 @@ fn sequences() -> impl Strategy<Value = Sequence> {
         1 => (0..IDS, 1_u8..24).prop_map(|(first, count)| Op::EnqueueMany(first, count)),
     ];
     let edits = prop::collection::btree_map(0..KEYS, prop::collection::vec(op, 0..5), 1..=KEYS);
-    let again = (0..KEYS, 0_usize..14, any::<bool>());
-    let again =
-        prop::option::weighted(0.3, again.prop_map(|(key, which, repeated)| Again { key, which, repeated }));
+    let replay = (0..KEYS, 0_usize..14, any::<bool>());
+    let replay = prop::option::weighted(
+        0.3,
+        replay.prop_map(|(key, which, repeated)| Replay { key, which, repeated }),
+    );
     let passes = prop_oneof![15 => -400_i64..1200, 1 => 58_000_i64..62_000];
-    let moment = (passes, edits, again).prop_map(|(passed, edits, again)| Moment { passed, edits, again });
-    prop::collection::vec(moment, 1..14).prop_map(Sequence)
+    let batch =
+        (passes, edits, replay).prop_map(|(passed, edits, replay)| TimedBatch { passed, edits, replay });
+    prop::collection::vec(batch, 1..14).prop_map(Sequence)
 }
 
 fn id(number: u8) -> LeaseId {
@@ -198,7 +205,7 @@ fn acquisition(arrival: &Arrival) -> Arc<Acquisition> {
     })
 }
 
-/// One that shares with any number and waits.
+/// A shared acquisition that waits, with the highest limit.
 fn sharing(number: u8) -> Arc<Acquisition> {
     let arrival = Arrival {
         id: number,
@@ -240,7 +247,7 @@ fn edit(ops: &[Op], record: Option<&Record>) -> Edit {
     })
 }
 
-/// The specification and a store beside it.
+/// The specification and a store, with the same keys and the same time.
 struct Pair {
     specified: Applier,
     store: Applier,
@@ -251,10 +258,11 @@ struct Pair {
 
 impl Pair {
     fn new(store: &TestStore) -> Self {
+        // The tests share a collection, so each pair has keys of its own.
         let run = LeaseId::random().reveal();
         let key = |n| Key::try_from(format!("{run}/$key.{n}").as_str()).expect("a key");
         Self {
-            specified: Home::Step.applier(RULES),
+            specified: Backend::Step.applier(RULES),
             store: Applier::Store(store.clone()),
             keys: (0..KEYS).map(key).collect(),
             records: BTreeMap::new(),
@@ -262,7 +270,7 @@ impl Pair {
         }
     }
 
-    /// Applies the batch on both sides and compares.
+    /// Applies the batch to both and compares the records.
     fn apply(&mut self, passed: i64, edits: BTreeMap<usize, Edit>) -> Result<(), TestCaseError> {
         self.now += passed;
         let batch: Vec<_> = edits.iter().map(|(&n, edit)| (self.keys[n].clone(), edit.clone())).collect();
@@ -272,7 +280,7 @@ impl Pair {
             TestCaseError::fail(format!("{which}{unanswered:?}"))
         })?;
         for (((n, _), specified), found) in edits.into_iter().zip(specified).zip(found) {
-            prop_assert_eq!(&found, &specified, "found, and specified");
+            prop_assert_eq!(&found, &specified, "the store's record, and the specification's");
             self.records.insert(n, specified);
         }
         Ok(())
@@ -280,14 +288,14 @@ impl Pair {
 
     fn play(&mut self, sequence: &Sequence) -> Result<(), TestCaseError> {
         let mut sent: BTreeMap<usize, Vec<Edit>> = BTreeMap::new();
-        for Moment { passed, edits, again } in &sequence.0 {
+        for TimedBatch { passed, edits, replay } in &sequence.0 {
             let edit = |(&n, ops): (&usize, &Vec<Op>)| (n, edit(ops, self.records.get(&n)));
             let mut edits: BTreeMap<usize, Edit> = edits.iter().map(edit).collect();
-            if let Some(Again { key, which, repeated }) = *again
+            if let Some(Replay { key, which, repeated }) = *replay
                 && let Some(sent) = sent.get(&key)
             {
-                let again = sent[which % sent.len()].clone();
-                edits.insert(key, if repeated { again.repeated() } else { again });
+                let replay = sent[which % sent.len()].clone();
+                edits.insert(key, if repeated { replay.repeated() } else { replay });
             }
             for (n, edit) in &edits {
                 sent.entry(*n).or_default().push(edit.clone());
@@ -298,11 +306,11 @@ impl Pair {
     }
 }
 
-/// Begins the reason of a case that came to no end, which is no difference.
+/// Begins the message of a case in which the store did not answer. That is no difference.
 const NO_ANSWER: &str = "the store does not answer: ";
 
-/// Plays random sequences until there is a difference, and tells the shortest that has one, as far as the search for
-/// that goes.
+/// Plays random sequences until there is a difference, and returns the shortest sequence with one
+/// that the search finds.
 fn difference(store: &TestStore, cases: u32, max_shrink_iters: u32) -> Option<String> {
     let config = Config { cases, failure_persistence: None, max_shrink_iters, ..Config::default() };
     match TestRunner::new(config).run(&sequences(), |sequence| Pair::new(store).play(&sequence)) {
@@ -315,30 +323,32 @@ fn difference(store: &TestStore, cases: u32, max_shrink_iters: u32) -> Option<St
     }
 }
 
-/// Whether random edits show that the pipeline is wrong.
-pub(super) fn finds_a_difference(wrong: Wrong) -> bool {
-    let Applier::Store(store) = Home::WrongPipeline(wrong).applier(RULES) else { return false };
+/// Whether random edits catch a mutant of the pipeline.
+pub(super) fn catches(mutant: Mutant) -> bool {
+    let Applier::Store(store) = Backend::MutantPipeline(mutant).applier(RULES) else { return false };
     difference(&store, CASES, 0).is_some()
 }
 
 #[rstest]
-fn a_store_says_what_step_says(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+fn a_store_does_what_step_does(#[values(Backend::Embedded, Backend::MongoDb)] backend: Backend) {
     let cases = std::env::var("LEASED_DIFFERENTIAL_CASES").ok().and_then(|cases| cases.parse().ok());
     let cases: u32 = cases.unwrap_or(CASES);
-    let Applier::Store(store) = home.applier(RULES) else { panic!("a store") };
+    let Applier::Store(store) = backend.applier(RULES) else { panic!("a store") };
     let found: Vec<String> = thread::scope(|scope| {
         let searches: Vec<_> = (0..THREADS)
-            .map(|_| scope.spawn(|| difference(&home.beside(&store), cases.div_ceil(THREADS), 2000)))
+            .map(|_| scope.spawn(|| difference(&backend.another(&store), cases.div_ceil(THREADS), 2000)))
             .collect();
         searches.into_iter().filter_map(|search| search.join().expect("a search that ends")).collect()
     });
     assert!(found.is_empty(), "{}", found.join("\n\n"));
 }
 
-/// Lines and memories too long for random edits to reach.
+/// Queues and memories longer than random edits make them.
 #[rstest]
-fn long_lines_and_many_departures_are_the_same(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let Applier::Store(store) = home.applier(RULES) else { panic!("a store") };
+fn long_queues_and_many_departures_are_the_same(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
+    let Applier::Store(store) = backend.applier(RULES) else { panic!("a store") };
     let mut pair = Pair::new(&store);
     let mut apply = |edit: Edit, passed: i64| {
         pair.apply(passed, BTreeMap::from([(0, edit)])).expect("no difference");
@@ -357,12 +367,12 @@ fn long_lines_and_many_departures_are_the_same(#[values(Home::Embedded, Home::Mo
     let unknown = (0..10).fold(Edit::default(), |edit, n| edit.release(number(30_000 + n)));
     assert!(apply(unknown, 1).departures.iter().all(|departure| departure.id != number(30_000)), "no room");
     assert_eq!(apply(crowd(100, MAX_WAITERS, false), 1).waiters.len(), MAX_WAITERS);
-    assert_eq!(apply(crowd(5000, 10, false), 1).waiters.len(), MAX_WAITERS, "a full line takes nobody");
-    assert_eq!(apply(crowd(6000, 10, false), 1000).waiters.len(), 0, "but loses lapsed places");
+    assert_eq!(apply(crowd(5000, 10, false), 1).waiters.len(), MAX_WAITERS, "a full queue accepts nobody");
+    assert_eq!(apply(crowd(6000, 10, false), 1000).waiters.len(), 0, "it drops lapsed waiters");
     assert_eq!(apply(crowd(7000, 10, false), 1).waiters.len(), 10);
 }
 
-/// So many who wait, with ids from `first` on.
+/// Enqueues `count` acquisitions that wait, with ids from `first` on.
 fn crowd(first: usize, count: usize, shared: bool) -> Edit {
     let arrival =
         Arrival { id: 0, shared_limit: None, ttl: 2000, min_hold: 0, wait: true, owner: "o".repeat(200) };
@@ -376,7 +386,7 @@ fn crowd(first: usize, count: usize, shared: bool) -> Edit {
     })
 }
 
-/// One of more ids than random edits have.
+/// An id beyond those of the random edits.
 fn number(number: usize) -> LeaseId {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&number.to_be_bytes());

@@ -1,22 +1,22 @@
-//! One suite for all who apply the rules: the specification itself and both stores.
+//! One suite of tests for everything that applies the rules: the specification and both stores.
 
-/// Where edits are applied, and a desk to apply them at.
-mod homes;
+/// What applies edits: the specification, a store, or a mutant of either.
+mod backends;
 
-/// The rules, one by one, as sentences.
+/// The rules, each as a test.
 mod rules;
 
-/// Random edits at random times: the stores do what the specification does.
+/// Random edits at random times: the stores must do what the specification does.
 mod differential;
 
 /// Commits, reads and listings.
 pub(super) mod reading;
 
-/// One record that cannot be read or written, among others.
+/// Damaged records must not affect other keys.
 mod unreadable;
 
-/// Forgetting what nobody needs.
+/// Purges.
 mod purging;
 
-/// Deliberate wrongs, each of which a sentence notices.
-pub(in crate::store) mod wrongs;
+/// Mutants of the rules. The tests must catch each of them.
+pub(in crate::store) mod mutants;

@@ -1,18 +1,18 @@
-//! Forgetting what nobody needs, and nothing else.
+//! Tests of the purge: it removes keys that have been free for long, and no others.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::{Home, TestStore, wait_for};
+use super::backends::{Backend, TestStore, wait_for};
 use super::reading::{NOW, all, all_of, ask, asking, commit, empty, free, key, list, names};
 use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp, Ttl};
 use crate::store::Store;
 
 const FREE_FOR: Duration = Duration::from_secs(60);
 
-/// The clock this long after [`NOW`].
+/// The instant this long after [`NOW`].
 fn later(seconds: i64) -> Timestamp {
     Timestamp(NOW.0 + seconds * 1000)
 }
@@ -21,27 +21,29 @@ fn purge(store: &TestStore) -> u64 {
     wait_for(store.purge(FREE_FOR)).expect("a purge")
 }
 
-fn known(store: &TestStore, name: &str) -> bool {
+fn exists(store: &TestStore, name: &str) -> bool {
     !wait_for(store.read(vec![key(name)])).expect("a read").is_empty()
 }
 
 #[rstest]
-fn a_key_is_forgotten_when_it_has_been_free_for_so_long(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let mut store = empty(home);
+fn a_key_is_purged_when_it_has_been_free_for_long_enough(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
+    let mut store = empty(backend);
     free(&store, "free", asking(LeaseId::random()));
     store.set_clock(later(60));
-    assert_eq!(purge(&store), 0, "not a moment before");
+    assert_eq!(purge(&store), 0, "not before");
     store.set_clock(Timestamp(later(60).0 + 1));
     assert_eq!(purge(&store), 1);
-    assert!(!known(&store, "free"));
+    assert!(!exists(&store, "free"));
     assert_eq!(purge(&store), 0);
 }
 
 #[rstest]
-fn who_holds_waits_or_keeps_a_key_blocked_is_not_forgotten(
-    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+fn a_key_that_is_held_or_blocked_is_not_purged(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut store = empty(home);
+    let mut store = empty(backend);
     let long = Ttl::new(Duration::from_secs(86_400)).expect("a day");
     commit(&store, vec![(key("held"), ask(Acquisition { ttl: long, ..asking(LeaseId::random()) }))]);
     let hold = Acquisition { min_hold: Duration::from_secs(86_400), ..asking(LeaseId::random()) };
@@ -49,50 +51,49 @@ fn who_holds_waits_or_keeps_a_key_blocked_is_not_forgotten(
     store.set_clock(later(3600));
     assert_eq!(purge(&store), 0);
     for name in ["held", "blocked"] {
-        assert!(known(&store, name), "{name}");
+        assert!(exists(&store, name), "{name}");
     }
 }
 
-/// Of a lease of a second, with a grace of a tenth of one.
-fn a_lapsed_lease_is_forgotten_when_others_could_have_taken_it_for_so_long(mut store: TestStore) {
+/// The TTL is 1 s and the grace 100 ms. Others can take the lease over after both, and the key
+/// counts as free from then on.
+fn purge_a_lapsed_lease(mut store: TestStore) {
     store.set_clock(NOW);
     commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
     store.set_clock(Timestamp(later(61).0 + 100));
-    assert_eq!(purge(&store), 0, "not a moment before");
+    assert_eq!(purge(&store), 0, "not before");
     store.set_clock(Timestamp(later(61).0 + 101));
     assert_eq!(purge(&store), 1);
-    assert!(!known(&store, "lapsed"));
+    assert!(!exists(&store, "lapsed"));
 }
 
 #[rstest]
-fn a_lapsed_lease_is_forgotten(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    a_lapsed_lease_is_forgotten_when_others_could_have_taken_it_for_so_long(empty(home));
+fn a_lapsed_lease_is_purged_after_its_grace(#[values(Backend::Embedded, Backend::MongoDb)] backend: Backend) {
+    purge_a_lapsed_lease(empty(backend));
 }
 
 #[rstest]
-fn it_is_noticed_when_the_grace_of_a_lapsed_lease_is_ignored(
-    #[values(Home::Embedded, Home::MongoDb)] home: Home,
-) {
-    let store = home.store(Rules { grace: Duration::ZERO, place: Duration::from_secs(15) });
-    let sentence = || a_lapsed_lease_is_forgotten_when_others_could_have_taken_it_for_so_long(store);
-    assert!(catch_unwind(AssertUnwindSafe(sentence)).is_err());
+fn a_purge_that_ignores_the_grace_is_caught(#[values(Backend::Embedded, Backend::MongoDb)] backend: Backend) {
+    let store = backend.store(Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) });
+    let test = || purge_a_lapsed_lease(store);
+    assert!(catch_unwind(AssertUnwindSafe(test)).is_err());
 }
 
 #[rstest]
-fn a_lapsed_place_in_line_is_forgotten_with_its_key(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let mut store = empty(home);
+fn a_lapsed_waiter_is_purged_with_its_key(#[values(Backend::Embedded, Backend::MongoDb)] backend: Backend) {
+    let mut store = empty(backend);
     free(&store, "job", Acquisition { min_hold: Duration::from_secs(1), ..asking(LeaseId::random()) });
     commit(&store, vec![(key("job"), ask(Acquisition { wait: true, ..asking(LeaseId::random()) }))]);
     store.set_clock(later(15 + 60));
-    assert_eq!(purge(&store), 0, "not a moment before");
+    assert_eq!(purge(&store), 0, "not before");
     store.set_clock(Timestamp(later(15 + 60).0 + 1));
     assert_eq!(purge(&store), 1);
-    assert!(!known(&store, "job"));
+    assert!(!exists(&store, "job"));
 }
 
 #[rstest]
-fn a_key_that_was_forgotten_is_in_no_listing(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let mut store = empty(home);
+fn a_purged_key_is_in_no_listing(#[values(Backend::Embedded, Backend::MongoDb)] backend: Backend) {
+    let mut store = empty(backend);
     commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);
     store.set_clock(later(3600));
     assert_eq!(names(&list(&store, all())), ["lapsed"]);
@@ -103,27 +104,27 @@ fn a_key_that_was_forgotten_is_in_no_listing(#[values(Home::Embedded, Home::Mong
 }
 
 #[rstest]
-fn a_key_whose_token_ran_ahead_of_the_clock_waits_for_the_clock(
-    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+fn a_key_whose_token_is_ahead_of_the_clock_is_not_purged_before_the_clock_reaches_it(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut store = empty(home);
+    let mut store = empty(backend);
     free(&store, "job", asking(LeaseId::random()));
-    // The clock is set back by ten minutes, and the token goes on from where it was.
+    // The clock is set back by ten minutes. The next token is still higher than the latest one.
     store.set_clock(later(-600));
     free(&store, "job", asking(LeaseId::random()));
     store.set_clock(later(-600 + 61));
-    assert_eq!(purge(&store), 0, "it would be granted the same token again");
+    assert_eq!(purge(&store), 0, "a new record would be granted the same token again");
     store.set_clock(later(62));
     assert_eq!(purge(&store), 1);
     let granted = commit(&store, vec![(key("job"), ask(asking(LeaseId::random())))]);
-    assert!(granted[0].record.token.0 > NOW.0 + 1, "tokens rise over the purge");
+    assert!(granted[0].record.token.0 > NOW.0 + 1, "tokens rise across the purge");
 }
 
 #[rstest]
-fn thousands_of_keys_are_forgotten_and_those_between_them_stay(
-    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+fn thousands_of_keys_are_purged_and_those_between_them_stay(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut store = empty(home);
+    let mut store = empty(backend);
     let ids: Vec<LeaseId> = (0..2500).map(|_| LeaseId::random()).collect();
     let name = |number: usize| key(&format!("{number:04}"));
     let each = |edit: &dyn Fn(LeaseId) -> Edit| {

@@ -1,4 +1,4 @@
-//! Commits of many keys, reads, and listings.
+//! Tests of commits of many keys, reads and listings. Other tests use the helpers of this file.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::{Home, TestStore, wait_for};
+use super::backends::{Backend, TestStore, wait_for};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, State, Timestamp, Ttl};
 use crate::store::{ForKey, ListQuery, Page, Store, StoreError};
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
 pub(super) const NOW: Timestamp = Timestamp(1_700_000_000_000);
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -37,8 +37,8 @@ pub(in crate::store) fn ask(acquisition: Acquisition) -> Edit {
 }
 
 /// An empty store at [`NOW`].
-pub(super) fn empty(home: Home) -> TestStore {
-    let mut store = home.store(RULES);
+pub(super) fn empty(backend: Backend) -> TestStore {
+    let mut store = backend.store(RULES);
     store.set_clock(NOW);
     store
 }
@@ -47,19 +47,19 @@ pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot
     all_of(wait_for(store.commit(Arc::new(batch), PATIENCE)).map(|done| done.records))
 }
 
-/// The records of an answer in which none is missing.
+/// Returns the records of an answer in which no key failed.
 pub(in crate::store) fn all_of(answer: Result<Vec<ForKey>, StoreError>) -> Vec<Snapshot> {
     answer.and_then(|answers| answers.into_iter().collect()).expect("an answer for every key")
 }
 
-/// Leases of these names, all held.
-fn holding(home: Home, names: &[&str]) -> TestStore {
-    let store = empty(home);
+/// Creates a store in which keys of these names are held.
+fn holding(backend: Backend, names: &[&str]) -> TestStore {
+    let store = empty(backend);
     commit(&store, names.iter().map(|name| (key(name), ask(asking(LeaseId::random())))).collect());
     store
 }
 
-/// A key that was held and released.
+/// Acquires and releases a key.
 pub(super) fn free(store: &TestStore, name: &str, acquisition: Acquisition) {
     let id = acquisition.id;
     commit(store, vec![(key(name), ask(acquisition))]);
@@ -79,8 +79,11 @@ pub(super) fn names(page: &Page) -> Vec<&str> {
 }
 
 #[rstest]
-fn a_batch_is_answered_in_its_order_at_one_instant(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let store = empty(home);
+fn a_batch_is_answered_in_its_order_at_one_instant(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
+    let store = empty(backend);
+    // Not in the order of the keys.
     let names: Vec<String> = (0..1000).map(|number| format!("{}", (number * 7919) % 1000)).collect();
     let batch = || names.iter().map(|name| (key(name), ask(asking(LeaseId::random())))).collect();
     let granted = commit(&store, batch());
@@ -93,11 +96,11 @@ fn a_batch_is_answered_in_its_order_at_one_instant(#[values(Home::Embedded, Home
 }
 
 #[rstest]
-fn an_arrival_and_a_release_make_a_record_and_a_touch_or_a_nudge_makes_none(
-    #[values(Home::Embedded, Home::MongoDb)] home: Home,
-    #[values(false, true)] together: bool,
+fn an_acquire_or_a_release_makes_a_record_and_a_touch_or_a_nudge_makes_none(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+    #[values(false, true)] batched: bool,
 ) {
-    let store = empty(home);
+    let store = empty(backend);
     let stranger = LeaseId::random();
     let edits = [
         ("nudge", Edit::default()),
@@ -108,7 +111,7 @@ fn an_arrival_and_a_release_make_a_record_and_a_touch_or_a_nudge_makes_none(
     ];
     let batch: Vec<_> = edits.into_iter().map(|(name, edit)| (key(name), edit)).collect();
     let keys = batch.iter().map(|(key, _)| key.clone()).collect();
-    let answers = if together {
+    let answers = if batched {
         commit(&store, batch)
     } else {
         batch.into_iter().flat_map(|one| commit(&store, vec![one])).collect()
@@ -124,8 +127,8 @@ fn an_arrival_and_a_release_make_a_record_and_a_touch_or_a_nudge_makes_none(
 }
 
 #[rstest]
-fn a_read_finds_what_there_is(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let store = holding(home, &["a", "b"]);
+fn a_read_returns_the_records_that_exist(#[values(Backend::Embedded, Backend::MongoDb)] backend: Backend) {
+    let store = holding(backend, &["a", "b"]);
     let mut found = all_of(wait_for(store.read(vec![key("b"), key("none"), key("a")])));
     found.sort_by(|one, other| one.record.key.cmp(&other.record.key));
     assert_eq!(found.iter().map(|one| one.record.key.as_str()).collect::<Vec<_>>(), ["a", "b"]);
@@ -135,18 +138,22 @@ fn a_read_finds_what_there_is(#[values(Home::Embedded, Home::MongoDb)] home: Hom
 }
 
 #[rstest]
-fn a_listing_goes_by_the_bytes_of_the_keys(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+fn a_listing_is_sorted_by_the_bytes_of_the_keys(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
     let names_in_order =
         ["A", "a", "a b", "a/1", "a/10", "a/2", "b", "z", "é", "\u{d7ff}", "\u{e000}", "鍵", "🔑"];
     let mut sorted = names_in_order.to_vec();
     sorted.sort_unstable();
-    let store = holding(home, &names_in_order);
+    let store = holding(backend, &names_in_order);
     assert_eq!(names(&list(&store, all())), sorted);
 }
 
 #[rstest]
-fn a_prefix_is_the_beginning_of_a_key_and_nothing_else(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let store = holding(home, &["a", "a/", "a/1", "a/é", "a/\u{10ffff}", "a0", "b", "%", "a.*", "$a"]);
+fn a_prefix_matches_the_beginning_of_a_key_and_is_no_pattern(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
+    let store = holding(backend, &["a", "a/", "a/1", "a/é", "a/\u{10ffff}", "a0", "b", "%", "a.*", "$a"]);
     for (prefix, expected) in [
         ("a/", &["a/", "a/1", "a/é", "a/\u{10ffff}"][..]),
         ("a/\u{10ffff}", &["a/\u{10ffff}"]),
@@ -160,9 +167,11 @@ fn a_prefix_is_the_beginning_of_a_key_and_nothing_else(#[values(Home::Embedded, 
 }
 
 #[rstest]
-fn pages_follow_each_other_without_gap_or_overlap(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
+fn pages_follow_each_other_without_gap_or_overlap(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
     let expected: Vec<String> = (0..25).map(|number| format!("k/{number:02}")).collect();
-    let store = holding(home, &expected.iter().map(String::as_str).chain(["j", "l"]).collect::<Vec<_>>());
+    let store = holding(backend, &expected.iter().map(String::as_str).chain(["j", "l"]).collect::<Vec<_>>());
     for limit in [1, 7, 25, 26] {
         let mut seen = Vec::new();
         let mut query = ListQuery { prefix: "k/".to_owned(), limit, ..all() };
@@ -180,8 +189,10 @@ fn pages_follow_each_other_without_gap_or_overlap(#[values(Home::Embedded, Home:
 }
 
 #[rstest]
-fn a_page_ends_early_when_its_records_are_large(#[values(Home::Embedded, Home::MongoDb)] home: Home) {
-    let store = empty(home);
+fn a_page_ends_early_when_its_records_are_large(
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
+    let store = empty(backend);
     let metadata = BTreeMap::from([("x".to_owned(), "y".repeat(4000))]);
     for round in 0..3 {
         let bulky = || Acquisition { metadata: metadata.clone(), ..asking(LeaseId::random()) };
@@ -197,9 +208,9 @@ fn a_page_ends_early_when_its_records_are_large(#[values(Home::Embedded, Home::M
 
 #[rstest]
 fn free_keys_are_listed_on_demand_and_blocked_ones_always(
-    #[values(Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut store = holding(home, &["held"]);
+    let mut store = holding(backend, &["held"]);
     free(&store, "free", asking(LeaseId::random()));
     let blocked = Acquisition { min_hold: Duration::from_secs(5), ..asking(LeaseId::random()) };
     free(&store, "blocked", blocked);

@@ -1,4 +1,5 @@
-//! The rules, one by one, as sentences, for the specification and for both stores.
+//! The rules, each as a test whose name is the rule. Each test runs on the specification and on
+//! both stores.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,18 +7,18 @@ use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::{Applier, Home};
+use super::backends::{Applier, Backend};
 use crate::lease::{
     Acquisition, Edit, FencingToken, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, Mode,
     Obstacle, REMEMBERED_DEPARTURES, Reason, Record, Rules, SETTLED_DEPARTURES, Snapshot, Standing, State,
     Timestamp, Ttl,
 };
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_millis(15_000) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_millis(15_000) };
 const TTL: i64 = 1000;
 
-/// A key's record and the store's clock.
-struct Desk {
+/// Applies edits to one key and keeps the key's record and the time.
+struct Bench {
     applier: Applier,
     record: Record,
     now: i64,
@@ -55,10 +56,10 @@ fn sharing(name: &str, limit: u32) -> Acquisition {
     Acquisition { mode: Mode::Shared, shared_limit: limit, ..asking(name) }
 }
 
-impl Desk {
-    fn at(home: Home) -> Self {
+impl Bench {
+    fn at(backend: Backend) -> Self {
         let key = Key::try_from(LeaseId::random().reveal().as_str()).expect("a key");
-        Self { applier: home.applier(RULES), record: Record::vacant(key), now: 1_000_000 }
+        Self { applier: backend.applier(RULES), record: Record::vacant(key), now: 1_000_000 }
     }
 
     fn apply(&mut self, edit: &Edit) -> &mut Self {
@@ -88,7 +89,7 @@ impl Desk {
         self.apply(&names.iter().fold(Edit::default(), |edit, name| edit.release(id(name))))
     }
 
-    /// So many come and go.
+    /// Lets `count` other callers acquire and release the key.
     fn others(&mut self, count: usize) -> &mut Self {
         for number in 0..count {
             let name = format!("{}:{number}", self.record.rev);
@@ -109,7 +110,7 @@ impl Desk {
         self.record.holders.iter().map(|holder| holder.owner.as_str()).collect()
     }
 
-    fn line(&self) -> Vec<&str> {
+    fn queue(&self) -> Vec<&str> {
         self.record.waiters.iter().map(|waiter| waiter.acquisition.owner.as_str()).collect()
     }
 
@@ -131,513 +132,537 @@ impl Desk {
 }
 
 #[rstest]
-pub(super) fn a_free_key_is_granted_at_once_with_the_clock_for_a_token(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_free_key_is_granted_at_once_with_the_time_as_its_token(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(trying("a"));
-    assert_eq!(desk.holders(), ["a"]);
-    assert_eq!(desk.record.token, FencingToken(desk.now));
-    assert_eq!(desk.record.holders[0].token, FencingToken(desk.now));
-    assert_eq!(desk.expires_at("a"), desk.now + TTL);
+    let mut bench = Bench::at(backend);
+    bench.ask(trying("a"));
+    assert_eq!(bench.holders(), ["a"]);
+    assert_eq!(bench.record.token, FencingToken(bench.now));
+    assert_eq!(bench.record.holders[0].token, FencingToken(bench.now));
+    assert_eq!(bench.expires_at("a"), bench.now + TTL);
 }
 
 #[rstest]
-pub(super) fn a_token_rises_also_when_the_clock_stands_still_or_steps_back(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_token_rises_even_when_the_clock_stands_still_or_steps_back(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(trying("a")).release("a").ask(trying("b"));
-    assert_eq!(desk.record.token, FencingToken(desk.now + 1));
-    let last = desk.record.token;
-    desk.release("b").passes(-500).ask(trying("c")).passes(500).nudge();
-    assert_eq!(desk.record.token, FencingToken(last.0 + 1));
+    let mut bench = Bench::at(backend);
+    bench.ask(trying("a")).release("a").ask(trying("b"));
+    assert_eq!(bench.record.token, FencingToken(bench.now + 1));
+    let last = bench.record.token;
+    bench.release("b").passes(-500).ask(trying("c")).passes(500).nudge();
+    assert_eq!(bench.record.token, FencingToken(last.0 + 1));
 }
 
 #[rstest]
-pub(super) fn who_only_tries_leaves_the_line_and_who_waits_stays(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_caller_that_only_tries_leaves_the_queue_and_a_waiter_stays(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(trying("b")).ask(asking("c"));
-    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["c"]));
-    assert_eq!(desk.snapshot().standing(id("b")), Standing::Unknown);
-    assert_eq!(desk.snapshot().standing(id("c")), Standing::Waiter(0));
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(trying("b")).ask(asking("c"));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a"], vec!["c"]));
+    assert_eq!(bench.snapshot().standing(id("b")), Standing::Unknown);
+    assert_eq!(bench.snapshot().standing(id("c")), Standing::Waiter(0));
 }
 
 #[rstest]
-pub(super) fn a_release_hands_over_to_the_first_in_line_in_the_same_step(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_release_hands_over_to_the_first_waiter_in_the_same_step(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("a");
-    assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec!["c"]));
-    assert_eq!(desk.departed("a"), Some(Reason::Released));
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("a");
+    assert_eq!((bench.holders(), bench.queue()), (vec!["b"], vec!["c"]));
+    assert_eq!(bench.departed("a"), Some(Reason::Released));
 }
 
 #[rstest]
 pub(super) fn a_release_is_remembered_and_may_be_repeated(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).release("a").ask(asking("b")).release("a");
-    assert_eq!(desk.departed("a"), Some(Reason::Released));
-    assert_eq!(desk.holders(), ["b"]);
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).release("a").ask(asking("b")).release("a");
+    assert_eq!(bench.departed("a"), Some(Reason::Released));
+    assert_eq!(bench.holders(), ["b"]);
 }
 
 #[rstest]
 pub(super) fn a_touch_extends_and_never_shortens(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).passes(600).touch("a");
-    let extended = desk.expires_at("a");
-    assert_eq!(extended, desk.now + TTL);
-    desk.passes(-500).touch("a");
-    assert_eq!(desk.expires_at("a"), extended);
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).passes(600).touch("a");
+    let extended = bench.expires_at("a");
+    assert_eq!(extended, bench.now + TTL);
+    bench.passes(-500).touch("a");
+    assert_eq!(bench.expires_at("a"), extended);
 }
 
 #[rstest]
-pub(super) fn touching_what_one_does_not_hold_changes_nothing_but_the_revision(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_touch_of_an_id_that_holds_nothing_changes_only_the_revision(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b"));
-    let before = desk.record.clone();
-    desk.passes(300).touch("b").touch("stranger");
-    assert_eq!(desk.record, Record { rev: before.rev + 2, ..before });
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b"));
+    let before = bench.record.clone();
+    bench.passes(300).touch("b").touch("stranger");
+    assert_eq!(bench.record, Record { rev: before.rev + 2, ..before });
 }
 
 #[rstest]
-pub(super) fn a_lapsed_lease_that_nobody_took_is_touched_back_to_life(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_touch_revives_a_lapsed_lease_that_nobody_has_taken_over(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a"));
-    let token = desk.record.token;
-    desk.passes(10 * TTL).nudge().touch("a");
-    assert_eq!(desk.holders(), ["a"]);
-    assert_eq!(desk.expires_at("a"), desk.now + TTL);
-    assert_eq!(desk.record.token, token);
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a"));
+    let token = bench.record.token;
+    bench.passes(10 * TTL).nudge().touch("a");
+    assert_eq!(bench.holders(), ["a"]);
+    assert_eq!(bench.expires_at("a"), bench.now + TTL);
+    assert_eq!(bench.record.token, token);
 }
 
 #[rstest]
-pub(super) fn a_lease_is_displaced_when_it_ran_out_and_the_grace_is_over_and_not_a_moment_before(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_lease_is_displaced_when_its_ttl_and_the_grace_are_over_and_not_before(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b")).passes(TTL + 99).nudge();
-    assert_eq!(desk.holders(), ["a"]);
-    desk.passes(1).nudge();
-    assert_eq!(desk.holders(), ["b"]);
-    assert_eq!(desk.departed("a"), Some(Reason::Displaced));
-    desk.touch("a");
-    assert_eq!(desk.holders(), ["b"], "gone for good");
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b")).passes(TTL + 99).nudge();
+    assert_eq!(bench.holders(), ["a"]);
+    bench.passes(1).nudge();
+    assert_eq!(bench.holders(), ["b"]);
+    assert_eq!(bench.departed("a"), Some(Reason::Displaced));
+    bench.touch("a");
+    assert_eq!(bench.holders(), ["b"], "the lease is lost for good");
 }
 
 #[rstest]
-pub(super) fn a_late_duplicate_of_a_call_whose_lease_departed_makes_no_ghost(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_late_duplicate_of_an_acquire_whose_lease_departed_grants_nothing(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).release("a").ask(asking("a"));
-    assert!(desk.holders().is_empty() && desk.line().is_empty());
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).release("a").ask(asking("a"));
+    assert!(bench.holders().is_empty() && bench.queue().is_empty());
 }
 
 #[rstest]
-pub(super) fn repeating_an_acquire_keeps_the_grant_and_the_place(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn repeating_an_acquire_keeps_the_lease_or_the_position(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b")).ask(asking("c"));
-    desk.ask(asking("b")).ask(asking("a"));
-    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b", "c"]));
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b")).ask(asking("c"));
+    bench.ask(asking("b")).ask(asking("a"));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a"], vec!["b", "c"]));
 }
 
 #[rstest]
-pub(super) fn a_revocation_takes_the_holder_with_that_id_only(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_revocation_removes_only_the_holder_with_that_id(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b"));
-    desk.apply(&Edit::default().revoke(id("stranger")).revoke(id("b")));
-    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b"]));
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b"));
+    bench.apply(&Edit::default().revoke(id("stranger")).revoke(id("b")));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a"], vec!["b"]));
     let revoke = Edit::default().revoke(id("a"));
-    desk.apply(&revoke).apply(&revoke);
-    assert_eq!(desk.holders(), ["b"], "repeated, it does not hit the successor");
-    assert_eq!(desk.departed("a"), Some(Reason::Revoked));
+    bench.apply(&revoke).apply(&revoke);
+    assert_eq!(bench.holders(), ["b"], "repeated, it does not revoke the next holder");
+    assert_eq!(bench.departed("a"), Some(Reason::Revoked));
 }
 
 #[rstest]
 pub(super) fn min_hold_keeps_others_out_after_an_early_release(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("a") }).ask(asking("b"));
-    desk.passes(100).release("a");
-    assert!(desk.holders().is_empty());
-    assert_eq!(desk.record.blocked_until, Some(Timestamp(desk.now + 400)));
-    desk.passes(399).nudge();
-    assert!(desk.holders().is_empty());
-    desk.passes(1).nudge();
-    assert_eq!(desk.holders(), ["b"]);
+    let mut bench = Bench::at(backend);
+    bench.ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("a") }).ask(asking("b"));
+    bench.passes(100).release("a");
+    assert!(bench.holders().is_empty());
+    assert_eq!(bench.record.blocked_until, Some(Timestamp(bench.now + 400)));
+    bench.passes(399).nudge();
+    assert!(bench.holders().is_empty());
+    bench.passes(1).nudge();
+    assert_eq!(bench.holders(), ["b"]);
 }
 
 #[rstest]
-pub(super) fn who_cancels_leaves_the_line_and_a_holder_cannot(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_cancel_removes_a_waiter_and_no_holder(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).cancel("b").cancel("a");
-    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["c"]));
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b")).ask(asking("c")).cancel("b").cancel("a");
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a"], vec!["c"]));
 }
 
 #[rstest]
-pub(super) fn a_lapsed_place_is_lost_at_its_turn_and_not_before(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_lapsed_waiter_is_removed_at_its_turn_and_not_before(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
-    desk.ask(asking("b")).passes(14_000).ask(asking("c")).passes(2000).nudge();
-    assert_eq!(desk.line(), ["b", "c"], "lapsed, and still there");
-    assert_eq!(desk.snapshot().standing(id("c")), Standing::Waiter(0), "but not counted or shown");
-    desk.release("a");
-    assert_eq!((desk.holders(), desk.line()), (vec!["c"], vec![]));
+    let mut bench = Bench::at(backend);
+    bench.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
+    bench.ask(asking("b")).passes(14_000).ask(asking("c")).passes(2000).nudge();
+    assert_eq!(bench.queue(), ["b", "c"], "a lapsed waiter is still there");
+    assert_eq!(bench.snapshot().standing(id("c")), Standing::Waiter(0), "but is not counted");
+    bench.release("a");
+    assert_eq!((bench.holders(), bench.queue()), (vec!["c"], vec![]));
 }
 
 #[rstest]
-pub(super) fn a_refreshed_place_is_kept(#[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home) {
-    let mut desk = Desk::at(home);
-    desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
-    desk.ask(asking("b")).passes(14_000).ask(asking("b")).passes(14_000).release("a");
-    assert_eq!(desk.holders(), ["b"]);
+pub(super) fn a_waiter_that_asks_again_is_kept(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
+) {
+    let mut bench = Bench::at(backend);
+    bench.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("a") });
+    bench.ask(asking("b")).passes(14_000).ask(asking("b")).passes(14_000).release("a");
+    assert_eq!(bench.holders(), ["b"]);
 }
 
 #[rstest]
-pub(super) fn shared_holders_hold_together_up_to_the_limit_each_of_them_names(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn shared_holders_hold_together_up_to_the_limit_that_each_names(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(sharing("a", 2)).ask(sharing("b", 2)).ask(sharing("c", 2));
-    assert_eq!((desk.holders(), desk.line()), (vec!["a", "b"], vec!["c"]));
-    desk.release("a");
-    assert_eq!(desk.holders(), ["b", "c"]);
-    let tokens: Vec<_> = desk.record.holders.iter().map(|holder| holder.token).collect();
+    let mut bench = Bench::at(backend);
+    bench.ask(sharing("a", 2)).ask(sharing("b", 2)).ask(sharing("c", 2));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a", "b"], vec!["c"]));
+    bench.release("a");
+    assert_eq!(bench.holders(), ["b", "c"]);
+    let tokens: Vec<_> = bench.record.holders.iter().map(|holder| holder.token).collect();
     assert!(tokens[0] < tokens[1]);
 }
 
 #[rstest]
 pub(super) fn a_shared_request_does_not_overtake_an_earlier_exclusive_one(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(sharing("reader", 9)).ask(asking("writer")).ask(sharing("late", 9));
-    assert_eq!((desk.holders(), desk.line()), (vec!["reader"], vec!["writer", "late"]));
-    desk.release("reader");
-    assert_eq!((desk.holders(), desk.line()), (vec!["writer"], vec!["late"]));
+    let mut bench = Bench::at(backend);
+    bench.ask(sharing("reader", 9)).ask(asking("writer")).ask(sharing("late", 9));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["reader"], vec!["writer", "late"]));
+    bench.release("reader");
+    assert_eq!((bench.holders(), bench.queue()), (vec!["writer"], vec!["late"]));
 }
 
 #[rstest]
-pub(super) fn an_admission_takes_the_places_of_all_whose_time_is_over(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn an_admission_displaces_all_holders_whose_time_is_over(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(sharing("a", 2)).passes(TTL + 100).ask(sharing("b", 2));
-    assert_eq!(desk.holders(), ["b"], "were it touched back to life, too many would hold");
-    assert_eq!(desk.departed("a"), Some(Reason::Displaced));
+    let mut bench = Bench::at(backend);
+    bench.ask(sharing("a", 2)).passes(TTL + 100).ask(sharing("b", 2));
+    assert_eq!(bench.holders(), ["b"], "revived by a touch, it would be one holder too many");
+    assert_eq!(bench.departed("a"), Some(Reason::Displaced));
 }
 
 #[rstest]
-pub(super) fn of_a_crowd_in_one_edit_the_first_is_admitted_and_the_others_are_refused(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn of_many_acquires_in_one_edit_the_first_is_admitted_and_the_others_are_refused(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     let names: Vec<String> = (0..256).map(|number| number.to_string()).collect();
     let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(trying(name))));
-    desk.apply(&crowd);
-    assert_eq!((desk.holders(), desk.line()), (vec!["0"], vec![]));
+    bench.apply(&crowd);
+    assert_eq!((bench.holders(), bench.queue()), (vec!["0"], vec![]));
 }
 
 #[rstest]
-pub(super) fn of_single_releases_the_newest_are_remembered(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn the_newest_of_single_releases_are_remembered(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).release("a").others(REMEMBERED_DEPARTURES - 1);
-    assert_eq!(desk.departed("a"), Some(Reason::Released));
-    desk.ask(asking("next")).release("next");
-    assert_eq!(desk.departed("a"), None);
-    assert_eq!(desk.record.departures.len(), REMEMBERED_DEPARTURES);
-    assert_eq!(desk.record.departures[0].id, id("next"), "the newest first");
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).release("a").others(REMEMBERED_DEPARTURES - 1);
+    assert_eq!(bench.departed("a"), Some(Reason::Released));
+    bench.ask(asking("next")).release("next");
+    assert_eq!(bench.departed("a"), None);
+    assert_eq!(bench.record.departures.len(), REMEMBERED_DEPARTURES);
+    assert_eq!(bench.record.departures[0].id, id("next"), "the newest first");
 }
 
-/// So many names that share.
-fn crowd(desk: &mut Desk, count: usize) -> Vec<String> {
+/// Enqueues `count` shared acquisitions in one edit, and returns their names.
+fn crowd(bench: &mut Bench, count: usize) -> Vec<String> {
     let names: Vec<String> = (0..count).map(|number| number.to_string()).collect();
-    let come = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(sharing(name, 1024))));
-    desk.apply(&come);
+    let enqueue =
+        names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(sharing(name, 1024))));
+    bench.apply(&enqueue);
     names
 }
 
 #[rstest]
-pub(super) fn an_edit_of_many_releases_or_revocations_may_be_repeated_also_when_others_come_between(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn many_releases_or_revocations_in_one_edit_may_be_repeated_after_other_edits(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    let names = crowd(&mut desk, 40);
+    let mut bench = Bench::at(backend);
+    let names = crowd(&mut bench, 40);
     let (released, revoked) = names.split_at(20);
     let revoke = revoked.iter().fold(Edit::default(), |edit, name| edit.revoke(id(name)));
     for _ in 0..3 {
-        desk.release_all(released).apply(&revoke).others(3);
-        assert!(released.iter().all(|name| desk.departed(name) == Some(Reason::Released)));
-        assert!(revoked.iter().all(|name| desk.departed(name) == Some(Reason::Revoked)));
+        bench.release_all(released).apply(&revoke).others(3);
+        assert!(released.iter().all(|name| bench.departed(name) == Some(Reason::Released)));
+        assert!(revoked.iter().all(|name| bench.departed(name) == Some(Reason::Revoked)));
     }
 }
 
 #[rstest]
-pub(super) fn an_edit_never_makes_the_record_forget_whom_it_names(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn an_edit_never_makes_the_record_forget_an_id_that_it_names(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).release("a");
-    crowd(&mut desk, 10);
-    // The ten give way to the one that comes, and fill the record's memory.
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).release("a");
+    crowd(&mut bench, 10);
+    // The admission of "b" displaces the ten, whose departures fill the record's memory.
     let edit = Edit::default().enqueue(Arc::new(asking("a"))).enqueue(Arc::new(asking("b")));
-    desk.passes(TTL + 100).apply(&edit);
-    assert_eq!((desk.holders(), desk.departed("a")), (vec!["b"], Some(Reason::Released)));
-    desk.apply(&edit);
-    assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec![]), "a ghost");
+    bench.passes(TTL + 100).apply(&edit);
+    assert_eq!((bench.holders(), bench.departed("a")), (vec!["b"], Some(Reason::Released)));
+    bench.apply(&edit);
+    assert_eq!((bench.holders(), bench.queue()), (vec!["b"], vec![]), "a departed id is granted nothing");
 }
 
 #[rstest]
-pub(super) fn a_release_takes_the_place_in_line_too_and_for_good(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_release_removes_a_waiter_for_good(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("b");
-    assert_eq!((desk.line(), desk.departed("b")), (vec!["c"], Some(Reason::Withdrawn)));
-    desk.release("b").ask(asking("b")).release("a");
-    assert_eq!((desk.holders(), desk.line()), (vec!["c"], vec![]));
-    desk.release("c").others(2 * REMEMBERED_DEPARTURES).ask(asking("b"));
-    assert_eq!(desk.departed("b"), Some(Reason::Withdrawn), "remembered longer than others");
-    assert!(desk.holders().is_empty());
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).ask(asking("b")).ask(asking("c")).release("b");
+    assert_eq!((bench.queue(), bench.departed("b")), (vec!["c"], Some(Reason::Withdrawn)));
+    bench.release("b").ask(asking("b")).release("a");
+    assert_eq!((bench.holders(), bench.queue()), (vec!["c"], vec![]));
+    bench.release("c").others(2 * REMEMBERED_DEPARTURES).ask(asking("b"));
+    assert_eq!(bench.departed("b"), Some(Reason::Withdrawn), "it is remembered longer than others");
+    assert!(bench.holders().is_empty());
 }
 
 #[rstest]
-pub(super) fn a_release_that_comes_before_its_acquire_settles_the_id_for_a_minute(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_release_before_its_acquire_settles_the_id_for_a_minute(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.release("a");
-    assert_eq!((desk.departed("a"), desk.record.rev), (Some(Reason::Settled), 1), "it makes the record");
-    assert_eq!(desk.record.token, FencingToken(0), "of a key that was never granted");
-    desk.ask(asking("a")).ask(trying("a")).release("a");
-    assert_eq!((desk.holders(), desk.line(), desk.departed("a")), (vec![], vec![], Some(Reason::Settled)));
-    desk.others(2 * REMEMBERED_DEPARTURES).passes(59_999).others(1).ask(asking("a"));
-    assert_eq!((desk.holders(), desk.departed("a")), (vec![], Some(Reason::Settled)));
-    desk.passes(1).others(1).ask(asking("a"));
-    assert_eq!(desk.holders(), ["a"], "the minute is over");
+    let mut bench = Bench::at(backend);
+    bench.release("a");
+    assert_eq!(
+        (bench.departed("a"), bench.record.rev),
+        (Some(Reason::Settled), 1),
+        "the release makes the record"
+    );
+    assert_eq!(bench.record.token, FencingToken(0), "the key was never granted");
+    bench.ask(asking("a")).ask(trying("a")).release("a");
+    assert_eq!(
+        (bench.holders(), bench.queue(), bench.departed("a")),
+        (vec![], vec![], Some(Reason::Settled))
+    );
+    bench.others(2 * REMEMBERED_DEPARTURES).passes(59_999).others(1).ask(asking("a"));
+    assert_eq!((bench.holders(), bench.departed("a")), (vec![], Some(Reason::Settled)));
+    bench.passes(1).others(1).ask(asking("a"));
+    assert_eq!(bench.holders(), ["a"], "the minute is over");
 }
 
 #[rstest]
 pub(super) fn an_id_is_kept_out_for_a_minute_unless_it_is_in_use(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     let keep_out = |names: &[&str]| names.iter().fold(Edit::default(), |edit, name| edit.keep_out(id(name)));
-    desk.apply(&keep_out(&["early"]));
-    assert_eq!((desk.departed("early"), desk.record.rev), (Some(Reason::Settled), 1), "it makes the record");
-    desk.ask(asking("a")).ask(asking("b")).apply(&keep_out(&["a", "b", "c", "early"]));
-    assert_eq!((desk.holders(), desk.line()), (vec!["a"], vec!["b"]), "they are in use");
-    let noted = desk.record.departures.iter().map(|departure| departure.id);
+    bench.apply(&keep_out(&["early"]));
+    assert_eq!(
+        (bench.departed("early"), bench.record.rev),
+        (Some(Reason::Settled), 1),
+        "the edit makes the record"
+    );
+    bench.ask(asking("a")).ask(asking("b")).apply(&keep_out(&["a", "b", "c", "early"]));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a"], vec!["b"]), "ids in use are not kept out");
+    let noted = bench.record.departures.iter().map(|departure| departure.id);
     assert_eq!(noted.collect::<Vec<_>>(), [id("c"), id("early")]);
-    desk.release("a").apply(&keep_out(&["a"]));
-    assert_eq!((desk.holders(), desk.departed("a")), (vec!["b"], Some(Reason::Released)));
-    desk.release("b").others(2 * REMEMBERED_DEPARTURES).passes(59_999).ask(asking("c"));
-    assert_eq!((desk.holders(), desk.departed("c")), (vec![], Some(Reason::Settled)), "a ghost");
-    desk.passes(1).others(1).ask(asking("c"));
-    assert_eq!(desk.holders(), ["c"], "the minute is over");
-    // In the same edit as what ends the use of an id.
-    desk.ask(asking("d"))
+    bench.release("a").apply(&keep_out(&["a"]));
+    assert_eq!((bench.holders(), bench.departed("a")), (vec!["b"], Some(Reason::Released)));
+    bench.release("b").others(2 * REMEMBERED_DEPARTURES).passes(59_999).ask(asking("c"));
+    assert_eq!(
+        (bench.holders(), bench.departed("c")),
+        (vec![], Some(Reason::Settled)),
+        "an id that is kept out is granted nothing"
+    );
+    bench.passes(1).others(1).ask(asking("c"));
+    assert_eq!(bench.holders(), ["c"], "the minute is over");
+    // The same edit ends the use of some of the ids.
+    bench
+        .ask(asking("d"))
         .ask(asking("e"))
         .apply(&keep_out(&["c", "d", "e"]).release(id("c")).cancel(id("d")));
-    assert_eq!(desk.departed("c"), Some(Reason::Released));
-    assert_eq!((desk.holders(), desk.departed("d")), (vec!["e"], Some(Reason::Settled)));
-    let noted = desk.record.departures.iter().map(|departure| departure.id).take(2);
+    assert_eq!(bench.departed("c"), Some(Reason::Released));
+    assert_eq!((bench.holders(), bench.departed("d")), (vec!["e"], Some(Reason::Settled)));
+    let noted = bench.record.departures.iter().map(|departure| departure.id).take(2);
     assert_eq!(noted.collect::<Vec<_>>(), [id("c"), id("d")]);
 }
 
 #[rstest]
-pub(super) fn releases_that_find_nothing_leave_half_of_the_memory_to_leases_that_are_taken_away(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn releases_of_unknown_ids_leave_half_of_the_memory_to_leases_that_are_taken_away(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     let names: Vec<String> = (0..SETTLED_DEPARTURES + 10).map(|number| number.to_string()).collect();
-    desk.release_all(&names).release_all(&names);
+    bench.release_all(&names).release_all(&names);
     let (settled, refused) = names.split_at(SETTLED_DEPARTURES);
-    assert!(settled.iter().all(|name| desk.departed(name) == Some(Reason::Settled)));
-    assert!(refused.iter().all(|name| desk.departed(name).is_none()));
-    desk.ask(asking("a")).ask(asking("b")).release("b").release("a");
-    assert_eq!(desk.departed("b"), Some(Reason::Withdrawn), "what was there always goes");
-    desk.ask(asking("c")).apply(&Edit::default().revoke(id("c"))).others(2 * REMEMBERED_DEPARTURES);
-    assert_eq!(desk.departed("c"), Some(Reason::Revoked), "remembered longer than others");
-    desk.ask(asking("c"));
-    assert!(desk.holders().is_empty(), "a ghost");
-    desk.passes(60_000).release(&refused[0]);
-    assert_eq!(desk.departed(&refused[0]), Some(Reason::Settled), "there is room again");
-    assert_eq!(desk.record.departures.len(), REMEMBERED_DEPARTURES);
+    assert!(settled.iter().all(|name| bench.departed(name) == Some(Reason::Settled)));
+    assert!(refused.iter().all(|name| bench.departed(name).is_none()));
+    bench.ask(asking("a")).ask(asking("b")).release("b").release("a");
+    assert_eq!(bench.departed("b"), Some(Reason::Withdrawn), "a waiter can always be released");
+    bench.ask(asking("c")).apply(&Edit::default().revoke(id("c"))).others(2 * REMEMBERED_DEPARTURES);
+    assert_eq!(bench.departed("c"), Some(Reason::Revoked), "it is remembered longer than others");
+    bench.ask(asking("c"));
+    assert!(bench.holders().is_empty(), "a revoked id is granted nothing");
+    bench.passes(60_000).release(&refused[0]);
+    assert_eq!(bench.departed(&refused[0]), Some(Reason::Settled), "there is room again");
+    assert_eq!(bench.record.departures.len(), REMEMBERED_DEPARTURES);
 }
 
 #[rstest]
-pub(super) fn a_record_whose_memory_is_full_settles_no_id_and_still_lets_holders_go(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_record_whose_memory_is_full_settles_no_id_and_still_releases_holders(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     let names: Vec<String> = (0..LASTING_DEPARTURES).map(|number| number.to_string()).collect();
     let wait = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(asking(name))));
-    desk.apply(&wait).release_all(&names).release("unknown");
-    assert_eq!(desk.departed("unknown"), None);
-    desk.ask(asking("a")).ask(asking("b")).release("b").release("a");
-    assert_eq!((desk.departed("a"), desk.departed("b")), (Some(Reason::Released), Some(Reason::Withdrawn)));
-    assert_eq!(desk.record.departures.len(), LASTING_DEPARTURES + 2);
+    bench.apply(&wait).release_all(&names).release("unknown");
+    assert_eq!(bench.departed("unknown"), None);
+    bench.ask(asking("a")).ask(asking("b")).release("b").release("a");
+    assert_eq!((bench.departed("a"), bench.departed("b")), (Some(Reason::Released), Some(Reason::Withdrawn)));
+    assert_eq!(bench.record.departures.len(), LASTING_DEPARTURES + 2);
     assert_eq!(
-        desk.record.departures.iter().filter(|departure| departure.lasting).count(),
+        bench.record.departures.iter().filter(|departure| departure.lasting).count(),
         LASTING_DEPARTURES
     );
 }
 
 #[rstest]
-pub(super) fn what_may_still_be_asked_for_is_remembered_for_a_minute_when_it_is_over(
+pub(super) fn an_id_that_may_still_be_asked_for_is_remembered_for_a_minute_after_its_end(
     #[values(0, 1, 2, 3)] how: usize,
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     match how {
-        // Asked for once more while it holds, while it waits, by a command that says so, and given up.
-        0 => drop(desk.ask(asking("a")).ask(asking("a")).release("a")),
-        1 => drop(desk.ask(asking("h")).ask(asking("a")).ask(asking("a")).release("h").release("a")),
-        2 => drop(desk.ask(Acquisition { repeated: true, ..asking("a") }).release("a")),
-        _ => drop(desk.ask(asking("a")).apply(&Edit::default().give_up(id("a")))),
+        // The id is asked for again while it holds; while it waits; by a command marked as a
+        // repetition; or it is given up.
+        0 => drop(bench.ask(asking("a")).ask(asking("a")).release("a")),
+        1 => drop(bench.ask(asking("h")).ask(asking("a")).ask(asking("a")).release("h").release("a")),
+        2 => drop(bench.ask(Acquisition { repeated: true, ..asking("a") }).release("a")),
+        _ => drop(bench.ask(asking("a")).apply(&Edit::default().give_up(id("a")))),
     }
-    desk.others(2 * REMEMBERED_DEPARTURES).ask(asking("a"));
-    assert_eq!((desk.holders(), desk.departed("a")), (vec![], Some(Reason::Released)), "no ghost");
-    desk.passes(60_000).others(1).ask(asking("a"));
-    assert_eq!(desk.holders(), ["a"], "the minute is over");
+    bench.others(2 * REMEMBERED_DEPARTURES).ask(asking("a"));
+    assert_eq!(
+        (bench.holders(), bench.departed("a")),
+        (vec![], Some(Reason::Released)),
+        "a departed id is granted nothing"
+    );
+    bench.passes(60_000).others(1).ask(asking("a"));
+    assert_eq!(bench.holders(), ["a"], "the minute is over");
 }
 
 #[rstest]
-pub(super) fn an_id_in_use_with_another_mode_or_limit_stays_as_it_is(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn an_acquire_with_another_mode_or_limit_does_not_change_an_id_in_use(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(sharing("a", 5)).ask(asking("b"));
-    let before = desk.record.clone();
-    desk.passes(300).ask(asking("a")).ask(sharing("a", 4)).ask(sharing("b", 1)).ask(trying("a"));
-    assert_eq!(desk.record, Record { rev: before.rev + 4, ..before });
-    assert!(desk.snapshot().conflicts(&asking("a")) && desk.snapshot().conflicts(&sharing("b", 1)));
-    assert!(!desk.snapshot().conflicts(&sharing("a", 5)) && !desk.snapshot().conflicts(&asking("b")));
-    desk.ask(sharing("a", 5));
-    assert_eq!(desk.expires_at("a"), desk.now + TTL, "the same again renews");
+    let mut bench = Bench::at(backend);
+    bench.ask(sharing("a", 5)).ask(asking("b"));
+    let before = bench.record.clone();
+    bench.passes(300).ask(asking("a")).ask(sharing("a", 4)).ask(sharing("b", 1)).ask(trying("a"));
+    assert_eq!(bench.record, Record { rev: before.rev + 4, ..before });
+    assert!(bench.snapshot().conflicts(&asking("a")) && bench.snapshot().conflicts(&sharing("b", 1)));
+    assert!(!bench.snapshot().conflicts(&sharing("a", 5)) && !bench.snapshot().conflicts(&asking("b")));
+    bench.ask(sharing("a", 5));
+    assert_eq!(bench.expires_at("a"), bench.now + TTL, "the same acquire again renews");
 }
 
 #[rstest]
-pub(super) fn the_smallest_limit_of_those_who_share_holds_for_all(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn the_smallest_limit_of_shared_holders_applies_to_all(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(sharing("a", 9)).ask(sharing("b", 3)).ask(sharing("c", 9)).ask(sharing("d", 9));
-    assert_eq!((desk.holders(), desk.line()), (vec!["a", "b", "c"], vec!["d"]));
-    let shown = desk.record.holders.iter().map(|holder| holder.shared_limit);
+    let mut bench = Bench::at(backend);
+    bench.ask(sharing("a", 9)).ask(sharing("b", 3)).ask(sharing("c", 9)).ask(sharing("d", 9));
+    assert_eq!((bench.holders(), bench.queue()), (vec!["a", "b", "c"], vec!["d"]));
+    let shown = bench.record.holders.iter().map(|holder| holder.shared_limit);
     assert_eq!(shown.collect::<Vec<_>>(), [9, 3, 9]);
     assert_eq!(
-        desk.snapshot().obstacle(&sharing("e", 9), &RULES),
+        bench.snapshot().obstacle(&sharing("e", 9), &RULES),
         Some(Obstacle::Limit { holders: 3, limit: 3 })
     );
-    desk.passes(500).touch("a").touch("c").passes(TTL - 501).nudge();
-    assert_eq!(desk.line(), ["d"], "its limit holds while it does");
-    admits_at(&mut desk, 101);
-    assert_eq!(desk.holders(), ["a", "c", "d"]);
-    desk.ask(sharing("e", 2));
-    assert_eq!(desk.line(), ["e"], "nor is one with a small limit put beside too many");
+    bench.passes(500).touch("a").touch("c").passes(TTL - 501).nudge();
+    assert_eq!(bench.queue(), ["d"], "the limit of a holder applies while it holds");
+    admits_at(&mut bench, 101);
+    assert_eq!(bench.holders(), ["a", "c", "d"]);
+    bench.ask(sharing("e", 2));
+    assert_eq!(bench.queue(), ["e"], "an acquire with a smaller limit does not join more holders than that");
 }
 
 #[rstest]
-pub(super) fn what_stands_in_the_way_is_known(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn the_obstacle_of_an_acquire_is_known(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    let obstacle = |desk: &Desk, asked: Acquisition| match desk.snapshot().obstacle(&asked, &RULES) {
+    let mut bench = Bench::at(backend);
+    let obstacle = |bench: &Bench, asked: Acquisition| match bench.snapshot().obstacle(&asked, &RULES) {
         None => "nothing".to_owned(),
-        Some(Obstacle::MinHold(until)) => format!("a min_hold for {} ms", until.0 - desk.now),
+        Some(Obstacle::MinHold(until)) => format!("a min_hold for {} ms", until.0 - bench.now),
         Some(Obstacle::Holder) => "a holder".to_owned(),
         Some(Obstacle::Limit { limit, .. }) => format!("a limit of {limit}"),
         Some(Obstacle::Waiter(waiter)) => format!("the waiter {}", waiter.acquisition.owner),
     };
-    assert_eq!(obstacle(&desk, asking("x")), "nothing");
-    desk.ask(sharing("a", 2));
-    assert_eq!(obstacle(&desk, asking("x")), "a holder");
-    assert_eq!(obstacle(&desk, sharing("x", 9)), "nothing");
-    assert_eq!(obstacle(&desk, sharing("x", 1)), "a limit of 1");
-    desk.ask(asking("b"));
-    assert_eq!(obstacle(&desk, sharing("x", 9)), "the waiter b");
-    desk.release("a").release("b").ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("c") });
-    desk.release("c").passes(100);
-    assert_eq!(obstacle(&desk, sharing("x", 9)), "a min_hold for 400 ms");
+    assert_eq!(obstacle(&bench, asking("x")), "nothing");
+    bench.ask(sharing("a", 2));
+    assert_eq!(obstacle(&bench, asking("x")), "a holder");
+    assert_eq!(obstacle(&bench, sharing("x", 9)), "nothing");
+    assert_eq!(obstacle(&bench, sharing("x", 1)), "a limit of 1");
+    bench.ask(asking("b"));
+    assert_eq!(obstacle(&bench, sharing("x", 9)), "the waiter b");
+    bench.release("a").release("b").ask(Acquisition { min_hold: Duration::from_millis(500), ..asking("c") });
+    bench.release("c").passes(100);
+    assert_eq!(obstacle(&bench, sharing("x", 9)), "a min_hold for 400 ms");
 }
 
 #[rstest]
-pub(super) fn a_block_that_is_lifted_lets_the_next_in_and_lifting_may_be_repeated(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn lifting_a_block_admits_the_next_waiter_and_may_be_repeated(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(Acquisition { min_hold: Duration::from_secs(600), ..asking("a") }).release("a");
-    desk.ask(asking("b"));
-    let until = desk.record.blocked_until.expect("a block");
-    desk.apply(&Edit::default().unblock(Timestamp(until.0 - 1)));
-    assert_eq!(desk.line(), ["b"], "another block than the one that was seen");
+    let mut bench = Bench::at(backend);
+    bench.ask(Acquisition { min_hold: Duration::from_secs(600), ..asking("a") }).release("a");
+    bench.ask(asking("b"));
+    let until = bench.record.blocked_until.expect("a block");
+    bench.apply(&Edit::default().unblock(Timestamp(until.0 - 1)));
+    assert_eq!(bench.queue(), ["b"], "the edit names another block");
     let lift = Edit::default().unblock(until);
-    desk.apply(&lift).apply(&lift);
-    assert_eq!((desk.holders(), desk.record.blocked_until), (vec!["b"], None));
+    bench.apply(&lift).apply(&lift);
+    assert_eq!((bench.holders(), bench.record.blocked_until), (vec!["b"], None));
 }
 
 #[rstest]
-pub(super) fn a_refresh_keeps_a_place_and_never_makes_one(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_refresh_keeps_a_waiter_and_never_enqueues_one(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     let minute = Ttl::new(Duration::from_secs(60)).expect("a minute");
-    desk.ask(Acquisition { ttl: minute, ..asking("a") }).ask(asking("b")).passes(14_000);
+    bench.ask(Acquisition { ttl: minute, ..asking("a") }).ask(asking("b")).passes(14_000);
     let refresh = Edit::default().refresh(id("b")).refresh(id("c")).refresh(id("a"));
-    desk.apply(&refresh).passes(14_000).release("a").apply(&refresh);
-    assert_eq!((desk.holders(), desk.line()), (vec!["b"], vec![]));
-    assert!(!desk.record.holders[0].repeated, "a refresh is no second request");
-    let expires_at = desk.expires_at("b");
-    desk.passes(100).apply(&refresh);
-    assert_eq!(desk.expires_at("b"), expires_at, "nor a touch");
+    bench.apply(&refresh).passes(14_000).release("a").apply(&refresh);
+    assert_eq!((bench.holders(), bench.queue()), (vec!["b"], vec![]));
+    assert!(!bench.record.holders[0].repeated, "a refresh is no second request");
+    let expires_at = bench.expires_at("b");
+    bench.passes(100).apply(&refresh);
+    assert_eq!(bench.expires_at("b"), expires_at, "a refresh is no touch");
 }
 
 #[rstest]
-pub(super) fn a_full_line_takes_nobody_but_loses_its_lapsed_places(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_full_queue_accepts_nobody_but_drops_its_lapsed_waiters(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("holder") });
+    let mut bench = Bench::at(backend);
+    bench.ask(Acquisition { ttl: Ttl::new(Duration::from_secs(60)).expect("a minute"), ..asking("holder") });
     let names: Vec<String> = (0..MAX_WAITERS).map(|number| number.to_string()).collect();
     let crowd = names.iter().fold(Edit::default(), |edit, name| edit.enqueue(Arc::new(asking(name))));
-    desk.apply(&crowd).ask(asking("late"));
-    assert_eq!(desk.line().len(), MAX_WAITERS);
-    assert_eq!(desk.snapshot().standing(id("late")), Standing::Unknown);
-    desk.passes(15_000).ask(asking("0")).ask(asking("late"));
-    assert_eq!(desk.line(), ["0"]);
-    desk.ask(asking("late"));
-    assert_eq!(desk.line(), ["0", "late"]);
+    bench.apply(&crowd).ask(asking("late"));
+    assert_eq!(bench.queue().len(), MAX_WAITERS);
+    assert_eq!(bench.snapshot().standing(id("late")), Standing::Unknown);
+    bench.passes(15_000).ask(asking("0")).ask(asking("late"));
+    assert_eq!(bench.queue(), ["0"]);
+    bench.ask(asking("late"));
+    assert_eq!(bench.queue(), ["0", "late"]);
 }
 
 #[rstest]
-pub(super) fn a_record_full_of_metadata_takes_nobody(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_record_full_of_metadata_accepts_nobody(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
+    let mut bench = Bench::at(backend);
     let bulky = |name: &str| Acquisition {
         metadata: BTreeMap::from([("x".to_owned(), "y".repeat(4000))]),
         ..sharing(name, 1024)
@@ -646,97 +671,99 @@ pub(super) fn a_record_full_of_metadata_takes_nobody(
         (0..count)
             .fold(Edit::default(), |edit, number| edit.enqueue(Arc::new(bulky(&format!("{count}.{number}")))))
     };
-    desk.apply(&crowd(240));
+    bench.apply(&crowd(240));
     for number in 0..20 {
-        desk.ask(bulky(&number.to_string()));
+        bench.ask(bulky(&number.to_string()));
     }
-    assert!(desk.record.size() >= MAX_RECORD_BYTES);
-    assert!(desk.record.size() < MAX_RECORD_BYTES + 8192);
+    assert!(bench.record.size() >= MAX_RECORD_BYTES);
+    assert!(bench.record.size() < MAX_RECORD_BYTES + 8192);
 }
 
 #[rstest]
-pub(super) fn every_edit_is_a_write_and_be_it_a_nudge(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn every_edit_raises_the_revision_even_a_nudge(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a")).nudge().nudge().touch("stranger");
-    assert_eq!(desk.record.rev, 4);
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a")).nudge().nudge().touch("stranger");
+    assert_eq!(bench.record.rev, 4);
 }
 
 #[rstest]
-pub(super) fn what_a_caller_writes_is_text_and_nothing_else(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn a_callers_text_is_never_evaluated(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
     for text in
         ["$_id", "$$NOW", "$holders", "$$ROOT", "{$rev: 1}", "a.b", "\"'\\", "", "$", "владелец", "鍵"]
     {
-        let mut desk = Desk::at(home);
+        let mut bench = Bench::at(backend);
         let metadata =
             BTreeMap::from([("$where".to_owned(), text.to_owned()), (text.to_owned(), "x".to_owned())]);
         let quoting =
             |name: &str| Acquisition { owner: text.to_owned(), metadata: metadata.clone(), ..asking(name) };
-        desk.ask(quoting("a")).ask(quoting("b"));
-        assert_eq!(desk.record.holders[0].owner, text);
-        assert_eq!(desk.record.holders[0].metadata, metadata);
-        assert_eq!(desk.record.waiters[0].acquisition.metadata, metadata);
-        desk.release("a");
-        assert_eq!(desk.record.holders[0].owner, text);
+        bench.ask(quoting("a")).ask(quoting("b"));
+        assert_eq!(bench.record.holders[0].owner, text);
+        assert_eq!(bench.record.holders[0].metadata, metadata);
+        assert_eq!(bench.record.waiters[0].acquisition.metadata, metadata);
+        bench.release("a");
+        assert_eq!(bench.record.holders[0].owner, text);
     }
 }
 
-/// The timer's hint: a nudge just before it changes nothing, and one at that instant admits the head.
-fn admits_at(desk: &mut Desk, wait: i64) {
-    let hint = desk.snapshot().next_admission(&RULES);
+/// Checks that the next admission is due in `wait` milliseconds: a nudge just before changes
+/// nothing, and one at that instant admits the head.
+fn admits_at(bench: &mut Bench, wait: i64) {
+    let hint = bench.snapshot().next_admission(&RULES);
     assert_eq!(hint, Some(Duration::from_millis(u64::try_from(wait).expect("a time ahead"))));
-    let line = desk.line().len();
-    desk.passes(wait - 1).nudge();
-    assert_eq!(desk.line().len(), line);
-    desk.passes(1).nudge();
-    assert_eq!(desk.line().len(), line - 1);
+    let waiting = bench.queue().len();
+    bench.passes(wait - 1).nudge();
+    assert_eq!(bench.queue().len(), waiting);
+    bench.passes(1).nudge();
+    assert_eq!(bench.queue().len(), waiting - 1);
 }
 
 #[rstest]
-pub(super) fn the_next_admission_is_when_the_holder_is_not_live_any_more(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn the_next_admission_is_when_the_holder_is_no_longer_live(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(asking("a"));
-    assert_eq!(desk.snapshot().next_admission(&RULES), None, "nobody waits");
-    desk.ask(asking("b")).passes(300);
-    admits_at(&mut desk, TTL + 100 - 300);
+    let mut bench = Bench::at(backend);
+    bench.ask(asking("a"));
+    assert_eq!(bench.snapshot().next_admission(&RULES), None, "nobody waits");
+    bench.ask(asking("b")).passes(300);
+    admits_at(&mut bench, TTL + 100 - 300);
 }
 
 #[rstest]
-pub(super) fn the_next_admission_of_a_shared_head_is_when_enough_have_gone(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+pub(super) fn the_next_admission_of_a_shared_head_is_when_enough_holders_are_no_longer_live(
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(sharing("a", 3)).passes(100).ask(sharing("b", 3)).passes(100).ask(sharing("c", 3));
-    desk.ask(sharing("d", 2));
-    admits_at(&mut desk, TTL + 100 - 100);
+    let mut bench = Bench::at(backend);
+    bench.ask(sharing("a", 3)).passes(100).ask(sharing("b", 3)).passes(100).ask(sharing("c", 3));
+    bench.ask(sharing("d", 2));
+    admits_at(&mut bench, TTL + 100 - 100);
 }
 
 #[rstest]
 pub(super) fn the_next_admission_of_a_blocked_key_is_the_end_of_the_block(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    desk.ask(Acquisition { min_hold: Duration::from_millis(700), ..asking("a") })
+    let mut bench = Bench::at(backend);
+    bench
+        .ask(Acquisition { min_hold: Duration::from_millis(700), ..asking("a") })
         .ask(asking("b"))
         .release("a");
-    admits_at(&mut desk, 700);
+    admits_at(&mut bench, 700);
 }
 
 #[rstest]
 pub(super) fn the_state_is_free_held_or_lapsed(
-    #[values(Home::Step, Home::Embedded, Home::MongoDb)] home: Home,
+    #[values(Backend::Step, Backend::Embedded, Backend::MongoDb)] backend: Backend,
 ) {
-    let mut desk = Desk::at(home);
-    assert_eq!(desk.snapshot().state(), State::Free);
-    desk.ask(asking("a"));
-    assert_eq!(desk.snapshot().state(), State::Held);
-    assert_eq!(desk.snapshot().remaining(&desk.record.holders[0]), Duration::from_millis(1000));
-    desk.passes(TTL);
-    assert_eq!(desk.snapshot().state(), State::Lapsed);
-    assert_eq!(desk.snapshot().remaining(&desk.record.holders[0]), Duration::ZERO);
+    let mut bench = Bench::at(backend);
+    assert_eq!(bench.snapshot().state(), State::Free);
+    bench.ask(asking("a"));
+    assert_eq!(bench.snapshot().state(), State::Held);
+    assert_eq!(bench.snapshot().remaining(&bench.record.holders[0]), Duration::from_millis(1000));
+    bench.passes(TTL);
+    assert_eq!(bench.snapshot().state(), State::Lapsed);
+    assert_eq!(bench.snapshot().remaining(&bench.record.holders[0]), Duration::ZERO);
 }

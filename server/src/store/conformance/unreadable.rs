@@ -1,21 +1,22 @@
-//! One record that cannot be read or written, among others: it is the trouble of its own key.
+//! Tests that a record which cannot be read or written affects no other key.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use rstest::rstest;
 
-use super::homes::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
-use super::homes::{Home, TestStore, wait_for};
+use super::backends::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
+use super::backends::{Backend, TestStore, wait_for};
 use super::reading::{NOW, ask, asking, commit, empty, free, key};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Timestamp};
 use crate::store::{ForKey, ListQuery, Outcome, Store, StoreError};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Keys around a damaged one in the order of keys, each held by the lease with the same position.
-fn with_a_damaged_one(home: Home, damage: Damage) -> (TestStore, Vec<Key>, Vec<LeaseId>) {
-    let store = empty(home);
+/// Creates a store with nine keys, held by the leases at the same positions, and damages the record
+/// of one key.
+fn with_a_damaged_one(backend: Backend, damage: Damage) -> (TestStore, Vec<Key>, Vec<LeaseId>) {
+    let store = empty(backend);
     let keys: Vec<Key> = (0..9).map(|number| key(&format!("{number}"))).collect();
     let ids: Vec<LeaseId> = keys.iter().map(|_| LeaseId::random()).collect();
     commit(&store, keys.iter().cloned().zip(ids.iter().map(|id| ask(asking(*id)))).collect());
@@ -25,7 +26,8 @@ fn with_a_damaged_one(home: Home, damage: Damage) -> (TestStore, Vec<Key>, Vec<L
 
 const DAMAGED: usize = 4;
 
-/// Checks that all answers but that for the damaged key are records which its lease holds.
+/// Checks that the answer for the damaged key is an error, and that every other answer is a record
+/// that its lease holds.
 fn assert_apart(answers: &[ForKey], keys: &[Key], ids: &[LeaseId]) {
     assert_eq!(answers.len(), keys.len());
     for ((answer, key), id) in answers.iter().zip(keys).zip(ids) {
@@ -43,12 +45,12 @@ fn assert_apart(answers: &[ForKey], keys: &[Key], ids: &[LeaseId]) {
 
 #[rstest]
 // The embedded store has one kind of damage.
-#[case(Home::Embedded, HoldersAreText)]
-#[case(Home::MongoDb, HoldersAreText)]
-#[case(Home::MongoDb, TokenIsText)]
-#[case(Home::MongoDb, UnknownReason)]
-fn a_batch_is_applied_without_the_edit_that_cannot_be(#[case] home: Home, #[case] damage: Damage) {
-    let (mut store, keys, ids) = with_a_damaged_one(home, damage);
+#[case(Backend::Embedded, HoldersAreText)]
+#[case(Backend::MongoDb, HoldersAreText)]
+#[case(Backend::MongoDb, TokenIsText)]
+#[case(Backend::MongoDb, UnknownReason)]
+fn a_batch_is_applied_without_the_edit_of_a_damaged_record(#[case] backend: Backend, #[case] damage: Damage) {
+    let (mut store, keys, ids) = with_a_damaged_one(backend, damage);
     let edits = [Edit::touch as fn(Edit, LeaseId) -> Edit, |edit, id| edit.enqueue(Arc::new(asking(id)))];
     for (round, edit) in edits.into_iter().enumerate() {
         store.set_clock(Timestamp(NOW.0 + 10));
@@ -58,35 +60,35 @@ fn a_batch_is_applied_without_the_edit_that_cannot_be(#[case] home: Home, #[case
         let least = i64::try_from(round).expect("two rounds") + 2;
         assert!(answers.iter().flatten().all(|snapshot| snapshot.record.rev >= least), "each was applied");
     }
-    // Alone as well.
+    // The edit of the damaged key also fails in a batch of its own.
     let alone = vec![(keys[DAMAGED].clone(), Edit::default().touch(ids[DAMAGED]))];
     let answers = wait_for(store.commit(Arc::new(alone), PATIENCE)).expect("an answer").records;
     assert!(matches!(&answers[..], [Err(StoreError::Unreadable { .. })]), "{answers:?}");
 }
 
 #[test]
-fn an_edit_for_which_a_document_has_no_room_fails_alone() {
-    let store = empty(Home::MongoDb);
+fn an_edit_that_would_make_a_document_too_large_fails_alone() {
+    let store = empty(Backend::MongoDb);
     let TestStore::MongoDb(mongodb) = &store else { panic!("it is MongoDB") };
     let keys: Vec<Key> = (0..9).map(|number| key(&format!("{number}"))).collect();
     let ids: Vec<LeaseId> = keys.iter().map(|_| LeaseId::random()).collect();
     commit(&store, keys.iter().cloned().zip(ids.iter().map(|id| ask(asking(*id)))).collect());
     wait_for(mongodb.fill(&keys[DAMAGED]));
-    let joins = || ask(Acquisition { wait: true, ..asking(LeaseId::random()) });
-    let batch = keys.iter().map(|key| (key.clone(), joins())).collect();
+    let enqueue = || ask(Acquisition { wait: true, ..asking(LeaseId::random()) });
+    let batch = keys.iter().map(|key| (key.clone(), enqueue())).collect();
     let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers").records;
     assert_apart(&answers, &keys, &ids);
     assert!(answers.iter().flatten().all(|snapshot| snapshot.record.waiters.len() == 1));
-    // What needs no room goes on.
+    // An edit that does not make the document larger succeeds.
     let touch = |(key, id): (&Key, &LeaseId)| (key.clone(), Edit::default().touch(*id));
     assert_eq!(commit(&store, keys.iter().zip(&ids).map(touch).collect()).len(), keys.len());
 }
 
-/// MongoDB does not say which it could not write, so they are searched for; not for ever, since their keys are taken
-/// meanwhile.
+/// MongoDB does not say which record it could not write, so the store searches for it. The search
+/// must end, because other batches wait for the keys.
 #[test]
-fn the_search_for_edits_that_cannot_be_applied_ends_with_the_time_of_their_batch() {
-    let store = empty(Home::MongoDb);
+fn the_search_for_edits_that_cannot_be_applied_ends_at_the_deadline_of_the_batch() {
+    let store = empty(Backend::MongoDb);
     let TestStore::MongoDb(mongodb) = &store else { panic!("it is MongoDB") };
     let keys: Vec<Key> = (0..40).map(|number| key(&format!("{number}"))).collect();
     commit(&store, keys.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect());
@@ -94,10 +96,10 @@ fn the_search_for_edits_that_cannot_be_applied_ends_with_the_time_of_their_batch
     for number in full {
         wait_for(mongodb.fill(&keys[number]));
     }
-    let joins = |key: &Key| (key.clone(), ask(Acquisition { wait: true, ..asking(LeaseId::random()) }));
-    let batch: Arc<Vec<_>> = Arc::new(keys.iter().map(joins).collect());
-    let told = wait_for(store.commit(Arc::clone(&batch), Duration::ZERO)).expect_err("no time");
-    assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{told}");
+    let enqueue = |key: &Key| (key.clone(), ask(Acquisition { wait: true, ..asking(LeaseId::random()) }));
+    let batch: Arc<Vec<_>> = Arc::new(keys.iter().map(enqueue).collect());
+    let error = wait_for(store.commit(Arc::clone(&batch), Duration::ZERO)).expect_err("no time");
+    assert!(matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{error}");
     let answers = wait_for(store.commit(batch, PATIENCE)).expect("answers").records;
     for (number, answer) in answers.iter().enumerate() {
         match answer {
@@ -112,12 +114,12 @@ fn the_search_for_edits_that_cannot_be_applied_ends_with_the_time_of_their_batch
 }
 
 #[rstest]
-#[case(Home::Embedded, HoldersAreText)]
-#[case(Home::MongoDb, HoldersAreText)]
-#[case(Home::MongoDb, TokenIsText)]
-#[case(Home::MongoDb, UnknownReason)]
-fn a_read_and_a_listing_show_the_others(#[case] home: Home, #[case] damage: Damage) {
-    let (store, keys, ids) = with_a_damaged_one(home, damage);
+#[case(Backend::Embedded, HoldersAreText)]
+#[case(Backend::MongoDb, HoldersAreText)]
+#[case(Backend::MongoDb, TokenIsText)]
+#[case(Backend::MongoDb, UnknownReason)]
+fn a_read_and_a_listing_show_the_other_records(#[case] backend: Backend, #[case] damage: Damage) {
+    let (store, keys, ids) = with_a_damaged_one(backend, damage);
     let mut answers = wait_for(store.read(keys.clone())).expect("a read");
     answers.sort_by_key(|answer| match answer {
         Ok(snapshot) => snapshot.record.key.clone(),
@@ -126,7 +128,7 @@ fn a_read_and_a_listing_show_the_others(#[case] home: Home, #[case] damage: Dama
     });
     assert_apart(&answers, &keys, &ids);
 
-    let shown = wait_for(store.inspect(keys[0].clone())).expect("a look");
+    let shown = wait_for(store.inspect(keys[0].clone())).expect("an inspection");
     assert_eq!(shown.map(|snapshot| snapshot.record.holders[0].id), Some(ids[0]));
     let shown = wait_for(store.inspect(keys[DAMAGED].clone()));
     assert!(matches!(shown, Err(StoreError::Unreadable { .. })), "{shown:?}");
@@ -152,13 +154,13 @@ fn a_read_and_a_listing_show_the_others(#[case] home: Home, #[case] damage: Dama
 }
 
 #[rstest]
-#[case(Home::Embedded, HoldersAreText)]
-#[case(Home::MongoDb, HoldersAreText)]
-#[case(Home::MongoDb, HolderIsText)]
-#[case(Home::MongoDb, TokenIsText)]
-#[case(Home::MongoDb, BlockIsText)]
-fn a_purge_forgets_the_others(#[case] home: Home, #[case] damage: Damage) {
-    let mut store = empty(home);
+#[case(Backend::Embedded, HoldersAreText)]
+#[case(Backend::MongoDb, HoldersAreText)]
+#[case(Backend::MongoDb, HolderIsText)]
+#[case(Backend::MongoDb, TokenIsText)]
+#[case(Backend::MongoDb, BlockIsText)]
+fn a_purge_removes_the_other_records(#[case] backend: Backend, #[case] damage: Damage) {
+    let mut store = empty(backend);
     for name in ["a", "b", "c"] {
         free(&store, name, asking(LeaseId::random()));
     }
@@ -167,5 +169,5 @@ fn a_purge_forgets_the_others(#[case] home: Home, #[case] damage: Damage) {
     let purged = wait_for(store.purge(Duration::from_secs(60))).expect("a purge");
     let left = wait_for(store.read(["a", "b", "c"].map(key).into())).expect("a read");
     assert_eq!(purged, 2);
-    assert!(matches!(&left[..], [Err(StoreError::Unreadable { .. })]), "it stays: {left:?}");
+    assert!(matches!(&left[..], [Err(StoreError::Unreadable { .. })]), "the damaged record stays: {left:?}");
 }

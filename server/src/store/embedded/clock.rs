@@ -1,10 +1,12 @@
-//! The clock of the embedded store: the machine's boot clock, which counts suspension and which nobody can set.
+//! The clock of the embedded store. It follows the machine's boot clock, which runs on during a
+//! suspension and cannot be set.
 //!
-//! The host's wall clock is read once after each boot of the machine, and places the store's time on the boot clock: the
-//! [`Anchor`]. The file keeps the anchor, so a daemon that starts again during the same boot goes on where the earlier
-//! one was. A wall clock that is set while the machine is up, forward or back, moves no lease.
+//! An [`Anchor`] places the store's time on the boot clock. It is made from the host's wall clock,
+//! once for each boot of the machine, and kept in the file. A daemon that starts again during the
+//! same boot goes on with the same anchor. So setting the wall clock while the machine is up,
+//! forward or back, moves no lease.
 //!
-//! The store's time never goes back: a new anchor is not earlier than the latest commit.
+//! The store's time never goes back: a new anchor is never earlier than the latest commit.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -13,19 +15,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::boot_instant::since_boot;
 use crate::lease::{Timestamp, millis};
 
-/// A difference between the store's clock and the host's that is worth a line in the log.
+/// The difference between the store's clock and the wall clock above which a warning is logged.
 const NOTABLE: Duration = Duration::from_secs(1);
 
-/// What a machine says of time.
+/// The clocks of a machine.
 pub(super) trait Readings: Debug + Send + Sync {
-    /// The wall clock, since the Unix epoch.
+    /// The wall clock, as time since the Unix epoch.
     fn wall(&self) -> Duration;
 
-    /// The time since the machine was started, suspension included.
+    /// The boot clock: the time since the machine was started, including suspension.
     fn up(&self) -> Duration;
 
-    /// Names this boot of the machine. Two readings of [`up`](Self::up) are on one scale if they were taken under the
-    /// same name. `None` where that is not known; each start of a daemon then counts as a boot.
+    /// The name of this boot of the machine. Two readings of [`up`](Self::up) can be compared if
+    /// they were taken under the same name. `None` where boots have no names; then each start of a
+    /// daemon counts as a boot.
     fn boot(&self) -> Option<String>;
 }
 
@@ -46,7 +49,8 @@ impl Readings for Host {
     fn boot(&self) -> Option<String> {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let id = Some(id.trim()).filter(|id| !id.is_empty())?;
-        // Containers share the boot id of their host. One in a time namespace has a boot clock that is shifted.
+        // Containers share the boot id of their host. In a time namespace the boot clock is
+        // shifted, so the shift belongs to the name.
         let offsets = std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
         let shift = offsets.lines().find_map(|line| line.strip_prefix("boottime")).unwrap_or_default();
         match shift.split_whitespace().collect::<Vec<_>>().as_slice() {
@@ -56,14 +60,14 @@ impl Readings for Host {
     }
 }
 
-/// Where the store's time lies on the boot clock.
+/// Maps the boot clock to the store's time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Anchor {
-    /// The boot it holds for; empty if that has no name.
+    /// The boot that the anchor is valid for. Empty if that boot has no name.
     pub(super) boot: String,
-    /// The boot clock at some instant, in milliseconds.
+    /// A reading of the boot clock, in milliseconds.
     pub(super) up: i64,
-    /// The store's time at that instant.
+    /// The store's time at that reading.
     pub(super) time: Timestamp,
 }
 
@@ -73,7 +77,7 @@ impl Anchor {
     }
 }
 
-/// Shows instants that never go back.
+/// The store's clock. Its time never goes back.
 #[derive(Debug)]
 pub(super) struct Clock {
     readings: Arc<dyn Readings>,
@@ -84,7 +88,8 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    /// Goes on from what a file says: the anchor kept in it, and the time of its latest commit.
+    /// Continues the clock of a file. `kept` is the anchor in the file, `latest` the time of its
+    /// latest commit.
     pub(super) fn resume(readings: Arc<dyn Readings>, kept: Option<&Anchor>, latest: Timestamp) -> Self {
         let anchor = anchor(&*readings, kept, latest);
         let (wall, time) = (Timestamp(millis(readings.wall())), anchor.at(millis(readings.up())));
@@ -106,9 +111,11 @@ impl Clock {
         }
     }
 
-    /// Goes on in a file that is opened again, whose latest commit may be another daemon's. A process lives within one
-    /// boot, so the anchor holds, unless that commit is ahead of it.
-    pub(super) fn reach(&mut self, latest: Timestamp) {
+    /// Makes sure that the clock is not behind `latest`, the time of the latest commit in a file
+    /// that is opened again. Another daemon may have made that commit.
+    pub(super) fn advance_to(&mut self, latest: Timestamp) {
+        // A process lives within one boot, so the anchor stays valid unless the commit is ahead of
+        // it.
         let up = millis(self.readings.up());
         if self.anchor.at(up) < latest {
             self.anchor = Anchor { boot: self.anchor.boot.clone(), up, time: latest };
@@ -119,7 +126,7 @@ impl Clock {
         &self.anchor
     }
 
-    /// The time now.
+    /// The store's time now.
     pub(super) fn now(&mut self) -> Timestamp {
         #[cfg(test)]
         if let Some(set) = self.set {
@@ -129,26 +136,28 @@ impl Clock {
         self.shown
     }
 
-    /// The boot clock, for how long something may wait.
+    /// The boot clock. How long a batch may wait for the writer is measured on it.
     pub(super) fn up(&self) -> Duration {
         self.readings.up()
     }
 
-    /// Stops the clock at `now`, also if that is earlier.
+    /// Stops the clock at `now`, even if that is in the past.
     #[cfg(test)]
     pub(super) fn set(&mut self, now: Timestamp) {
         self.set = Some(now);
     }
 }
 
-/// The anchor to go by: the one kept, if it is of this boot, or else a new one.
+/// Returns the kept anchor if it is of this boot, else a new one.
 fn anchor(readings: &dyn Readings, kept: Option<&Anchor>, latest: Timestamp) -> Anchor {
     let (boot, up) = (readings.boot(), millis(readings.up()));
-    // A boot clock that went back is another one, whatever its name: that of a machine restored from a snapshot.
+    // A boot clock that went back belongs to another boot even if the name is the same: the machine
+    // was restored from a snapshot.
     let same = kept.filter(|kept| Some(&kept.boot) == boot.as_ref() && kept.up <= up);
     match same {
         Some(kept) if kept.at(up) >= latest => kept.clone(),
-        // An earlier version of this program went by the wall clock during this boot.
+        // An earlier version of this program followed the wall clock during this boot, and its
+        // commits are ahead.
         Some(_) => Anchor { boot: boot.unwrap_or_default(), up, time: latest },
         None => {
             let wall = Timestamp(millis(readings.wall()));

@@ -1,11 +1,11 @@
-//! The file under the database, with two things that a plain file does not do.
+//! The file under the database, with two features that a plain file lacks.
 //!
-//! Nothing is written before [`Disk::accept`]: opening a database writes to it, and a file that turns out to be
-//! damaged, foreign or newer than this program must stay as it is.
-//!
-//! What was written before a sync that failed is written again before the next one: the system may have dropped it
-//! and still count it as kept, so that a later sync succeeds without it.
-//! (<https://www.usenix.org/conference/atc20/presentation/rebello>)
+//! - No write reaches the file before [`Disk::accept`]. redb writes to a file as it opens it, and a
+//!   file that turns out to be damaged, foreign or newer than this program must stay as it is.
+//! - After a failed sync, everything written since the last successful sync is written again before
+//!   the next one. The operating system may have dropped those pages and still count them as clean,
+//!   so a later sync would succeed without them
+//!   (<https://www.usenix.org/conference/atc20/presentation/rebello>).
 
 use std::io::{ErrorKind, Result};
 use std::ops::Bound;
@@ -13,65 +13,72 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use redb::{BackendError, StorageBackend};
 
-/// A file that a database lives in. Clones are the same one.
+/// The file of a database. All clones write to one file.
 #[derive(Debug, Clone)]
 pub(super) struct Disk {
     file: Arc<dyn StorageBackend>,
-    held: Arc<RwLock<Option<Held>>>,
+    /// `None` once the file is accepted.
+    buffer: Arc<RwLock<Option<WriteBuffer>>>,
     unsynced: Unsynced,
 }
 
-/// The ranges written since a sync last succeeded. Outlives the database: it is opened anew after a failure.
+/// The ranges written since the last successful sync. They outlive a [`Disk`]: after a failure the
+/// database is opened again on a new one.
 pub(super) type Unsynced = Arc<Mutex<Ranges>>;
 
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
-    /// Offset and length.
+    /// Offset and length of each.
     written: Vec<(u64, usize)>,
+    /// Whether a sync has failed since the last successful one.
     failed: bool,
 }
 
-/// What has not reached the file.
+/// Operations that have not reached the file.
 #[derive(Debug)]
-struct Held {
+struct WriteBuffer {
+    /// The length that readers see.
     length: u64,
-    /// What the file itself has is hidden from here on.
-    cut: u64,
-    changes: Vec<Change>,
+    /// The file's own bytes are visible up to this offset.
+    visible_until: u64,
+    /// In the order in which they were made.
+    ops: Vec<BufferedOp>,
 }
 
 #[derive(Debug)]
-enum Change {
-    Length(u64),
-    Bytes(u64, Vec<u8>),
+enum BufferedOp {
+    SetLen(u64),
+    /// At an offset.
+    Write(u64, Vec<u8>),
     Sync,
 }
 
 impl Disk {
-    /// Takes `file`, and writes nothing to it for now.
+    /// Wraps `file`. Writes nothing to it before [`Self::accept`].
     pub(super) fn new(file: Arc<dyn StorageBackend>, unsynced: &Unsynced) -> Result<Self> {
         let length = file.len()?;
-        let held = Held { length, cut: length, changes: Vec::new() };
+        let buffer = WriteBuffer { length, visible_until: length, ops: Vec::new() };
         unsynced.lock().unwrap_or_else(PoisonError::into_inner).tidy();
-        Ok(Self { file, held: Arc::new(RwLock::new(Some(held))), unsynced: Arc::clone(unsynced) })
+        Ok(Self { file, buffer: Arc::new(RwLock::new(Some(buffer))), unsynced: Arc::clone(unsynced) })
     }
 
-    /// Does what was held back, in its order; from here on everything is done at once.
+    /// Performs the buffered operations in their order and syncs. Later operations go to the file
+    /// at once.
     pub(super) fn accept(&self) -> Result<()> {
-        let Some(held) = self.held.write().unwrap_or_else(PoisonError::into_inner).take() else {
+        let Some(buffer) = self.buffer.write().unwrap_or_else(PoisonError::into_inner).take() else {
             return Ok(());
         };
-        for change in held.changes {
-            match change {
-                Change::Length(length) => self.set_len(length)?,
-                Change::Bytes(offset, data) => self.write(offset, &data)?,
-                Change::Sync => self.sync_data()?,
+        for op in buffer.ops {
+            match op {
+                BufferedOp::SetLen(length) => self.set_len(length)?,
+                BufferedOp::Write(offset, data) => self.write(offset, &data)?,
+                BufferedOp::Sync => self.sync_data()?,
             }
         }
         self.sync_data()
     }
 
-    /// Writes all of it once more, out of what the file shows.
+    /// Writes the ranges again, with the bytes that the file shows.
     fn rewrite(&self, ranges: &mut Ranges) -> Result<()> {
         ranges.tidy();
         let end = self.file.len()?;
@@ -85,9 +92,10 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether nothing reaches the file yet. Opening is done by one thread, which is also the one that accepts.
-    fn is_held(&self) -> bool {
-        self.held.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// Whether operations are buffered. The thread that opens the database also accepts the file,
+    /// so the result cannot change between this call and a write.
+    fn is_buffering(&self) -> bool {
+        self.buffer.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     fn unsynced(&self) -> MutexGuard<'_, Ranges> {
@@ -96,49 +104,51 @@ impl Disk {
 }
 
 impl Ranges {
-    /// A disk that is full is written to in the same places again and again.
+    /// Removes duplicates. While the disk is full the same ranges are written again and again, and
+    /// the list would grow without a bound.
     fn tidy(&mut self) {
         self.written.sort_unstable();
         self.written.dedup();
     }
 }
 
-impl Held {
+impl WriteBuffer {
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.length = self.length.max(offset + size(data));
-        self.changes.push(Change::Bytes(offset, data.to_vec()));
+        self.ops.push(BufferedOp::Write(offset, data.to_vec()));
     }
 
     fn set_len(&mut self, length: u64) {
         self.length = length;
-        self.cut = self.cut.min(length);
-        self.changes.push(Change::Length(length));
+        self.visible_until = self.visible_until.min(length);
+        self.ops.push(BufferedOp::SetLen(length));
     }
 
     fn read(&self, file: &dyn StorageBackend, offset: u64, out: &mut [u8]) -> Result<()> {
         if offset + size(out) > self.length {
             return Err(ErrorKind::UnexpectedEof.into());
         }
-        let shown = usize::try_from(self.cut.saturating_sub(offset)).unwrap_or(usize::MAX).min(out.len());
+        let shown =
+            usize::try_from(self.visible_until.saturating_sub(offset)).unwrap_or(usize::MAX).min(out.len());
         let (from_file, rest) = out.split_at_mut(shown);
         if shown > 0 {
             file.read(offset, from_file)?;
         }
         rest.fill(0);
-        for change in &self.changes {
-            match change {
-                Change::Bytes(start, data) => {
+        for op in &self.ops {
+            match op {
+                BufferedOp::Write(start, data) => {
                     let (begin, end) = (offset.max(*start), (offset + size(out)).min(start + size(data)));
                     if begin < end {
                         out[index(begin - offset)..index(end - offset)]
                             .copy_from_slice(&data[index(begin - start)..index(end - start)]);
                     }
                 }
-                Change::Length(length) => {
+                BufferedOp::SetLen(length) => {
                     let kept = index(length.saturating_sub(offset).min(size(out)));
                     out[kept..].fill(0);
                 }
-                Change::Sync => {}
+                BufferedOp::Sync => {}
             }
         }
         Ok(())
@@ -149,44 +159,44 @@ fn size(data: &[u8]) -> u64 {
     data.len() as u64
 }
 
-/// A distance within one slice.
+/// Converts a distance within one slice to an index.
 fn index(distance: u64) -> usize {
     usize::try_from(distance).expect("no longer than the slice")
 }
 
 impl StorageBackend for Disk {
     fn len(&self) -> Result<u64> {
-        match &*self.held.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(held) => Ok(held.length),
+        match &*self.buffer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(buffer) => Ok(buffer.length),
             None => self.file.len(),
         }
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        match &*self.held.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(held) => held.read(&*self.file, offset, out),
+        match &*self.buffer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(buffer) => buffer.read(&*self.file, offset, out),
             None => self.file.read(offset, out),
         }
     }
 
     fn set_len(&self, length: u64) -> Result<()> {
-        match &mut *self.held.write().unwrap_or_else(PoisonError::into_inner) {
-            Some(held) => held.set_len(length),
+        match &mut *self.buffer.write().unwrap_or_else(PoisonError::into_inner) {
+            Some(buffer) => buffer.set_len(length),
             None => self.file.set_len(length)?,
         }
         Ok(())
     }
 
     fn sync_data(&self) -> Result<()> {
-        if let Some(held) = &mut *self.held.write().unwrap_or_else(PoisonError::into_inner) {
-            held.changes.push(Change::Sync);
+        if let Some(buffer) = &mut *self.buffer.write().unwrap_or_else(PoisonError::into_inner) {
+            buffer.ops.push(BufferedOp::Sync);
             return Ok(());
         }
         let mut unsynced = self.unsynced();
         if unsynced.failed {
             self.rewrite(&mut unsynced)?;
         }
-        // Until it has succeeded.
+        // Stays true unless the sync succeeds.
         unsynced.failed = true;
         self.file.sync_data()?;
         *unsynced = Ranges::default();
@@ -194,9 +204,10 @@ impl StorageBackend for Disk {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        if self.is_held() {
-            if let Some(held) = &mut *self.held.write().unwrap_or_else(PoisonError::into_inner) {
-                held.write(offset, data);
+        // Checked under the read lock, so that a write after the start does not block readers.
+        if self.is_buffering() {
+            if let Some(buffer) = &mut *self.buffer.write().unwrap_or_else(PoisonError::into_inner) {
+                buffer.write(offset, data);
             }
             return Ok(());
         }

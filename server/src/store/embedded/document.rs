@@ -1,4 +1,5 @@
-//! Records as bytes: protocol buffers, so that a later version may add fields and still read these.
+//! Encodes records as protocol buffers, so that a later version can add fields and still read the
+//! records of this one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use crate::lease::{
     Timestamp, Ttl, Waiter,
 };
 
-/// Bytes that are not a record of ours.
+/// The stored bytes of `key` are not a record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the record of {key:?} cannot be read: {what}")]
 pub(super) struct Unreadable {
@@ -35,7 +36,8 @@ struct StoredRecord {
     departures: Vec<StoredDeparture>,
 }
 
-/// A lease id in two halves: unlike bytes they need no room of their own while they are read.
+/// A lease id in two halves. Decoding integers allocates nothing, while a field of bytes would
+/// allocate for each id.
 #[derive(Clone, Copy, PartialEq, Message)]
 struct StoredId {
     #[prost(fixed64, tag = "1")]
@@ -125,20 +127,20 @@ enum StoredReason {
     Settled = 5,
 }
 
-/// Adds the record to `bytes`. The key is kept beside them.
+/// Appends the encoded record to `bytes`. The key is not part of them: the table stores it.
 pub(super) fn encode(record: &Record, bytes: &mut Vec<u8>) {
     let stored = StoredRecord {
         token: record.token.0,
         rev: record.rev,
         blocked_until: record.blocked_until.map(|at| at.0),
-        holders: record.holders.iter().map(holder_out).collect(),
-        waiters: record.waiters.iter().map(waiter_out).collect(),
-        departures: record.departures.iter().map(departure_out).collect(),
+        holders: record.holders.iter().map(encode_holder).collect(),
+        waiters: record.waiters.iter().map(encode_waiter).collect(),
+        departures: record.departures.iter().map(encode_departure).collect(),
     };
     stored.encode(bytes).expect("a vector grows");
 }
 
-/// The record of `key` out of bytes.
+/// Decodes the record of `key`.
 pub(super) fn decode(key: &Key, bytes: &[u8]) -> Result<Record, Unreadable> {
     let unreadable = |what: String| Unreadable { key: key.clone(), what };
     let stored = StoredRecord::decode(bytes).map_err(|error| unreadable(error.to_string()))?;
@@ -148,27 +150,28 @@ pub(super) fn decode(key: &Key, bytes: &[u8]) -> Result<Record, Unreadable> {
         token: FencingToken(stored.token),
         rev: stored.rev,
         blocked_until: stored.blocked_until.map(Timestamp),
-        holders: all(stored.holders, holder_in).ok_or_else(|| missing("a holder"))?,
-        waiters: all(stored.waiters, waiter_in).ok_or_else(|| missing("a waiter"))?,
-        departures: all(stored.departures, departure_in).ok_or_else(|| missing("a departure"))?,
+        holders: decode_all(stored.holders, decode_holder).ok_or_else(|| missing("a holder"))?,
+        waiters: decode_all(stored.waiters, decode_waiter).ok_or_else(|| missing("a waiter"))?,
+        departures: decode_all(stored.departures, decode_departure).ok_or_else(|| missing("a departure"))?,
     })
 }
 
-fn all<S, T>(stored: Vec<S>, read: impl Fn(S) -> Option<T>) -> Option<Vec<T>> {
-    // Collecting would make room for four, where one is the rule.
+fn decode_all<S, T>(stored: Vec<S>, decode: impl Fn(S) -> Option<T>) -> Option<Vec<T>> {
+    // `collect` would not know the length behind the `Option`s and allocate room for four. Most
+    // records have one holder.
     let mut all = Vec::with_capacity(stored.len());
     for one in stored {
-        all.push(read(one)?);
+        all.push(decode(one)?);
     }
     Some(all)
 }
 
-fn holder_out(holder: &Holder) -> StoredHolder {
+fn encode_holder(holder: &Holder) -> StoredHolder {
     StoredHolder {
-        id: id_out(holder.id),
+        id: encode_id(holder.id),
         owner: holder.owner.clone(),
         metadata: holder.metadata.clone(),
-        mode: mode_out(holder.mode).into(),
+        mode: encode_mode(holder.mode).into(),
         ttl_ms: millis(holder.ttl.get()),
         token: holder.token.0,
         acquired_at: holder.acquired_at.0,
@@ -179,10 +182,10 @@ fn holder_out(holder: &Holder) -> StoredHolder {
     }
 }
 
-fn holder_in(stored: StoredHolder) -> Option<Holder> {
+fn decode_holder(stored: StoredHolder) -> Option<Holder> {
     Some(Holder {
-        id: id_in(stored.id),
-        mode: mode_in(stored.mode())?,
+        id: decode_id(stored.id),
+        mode: decode_mode(stored.mode())?,
         owner: stored.owner,
         metadata: stored.metadata,
         ttl: Ttl::new(Duration::from_millis(stored.ttl_ms))?,
@@ -190,33 +193,33 @@ fn holder_in(stored: StoredHolder) -> Option<Holder> {
         acquired_at: Timestamp(stored.acquired_at),
         expires_at: Timestamp(stored.expires_at),
         min_hold: Duration::from_millis(stored.min_hold_ms),
-        // Records of earlier versions do not say it.
+        // Records of earlier versions lack the field.
         shared_limit: if stored.shared_limit == 0 { MAX_SHARED_HOLDERS } else { stored.shared_limit },
         repeated: stored.repeated,
     })
 }
 
-fn waiter_out(waiter: &Waiter) -> StoredWaiter {
-    let asked = &waiter.acquisition;
+fn encode_waiter(waiter: &Waiter) -> StoredWaiter {
+    let acquisition = &waiter.acquisition;
     StoredWaiter {
-        id: id_out(asked.id),
-        owner: asked.owner.clone(),
-        metadata: asked.metadata.clone(),
-        mode: mode_out(asked.mode).into(),
-        ttl_ms: millis(asked.ttl.get()),
-        shared_limit: asked.shared_limit,
-        min_hold_ms: millis(asked.min_hold),
-        wait: asked.wait,
+        id: encode_id(acquisition.id),
+        owner: acquisition.owner.clone(),
+        metadata: acquisition.metadata.clone(),
+        mode: encode_mode(acquisition.mode).into(),
+        ttl_ms: millis(acquisition.ttl.get()),
+        shared_limit: acquisition.shared_limit,
+        min_hold_ms: millis(acquisition.min_hold),
+        wait: acquisition.wait,
         since: waiter.since.0,
         expires_at: waiter.expires_at.0,
-        repeated: asked.repeated,
+        repeated: acquisition.repeated,
     }
 }
 
-fn waiter_in(stored: StoredWaiter) -> Option<Waiter> {
+fn decode_waiter(stored: StoredWaiter) -> Option<Waiter> {
     let acquisition = Acquisition {
-        id: id_in(stored.id),
-        mode: mode_in(stored.mode())?,
+        id: decode_id(stored.id),
+        mode: decode_mode(stored.mode())?,
         owner: stored.owner,
         metadata: stored.metadata,
         shared_limit: stored.shared_limit,
@@ -232,7 +235,7 @@ fn waiter_in(stored: StoredWaiter) -> Option<Waiter> {
     })
 }
 
-fn departure_out(departure: &Departure) -> StoredDeparture {
+fn encode_departure(departure: &Departure) -> StoredDeparture {
     let reason = match departure.reason {
         Reason::Released => StoredReason::Released,
         Reason::Displaced => StoredReason::Displaced,
@@ -241,10 +244,10 @@ fn departure_out(departure: &Departure) -> StoredDeparture {
         Reason::Settled => StoredReason::Settled,
     };
     let Departure { id, at, lasting, .. } = *departure;
-    StoredDeparture { id: id_out(id), reason: reason.into(), at: at.0, lasting }
+    StoredDeparture { id: encode_id(id), reason: reason.into(), at: at.0, lasting }
 }
 
-fn departure_in(stored: StoredDeparture) -> Option<Departure> {
+fn decode_departure(stored: StoredDeparture) -> Option<Departure> {
     let reason = match stored.reason() {
         StoredReason::Unknown => return None,
         StoredReason::Released => Reason::Released,
@@ -254,17 +257,17 @@ fn departure_in(stored: StoredDeparture) -> Option<Departure> {
         StoredReason::Settled => Reason::Settled,
     };
     let StoredDeparture { id, at, lasting, .. } = stored;
-    Some(Departure { id: id_in(id), reason, at: Timestamp(at), lasting })
+    Some(Departure { id: decode_id(id), reason, at: Timestamp(at), lasting })
 }
 
-fn mode_out(mode: Mode) -> StoredMode {
+fn encode_mode(mode: Mode) -> StoredMode {
     match mode {
         Mode::Exclusive => StoredMode::Exclusive,
         Mode::Shared => StoredMode::Shared,
     }
 }
 
-fn mode_in(mode: StoredMode) -> Option<Mode> {
+fn decode_mode(mode: StoredMode) -> Option<Mode> {
     match mode {
         StoredMode::Unknown => None,
         StoredMode::Exclusive => Some(Mode::Exclusive),
@@ -272,12 +275,12 @@ fn mode_in(mode: StoredMode) -> Option<Mode> {
     }
 }
 
-fn id_out(id: LeaseId) -> StoredId {
+fn encode_id(id: LeaseId) -> StoredId {
     let both = u128::from_be_bytes(id.to_bytes());
     StoredId { high: (both >> 64) as u64, low: both as u64 }
 }
 
-fn id_in(stored: StoredId) -> LeaseId {
+fn decode_id(stored: StoredId) -> LeaseId {
     LeaseId::from((u128::from(stored.high) << 64 | u128::from(stored.low)).to_be_bytes())
 }
 

@@ -1,4 +1,5 @@
-//! The tables of the file, and what it says of itself: its format, its identity, and its clock.
+//! The tables of the file, and the facts that it keeps about itself: its format, its identity and
+//! its clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,58 +18,63 @@ use crate::lease::{Key, Record, Rules, Timestamp};
 
 /// Records by key.
 pub(super) const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
-/// Numbers about the whole.
+/// Facts that are numbers.
 const FACTS: TableDefinition<'_, &str, i64> = TableDefinition::new("leased");
-/// Names of the whole. Absent from files that an earlier version laid out, until this one opens them.
+/// Facts that are text. A file of an earlier version lacks this table until this version opens it.
 pub(super) const NAMES: TableDefinition<'_, &str, &str> = TableDefinition::new("names");
 
-/// The number that says how the rest is to be read.
+/// The number of the format. A file of a later format is refused.
 const FORMAT: &str = "format";
 /// The only format there is so far.
 const THIS_FORMAT: i64 = 1;
-/// What the clock showed at the latest commit.
+/// The store's time at the latest commit.
 const LATEST: &str = "latest";
-/// The two times of the clock's anchor.
+/// The clock's anchor: its reading of the boot clock.
 const ANCHOR_UP: &str = "anchor_up";
+/// The clock's anchor: the store's time at that reading.
 const ANCHOR_TIME: &str = "anchor_time";
-/// The boot of the clock's anchor.
+/// The clock's anchor: the boot that it is valid for.
 const ANCHOR_BOOT: &str = "anchor_boot";
 /// The identity of the store.
 const STORE: &str = "store";
-/// Records looked through at a time when holders are renewed.
+/// How many records are read before the renewed ones are written.
 const CHUNK: usize = 1000;
 
-/// What a file says of itself.
+/// What a file says about itself.
 #[derive(Debug)]
 pub(super) struct Facts {
-    /// `None` in a file that an earlier version laid out.
+    /// The identity of the store. `None` in a file of an earlier version.
     pub(super) store: Option<Uuid>,
+    /// The store's time at the latest commit.
     pub(super) latest: Timestamp,
     pub(super) anchor: Option<Anchor>,
 }
 
-/// Why a database is not one of ours.
+/// Why the facts of a database cannot be used.
 #[derive(Debug)]
-pub(super) enum Stranger {
+pub(super) enum FactsError {
+    /// Another program made the database.
     Foreign(&'static str),
+    /// A later version of this program made the database.
     Newer,
+    /// The database is ours, and a fact is invalid.
     Damaged(&'static str),
     Failed(redb::Error),
 }
 
-impl<E: Into<redb::Error>> From<E> for Stranger {
+impl<E: Into<redb::Error>> From<E> for FactsError {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
     }
 }
 
 impl Facts {
-    /// Reads the facts of a database that may be anybody's.
-    pub(super) fn read(database: &Database) -> Result<Self, Stranger> {
-        const FOREIGN: Stranger = Stranger::Foreign("a redb database of another program");
+    /// Reads the facts of a database that any program may have made.
+    pub(super) fn read(database: &Database) -> Result<Self, FactsError> {
+        const FOREIGN: FactsError = FactsError::Foreign("a redb database of another program");
         let reading = database.begin_read()?;
         if reading.list_tables()?.next().is_none() {
-            return Err(Stranger::Foreign("a redb database without tables"));
+            return Err(FactsError::Foreign("a redb database without tables"));
         }
         let facts = match reading.open_table(FACTS) {
             Ok(facts) => facts,
@@ -78,7 +84,7 @@ impl Facts {
         let fact = |name| facts.get(name).map(|found| found.map(|found| found.value()));
         match fact(FORMAT)? {
             Some(THIS_FORMAT) => {}
-            Some(format) if format > THIS_FORMAT => return Err(Stranger::Newer),
+            Some(format) if format > THIS_FORMAT => return Err(FactsError::Newer),
             _ => return Err(FOREIGN),
         }
         let anchor = match (fact(ANCHOR_UP)?, fact(ANCHOR_TIME)?, name(&reading, ANCHOR_BOOT)?) {
@@ -87,17 +93,19 @@ impl Facts {
         };
         let store = name(&reading, STORE)?.map(|store| store.parse());
         Ok(Self {
-            store: store.transpose().map_err(|_| Stranger::Damaged("its identity is no UUID"))?,
+            store: store.transpose().map_err(|_| FactsError::Damaged("its identity is no UUID"))?,
             latest: Timestamp(fact(LATEST)?.unwrap_or(0)),
             anchor,
         })
     }
 
-    /// Makes the identity and the clock's anchor durable, unless the file has them already, and returns the identity.
+    /// Writes the identity and the clock's anchor to the file, unless it has them already. Returns
+    /// the identity.
     ///
-    /// With a new anchor the holders are renewed: the wall clock, which set it, may have been set ahead since the
-    /// latest commit, and must not end the lease of a holder that still believes in it.
-    pub(super) fn settle(
+    /// If the anchor is new, the holders are renewed. A new anchor comes from the wall clock, which
+    /// may have been set forward since the latest commit. That must not end the lease of a holder
+    /// that still relies on it.
+    pub(super) fn persist(
         &self,
         database: &Database,
         anchor: &Anchor,
@@ -127,7 +135,7 @@ impl Facts {
     }
 }
 
-/// Notes in a transaction what the clock shows at its commit.
+/// Writes the time of a commit into its transaction.
 pub(super) fn note_latest(transaction: &WriteTransaction, now: Timestamp) -> Result<(), redb::Error> {
     transaction.open_table(FACTS)?.insert(LATEST, now.0)?;
     Ok(())
@@ -141,13 +149,13 @@ fn name(reading: &ReadTransaction, name: &str) -> Result<Option<String>, redb::E
     }
 }
 
-/// The bytes of a whole database that holds no leases.
-pub(super) fn blank() -> Vec<u8> {
+/// Returns the bytes of a complete database without leases.
+pub(super) fn empty_database() -> Vec<u8> {
     let memory: Arc<dyn StorageBackend> = Arc::new(InMemoryBackend::new());
-    fill(&memory).expect("memory takes an empty database");
+    fill(&memory).expect("memory has room for an empty database");
     let length = memory.len().expect("memory has a length");
     let mut bytes = vec![0; usize::try_from(length).expect("an empty database is small")];
-    memory.read(0, &mut bytes).expect("memory shows what is in it");
+    memory.read(0, &mut bytes).expect("memory can be read");
     bytes
 }
 
@@ -163,9 +171,9 @@ fn fill(memory: &Arc<dyn StorageBackend>) -> Result<(), redb::Error> {
     Ok(database.close()?)
 }
 
-/// Touches every holder and refreshes every place, except those that had lapsed by the latest commit already: nobody
-/// believes in these, and a lease that ended long ago must not take its key again. What a `min_hold` had left then it has
-/// left again.
+/// Extends the leases of all holders and the entries of all waiters, except those that had lapsed
+/// by the latest commit. Nobody relies on a lapsed lease, and a lease that ended long ago must not
+/// take its key again. Each `min_hold` keeps the time that was left of it at the latest commit.
 fn renew(
     transaction: &WriteTransaction,
     latest: Timestamp,
@@ -183,7 +191,7 @@ fn renew(
                 next = Some(name.value().to_owned());
                 break;
             }
-            // What cannot be read stays as it is; the calls for its key say so.
+            // A record that cannot be read stays as it is. Calls for its key report it.
             let Ok(key) = Key::try_from(name.value()) else { continue };
             let Ok(mut record) = document::decode(&key, bytes.value()) else { continue };
             if renew_record(&mut record, latest, now, rules) {
@@ -203,16 +211,17 @@ fn renew(
 /// Returns whether the record changed.
 fn renew_record(record: &mut Record, latest: Timestamp, now: Timestamp, rules: &Rules) -> bool {
     let holders = record.holders.iter_mut().map(|holder| (&mut holder.expires_at, holder.ttl.get()));
-    let waiters = record.waiters.iter_mut().map(|waiter| (&mut waiter.expires_at, rules.place));
+    let waiters = record.waiters.iter_mut().map(|waiter| (&mut waiter.expires_at, rules.waiter_ttl));
     let mut changed = false;
-    for (expires_at, lasts) in holders.chain(waiters) {
-        if *expires_at > latest && *expires_at < now + lasts {
-            *expires_at = now + lasts;
+    for (expires_at, extension) in holders.chain(waiters) {
+        if *expires_at > latest && *expires_at < now + extension {
+            *expires_at = now + extension;
             changed = true;
         }
     }
-    // How long the machine was off is not known: the wall clock may be what jumped. So none of that time counts. A file of
-    // an earlier version may not say when its latest commit was.
+    // How long the machine was off is unknown, because the wall clock may have been set. So none of
+    // the time since the latest commit counts. A file of an earlier version may lack the time of
+    // its latest commit.
     let jumped = if latest > Timestamp(0) { now - latest } else { Duration::ZERO };
     for holder in &mut record.holders {
         if !holder.min_hold.is_zero() && holder.acquired_at + holder.min_hold > latest {

@@ -1,7 +1,9 @@
-//! Where the data is: its folder and file, whether they are ours and whole, and who may read them.
+//! The data folder and its file: creates them, opens them, and checks that the file is ours and
+//! intact.
 //!
-//! Only the start of a daemon makes anything. Later the file that was opened is the only one that will do: an empty one
-//! in its place, below the mount point of a volume that is gone for example, would grant again what is held.
+//! Only the start of a daemon creates files. A running daemon accepts no file but the one it
+//! opened. An empty file in its place, for example below the mount point of a volume that is gone,
+//! would grant leases that are still held.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Write};
@@ -14,14 +16,15 @@ use redb::{Database, DatabaseError, StorageBackend, StorageError};
 use uuid::Uuid;
 
 use super::disk::{Disk, Unsynced};
-use super::facts::{Facts, Stranger, blank};
+use super::facts::{Facts, FactsError, empty_database};
 use crate::lease::Timestamp;
 
 /// The file in the data folder.
 pub(super) const FILE: &str = "leases.redb";
-/// The file while it is laid out.
+/// The name of a new file until it is complete.
 const NEW_FILE: &str = "leases.redb.new";
-/// What redb may keep of the file in memory, in bytes; the system's own cache comes on top.
+/// How much of the file redb may cache, in bytes. The page cache of the operating system comes on
+/// top.
 const CACHE: usize = 64 * 1024 * 1024;
 
 /// Why a data folder cannot be used. The message says what to do.
@@ -31,21 +34,21 @@ pub enum OpenError {
     /// Another process has it open.
     #[error("the data in {0} is in use by another daemon: stop that, or name another --data-dir")]
     InUse(PathBuf),
-    /// The file is not whole any more.
+    /// The file is damaged.
     #[error(
         "{0} is damaged ({1}): put back a copy from before, or move the file away to begin with no leases; it was not \
          changed"
     )]
     Damaged(PathBuf, String),
-    /// The file is something else.
+    /// The file holds something other than leases.
     #[error("{0} holds something other than leases ({1}): name another --data-dir; it was not changed")]
     Foreign(PathBuf, String),
-    /// The file is from the future.
+    /// A newer version of this program wrote the file.
     #[error(
         "{0} was written by a newer version of leased: run that version or a later one; it was not changed"
     )]
     Newer(PathBuf),
-    /// The system does not let the daemon at it.
+    /// The operating system denies access to the path.
     #[error("{0} cannot be used: {1}; see that the daemon may write there, or name another --data-dir")]
     Forbidden(PathBuf, String),
     /// The file that a running daemon opened is gone, or another one is in its place.
@@ -54,7 +57,7 @@ pub enum OpenError {
          with what is there now, restart the daemon"
     )]
     Gone(PathBuf, &'static str),
-    /// Something that may pass, such as a disk that is full.
+    /// A failure that may pass, such as a full disk.
     #[error("{0} cannot be opened: {1}")]
     Failed(PathBuf, String),
 }
@@ -63,7 +66,8 @@ impl OpenError {
     fn io(path: &Path, error: &Error) -> Self {
         let what = error.to_string();
         match error.kind() {
-            // What is missing is made, so a place where something is missing all the same takes nothing.
+            // The daemon creates what is missing. `NotFound` in spite of that means that nothing
+            // can be created there.
             ErrorKind::NotFound
             | ErrorKind::PermissionDenied
             | ErrorKind::NotADirectory
@@ -89,12 +93,12 @@ impl OpenError {
         }
     }
 
-    /// What redb says of a file that is known to be ours.
+    /// Converts an error of redb about a file that is known to be ours.
     pub(super) fn redb(path: &Path, error: redb::Error) -> Self {
         match error {
             redb::Error::Io(error) => Self::storage(path, StorageError::Io(error)),
             redb::Error::Corrupted(what) => Self::Damaged(path.to_owned(), what),
-            // A table that is missing, or is not what it was made as.
+            // A table is missing or of another type.
             redb::Error::TableDoesNotExist(_)
             | redb::Error::TableTypeMismatch { .. }
             | redb::Error::TableIsMultimap(_)
@@ -117,19 +121,19 @@ impl OpenError {
     }
 }
 
-/// What a database can be opened on, again and again.
+/// The bytes of a database. A store opens them at its start and again after each failure.
 pub(super) trait Medium: std::fmt::Debug + Send + Sync {
-    /// What messages call it.
+    /// The path that messages show.
     fn path(&self) -> &Path;
 
-    /// Lays out an empty database if there is none. Only the start does that.
+    /// Creates an empty database if there is none. Called only at the start.
     fn prepare(&self) -> Result<(), OpenError>;
 
-    /// Opens the bytes that are there. Fails if they are others than those that were opened before.
+    /// Opens the existing bytes. Fails if they are not those that were mounted before.
     fn mount(&self) -> Result<Arc<dyn StorageBackend>, OpenError>;
 
-    /// Fails if the path does not lead to the mounted bytes any more.
-    fn find(&self) -> Result<(), OpenError>;
+    /// Fails if the path no longer leads to the mounted bytes.
+    fn check_path(&self) -> Result<(), OpenError>;
 }
 
 /// The file in a data folder.
@@ -137,13 +141,14 @@ pub(super) trait Medium: std::fmt::Debug + Send + Sync {
 pub(super) struct DataFile {
     folder: PathBuf,
     path: PathBuf,
-    /// The file while it is laid out.
+    /// The path of a new file until it is complete.
     new: PathBuf,
-    /// The file that was opened last.
+    /// The file that was mounted last.
     mounted: Mutex<Option<Identity>>,
 }
 
-/// Which file it is, among those that exist at the same time.
+/// Identifies a file among those that exist at the same time. The numbers of a deleted file may be
+/// used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -170,14 +175,14 @@ impl DataFile {
         }
     }
 
-    /// Lays out an empty database under another name and renames it when it is whole and synced, so that a start that
-    /// is killed leaves nothing half done under the real name. What such a start leaves under the other name is
-    /// written over, or removed.
+    /// Creates an empty database under a temporary name, syncs it and renames it. So a start that
+    /// is killed leaves no incomplete file under the real name. The next start overwrites or
+    /// removes the temporary file.
     ///
-    /// The lock on that file keeps two first starts apart.
-    fn lay_out(&self) -> Result<(), OpenError> {
+    /// A lock on the temporary file keeps two first starts apart.
+    fn create_file(&self) -> Result<(), OpenError> {
         let fail = |error: Error| OpenError::io(&self.path, &error);
-        let mut file = secret().create(true).truncate(false).open(&self.new).map_err(fail)?;
+        let mut file = open_options().create(true).truncate(false).open(&self.new).map_err(fail)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(self.folder.clone())),
@@ -185,20 +190,20 @@ impl DataFile {
         }
         // Another start may have renamed or removed it before the lock was free.
         let ours = Identity::of(&file.metadata().map_err(fail)?);
-        if found(&self.new).map_err(fail)? != Some(ours) {
+        if identity_at(&self.new).map_err(fail)? != Some(ours) {
             return Ok(());
         }
-        if found(&self.path).map_err(fail)?.is_some() {
+        if identity_at(&self.path).map_err(fail)?.is_some() {
             return fs::remove_file(&self.new).map_err(fail);
         }
         let mut write = || {
             file.set_len(0)?;
-            file.write_all(&blank())?;
+            file.write_all(&empty_database())?;
             file.sync_all()?;
             fs::rename(&self.new, &self.path)
         };
         write().map_err(|error| {
-            // On a full disk it would only be in the way.
+            // An incomplete file would only take up space on a full disk.
             let _ = fs::remove_file(&self.new);
             fail(error)
         })
@@ -212,7 +217,8 @@ impl DataFile {
         OpenError::Gone(self.path.clone(), why)
     }
 
-    /// A file that was opened before is missing, not unusable.
+    /// Converts an error about a path that led to the mounted file before: if nothing is there, the
+    /// file is gone.
     fn missing(&self, error: &Error) -> OpenError {
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => self.gone(REMOVED),
@@ -228,21 +234,21 @@ impl Medium for DataFile {
 
     fn prepare(&self) -> Result<(), OpenError> {
         make_folder(&self.folder).map_err(|error| OpenError::io(&self.folder, &error))?;
-        let exists = |path: &Path| match found(path) {
-            Ok(found) => Ok(found.is_some()),
+        let exists = |path: &Path| match identity_at(path) {
+            Ok(identity) => Ok(identity.is_some()),
             Err(error) => Err(OpenError::io(path, &error)),
         };
         while !exists(&self.path)? || exists(&self.new)? {
-            self.lay_out()?;
+            self.create_file()?;
         }
-        // An earlier start may have been killed between the rename and this.
+        // An earlier start may have been killed between the rename and this sync.
         sync_folder(&self.folder).map_err(|error| OpenError::io(&self.path, &error))
     }
 
     fn mount(&self) -> Result<Arc<dyn StorageBackend>, OpenError> {
         let fail = |error: Error| OpenError::io(&self.path, &error);
         let mut mounted = self.mounted();
-        let file = secret().open(&self.path).map_err(|error| match *mounted {
+        let file = open_options().open(&self.path).map_err(|error| match *mounted {
             Some(_) => self.missing(&error),
             None => fail(error),
         })?;
@@ -252,7 +258,7 @@ impl Medium for DataFile {
         if mounted.is_some_and(|before| before.inode != identity.inode) {
             return Err(self.gone(REPLACED));
         }
-        // redb would take it for a new one.
+        // redb would initialize an empty file as a new database.
         if metadata.len() == 0 {
             return Err(OpenError::Damaged(self.path.clone(), "it is empty".to_owned()));
         }
@@ -260,29 +266,29 @@ impl Medium for DataFile {
         Ok(Arc::new(FileBackend::new(file).map_err(|error| OpenError::database(&self.path, error))?))
     }
 
-    /// Asks for the path alone: while the mounted file is open no other can have its numbers, and a path that leads to
-    /// it is a link that it still has.
-    fn find(&self) -> Result<(), OpenError> {
+    /// Compares the numbers of the file at the path. While the mounted file is open no other file
+    /// can have its numbers.
+    fn check_path(&self) -> Result<(), OpenError> {
         let there = fs::metadata(&self.path).map_err(|error| self.missing(&error))?;
         if *self.mounted() == Some(Identity::of(&there)) { Ok(()) } else { Err(self.gone(REPLACED)) }
     }
 }
 
-/// What a file must contain that is opened again.
+/// What a file that is opened again must contain.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Known {
-    /// Its identity.
+pub(super) struct Expected {
+    /// The identity of the store.
     pub(super) store: Uuid,
     /// The time of the latest commit that was acknowledged.
     pub(super) latest: Timestamp,
 }
 
-/// Opens the database on `medium`, and returns it with what it says of itself. Reads all of it, and changes nothing
-/// unless it is ours, whole, and as `known`, if that is given.
+/// Opens the database on `medium` and returns it with its facts. Reads all of it. Changes nothing
+/// unless the database is ours, intact and, if given, as `expected`.
 pub(super) fn open(
     medium: &dyn Medium,
     unsynced: &Unsynced,
-    known: Option<Known>,
+    expected: Option<Expected>,
 ) -> Result<(Database, Facts), OpenError> {
     let path = medium.path();
     let disk = Disk::new(medium.mount()?, unsynced).map_err(|error| OpenError::io(path, &error))?;
@@ -291,18 +297,19 @@ pub(super) fn open(
         .set_check_integrity_on_open(true)
         .create_with_backend(disk.clone())
         .map_err(|error| OpenError::database(path, error))?;
-    let facts = Facts::read(&database).map_err(|stranger| match stranger {
-        Stranger::Foreign(what) => OpenError::Foreign(path.to_owned(), what.to_owned()),
-        Stranger::Newer => OpenError::Newer(path.to_owned()),
-        Stranger::Damaged(what) => OpenError::Damaged(path.to_owned(), what.to_owned()),
-        Stranger::Failed(error) => OpenError::redb(path, error),
+    let facts = Facts::read(&database).map_err(|error| match error {
+        FactsError::Foreign(what) => OpenError::Foreign(path.to_owned(), what.to_owned()),
+        FactsError::Newer => OpenError::Newer(path.to_owned()),
+        FactsError::Damaged(what) => OpenError::Damaged(path.to_owned(), what.to_owned()),
+        FactsError::Failed(error) => OpenError::redb(path, error),
     })?;
-    if let Some(known) = known {
-        // Numbers of files are used again, and a volume may have been set back to a snapshot.
-        if facts.store != Some(known.store) {
+    if let Some(expected) = expected {
+        // The numbers of a file do not suffice: they are used again, and a volume may have been set
+        // back to a snapshot.
+        if facts.store != Some(expected.store) {
             return Err(OpenError::Gone(path.to_owned(), REPLACED));
         }
-        if facts.latest < known.latest {
+        if facts.latest < expected.latest {
             return Err(OpenError::Gone(path.to_owned(), OLDER));
         }
     }
@@ -310,15 +317,16 @@ pub(super) fn open(
     Ok((database, facts))
 }
 
-/// How files are opened. Lease ids are secrets.
-fn secret() -> OpenOptions {
+/// How files are opened: readable by the daemon's user alone, because lease ids are secrets.
+fn open_options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);
     options
 }
 
-/// What is at the path. A link that leads nowhere is something as well: its volume may not be mounted yet.
-fn found(path: &Path) -> std::io::Result<Option<Identity>> {
+/// Returns the identity of what is at the path, without following links. A link that leads nowhere
+/// counts as present, because its volume may not be mounted yet.
+fn identity_at(path: &Path) -> std::io::Result<Option<Identity>> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(Identity::of(&metadata))),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -326,7 +334,8 @@ fn found(path: &Path) -> std::io::Result<Option<Identity>> {
     }
 }
 
-/// For the daemon's user alone, and known to last: the folder above it is synced.
+/// Creates a folder, and those above it, for the daemon's user alone. Syncs the folder above each,
+/// so that the new entry is durable.
 fn make_folder(folder: &Path) -> std::io::Result<()> {
     if folder.is_dir() || folder.as_os_str().is_empty() {
         return Ok(());
@@ -357,8 +366,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_first_start_leaves_is_done_anew() {
-        let whole = blank();
+    fn a_first_start_that_was_killed_is_done_again() {
+        let whole = empty_database();
         for length in [0, 1, 4096, whole.len() / 2, whole.len()] {
             let folder = tempfile::tempdir().expect("a folder");
             fs::write(folder.path().join(NEW_FILE), &whole[..length]).expect("a file");
@@ -368,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_first_start_leaves_beside_the_file_is_removed_and_the_file_is_kept() {
+    fn a_temporary_file_beside_the_real_one_is_removed_and_the_real_one_is_kept() {
         let folder = tempfile::tempdir().expect("a folder");
         opens(folder.path()).expect("a start");
         let before = fs::metadata(folder.path().join(FILE)).expect("the file");
@@ -380,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_start_that_another_is_at_is_refused() {
+    fn a_first_start_is_refused_while_another_one_is_under_way() {
         let folder = tempfile::tempdir().expect("a folder");
         let other = File::create(folder.path().join(NEW_FILE)).expect("a file");
         other.lock().expect("a lock");
@@ -390,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_empty_is_damaged_and_a_link_that_leads_nowhere_is_left_alone() {
+    fn an_empty_file_counts_as_damaged_and_a_dangling_link_is_left_alone() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(FILE);
         fs::write(&path, "").expect("a file");
@@ -402,8 +411,8 @@ mod tests {
         assert!(fs::symlink_metadata(&path).expect("the link").is_symlink());
     }
 
-    /// A redb database in `folder` that says that it is ours, changed by `damage`.
-    fn lay_out(folder: &Path, damage: impl FnOnce(&redb::WriteTransaction)) {
+    /// Creates a database of ours in `folder` and changes it with `damage`.
+    fn create_damaged(folder: &Path, damage: impl FnOnce(&redb::WriteTransaction)) {
         opens(folder).expect("a start");
         let database = Database::open(folder.join(FILE)).expect("a database");
         let writing = database.begin_write().expect("a transaction");
@@ -412,7 +421,7 @@ mod tests {
     }
 
     #[rstest]
-    #[case::an_identity_that_is_none("its identity", |writing: &redb::WriteTransaction| {
+    #[case::an_identity_that_is_no_uuid("its identity", |writing: &redb::WriteTransaction| {
         let mut names = writing.open_table(NAMES).expect("a table");
         names.insert("store", "nobody").expect("a name");
     })]
@@ -421,12 +430,12 @@ mod tests {
         writing.delete_table(NAMES).expect("a table");
         writing.open_table(NUMBERS).expect("a table");
     })]
-    fn a_file_of_ours_that_does_not_hold_what_it_should_is_damaged_and_stays_as_it_is(
+    fn a_file_of_ours_with_unexpected_contents_counts_as_damaged_and_is_not_changed(
         #[case] named: &str,
         #[case] damage: fn(&redb::WriteTransaction),
     ) {
         let folder = tempfile::tempdir().expect("a folder");
-        lay_out(folder.path(), damage);
+        create_damaged(folder.path(), damage);
         let before = fs::read(folder.path().join(FILE)).expect("the file");
         let error = opens(folder.path()).expect_err("a damaged file");
         assert!(matches!(&error, OpenError::Damaged(_, what) if what.contains(named)), "{error}");
@@ -434,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn what_redb_finds_corrupted_is_damaged_wherever_it_is_found() {
+    fn corruption_that_redb_reports_counts_as_damage_in_every_error_type() {
         let path = Path::new("leases.redb");
         let storage = || StorageError::Corrupted("a page".to_owned());
         for error in [
@@ -447,26 +456,23 @@ mod tests {
             assert!(matches!(error, OpenError::Damaged(..)), "{error}");
         }
         let full = Error::from(ErrorKind::StorageFull);
-        assert!(
-            matches!(OpenError::redb(path, full.into()), OpenError::Failed(..)),
-            "a disk that is full may pass"
-        );
+        assert!(matches!(OpenError::redb(path, full.into()), OpenError::Failed(..)), "a full disk may pass");
     }
 
-    /// A number that is used again, as file systems do.
+    /// The file keeps its number, as when a file system uses the number of a deleted file again.
     #[test]
-    fn another_store_in_the_same_file_is_not_taken_for_it() {
+    fn another_store_under_the_same_file_number_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = DataFile::in_folder(folder.path());
         file.prepare().expect("a first start");
         let (database, facts) = open(&file, &Unsynced::default(), None).expect("an open file");
         drop(database);
-        let known = Known { store: facts.store.expect("an identity"), latest: facts.latest };
-        open(&file, &Unsynced::default(), Some(known)).expect("the same one");
-        let other = blank();
+        let expected = Expected { store: facts.store.expect("an identity"), latest: facts.latest };
+        open(&file, &Unsynced::default(), Some(expected)).expect("the same store");
+        let other = empty_database();
         fs::write(file.path(), &other).expect("the same file");
-        file.find().expect("the same file");
-        let refused = open(&file, &Unsynced::default(), Some(known)).expect_err("another store");
+        file.check_path().expect("the same file");
+        let refused = open(&file, &Unsynced::default(), Some(expected)).expect_err("another store");
         assert!(matches!(refused, OpenError::Gone(_, REPLACED)), "{refused}");
         assert!(fs::read(file.path()).expect("the file") == other, "it was written to");
     }

@@ -1,8 +1,10 @@
-//! Which keys are held, waited for or blocked: a listing goes by these, and not through all that are free.
+//! The keys that are in use: held, waited for or blocked. A listing reads these and skips the free
+//! ones.
 //!
-//! Kept in memory, and made from the records when the file is opened, so that commits write nothing for it. A key enters
-//! before the commit that takes it, whatever becomes of that commit, and leaves after the commit that frees it. So there
-//! may be free keys among these, and a reader looks each record up; but no key is missing that is not free.
+//! The set is kept in memory, so commits write nothing for it. It is built from the records when
+//! the file is opened. A key enters the set before the commit that takes it, and leaves after the
+//! commit that frees it. So every key in use is in the set. Free keys may be in it too, for example
+//! after a commit that failed, so a reader checks each record.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
@@ -15,22 +17,23 @@ use super::facts::RECORDS;
 use crate::lease::{Key, Timestamp};
 use crate::store::failure::Failure;
 
-/// Keys taken out at a time.
+/// How many keys [`InUse::walk`] copies while it holds the lock.
 const CHUNK: usize = 1000;
 
-/// The keys in use, in their order.
+/// The keys in use, in ascending order.
 #[derive(Debug, Default)]
 pub(super) struct InUse(Mutex<BTreeSet<Key>>);
 
 impl InUse {
-    /// Those of the records in `database`. A block ends by time alone, so a key with one counts until a purge or a commit.
+    /// Builds the set from the records in `database`. A block ends by time alone, without a write,
+    /// so a blocked key stays in the set until a purge or a commit removes it.
     pub(super) fn read(&self, database: &Database) -> Result<(), redb::Error> {
         let mut keys = BTreeSet::new();
         for entry in database.begin_read()?.open_table(RECORDS)?.iter()? {
             let (name, bytes) = entry?;
             let Ok(key) = Key::try_from(name.value()) else { continue };
             let record = document::decode(&key, bytes.value());
-            // What cannot be read is reported when it is listed.
+            // A record that cannot be read counts as in use, so that a listing reports it.
             if record.map_or(true, |record| !record.is_free(Timestamp(i64::MIN))) {
                 keys.insert(key);
             }
@@ -54,21 +57,21 @@ impl InUse {
         self.keys().contains(key)
     }
 
-    /// Hands the keys from `start` on to `take`, in their order, until it has enough.
+    /// Calls `visit` with the keys from `start` on, in ascending order, until it returns false.
     pub(super) fn walk(
         &self,
         start: &str,
-        mut take: impl FnMut(&Key) -> Result<bool, Failure>,
+        mut visit: impl FnMut(&Key) -> Result<bool, Failure>,
     ) -> Result<(), Failure> {
         let mut from = Bound::Included(start.to_owned());
         loop {
-            // Records are looked up without the lock, which every commit needs.
+            // `visit` reads records. It runs without the lock, because every commit needs the lock.
             let chunk: Vec<Key> = {
                 let from = (from.as_ref().map(String::as_str), Bound::Unbounded);
                 self.keys().range::<str, _>(from).take(CHUNK).cloned().collect()
             };
             for key in &chunk {
-                if !take(key)? {
+                if !visit(key)? {
                     return Ok(());
                 }
             }

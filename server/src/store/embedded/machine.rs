@@ -1,5 +1,6 @@
-//! A machine whose clocks the test steps: its wall clock is set, it is suspended, it is started again, and daemons on it
-//! come and go. The store's time goes by its boot clock alone, and nobody loses a lease to a clock that was set.
+//! Tests of the store's time on a simulated machine. Its wall clock is set, it is suspended and
+//! rebooted, and daemons on it start and end. The store's time must follow the boot clock alone,
+//! and setting a clock must end no lease.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -15,44 +16,46 @@ use super::{EmbeddedStore, Rules, Store};
 use crate::lease::{Edit, FencingToken, Holder, LeaseId, Record, Timestamp, Ttl};
 use crate::store::conformance::reading::{all_of, ask, asking, key};
 
-const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
-/// Of every lease here.
+const RULES: Rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
+/// The TTL of every lease here.
 const TTL: Duration = Duration::from_secs(30);
 
-/// Clones are the same machine.
+/// A simulated machine. All clones are one machine.
 #[derive(Debug, Clone)]
 struct Machine(Arc<Mutex<State>>);
 
 #[derive(Debug, Clone)]
 struct State {
-    /// The clocks in milliseconds.
+    /// The wall clock, in milliseconds.
     wall: i64,
+    /// The boot clock, in milliseconds.
     up: i64,
+    /// How much of `up` the machine was suspended for.
     suspended: i64,
-    /// How often it was started.
+    /// How often the machine was started.
     boots: u32,
-    mistake: Option<Mistake>,
+    mutant: Option<ClockMutant>,
 }
 
-/// Ways to get the time wrong.
+/// Deliberate mistakes in keeping time, which the test must catch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mistake {
-    /// The wall clock is followed while the machine is up.
-    FollowsTheWall,
-    /// The wall clock is asked at each start of a daemon.
-    AsksTheWallAtEachStart,
-    /// Time stands still during a suspension.
-    SleepsToo,
-    /// An anchor of another boot is gone by.
-    TakesBootsForOne,
-    /// What the latest commit showed is forgotten.
-    ForgetsTheLatest,
+enum ClockMutant {
+    /// The clock follows the wall clock while the machine is up.
+    FollowsWallClock,
+    /// The anchor is made from the wall clock at each start of a daemon.
+    AnchorsAtEachStart,
+    /// The clock stands still during a suspension.
+    StopsInSuspension,
+    /// An anchor is used after another boot.
+    IgnoresBoots,
+    /// The time of the latest commit is lost.
+    LosesLatestCommit,
 }
 
 impl Machine {
-    fn new(mistake: Option<Mistake>) -> Self {
+    fn new(mutant: Option<ClockMutant>) -> Self {
         let wall = 1_700_000_000_000;
-        Self(Arc::new(Mutex::new(State { wall, up: 5_000, suspended: 0, boots: 1, mistake })))
+        Self(Arc::new(Mutex::new(State { wall, up: 5_000, suspended: 0, boots: 1, mutant })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -74,7 +77,7 @@ impl Machine {
         self.state().wall += step;
     }
 
-    /// It is off for a while, and its wall clock is wherever that takes it.
+    /// Starts the machine again after `off` milliseconds. The wall clock runs on meanwhile.
     fn boot(&self, off: i64) {
         let mut state = self.state();
         state.wall += off;
@@ -91,9 +94,9 @@ impl Readings for Machine {
 
     fn up(&self) -> Duration {
         let state = self.state();
-        let shown = match state.mistake {
-            Some(Mistake::FollowsTheWall) => state.wall,
-            Some(Mistake::SleepsToo) => state.up - state.suspended,
+        let shown = match state.mutant {
+            Some(ClockMutant::FollowsWallClock) => state.wall,
+            Some(ClockMutant::StopsInSuspension) => state.up - state.suspended,
             _ => state.up,
         };
         Duration::from_millis(u64::try_from(shown).expect("up"))
@@ -101,9 +104,9 @@ impl Readings for Machine {
 
     fn boot(&self) -> Option<String> {
         let state = self.state();
-        match state.mistake {
-            Some(Mistake::AsksTheWallAtEachStart) => None,
-            Some(Mistake::TakesBootsForOne) => Some("boot".to_owned()),
+        match state.mutant {
+            Some(ClockMutant::AnchorsAtEachStart) => None,
+            Some(ClockMutant::IgnoresBoots) => Some("boot".to_owned()),
             _ => Some(format!("boot {}", state.boots)),
         }
     }
@@ -115,13 +118,14 @@ enum Event {
     Suspend(i64),
     SetWall(i64),
     Commit,
-    /// The daemon ends, and starts again after a while.
+    /// The daemon ends and starts again after so many milliseconds.
     Restart(i64),
     Boot {
         off: i64,
         set_wall: i64,
     },
-    /// The daemon opens its file again, in which the latest commit is another daemon's and so much later.
+    /// The daemon opens its file again. Another daemon has made the latest commit, so many
+    /// milliseconds later.
     Reopen(i64),
 }
 
@@ -139,7 +143,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     prop::collection::vec(event, 1..30)
 }
 
-/// What the file keeps of the clock.
+/// What the file keeps about the clock.
 struct Kept {
     anchor: Option<Anchor>,
     latest: Timestamp,
@@ -147,8 +151,8 @@ struct Kept {
 
 impl Kept {
     fn start(&mut self, machine: &Machine) -> Clock {
-        let forgets = machine.state().mistake == Some(Mistake::ForgetsTheLatest);
-        let latest = if forgets { Timestamp(0) } else { self.latest };
+        let loses_latest = machine.state().mutant == Some(ClockMutant::LosesLatestCommit);
+        let latest = if loses_latest { Timestamp(0) } else { self.latest };
         let mut clock = Clock::resume(Arc::new(machine.clone()), self.anchor.as_ref(), latest);
         self.anchor = Some(clock.anchor().clone());
         self.latest = clock.now();
@@ -156,14 +160,14 @@ impl Kept {
     }
 }
 
-/// Plays the events and compares the store's time with the time that passes.
-fn keeps_time(events: &[Event], mistake: Option<Mistake>) -> Result<(), TestCaseError> {
-    let machine = Machine::new(mistake);
+/// Plays the events and checks that the store's time advances by the time that passes.
+fn keeps_time(events: &[Event], mutant: Option<ClockMutant>) -> Result<(), TestCaseError> {
+    let machine = Machine::new(mutant);
     let mut kept = Kept { anchor: None, latest: Timestamp(0) };
     let mut clock = kept.start(&machine);
     let mut before = clock.now();
     for event in events {
-        // How far the time goes, if that is known.
+        // How far the store's time must advance. `None` if that cannot be known.
         let mut passed = Some(0);
         match *event {
             Event::Pass(time) => {
@@ -184,7 +188,8 @@ fn keeps_time(events: &[Event], mistake: Option<Mistake>) -> Result<(), TestCase
             Event::Boot { off, set_wall } => {
                 machine.boot(off);
                 machine.set_wall(set_wall);
-                // What was shown after the latest commit, no answer has told.
+                // No answer contained a time after the latest commit, so the time may go back to
+                // that.
                 before = kept.latest;
                 clock = kept.start(&machine);
                 let wall = Timestamp(machine.state().wall);
@@ -193,7 +198,7 @@ fn keeps_time(events: &[Event], mistake: Option<Mistake>) -> Result<(), TestCase
             }
             Event::Reopen(ahead) => {
                 kept.latest = Timestamp(kept.latest.0 + ahead);
-                clock.reach(kept.latest);
+                clock.advance_to(kept.latest);
                 kept.anchor = Some(clock.anchor().clone());
                 passed = Some((kept.latest.0 - before.0).max(0));
             }
@@ -208,35 +213,35 @@ fn keeps_time(events: &[Event], mistake: Option<Mistake>) -> Result<(), TestCase
     Ok(())
 }
 
-fn run(mistake: Option<Mistake>) -> Result<(), String> {
+fn run(mutant: Option<ClockMutant>) -> Result<(), String> {
     let config = Config { cases: 1000, failure_persistence: None, ..Config::default() };
-    let played = TestRunner::new(config).run(&events(), |events| keeps_time(&events, mistake));
+    let played = TestRunner::new(config).run(&events(), |events| keeps_time(&events, mutant));
     played.map_err(|error| error.to_string())
 }
 
 #[test]
-fn the_time_of_the_store_advances_as_the_boot_clock_and_never_goes_back() {
-    run(None).expect("it keeps time");
+fn the_stores_time_advances_with_the_boot_clock_and_never_goes_back() {
+    run(None).expect("a clock that keeps time");
 }
 
 #[rstest]
-fn each_mistake_about_time_is_noticed(
+fn each_clock_mutant_is_caught(
     #[values(
-        Mistake::FollowsTheWall,
-        Mistake::AsksTheWallAtEachStart,
-        Mistake::SleepsToo,
-        Mistake::TakesBootsForOne,
-        Mistake::ForgetsTheLatest
+        ClockMutant::FollowsWallClock,
+        ClockMutant::AnchorsAtEachStart,
+        ClockMutant::StopsInSuspension,
+        ClockMutant::IgnoresBoots,
+        ClockMutant::LosesLatestCommit
     )]
-    mistake: Mistake,
+    mutant: ClockMutant,
 ) {
-    run(Some(mistake)).expect_err("a mistake");
+    run(Some(mutant)).expect_err("the mutant is caught");
 }
 
 async fn start(folder: &Path, machine: &Machine) -> EmbeddedStore {
     loop {
         let medium = Box::new(DataFile::in_folder(folder));
-        // The thread of the store before may not have closed the file yet.
+        // The thread of the previous store may not have closed the file yet.
         match EmbeddedStore::open_on(medium, RULES, Arc::new(machine.clone())).await {
             Ok(store) => return store,
             Err(super::OpenError::InUse(_)) => tokio::task::yield_now().await,
@@ -253,8 +258,8 @@ async fn apply(store: &EmbeddedStore, name: &str, edit: Edit) -> Record {
         .record
 }
 
-/// Asks for the key without waiting.
-fn for_a_while(id: LeaseId) -> Edit {
+/// Acquires the key without waiting, for [`TTL`].
+fn acquire(id: LeaseId) -> Edit {
     ask(crate::lease::Acquisition { ttl: Ttl::new(TTL).expect("a TTL"), wait: false, ..asking(id) })
 }
 
@@ -262,7 +267,7 @@ fn holders(record: &Record) -> Vec<LeaseId> {
     record.holders.iter().map(|holder| holder.id).collect()
 }
 
-/// What may happen to the machine between a touch and the next, each in less than the TTL of the holder's own time.
+/// In each case less than the TTL passes between two touches, as the holder measures it.
 #[rstest]
 #[case::set_ahead(&[Event::SetWall(60_000)])]
 #[case::set_back(&[Event::SetWall(-60_000)])]
@@ -283,7 +288,7 @@ async fn no_step_of_the_wall_clock_makes_a_second_holder(#[case] events: &[Event
     let machine = Machine::new(None);
     let mut store = start(folder.path(), &machine).await;
     let (first, second) = (LeaseId::random(), LeaseId::random());
-    let granted = apply(&store, "job", for_a_while(first)).await;
+    let granted = apply(&store, "job", acquire(first)).await;
     machine.pass(5_000);
     for event in events {
         match *event {
@@ -302,49 +307,49 @@ async fn no_step_of_the_wall_clock_makes_a_second_holder(#[case] events: &[Event
             _ => unreachable!("not among the cases"),
         }
     }
-    // The first one still believes: less than its TTL has passed.
-    assert_eq!(holders(&apply(&store, "job", for_a_while(second)).await), [first]);
+    // The first holder still relies on its lease: less than the TTL has passed.
+    assert_eq!(holders(&apply(&store, "job", acquire(second)).await), [first]);
     let touched = apply(&store, "job", Edit::default().touch(first)).await;
     assert_eq!(holders(&touched), [first]);
-    // It falls silent, and its lease lasts a whole TTL from the touch, neither less nor more.
+    // Without another touch the lease lasts exactly one TTL from the latest touch.
     machine.pass(29_999);
-    assert_eq!(holders(&apply(&store, "job", for_a_while(second)).await), [first]);
+    assert_eq!(holders(&apply(&store, "job", acquire(second)).await), [first]);
     machine.pass(1);
-    let taken = apply(&store, "job", for_a_while(second)).await;
+    let taken = apply(&store, "job", acquire(second)).await;
     assert_eq!(holders(&taken), [second]);
     assert!(taken.token > granted.token, "tokens rise");
 }
 
 #[tokio::test]
-async fn a_boot_renews_those_who_held_and_nobody_else() {
+async fn a_boot_renews_leases_that_were_held_and_no_others() {
     let folder = tempfile::tempdir().expect("a folder");
     let machine = Machine::new(None);
     let store = start(folder.path(), &machine).await;
     let (lapsed, held, released) = (LeaseId::random(), LeaseId::random(), LeaseId::random());
-    apply(&store, "lapsed", for_a_while(lapsed)).await;
+    apply(&store, "lapsed", acquire(lapsed)).await;
     machine.pass(30_000);
-    apply(&store, "free", for_a_while(released)).await;
+    apply(&store, "free", acquire(released)).await;
     let free = apply(&store, "free", Edit::default().release(released)).await;
-    // More than are looked through at a time.
-    let crowd = (0..2_500).map(|number| (key(&format!("crowd/{number}")), for_a_while(LeaseId::random())));
+    // More records than one chunk has.
+    let crowd = (0..2_500).map(|number| (key(&format!("crowd/{number}")), acquire(LeaseId::random())));
     store.commit(Arc::new(crowd.collect()), Duration::from_secs(60)).await.expect("a commit");
-    let before = apply(&store, "held", for_a_while(held)).await;
+    let before = apply(&store, "held", acquire(held)).await;
     drop(store);
     machine.boot(3_600_000);
     let store = start(folder.path(), &machine).await;
     let now = Timestamp(machine.state().wall);
-    let look = async |name: &str| all_of(store.read(vec![key(name)]).await).pop().expect("a record").record;
-    let after = look("held").await;
+    let read = async |name: &str| all_of(store.read(vec![key(name)]).await).pop().expect("a record").record;
+    let after = read("held").await;
     let renewed = Holder { expires_at: now + TTL, ..before.holders[0].clone() };
     assert_eq!(after, Record { holders: vec![renewed], rev: before.rev + 1, ..before });
-    assert_eq!(look("free").await, free);
-    assert!(look("lapsed").await.holders[0].expires_at < now, "it ended long before");
+    assert_eq!(read("free").await, free);
+    assert!(read("lapsed").await.holders[0].expires_at < now, "the lease had lapsed before the boot");
     for number in [0, 999, 1_000, 2_499] {
-        assert_eq!(look(&format!("crowd/{number}")).await.holders[0].expires_at, now + TTL);
+        assert_eq!(read(&format!("crowd/{number}")).await.holders[0].expires_at, now + TTL);
     }
-    assert!(look("held").await.token > FencingToken(0));
+    assert!(read("held").await.token > FencingToken(0));
 
-    // Only the first start after it: the second goes by the anchor that this one left.
+    // Only the first start after a boot renews. The second one uses the anchor of the first.
     drop(store);
     machine.pass(10_000);
     let store = start(folder.path(), &machine).await;
@@ -352,13 +357,13 @@ async fn a_boot_renews_those_who_held_and_nobody_else() {
     assert_eq!((again.record.holders[0].expires_at, again.now), (now + TTL, now + Duration::from_secs(10)));
 }
 
-/// One key is released before the boot and one after it. Less than the `min_hold` has passed for anyone.
+/// One lease is released before the boot and one after it, both before their `min_hold` is over.
 #[rstest]
 #[case::set_ahead(86_400_000)]
 #[case::set_back(-86_400_000)]
 #[case::right(0)]
 #[tokio::test]
-async fn a_boot_ends_no_min_hold(#[case] set_wall: i64) {
+async fn a_boot_does_not_end_a_min_hold(#[case] set_wall: i64) {
     let folder = tempfile::tempdir().expect("a folder");
     let machine = Machine::new(None);
     let store = start(folder.path(), &machine).await;
@@ -377,26 +382,26 @@ async fn a_boot_ends_no_min_hold(#[case] set_wall: i64) {
     apply(&store, "late", Edit::default().release(late)).await;
     machine.pass(39_999);
     for name in ["early", "late"] {
-        assert_eq!(holders(&apply(&store, name, for_a_while(LeaseId::random())).await), [], "{name}");
+        assert_eq!(holders(&apply(&store, name, acquire(LeaseId::random())).await), [], "{name}");
     }
     machine.pass(1);
     for name in ["early", "late"] {
         let next = LeaseId::random();
-        assert_eq!(holders(&apply(&store, name, for_a_while(next)).await), [next], "{name}");
+        assert_eq!(holders(&apply(&store, name, acquire(next)).await), [next], "{name}");
     }
 }
 
 #[tokio::test]
-async fn where_boots_have_no_names_each_start_counts_as_one() {
+async fn each_start_counts_as_a_boot_where_boots_have_no_names() {
     let folder = tempfile::tempdir().expect("a folder");
-    let machine = Machine::new(Some(Mistake::AsksTheWallAtEachStart));
+    let machine = Machine::new(Some(ClockMutant::AnchorsAtEachStart));
     let store = start(folder.path(), &machine).await;
     let id = LeaseId::random();
-    apply(&store, "job", for_a_while(id)).await;
+    apply(&store, "job", acquire(id)).await;
     drop(store);
     machine.set_wall(60_000);
     let store = start(folder.path(), &machine).await;
-    assert_eq!(holders(&apply(&store, "job", for_a_while(LeaseId::random())).await), [id]);
+    assert_eq!(holders(&apply(&store, "job", acquire(LeaseId::random())).await), [id]);
 
     let renewed = apply(&store, "job", Edit::default()).await.holders[0].expires_at;
     let (file, away) = (folder.path().join(super::file::FILE), folder.path().join("away"));
@@ -404,19 +409,19 @@ async fn where_boots_have_no_names_each_start_counts_as_one() {
     store.check().await.expect_err("the file is gone");
     machine.set_wall(60_000);
     std::fs::rename(&away, &file).expect("the file");
-    store.check().await.expect("it is back");
+    store.check().await.expect("the file is back");
     let reopened = apply(&store, "job", Edit::default()).await.holders[0].expires_at;
-    assert_eq!(reopened, renewed, "a file that is opened again within one start is none");
+    assert_eq!(reopened, renewed, "opening the file again is no start");
 }
 
-/// The earlier version kept neither an identity nor an anchor, and went by the wall clock.
+/// The earlier version kept neither an identity nor an anchor, and followed the wall clock.
 #[tokio::test]
-async fn a_file_of_an_earlier_version_gets_an_identity_and_takes_nothing_from_its_holders() {
+async fn a_file_of_an_earlier_version_gets_an_identity_and_its_leases_stay_held() {
     let folder = tempfile::tempdir().expect("a folder");
     let machine = Machine::new(None);
     let store = start(folder.path(), &machine).await;
     let id = LeaseId::random();
-    apply(&store, "job", for_a_while(id)).await;
+    apply(&store, "job", acquire(id)).await;
     let before = store.id();
     drop(store);
     let writing = loop {
@@ -433,7 +438,7 @@ async fn a_file_of_an_earlier_version_gets_an_identity_and_takes_nothing_from_it
     let store = start(folder.path(), &machine).await;
     let after = store.id();
     assert_ne!(after, before);
-    assert_eq!(holders(&apply(&store, "job", for_a_while(LeaseId::random())).await), [id]);
+    assert_eq!(holders(&apply(&store, "job", acquire(LeaseId::random())).await), [id]);
     drop(store);
     assert_eq!(start(folder.path(), &machine).await.id(), after);
 }

@@ -1,20 +1,30 @@
-//! The store on one host: a file of its own, one daemon. The only files that know redb.
+//! The store of a single daemon: one file. Only the files in here use redb.
 //!
-//! It runs the rules themselves, in one write transaction a batch, on a thread of its own. A commit that has been
-//! answered is on the disk. All its threads are made at the start: later the system may have none to give.
+//! A thread of its own applies the rules, in one write transaction for all batches that wait. A
+//! commit that has been answered is on the disk. All threads are made when the store opens, because
+//! the system may have none to give later.
 
-mod clock;
+/// The thread that writes, and what writer and readers share.
+mod writer;
+/// The threads that read.
+mod readers;
+/// The file: opening, checking, and noticing that it is gone.
+mod file;
+/// Holds writes back until the file is known to be usable.
 mod disk;
-mod document;
+/// Facts about the file, beside the records.
 mod facts;
+/// Records as bytes.
+mod document;
+/// Keys that are in use, in memory.
+mod in_use;
+/// The store's clock.
+mod clock;
+
 #[cfg(test)]
 mod faults;
-mod file;
-mod in_use;
 #[cfg(test)]
 mod machine;
-mod readers;
-mod writer;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -31,7 +41,7 @@ use facts::RECORDS;
 pub use file::OpenError;
 use file::{DataFile, Medium};
 use readers::Readers;
-use writer::{Home, Unstarted, Writer};
+use writer::{OpenStore, Unstarted, Writer};
 
 use super::failure::{Effects, Failure};
 use super::{
@@ -39,16 +49,17 @@ use super::{
 };
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
-/// The writer groups all waiting batches into one transaction, so more batches in flight do not shrink its writes.
+/// The writer groups all waiting batches into one transaction, so more batches in flight do not
+/// shrink its writes.
 const BATCHES: usize = 4;
-/// Threads that read some keys, and threads that read pages. The first never wait for the second: a page may take
-/// as long as there are free keys to pass over, and the engine looks keys up to do its work.
+/// How many threads read keys, and how many read pages. A page can take long where there are many
+/// free keys, and the engine must not wait for that when it reads keys.
 const KEY_READERS: usize = 4;
 const PAGE_READERS: usize = 4;
-/// A page of a listing ends past this many bytes.
+/// A page ends when it has more bytes than this.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
-/// Records in a file. The file is closed some time after the last clone has gone.
+/// Keeps records in a file. The file is closed soon after the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct EmbeddedStore {
     writer: Writer,
@@ -58,10 +69,10 @@ pub struct EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Opens the data in `folder`, or begins with none, and makes sure that it is whole.
+    /// Opens the data in `folder`, or makes it, and checks that it is whole.
     ///
     /// # Errors
-    /// [`OpenError`]: another daemon has it, it is damaged or not ours, or the system does not let us.
+    /// [`OpenError`]: another daemon uses the data, it is damaged or not of leased, or the system does not allow it.
     pub async fn open(folder: &Path, rules: Rules) -> Result<Self, OpenError> {
         Self::open_on(Box::new(DataFile::in_folder(folder)), rules, Arc::new(Host)).await
     }
@@ -74,7 +85,7 @@ impl EmbeddedStore {
         let path = medium.path().to_owned();
         let failed = |why: String| OpenError::Failed(path.clone(), why);
         let thread = |error| failed(format!("the system gives no thread ({error})"));
-        let writer = Writer::start(move || Home::open(medium, rules, readings)).await;
+        let writer = Writer::start(move || OpenStore::open(medium, rules, readings)).await;
         let writer = writer.map_err(|unstarted| match unstarted {
             Unstarted::Thread(error) => thread(error),
             Unstarted::Store(error) => error,
@@ -88,38 +99,38 @@ impl EmbeddedStore {
         })
     }
 
-    fn home(&self) -> &Arc<Home> {
-        self.writer.home()
+    fn shared(&self) -> &Arc<OpenStore> {
+        self.writer.shared()
     }
 
-    /// Stops the clock at `now`, also if that is earlier.
+    /// Stops the clock at `now`, which may be earlier than before.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
-        self.home().set_clock(now);
+        self.shared().set_clock(now);
     }
 
-    /// Leaves bytes that are no record where the record of `key` is.
+    /// Replaces the record of `key` by bytes that are no record.
     #[cfg(test)]
     pub(crate) fn damage(&self, key: &Key) {
-        self.home().damage(key);
+        self.shared().damage(key);
     }
 
-    /// Reads what has been committed, on a thread of `readers`.
-    async fn reading<T: Send + 'static>(
+    /// Reads committed records on a thread of `readers`.
+    async fn read_on<T: Send + 'static>(
         &self,
         readers: &Readers,
-        read: impl FnOnce(&Home, &Records) -> Result<T, Failure> + Send + 'static,
+        read: impl FnOnce(&OpenStore, &Records) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let home = Arc::clone(self.home());
+        let shared = Arc::clone(self.shared());
         let work = move || {
-            let records = home.database()?.begin_read()?.open_table(RECORDS)?;
-            read(&home, &records)
+            let records = shared.database()?.begin_read()?.open_table(RECORDS)?;
+            read(&shared, &records)
         };
         Ok(readers.run(work).await?)
     }
 }
 
-/// What is committed, as of one commit.
+/// The committed records, as of one commit.
 type Records = ReadOnlyTable<&'static str, &'static [u8]>;
 
 impl Store for EmbeddedStore {
@@ -138,29 +149,30 @@ impl Store for EmbeddedStore {
     }
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
-        let read = move |home: &Home, records: &Records| {
+        let read = move |shared: &OpenStore, records: &Records| {
             let mut found = Vec::with_capacity(keys.len());
             for key in keys {
                 if let Some(bytes) = records.get(key.as_str())? {
-                    found.push(home.snapshot(&key, bytes.value()).map_err(StoreError::from));
+                    found.push(shared.snapshot(&key, bytes.value()).map_err(StoreError::from));
                 }
             }
             Ok(found)
         };
-        self.reading(&self.keys, read).await
+        self.read_on(&self.keys, read).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        self.reading(&self.pages, move |home, records| page(home, records, &query)).await
+        self.read_on(&self.pages, move |shared, records| list(shared, records, &query)).await
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
         let mut purged = 0;
         let mut from = None;
         loop {
-            let read = move |home: &Home, records: &Records| forgettable(home, records, from, free_for);
-            let (keys, next) = self.reading(&self.pages, read).await?;
-            // The writer looks again: a key may have been leased since.
+            let read =
+                move |shared: &OpenStore, records: &Records| purgeable(shared, records, from, free_for);
+            let (keys, next) = self.read_on(&self.pages, read).await?;
+            // The writer checks again, because a key may have been leased since.
             purged += self.writer.forget(keys, free_for).await?;
             let Some(next) = next else { return Ok(purged) };
             from = Some(next);
@@ -172,11 +184,11 @@ impl Store for EmbeddedStore {
     }
 
     fn id(&self) -> Uuid {
-        self.home().store()
+        self.shared().store()
     }
 
     fn rules(&self) -> Rules {
-        self.home().rules()
+        self.shared().rules()
     }
 
     fn name(&self) -> &'static str {
@@ -207,9 +219,9 @@ impl From<OpenError> for StartError {
     }
 }
 
-fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
+fn list(shared: &OpenStore, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
-    let mut page = Filling { query, home, page: Page::default(), bytes: 0 };
+    let mut page = Filling { query, shared, page: Page::default(), bytes: 0 };
     if query.include_free {
         for entry in records.range(start..)? {
             let (name, value) = entry?;
@@ -218,7 +230,7 @@ fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failu
             }
         }
     } else {
-        home.in_use().walk(start, |key| {
+        shared.in_use().walk(start, |key| {
             let Some(value) = records.get(key.as_str())? else { return Ok(true) };
             Ok(page.take(key.as_str(), value.value()))
         })?;
@@ -226,27 +238,27 @@ fn page(home: &Home, records: &Records, query: &ListQuery) -> Result<Page, Failu
     Ok(page.page)
 }
 
-/// A page in the making.
+/// A page that is being filled.
 struct Filling<'a> {
     query: &'a ListQuery,
-    home: &'a Home,
+    shared: &'a OpenStore,
     page: Page,
     bytes: usize,
 }
 
 impl Filling<'_> {
-    /// Takes the next record if it belongs on the page, and says whether there can be more on it.
+    /// Adds the next record if it belongs on the page. Returns whether there can be more.
     fn take(&mut self, name: &str, value: &[u8]) -> bool {
         let Self { query, page, .. } = self;
         if !name.starts_with(&query.prefix) {
             return false;
         }
-        // No call can name what is no key, so there is nobody to tell.
+        // No call can name such a key, so nobody misses it.
         let Ok(key) = Key::try_from(name) else { return true };
         if query.after.as_ref() == Some(&key) {
             return true;
         }
-        let Some(snapshot) = readable(self.home, &key, value) else { return true };
+        let Some(snapshot) = readable(self.shared, &key, value) else { return true };
         let record = &snapshot.record;
         if record.token == FencingToken::default() || (!query.include_free && record.is_free(snapshot.now)) {
             return true;
@@ -261,17 +273,18 @@ impl Filling<'_> {
     }
 }
 
-/// The record of `key`. One that cannot be read is reported and left out.
-fn readable(home: &Home, key: &Key, bytes: &[u8]) -> Option<Snapshot> {
-    home.snapshot(key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
+/// The record of `key`. A record that cannot be read is reported and left out.
+fn readable(shared: &OpenStore, key: &Key, bytes: &[u8]) -> Option<Snapshot> {
+    shared.snapshot(key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
 }
 
-/// Keys looked at, and forgotten, in one go.
+/// How many keys are read, and deleted, at once.
 const PURGE_PAGE: usize = 1000;
 
-/// Some keys that may be forgotten or are not in use any more, and where to look for more.
-fn forgettable(
-    home: &Home,
+/// Some keys whose records may be deleted or that are not in use any more, and the key to go on
+/// with.
+fn purgeable(
+    shared: &OpenStore,
     records: &Records,
     from: Option<Key>,
     free_for: Duration,
@@ -279,14 +292,14 @@ fn forgettable(
     let mut keys = Vec::new();
     for (seen, entry) in records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
-        // No call can name what is no key, so there is nobody to tell.
+        // No call can name such a key, so nobody misses it.
         let Ok(key) = Key::try_from(name.value()) else { continue };
         if seen >= PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
-        let Some(Snapshot { record, now }) = readable(home, &key, value.value()) else { continue };
-        let may_go = record.is_forgettable(now, free_for, home.rules().grace);
-        if may_go || (record.is_free(now) && home.in_use().contains(&key)) {
+        let Some(Snapshot { record, now }) = readable(shared, &key, value.value()) else { continue };
+        let may_go = record.is_forgettable(now, free_for, shared.rules().grace);
+        if may_go || (record.is_free(now) && shared.in_use().contains(&key)) {
             keys.push(key);
         }
     }
@@ -301,7 +314,7 @@ mod tests {
     use crate::lease::{Acquisition, LeaseId, Timestamp};
     use crate::store::conformance::reading::{ask, asking, key};
 
-    const RULES: Rules = Rules { grace: Duration::ZERO, place: Duration::from_secs(15) };
+    const RULES: Rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
     const DAY: Duration = Duration::from_secs(24 * 3600);
     /// Keys leased, freed and forgotten in one round.
     const KEYS: usize = 20_000;
@@ -335,8 +348,8 @@ mod tests {
         let mut listings = Vec::new();
         for _ in 0..3 * PAGE_READERS {
             let (store, gate) = (store.clone(), Arc::clone(&gate));
-            let work = move |_: &Home, _: &Records| Ok(gate.lock().expect("no panic").recv().is_err());
-            listings.push(tokio::spawn(async move { store.reading(&store.pages, work).await }));
+            let work = move |_: &OpenStore, _: &Records| Ok(gate.lock().expect("no panic").recv().is_err());
+            listings.push(tokio::spawn(async move { store.read_on(&store.pages, work).await }));
         }
         tokio::task::yield_now().await;
         assert!(store.read(vec![key("x")]).await.expect("a read").is_empty());
@@ -387,10 +400,10 @@ mod tests {
         let query =
             |include_free| ListQuery { prefix: String::new(), after: None, limit: KEYS, include_free };
         let listed = async |include_free| {
-            let before = store.home().looked_at.load(Ordering::Relaxed);
+            let before = store.shared().looked_at.load(Ordering::Relaxed);
             let page = store.list(query(include_free)).await.expect("a listing");
             let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
-            (shown, store.home().looked_at.load(Ordering::Relaxed) - before)
+            (shown, store.shared().looked_at.load(Ordering::Relaxed) - before)
         };
         assert_eq!(listed(false).await, (held, 2));
         let (shown, looked_at) = listed(true).await;
@@ -399,7 +412,7 @@ mod tests {
 
     fn in_use(store: &EmbeddedStore) -> Vec<Key> {
         let mut keys = Vec::new();
-        let walked = store.home().in_use().walk("", |key| {
+        let walked = store.shared().in_use().walk("", |key| {
             keys.push(key.clone());
             Ok(true)
         });

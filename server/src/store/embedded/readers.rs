@@ -1,4 +1,5 @@
-//! Threads that read. They are made at the start and take what is asked in its order.
+//! Threads that read the database. All of them start with the store, because the system may have no
+//! thread to give later. They serve requests in the order of arrival.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, io, thread};
@@ -8,12 +9,12 @@ use tokio::sync::{mpsc, oneshot};
 use crate::panics::contained;
 use crate::store::failure::Failure;
 
-/// Reads that may await a thread; whoever comes later waits until there is room.
-const WAITING: usize = 64;
+/// How many reads may be queued. Later callers wait until there is room.
+const QUEUE: usize = 64;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Some threads that share a queue. They end with the last clone.
+/// A pool of threads that share one queue. They end with the last clone.
 #[derive(Clone)]
 pub(super) struct Readers(mpsc::Sender<Job>);
 
@@ -25,7 +26,7 @@ impl fmt::Debug for Readers {
 
 impl Readers {
     pub(super) fn start(name: &str, threads: usize) -> io::Result<Self> {
-        let (sender, jobs) = mpsc::channel(WAITING);
+        let (sender, jobs) = mpsc::channel(QUEUE);
         let jobs = Arc::new(Mutex::new(jobs));
         for number in 1..=threads {
             let jobs = Arc::clone(&jobs);
@@ -34,8 +35,7 @@ impl Readers {
         Ok(Self(sender))
     }
 
-    /// Does `work` on one of the threads, unless its caller has gone before its turn. A panic, of which redb has some
-    /// for damage that it meets on the way, is a failure of this work alone.
+    /// Runs `work` on one of the threads. Work whose caller has gone before it starts is skipped.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
@@ -43,9 +43,10 @@ impl Readers {
         let (reply, answer) = oneshot::channel();
         let job = move || {
             if !reply.is_closed() {
+                // redb panics on some kinds of damage. A panic fails this read alone.
                 let done = contained(work);
                 let panicked = |_| Err(Failure::not_applied("the store panicked while it read"));
-                // Whoever has gone hears nothing.
+                // The caller may have gone meanwhile.
                 let _ = reply.send(done.unwrap_or_else(panicked));
             }
         };
@@ -56,7 +57,8 @@ impl Readers {
 }
 
 fn work(jobs: &Mutex<mpsc::Receiver<Job>>) {
-    // The lock is free again before the job begins, for the next thread to wait in its turn.
+    // `next` releases the lock before the job begins, so that another thread can wait for the next
+    // job.
     let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
     while let Some(job) = next() {
         job();
@@ -70,7 +72,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_panic_is_a_failure_of_one_read() {
+    async fn a_panic_fails_only_the_read_that_panicked() {
         let readers = Readers::start("test", 1).expect("a thread");
         let failed = readers.run(|| -> Result<(), Failure> { panic!("damage") }).await;
         assert!(matches!(failed, Err(Failure::NotApplied(_))), "{failed:?}");
@@ -78,37 +80,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_nobody_waits_for_any_more_is_not_read() {
+    async fn a_read_whose_caller_has_gone_is_skipped() {
         let readers = Readers::start("test", 1).expect("a thread");
         let (begun, begins) = oneshot::channel();
         let (go, gate) = channel::<()>();
         let busy = readers.clone();
         let busy = tokio::spawn(async move {
             let work = move || {
-                begun.send(()).expect("the test waits for it");
+                begun.send(()).expect("a test that waits");
                 Ok(gate.recv())
             };
             busy.run(work).await
         });
         begins.await.expect("the thread begins");
-        let (told, hears) = channel();
-        let abandoned = readers.run(move || Ok(told.send(())));
-        // Long enough to be queued, and then dropped.
+        let (ran, runs) = channel();
+        let abandoned = readers.run(move || Ok(ran.send(())));
+        // The read is polled once, so that it is queued, and then dropped.
         tokio::select! {
             biased;
             _ = abandoned => unreachable!("the only thread is busy"),
             () = tokio::task::yield_now() => {}
         }
-        go.send(()).expect("the thread waits for it");
+        go.send(()).expect("a thread that waits");
         busy.await.expect("no panic").expect("a read").expect("told to go on");
         readers.run(|| Ok(())).await.expect("a read");
-        assert!(hears.try_recv().is_err());
+        assert!(runs.try_recv().is_err());
     }
 
     #[tokio::test]
-    async fn more_reads_than_may_wait_come_to_their_turn() {
+    async fn reads_beyond_the_size_of_the_queue_are_answered() {
         let readers = Readers::start("test", 2).expect("threads");
-        let reads = (0..WAITING * 4).map(|number| {
+        let reads = (0..QUEUE * 4).map(|number| {
             let readers = readers.clone();
             tokio::spawn(async move { readers.run(move || Ok(number)).await })
         });

@@ -1,4 +1,5 @@
-//! The thread that writes: one transaction for all the batches that wait for it, and the file opened anew after a failure.
+//! The writer thread. It commits all waiting batches in one transaction, and opens the file again
+//! after a failure.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -17,31 +18,32 @@ use super::clock::{Clock, Readings};
 use super::disk::Unsynced;
 use super::document;
 use super::facts::{RECORDS, note_latest};
-use super::file::{self, Known, Medium, OpenError};
+use super::file::{self, Expected, Medium, OpenError};
 use super::in_use::InUse;
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp, step};
 use crate::panics::contained;
 use crate::store::failure::Failure;
 use crate::store::{ForKey, StoreError, makes_record, vacant};
 
-/// Orders that may await the writer. The engine has no more than a few batches in flight; those that have been given
-/// up are passed over.
-const ORDERS: usize = 16;
+/// How many requests may wait for the writer. The engine has only a few batches in flight, but
+/// batches whose callers have given up stay in the queue until the writer reaches them.
+const REQUESTS: usize = 16;
 /// How long a purge or a check waits for the writer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What writer and readers share.
+/// An open store: what the writer thread and the readers share.
 #[derive(Debug)]
-pub(super) struct Home {
+pub(super) struct OpenStore {
     in_use: InUse,
     medium: Box<dyn Medium>,
     rules: Rules,
-    store: Uuid,
+    /// The identity of the store.
+    id: Uuid,
     clock: Mutex<Clock>,
     unsynced: Unsynced,
     /// The time of the latest commit that was acknowledged.
     acknowledged: AtomicI64,
-    /// `None` after a failure, until it has been opened anew.
+    /// `None` after a failure, until the file is opened again.
     database: Mutex<Option<Arc<Database>>>,
     /// Whether the latest write failed.
     fails: AtomicBool,
@@ -50,25 +52,28 @@ pub(super) struct Home {
     pub(super) looked_at: AtomicI64,
 }
 
-/// Gives orders to the thread, which ends with the last of these.
+/// A handle to the writer thread. The thread ends with the last clone.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
-    // Dropped first, so that it is the thread that closes the file, which takes time.
-    home: Arc<Home>,
-    orders: SyncSender<Order>,
+    // Declared first, so dropped first: then the thread drops the last reference and closes the
+    // file, which takes time.
+    store: Arc<OpenStore>,
+    requests: SyncSender<Request>,
 }
 
 #[derive(Debug)]
-enum Order {
+enum Request {
     Commit(Commit),
-    Forget { keys: Vec<Key>, free_for: Duration, reply: Reply<u64> },
+    Purge { keys: Vec<Key>, free_for: Duration, reply: Reply<u64> },
     Check { reply: Reply<()> },
 }
 
-/// A batch, and until when it may begin, on the boot clock: after a suspension nobody waits for it any more.
+/// A batch to commit.
 #[derive(Debug)]
 pub(super) struct Commit {
     pub(super) batch: Arc<Vec<(Key, Edit)>>,
+    /// The latest instant at which the writer may begin the batch. On the boot clock, because
+    /// nobody waits for the batch any more after a suspension.
     pub(super) until: Duration,
     pub(super) reply: Reply<Vec<ForKey>>,
 }
@@ -82,7 +87,7 @@ impl From<document::Unreadable> for StoreError {
     }
 }
 
-/// Before its commit a transaction has changed nothing.
+/// These errors come before the commit of a transaction, when nothing has been changed.
 macro_rules! not_applied {
     ($($error:ty),*) => {$(
         impl From<$error> for Failure {
@@ -100,7 +105,7 @@ impl From<redb::CommitError> for Failure {
     }
 }
 
-impl Home {
+impl OpenStore {
     pub(super) fn open(
         medium: Box<dyn Medium>,
         rules: Rules,
@@ -112,14 +117,14 @@ impl Home {
         let mut clock = Clock::resume(readings, facts.anchor.as_ref(), facts.latest);
         let now = clock.now();
         let fail = |error| OpenError::redb(medium.path(), error);
-        let store = facts.settle(&database, clock.anchor(), now, &rules).map_err(fail)?;
+        let id = facts.persist(&database, clock.anchor(), now, &rules).map_err(fail)?;
         let in_use = InUse::default();
         in_use.read(&database).map_err(fail)?;
         Ok(Self {
             in_use,
             medium,
             rules,
-            store,
+            id,
             clock: Mutex::new(clock),
             unsynced,
             acknowledged: AtomicI64::new(facts.latest.0),
@@ -136,15 +141,16 @@ impl Home {
 
     /// The identity of the store.
     pub(super) fn store(&self) -> Uuid {
-        self.store
+        self.id
     }
 
-    /// The database, if it can be used and is still where others find it. What another daemon may have begun to serve
-    /// elsewhere must not be told from here.
+    /// Returns the database if it is open and its path still leads to it. If the file was moved
+    /// away or replaced, another daemon may be serving what is at the path, so this one must not
+    /// answer from its own file.
     pub(super) fn database(&self) -> Result<Arc<Database>, Failure> {
         let open = self.slot().clone();
-        let open = open.ok_or_else(|| Failure::not_applied("the file is being opened anew"))?;
-        self.medium.find().map_err(Failure::not_applied)?;
+        let open = open.ok_or_else(|| Failure::not_applied("the file is being opened again"))?;
+        self.medium.check_path().map_err(Failure::not_applied)?;
         Ok(open)
     }
 
@@ -166,7 +172,7 @@ impl Home {
         self.clock().set(now);
     }
 
-    /// A stored record as it is now.
+    /// Decodes a stored record and adds the store's time.
     pub(super) fn snapshot(&self, key: &Key, bytes: &[u8]) -> Result<Snapshot, document::Unreadable> {
         #[cfg(test)]
         self.looked_at.fetch_add(1, Ordering::Relaxed);
@@ -174,7 +180,7 @@ impl Home {
     }
 
     #[cfg(test)]
-    pub(super) fn look(&self, key: &Key) -> Result<Option<Record>, Failure> {
+    pub(super) fn read(&self, key: &Key) -> Result<Option<Record>, Failure> {
         let records = self.database()?.begin_read()?.open_table(RECORDS)?;
         let found = records.get(key.as_str())?;
         found.map(|bytes| document::decode(key, bytes.value()).map_err(Failure::refused)).transpose()
@@ -202,30 +208,33 @@ impl Home {
         self.database.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The database, opened anew if an earlier failure has closed it, or if the file is not where it was.
+    /// Returns the database. Opens it again if a failure has closed it or if its path leads
+    /// elsewhere.
     fn reopened(&self) -> Result<Arc<Database>, Failure> {
         match self.database() {
             Ok(database) => return Ok(database),
             Err(failure) if self.slot().is_some() => self.close(&failure),
             Err(_) => {}
         }
-        let known = Known { store: self.store, latest: Timestamp(self.acknowledged.load(Ordering::Relaxed)) };
+        let expected =
+            Expected { store: self.id, latest: Timestamp(self.acknowledged.load(Ordering::Relaxed)) };
         let (database, facts) =
-            file::open(&*self.medium, &self.unsynced, Some(known)).map_err(Failure::not_applied)?;
+            file::open(&*self.medium, &self.unsynced, Some(expected)).map_err(Failure::not_applied)?;
         let (anchor, now) = {
             let mut clock = self.clock();
-            // Another daemon may have had the file meanwhile.
-            clock.reach(facts.latest);
+            // Another daemon may have committed to the file meanwhile.
+            clock.advance_to(facts.latest);
             (clock.anchor().clone(), clock.now())
         };
-        // Neither applies an edit.
-        facts.settle(&database, &anchor, now, &self.rules).map_err(Failure::not_applied)?;
+        // No edit has been applied yet, so a failure here is never of unknown outcome.
+        facts.persist(&database, &anchor, now, &self.rules).map_err(Failure::not_applied)?;
         self.in_use.read(&database).map_err(Failure::not_applied)?;
         Ok(Arc::clone(self.slot().insert(Arc::new(database))))
     }
 
-    /// Runs `write` in a transaction and commits it, unless it changed nothing. After any failure the file is closed:
-    /// redb takes no more writes then, and says that what it has in memory cannot be trusted.
+    /// Runs `write` in a transaction and commits it, unless `write` changed nothing. Closes the
+    /// file after any failure, because redb then refuses further writes and says that its memory
+    /// cannot be trusted.
     fn transact<T>(
         &self,
         write: impl FnOnce(&WriteTransaction) -> Result<(T, Changed), Failure>,
@@ -238,8 +247,9 @@ impl Home {
                 let now = self.now();
                 note_latest(&transaction, now).map_err(Failure::not_applied)?;
                 transaction.commit()?;
-                // A file that was removed meanwhile has taken the commit with it.
-                self.medium.find().map_err(Failure::unknown)?;
+                // A commit to a file that was removed is synced like any other, and is lost all the
+                // same.
+                self.medium.check_path().map_err(Failure::unknown)?;
                 self.acknowledged.store(now.0, Ordering::Relaxed);
             }
             Ok(value)
@@ -249,24 +259,25 @@ impl Home {
         match &done {
             Err(failure) => self.close(failure),
             Ok(_) if self.fails.swap(false, Ordering::Relaxed) => {
-                tracing::info!("the file takes writes again")
+                tracing::info!("the file can be written again")
             }
             Ok(_) => {}
         }
         done
     }
 
-    /// Closes the file after a failure; the next write opens it anew.
+    /// Closes the file after a failure. The next write opens it again.
     fn close(&self, failure: &Failure) {
         let database = self.slot().take();
-        // A database that a panic left half way may panic again as it closes.
+        // A database in which a write panicked may panic again as it closes.
         let _ = contained(|| drop(database));
         if !self.fails.swap(true, Ordering::Relaxed) {
-            tracing::error!(?failure, "the file takes no writes; trying again with every commit");
+            tracing::error!(?failure, "the file cannot be written; trying again with every commit");
         }
     }
 
-    /// Applies every edit at one instant, but for those of records that cannot be read.
+    /// Applies all edits at one instant, in one transaction. An edit whose record cannot be read
+    /// fails alone.
     pub(super) fn commit<'a>(
         &self,
         edits: impl IntoIterator<Item = &'a (Key, Edit)>,
@@ -279,12 +290,12 @@ impl Home {
             let mut snapshots = Vec::new();
             let mut bytes = Vec::new();
             for (key, edit) in edits {
-                let mut place = records.get_mut(key.as_str())?;
-                let known = match &place {
-                    Some(place) => document::decode(key, place.value()).map(Some),
+                let mut stored = records.get_mut(key.as_str())?;
+                let current = match &stored {
+                    Some(stored) => document::decode(key, stored.value()).map(Some),
                     None => Ok(makes_record(edit).then(|| Record::vacant(key.clone()))),
                 };
-                let record = match known {
+                let record = match current {
                     Ok(Some(record)) => record,
                     Ok(None) => {
                         snapshots.push(Ok(vacant(key)));
@@ -301,18 +312,20 @@ impl Home {
                     true if is_taken || is_blocked => freed.push(key),
                     false if !is_taken => {
                         self.in_use.insert(key);
-                        // Freed a moment ago, by an edit whose caller has given up.
+                        // An earlier edit of this transaction may have freed the key. One key has
+                        // two edits here only if the caller of the first has given up.
                         freed.retain(|freed| *freed != key);
                     }
                     _ => {}
                 }
                 bytes.clear();
                 document::encode(&record, &mut bytes);
-                // What has grown may belong on another page, and is looked for anew.
-                match place.as_mut().filter(|place| place.value().len() == bytes.len()) {
-                    Some(place) => place.insert(bytes.as_slice())?,
+                // Overwriting in place saves a second search of the tree. A record of another size
+                // may not fit its page.
+                match stored.as_mut().filter(|stored| stored.value().len() == bytes.len()) {
+                    Some(stored) => stored.insert(bytes.as_slice())?,
                     None => {
-                        drop(place);
+                        drop(stored);
                         records.insert(key.as_str(), bytes.as_slice())?;
                     }
                 }
@@ -325,12 +338,13 @@ impl Home {
         Ok(snapshots)
     }
 
-    /// Forgets those of the keys that nobody has used for long, and takes those that are free from the keys in use.
-    fn forget(&self, keys: &[Key], free_for: Duration) -> Result<u64, Failure> {
-        let (forgotten, freed) = self.transact(|transaction| {
+    /// Purges the keys that have been free for `free_for`, and removes free keys from the keys in
+    /// use.
+    fn purge(&self, keys: &[Key], free_for: Duration) -> Result<u64, Failure> {
+        let (purged, freed) = self.transact(|transaction| {
             let mut records = transaction.open_table(RECORDS)?;
             let now = self.now();
-            let mut forgotten = 0;
+            let mut purged = 0;
             let mut freed = Vec::new();
             let mut changed = Changed::Nothing;
             for key in keys {
@@ -341,20 +355,20 @@ impl Home {
                 let is_forgettable = record.is_forgettable(now, free_for, self.rules.grace);
                 if is_forgettable {
                     records.remove(key.as_str())?;
-                    forgotten += 1;
+                    purged += 1;
                     changed = Changed::Something;
                 }
                 if is_forgettable || record.is_free(now) {
                     freed.push(key);
                 }
             }
-            Ok(((forgotten, freed), changed))
+            Ok(((purged, freed), changed))
         })?;
         self.in_use.remove(freed);
-        Ok(forgotten)
+        Ok(purged)
     }
 
-    /// Turns a panic, of which redb has some for damage that it meets on the way, into a failure.
+    /// Runs `work` and turns a panic into a failure. redb panics on some kinds of damage.
     fn guarded<T>(&self, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
         contained(work).unwrap_or_else(|_| {
             let failure = Failure::Unknown("the store panicked".to_owned());
@@ -363,7 +377,8 @@ impl Home {
         })
     }
 
-    /// Whether a commit would do now. Writes only after a failure.
+    /// Returns an error unless the store can commit now. Writes only if the file is closed, to open
+    /// it again.
     pub(super) fn check(&self) -> Result<(), Failure> {
         if self.database().is_ok() {
             return Ok(());
@@ -372,7 +387,7 @@ impl Home {
     }
 }
 
-/// Why there is no writer.
+/// Why the writer did not start.
 #[derive(Debug)]
 pub(super) enum Unstarted {
     Thread(std::io::Error),
@@ -388,56 +403,57 @@ enum Changed {
 }
 
 impl Writer {
-    /// Starts the thread and waits until it has opened the store. Opening blocks for as long as the disk takes.
+    /// Starts the thread and waits until it has opened the store. The thread opens it, because
+    /// opening blocks for as long as the disk takes.
     pub(super) async fn start(
-        open: impl FnOnce() -> Result<Home, OpenError> + Send + 'static,
+        open: impl FnOnce() -> Result<OpenStore, OpenError> + Send + 'static,
     ) -> Result<Self, Unstarted> {
-        let (sender, orders) = sync_channel(ORDERS);
+        let (sender, requests) = sync_channel(REQUESTS);
         let (reply, opened) = oneshot::channel();
         let run = move || match open().map(Arc::new) {
-            Ok(home) => {
-                if reply.send(Ok(Arc::clone(&home))).is_ok() {
-                    work(&home, &orders);
+            Ok(store) => {
+                if reply.send(Ok(Arc::clone(&store))).is_ok() {
+                    work(&store, &requests);
                 }
             }
             Err(error) => drop(reply.send(Err(error))),
         };
         thread::Builder::new().name("store".to_owned()).spawn(run).map_err(Unstarted::Thread)?;
-        let home = opened.await.map_err(|_| Unstarted::Panicked)?.map_err(Unstarted::Store)?;
-        Ok(Self { home, orders: sender })
+        let store = opened.await.map_err(|_| Unstarted::Panicked)?.map_err(Unstarted::Store)?;
+        Ok(Self { store, requests: sender })
     }
 
-    pub(super) fn home(&self) -> &Arc<Home> {
-        &self.home
+    pub(super) fn shared(&self) -> &Arc<OpenStore> {
+        &self.store
     }
 
-    /// Applies a batch, if the thread comes to it within `patience`.
+    /// Commits a batch. The batch is not applied if the thread does not begin it within `patience`.
     pub(super) async fn commit(
         &self,
         batch: &Arc<Vec<(Key, Edit)>>,
         patience: Duration,
     ) -> Result<Vec<ForKey>, Failure> {
-        let (batch, until) = (Arc::clone(batch), self.home.up() + patience);
-        self.order(patience, |reply| Order::Commit(Commit { batch, until, reply })).await
+        let (batch, until) = (Arc::clone(batch), self.store.up() + patience);
+        self.request(patience, |reply| Request::Commit(Commit { batch, until, reply })).await
     }
 
-    /// Forgets those of the keys that have been free for `free_for`, and returns how many.
+    /// Purges the keys that have been free for `free_for`, and returns how many.
     pub(super) async fn forget(&self, keys: Vec<Key>, free_for: Duration) -> Result<u64, Failure> {
-        self.order(PATIENCE, |reply| Order::Forget { keys, free_for, reply }).await
+        self.request(PATIENCE, |reply| Request::Purge { keys, free_for, reply }).await
     }
 
-    /// Whether the file takes writes.
+    /// Returns an error unless the store can commit now.
     pub(super) async fn check(&self) -> Result<(), Failure> {
-        self.order(PATIENCE, |reply| Order::Check { reply }).await
+        self.request(PATIENCE, |reply| Request::Check { reply }).await
     }
 
-    async fn order<T>(
+    async fn request<T>(
         &self,
         patience: Duration,
-        order: impl FnOnce(Reply<T>) -> Order,
+        request: impl FnOnce(Reply<T>) -> Request,
     ) -> Result<T, Failure> {
         let (reply, answer) = oneshot::channel();
-        self.orders.try_send(order(reply)).map_err(|error| match error {
+        self.requests.try_send(request(reply)).map_err(|error| match error {
             TrySendError::Full(_) => {
                 Failure::not_applied("the disk is slow and the writer has too much to do")
             }
@@ -451,43 +467,44 @@ impl Writer {
     }
 }
 
-fn work(home: &Home, orders: &Receiver<Order>) {
+fn work(store: &OpenStore, requests: &Receiver<Request>) {
     let mut next = None;
-    // Whoever has given up hears nothing.
-    while let Some(order) = next.take().or_else(|| orders.recv().ok()) {
-        match order {
-            Order::Commit(commit) => {
+    // Replies to callers that have given up go nowhere, which is no error.
+    while let Some(request) = next.take().or_else(|| requests.recv().ok()) {
+        match request {
+            Request::Commit(commit) => {
                 let mut group = vec![commit];
-                for order in orders.try_iter() {
-                    match order {
-                        Order::Commit(commit) => group.push(commit),
+                for request in requests.try_iter() {
+                    match request {
+                        Request::Commit(commit) => group.push(commit),
                         other => {
                             next = Some(other);
                             break;
                         }
                     }
                 }
-                together(home, group);
+                commit_group(store, group);
             }
-            Order::Forget { keys, free_for, reply } => {
-                drop(reply.send(home.guarded(|| home.forget(&keys, free_for))));
+            Request::Purge { keys, free_for, reply } => {
+                drop(reply.send(store.guarded(|| store.purge(&keys, free_for))));
             }
-            Order::Check { reply } => drop(reply.send(home.guarded(|| home.check()))),
+            Request::Check { reply } => drop(reply.send(store.guarded(|| store.check()))),
         }
     }
 }
 
-/// Commits batches in one transaction: one sync, and each page written once, for all of them.
-pub(super) fn together(home: &Home, mut group: Vec<Commit>) {
-    let now = home.up();
+/// Commits batches in one transaction, so that all of them share one sync and each page is written
+/// once.
+pub(super) fn commit_group(store: &OpenStore, mut group: Vec<Commit>) {
+    let now = store.up();
     for late in group.extract_if(.., |commit| commit.until < now) {
-        drop(late.reply.send(Err(Failure::not_applied("the writer came to it too late"))));
+        drop(late.reply.send(Err(Failure::not_applied("the writer began it too late"))));
     }
     if group.is_empty() {
         return;
     }
     let edits = || group.iter().flat_map(|commit| commit.batch.iter());
-    match home.guarded(|| home.commit(edits())) {
+    match store.guarded(|| store.commit(edits())) {
         Ok(snapshots) => {
             let mut snapshots = snapshots.into_iter();
             for Commit { batch, reply, .. } in group {

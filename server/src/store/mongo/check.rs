@@ -1,4 +1,4 @@
-//! What must hold before the first lease is granted: the start-up checks of the database and of the collection.
+//! The checks at start: whether the database and the collection are safe for leases.
 
 use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document, doc};
@@ -15,96 +15,101 @@ const MIN_WIRE_VERSION: i32 = 17;
 const NAMESPACE_NOT_FOUND: i32 = 26;
 const NAMESPACE_EXISTS: i32 = 48;
 const UNAUTHORIZED: i32 = 13;
-/// The server's codes for a user or a password that it does not know: `UserNotFound`, `AuthenticationFailed` and Atlas's.
+/// The server's codes for an unknown user or password: `UserNotFound`, `AuthenticationFailed` and
+/// the code of Atlas.
 const NO_LOGIN: [i32; 3] = [11, 18, 8000];
-/// The server's codes for a command that it will refuse tomorrow as well: `BadValue`, `FailedToParse`, `TypeMismatch`,
-/// `IllegalOperation`, `CommandNotFound`, `InvalidOptions`, `InvalidNamespace`, `NoReplicationEnabled`,
-/// `UnknownReplWriteConcern`, `CommandNotSupported`, `DocumentValidationFailure`, `NotAReplicaSet`,
-/// `ReadConcernMajorityNotEnabled`, `CommandNotSupportedOnView`, `OptionNotSupportedOnView`, `InvalidPipelineOperator`,
-/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and a pipeline stage that it does not know.
+/// The server's codes for a refusal that does not pass with time: `BadValue`, `FailedToParse`,
+/// `TypeMismatch`, `IllegalOperation`, `CommandNotFound`, `InvalidOptions`, `InvalidNamespace`,
+/// `NoReplicationEnabled`, `UnknownReplWriteConcern`, `CommandNotSupported`,
+/// `DocumentValidationFailure`, `NotAReplicaSet`, `ReadConcernMajorityNotEnabled`,
+/// `CommandNotSupportedOnView`, `OptionNotSupportedOnView`, `InvalidPipelineOperator`,
+/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and a pipeline stage that it
+/// does not know.
 const NEVER: [i32; 20] =
     [2, 9, 14, 20, 59, 72, 73, 76, 79, 115, 121, 123, 148, 166, 167, 168, 238, 291, 13297, 40324];
-/// Databases that are MongoDB's own; `local` is not even replicated.
+/// Databases that belong to MongoDB itself. `local` is not even replicated.
 const ITS_OWN: [&str; 3] = ["admin", "config", "local"];
 
-/// A database on which leases would not be safe, or could not be kept. Each message says what to do.
+/// Why leases would not be safe in a database, or could not be kept there. Each message says what
+/// to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unusable {
     /// The connection string cannot be read.
     #[error("the MongoDB URI cannot be used: {0}")]
     Uri(String),
-    /// No replica set, so no majority and no failover.
+    /// The server is no replica set, so there is no majority and no failover.
     #[error(
         "this MongoDB is a standalone server, and leases need a replica set; one node will do: restart mongod with \
          --replSet rs0 and run rs.initiate() once in mongosh"
     )]
     Standalone,
-    /// Too old.
+    /// The server is too old.
     #[error("this MongoDB is older than 6.0; upgrade it")]
     TooOld,
-    /// One node of many, whether it is the primary or not.
+    /// The URI connects to one node of several, whether or not that is the primary.
     #[error(
         "the MongoDB URI says directConnection=true, but the set has other members, and after a failover this one may no \
          longer be the primary; name the set with replicaSet instead, or leave directConnection out"
     )]
     Direct,
-    /// Reads of what may be old, or may be undone.
+    /// The URI asks for reads that may be old or may be undone.
     #[error(
         "the MongoDB URI sets {0}, but what decides about a lease must be read from the primary, as a majority has it; {1}"
     )]
     WeakReads(&'static str, &'static str),
-    /// Writes that a failover may undo.
+    /// The URI asks for writes that a failover may undo.
     #[error(
         "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; {1} or leave it out"
     )]
     WeakWrites(String, &'static str),
-    /// An option of the driver that this build lacks.
+    /// The URI has an option of the driver that this build lacks.
     #[error("the MongoDB URI sets {0}, and compression is not built in; leave it out")]
     Compression(&'static str),
-    /// So few connections that commits wait for other work.
+    /// The URI allows so few connections that commits would wait for other work.
     #[error(
-        "the MongoDB URI sets maxPoolSize={0}, with which commits would wait for the change stream or for upkeep; say {1} or \
-         more, or leave it out"
+        "the MongoDB URI sets maxPoolSize={0}, with which commits would wait for the change stream or for \
+         background work; say {1} or more, or leave it out"
     )]
     Pool(u32, u32),
-    /// A database that MongoDB needs for itself.
+    /// The database belongs to MongoDB itself.
     #[error("the database {0:?} is MongoDB's own; name another with --mongodb-database")]
     Database(String),
-    /// MongoDB does not let the user in.
+    /// MongoDB refuses the user or the password.
     #[error("MongoDB refused the user or the password in the URI: {0}; see also its authSource")]
     Login(String),
-    /// The user may not do what a daemon must.
+    /// The user lacks a right that a daemon needs.
     #[error(
         "MongoDB refuses what the daemon needs to do; its user must have the rights find, insert, update, remove, \
          listIndexes and listCollections on its database, and changeStream on its collection: {0}"
     )]
     Rights(String),
-    /// MongoDB, or what calls itself so, does not know a command.
+    /// The server, which may not be MongoDB, does not know a command.
     #[error("MongoDB refuses what the daemon needs to do, and would do so again: {0}")]
     Refused(String),
-    /// A collection of a kind that does not keep records as they were written.
+    /// The collection is of a kind that does not keep records as written.
     #[error("the collection {0}; use a plain one, with another --mongodb-collection if need be")]
     Collection(&'static str),
-    /// MongoDB would delete records by itself.
+    /// MongoDB would delete records.
     #[error(
         "the collection has a TTL index, {0:?}, which deletes records of leases that are held; drop that index"
     )]
     TtlIndex(String),
-    /// MongoDB would refuse records because of others.
+    /// MongoDB would refuse records that are like others.
     #[error(
         "the collection has a unique index, {0:?}, which would refuse records that are like others; drop that index"
     )]
     UniqueIndex(String),
-    /// Keys that differ could be taken for the same.
+    /// Different keys could count as equal.
     #[error("the collection has a collation, under which different keys may count as equal; use one without")]
     Collation,
-    /// Another daemon on the same records obeys other rules, or the records are not those that this one started with.
+    /// Another daemon on the same records has another grace, or the records were replaced since
+    /// this daemon started.
     #[error("{0}")]
-    Company(String),
+    Conflict(String),
 }
 
-/// Looks at the database and at the collection, which is created if need be.
+/// Checks the database and the collection. Creates the collection if there is none.
 pub(super) async fn database(store: &MongoStore, options: &ClientOptions) -> Result<(), ConnectError> {
     let name = store.database.name();
     if ITS_OWN.contains(&name) {
@@ -126,21 +131,21 @@ pub(super) async fn database(store: &MongoStore, options: &ClientOptions) -> Res
     rights(store).await
 }
 
-/// Members of the set but hidden ones, which cannot become the primary.
+/// The number of members, without hidden ones, which cannot become the primary.
 fn members(hello: &Document) -> usize {
     let some = |kind| hello.get_array(kind).map_or(0, Vec::len);
     ["hosts", "passives", "arbiters"].map(some).iter().sum()
 }
 
-/// Creates the collection if need be, and refuses one that is not plain.
+/// Creates the collection if there is none, and refuses one that is not plain.
 async fn collection(store: &MongoStore) -> Result<(), ConnectError> {
     let create = doc! { "create": store.collection.name() };
     match raw(store, create).await? {
         Ok(_) => return Ok(()),
         Err(error) if code(&error) == Some(NAMESPACE_EXISTS) => {}
-        // A user who may not create collections may still use one that somebody created.
+        // A user without the right to create collections may use one that an administrator created.
         Err(error) if code(&error) == Some(UNAUTHORIZED) => {}
-        Err(error) => return Err(verdict(&error)),
+        Err(error) => return Err(classify(&error)),
     }
     let list = doc! { "listCollections": 1, "filter": { "name": store.collection.name() } };
     let found = command(store, list).await?;
@@ -151,8 +156,8 @@ async fn collection(store: &MongoStore) -> Result<(), ConnectError> {
     }
 }
 
-/// Why leases cannot be in a collection of this description. Clustered collections and those with images of changes
-/// are fine.
+/// Returns why leases cannot be kept in the collection that `entry` describes. Clustered
+/// collections and collections with pre- and post-images are fine.
 fn unfit(entry: &Document) -> Option<Unusable> {
     match entry.get_str("type") {
         Ok("view") => return Some(Unusable::Collection("is a view, which cannot be written")),
@@ -192,7 +197,7 @@ async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
         };
         Ok(Ok(indexes))
     };
-    for index in store.runner.run(list).await?.map_err(|error| verdict(&error))? {
+    for index in store.runner.run(list).await?.map_err(|error| classify(&error))? {
         let options = index.options.unwrap_or_default();
         let name = options.name.unwrap_or_default();
         if options.expire_after.is_some() {
@@ -206,7 +211,7 @@ async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
     Ok(())
 }
 
-/// Tries each kind of command in a form that changes nothing.
+/// Checks the user's rights: runs each kind of command in a form that changes nothing.
 async fn rights(store: &MongoStore) -> Result<(), ConnectError> {
     let nothing = doc! { "_id": { "$in": [] } };
     store.find(&[]).await?;
@@ -223,7 +228,7 @@ async fn may_write(store: &MongoStore, name: &str) -> Result<(), ConnectError> {
     let delete = doc! { "delete": name, "deletes": [{ "q": nothing, "limit": 0 }] };
     store.runner.write(&store.database, update, &store.concern).await?;
     store.runner.write(&store.database, delete, &store.concern).await?;
-    // No insert can succeed with an array for an id; a lack of rights is found before that.
+    // An insert with an array as `_id` always fails. The server checks the rights before that.
     let insert = doc! { "insert": name, "documents": [{ "_id": [] }] };
     match store.runner.write(&store.database, insert, &store.concern).await {
         Err(Failure::Refused(cause)) => Err(Unusable::Rights(cause).into()),
@@ -233,10 +238,10 @@ async fn may_write(store: &MongoStore, name: &str) -> Result<(), ConnectError> {
 
 /// Runs a command that must succeed.
 async fn command(store: &MongoStore, command: Document) -> Result<Document, ConnectError> {
-    raw(store, command).await?.map_err(|error| verdict(&error))
+    raw(store, command).await?.map_err(|error| classify(&error))
 }
 
-/// Runs a command and gives back the error that the driver or the server answered with, if there was one.
+/// Runs a command and returns its result. The outer error says that there was no answer.
 async fn raw(store: &MongoStore, command: Document) -> Result<Result<Document, Error>, ConnectError> {
     let database = store.database.clone();
     Ok(store.runner.run(async move { Ok(database.run_command(command).await) }).await?)
@@ -249,8 +254,8 @@ fn code(error: &Error) -> Option<i32> {
     }
 }
 
-/// Whether trying again may help after this error.
-fn verdict(error: &Error) -> ConnectError {
+/// Converts an error of the driver, by whether trying again may help.
+fn classify(error: &Error) -> ConnectError {
     let cause = brief(error);
     let is_login = matches!(error.kind.as_ref(), ErrorKind::Authentication { .. });
     match code(error) {

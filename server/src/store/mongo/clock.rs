@@ -1,13 +1,15 @@
-//! What the database's clock shows, as far as this daemon can tell without asking: the bound for commands that arrive
-//! late, and how a step of that clock is noticed.
+//! Estimates the database's clock, to limit how late a command may act and to notice when a clock
+//! was set.
 //!
-//! A command that a stalled connection delivers minutes later must change nothing: the lease that it asks for may have
-//! come and gone meanwhile. So each command carries a limit on the database's clock. The limit needs no more than a
-//! rough estimate: one that is wrong makes the database refuse the command, and the daemon looks at the clock again.
+//! A stalled connection may deliver a command minutes late, when the lease that it asks for has
+//! come and gone. Such a command must change nothing. So each command contains a limit on the
+//! database's clock. A rough estimate suffices for that: if it is wrong the database refuses the
+//! command, and the daemon reads the clock again.
 //!
-//! Whatever the database says of its time was true at some instant between sending the command and receiving the reply,
-//! on this host's boot clock. Each such reading bounds the difference between the two clocks. Readings that no drift can
-//! reconcile mean that one of the clocks has been set, or that another node with another clock is the primary now.
+//! A time that the database reports was true at some instant between the sending of the command and
+//! the receipt of the reply, on this host's boot clock. Each such reading bounds the difference
+//! between the two clocks. If drift cannot explain the difference between two readings, one of the
+//! clocks was set, or a node with another clock has become the primary.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,14 +21,14 @@ use tokio::time::Instant;
 use crate::boot_instant::BootInstant;
 use crate::lease::{Timestamp, millis};
 
-/// A command does nothing when it reaches the database later than this after it was sent.
+/// A command that reaches the database later than this after it was sent changes nothing.
 const LATE_AFTER: Duration = Duration::from_secs(10);
-/// Clocks may run apart by one part in so many: 500 ppm, which is more than `ntpd` lets a clock drift.
+/// Clocks may drift apart by one part in this many: 500 ppm, which is more than `ntpd` allows.
 const DRIFT: u32 = 2000;
-/// Between two log lines about steps.
+/// The least time between two log lines about steps.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// What the database's clock shows at an instant of the boot clock, between two bounds in milliseconds.
+/// Bounds on the database's time at an instant of the boot clock, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Estimate {
     at: BootInstant,
@@ -35,10 +37,10 @@ struct Estimate {
 }
 
 impl Estimate {
-    /// `time` was shown after `sent` and before `received`.
+    /// The estimate from a reading: the clock showed `time` between `sent` and `received`.
     fn of(time: Timestamp, sent: BootInstant, received: BootInstant) -> Self {
         let travelled = received - sent;
-        // What is shown is cut to whole milliseconds.
+        // The database reports whole milliseconds, rounded down.
         Self {
             at: received,
             earliest: time.0,
@@ -46,7 +48,8 @@ impl Estimate {
         }
     }
 
-    /// What it comes to at `at`, if that is later.
+    /// Moves the estimate forward to `at`, with the drift since then. An earlier `at` changes
+    /// nothing.
     fn advanced(self, at: BootInstant) -> Self {
         let passed = at - self.at;
         let drift = if passed.is_zero() { 0 } else { millis(passed / DRIFT) + 1 };
@@ -57,7 +60,8 @@ impl Estimate {
         }
     }
 
-    /// By how much no instant fits both, and what fits both or else the later of them alone.
+    /// Combines the estimate with a reading. Returns the gap between the two, which is zero if they
+    /// overlap, and their overlap, or else the reading alone.
     fn with(self, reading: Self) -> (Duration, Self) {
         let at = self.at.max(reading.at);
         let (known, read) = (self.advanced(at), reading.advanced(at));
@@ -71,7 +75,7 @@ impl Estimate {
     }
 }
 
-/// The database's clock, seen from here.
+/// The database's clock, as this daemon estimates it.
 #[derive(Debug, Default)]
 pub(super) struct StoreClock {
     estimate: Mutex<Option<Estimate>>,
@@ -80,8 +84,8 @@ pub(super) struct StoreClock {
 }
 
 impl StoreClock {
-    /// Learns that the database's clock showed `time` at an instant between `sent` and `received`. Clocks that have come
-    /// apart by more than `grace` since the last reading count as a step.
+    /// Notes that the database's clock showed `time` between `sent` and `received`. Counts a step
+    /// if the clocks have moved apart by more than `grace` since the latest reading.
     pub(super) fn observe(&self, time: Timestamp, sent: BootInstant, received: BootInstant, grace: Duration) {
         let reading = Estimate::of(time, sent, received);
         let apart = {
@@ -108,18 +112,18 @@ impl StoreClock {
         }
     }
 
-    /// How many steps there were.
+    /// The number of steps so far.
     pub(super) fn steps(&self) -> u64 {
         self.steps.load(Ordering::Relaxed)
     }
 
-    /// The instant after which a command that is sent now is to change nothing; `None` before the first reading.
+    /// The limit for a command that is sent now. `None` before the first reading.
     pub(super) fn limit(&self) -> Option<Limit> {
         let estimate = (*self.estimate())?.advanced(BootInstant::now());
         Some(Limit(Timestamp(estimate.latest) + LATE_AFTER))
     }
 
-    /// Believes that the clock is ahead by `by` of what it was thought to show, or behind.
+    /// Shifts the estimate by `by` milliseconds.
     #[cfg(test)]
     pub(super) fn shift(&self, by: i64) {
         if let Some(estimate) = &mut *self.estimate() {
@@ -138,15 +142,16 @@ impl StoreClock {
 pub(super) struct Limit(Timestamp);
 
 impl Limit {
-    /// The stage that has the server refuse the command, whole, when it is late. The server reads its clock once for a
-    /// command, so the first document that would be changed decides for all.
+    /// The first stage of a command. After the limit it makes the server refuse the whole command,
+    /// by converting text to a number. Before the limit the stage costs nothing: the server reduces
+    /// it to nothing before it reads the first record. The server reads its clock once for a
+    /// command, so all records have the same outcome.
     ///
-    /// The number that it fails to read is made of the record's key: of a constant the server would see as it parses the
-    /// stage that it is none. In time, the stage comes to nothing before the first record is read.
-    ///
-    /// On a sharded cluster the router reads its clock for the shards. So the limit bounds how late a command reaches the
-    /// router; from there on the cluster's own time limits do (`maxTimeMS`).
+    /// On a sharded cluster the router's clock counts. So the limit bounds how late a command
+    /// reaches the router. From there on `maxTimeMS` bounds it.
     pub(super) fn stage(self) -> Document {
+        // The text contains the record's key. The server would try to convert a constant while it
+        // parses the stage, and always fail.
         let late = doc! { "$gt": ["$$NOW", DateTime::from_millis(self.0.0)] };
         let refuse = doc! { "$toInt": { "$concat": ["the command came too late for ", "$_id"] } };
         doc! { "$set": { "late": { "$cond": [late, refuse, "$$REMOVE"] } } }
@@ -160,7 +165,8 @@ mod tests {
     const GRACE: Duration = Duration::from_secs(1);
     const START: i64 = 1_700_000_000_000;
 
-    /// Readings of a clock: what it showed, when it was asked and when it had answered.
+    /// Counts the steps in readings of a clock: what it showed, when it was asked and when the
+    /// answer came.
     fn steps(readings: &[(i64, u64, u64)]) -> u64 {
         let (clock, start) = (StoreClock::default(), BootInstant::now());
         for (time, sent, received) in readings {
@@ -171,25 +177,25 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_keeps_its_pace_makes_no_step() {
+    fn drift_and_slow_answers_count_as_no_step() {
         assert_eq!(steps(&[(0, 0, 2), (1000, 1000, 1003), (61_000, 61_000, 61_001)]), 0);
         // A day without a reading, at 400 ppm.
         assert_eq!(steps(&[(0, 0, 2), (86_400_000 + 34_560, 86_400_000, 86_400_001)]), 0);
-        // An answer that took minutes says little.
+        // An answer that took minutes bounds the clock only loosely.
         assert_eq!(steps(&[(0, 0, 2), (1000, 1000, 300_000), (300_500, 300_400, 300_500)]), 0);
         // Answers that overtake each other.
         assert_eq!(steps(&[(5000, 5000, 5002), (1000, 1000, 1200), (5010, 5009, 5012)]), 0);
     }
 
     #[test]
-    fn a_step_either_way_counts_once_and_less_than_the_grace_does_not() {
+    fn a_step_in_either_direction_counts_once_if_it_exceeds_the_grace() {
         assert_eq!(steps(&[(0, 0, 2), (61_000, 1000, 1002), (62_000, 2000, 2002)]), 1);
         assert_eq!(steps(&[(0, 0, 2), (-59_000, 1000, 1002), (-58_000, 2000, 2002)]), 1);
         assert_eq!(steps(&[(0, 0, 2), (1900, 1000, 1002), (2900, 2000, 2002)]), 0);
     }
 
     #[test]
-    fn a_limit_lies_ten_seconds_ahead_of_the_latest_that_it_may_be() {
+    fn a_limit_lies_ten_seconds_after_the_upper_bound_of_the_estimate() {
         let clock = StoreClock::default();
         assert!(clock.limit().is_none());
         let now = BootInstant::now();

@@ -1,7 +1,8 @@
-//! One command to the database: run in a task of its own, bounded in time, its failure classified.
+//! One command to the database: runs it in a task of its own, bounds its time, and classifies its
+//! failure.
 //!
-//! No driver future is ever dropped part-way, which the driver forbids: whoever stops waiting leaves the task to
-//! finish by itself. A timeout therefore always stands around the handle of the task.
+//! The driver forbids dropping its futures before their end. So whoever stops waiting leaves the
+//! task to finish, and every timeout is around the handle of the task.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -19,33 +20,39 @@ use crate::store::failure::Failure;
 
 /// How long one attempt at a command may take, on the server and on the way.
 pub(super) const ATTEMPT: Duration = Duration::from_millis(2000);
-/// The answer's way back, beyond what the server is given.
+/// How long the answer may be on its way, beyond the server's own limit.
 const SLACK: Duration = Duration::from_millis(500);
-/// Tasks at once, those that nobody waits for any more included.
+/// How many commands run at once, including those that nobody waits for any more.
 const TASKS: usize = 64;
-/// Tasks at once for what is done beside the commits, so that it never stands in their way.
-const ERRANDS: usize = 8;
-/// `ConversionFailure`: what the server says of a command that reaches it after its limit.
+/// How many commands run at once for work in the background, so that it never stands in the way of
+/// commits.
+const BACKGROUND_TASKS: usize = 8;
+/// `ConversionFailure`, which the server answers to a command that reaches it after its limit.
 const LATE: i32 = 241;
-/// Errors that the server raises before it looks at a document: not the primary, no rights, no such command or namespace.
+/// `DuplicateKey`: another daemon inserted the record first.
+const DUPLICATE_KEY: i32 = 11000;
+/// Errors that the server raises before it looks at a document: not the primary, no rights, no such
+/// command or namespace.
 const AT_THE_DOOR: [i32; 8] = [10107, 13435, 13436, 10058, 13, 18, 59, 73];
 
 impl Failure {
-    /// Reads the error code of one statement of a command. What stood before it may have been done, and a statement about
-    /// many documents may have failed half-way; `n` counts neither for sure.
+    /// Classifies the error of one statement of a command. Earlier statements may have taken
+    /// effect, and a statement about many documents may have failed half-way; `n` is a reliable
+    /// count of neither.
     fn from_statement(code: i32, cause: String, index: Option<i32>, n: u64) -> Self {
         let is_first = index == Some(0) && n == 0;
         match Self::from_code(code, cause) {
             // The clock is read once for all statements, so all of them are late.
             failure @ Self::Late(_) => failure,
-            // Says nothing of the others.
+            // The other records may have been written or not.
             failure @ Self::Record(_) => failure,
             failure if is_first && AT_THE_DOOR.contains(&code) => failure,
             other => Self::Unknown(other.into_cause()),
         }
     }
 
-    /// Reads a driver error. `ErrorKind` and server codes are all the driver shows of its own judgement.
+    /// Classifies a driver error. The driver shows no more of its own judgement than `ErrorKind`
+    /// and the server's code.
     pub(super) fn from_driver(error: &Error) -> Self {
         let cause = brief(error);
         match error.kind.as_ref() {
@@ -60,32 +67,34 @@ impl Failure {
         }
     }
 
-    /// Reads the error code of a command that failed as a whole.
+    /// Classifies the error of a command that failed as a whole.
     fn from_code(code: i32, cause: String) -> Self {
         match code {
             // ConversionFailure, which nothing but the limit of a command raises.
             LATE => Self::Late(cause),
-            // NotWritablePrimary, NotPrimaryNoSecondaryOk, NotPrimaryOrSecondary: refused at the door.
+            // NotWritablePrimary, NotPrimaryNoSecondaryOk, NotPrimaryOrSecondary: refused at the
+            // door.
             10107 | 13435 | 13436 | 10058 => Self::NotApplied(cause),
-            // DuplicateKey: someone else inserted the record first.
-            11000 => Self::NotApplied(cause),
-            // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound, CannotCreateCollection, a document
-            // that validation rejects, CommandNotSupported, CommandNotSupportedOnView, OptionNotSupportedOnView.
+            DUPLICATE_KEY => Self::NotApplied(cause),
+            // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound,
+            // CannotCreateCollection, a document that validation rejects, CommandNotSupported,
+            // CommandNotSupportedOnView, OptionNotSupportedOnView.
             13 | 18 | 73 | 59 | 662 | 121 | 115 | 166 | 167 => Self::Refused(cause),
             // ClientMarkedKilled, whose number is as high as those below.
             46841 => Self::Unknown(cause),
-            // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, BSONObjectTooLarge, and the numbered locations
-            // in the server's code at which an expression fails: a field of a document has a type that the pipeline
-            // cannot work with, or a document would become too large.
+            // BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, BSONObjectTooLarge, and
+            // the numbered locations in the server's code at which an expression fails: a field of
+            // a document has a type that the pipeline cannot work with, or a document would become
+            // too large.
             2 | 9 | 14 | 15 | 22 | 10334 | 15000.. => Self::Record(cause),
-            // Everything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict among them, may
-            // have struck half-way through a batch.
+            // Everything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict
+            // among them, may have struck half-way through a batch.
             _ => Self::Unknown(cause),
         }
     }
 }
 
-/// Runs commands and bounds how many run.
+/// Runs commands, a bounded number at once.
 #[derive(Debug, Clone)]
 pub(super) struct Runner {
     tasks: Arc<Semaphore>,
@@ -97,43 +106,43 @@ impl Runner {
         Self::with_room_for(TASKS)
     }
 
-    pub(super) fn for_errands() -> Self {
-        Self::with_room_for(ERRANDS)
+    pub(super) fn in_background() -> Self {
+        Self::with_room_for(BACKGROUND_TASKS)
     }
 
     pub(super) fn with_room_for(most: usize) -> Self {
         Self { tasks: Arc::new(Semaphore::new(most)), most }
     }
 
-    /// Waits until every command that was begun has ended, also those that nobody waits for, or for as long as one
-    /// may take.
+    /// Waits until all commands have ended, including those that nobody waits for. Gives up after
+    /// the time that one command may take.
     pub(super) async fn settled(&self) {
-        drop(self.all().await);
+        let _ = self.all().await;
     }
 
-    /// Lets no command begin any more, and waits for those that were begun as [`Self::settled`] does. Returns whether
-    /// all of them have ended.
+    /// Lets no further command begin, and waits as [`Self::settled`] does. Returns whether all
+    /// commands have ended.
     pub(super) async fn end(&self) -> bool {
         let turns = self.all().await;
-        // While it has all turns: one that is given back goes to a command that waits, which then begins.
+        // Before the turns are given back, or a command that waits for one would begin.
         self.tasks.close();
         turns.is_some()
     }
 
-    /// Waits for all turns, for as long as one command may take.
+    /// Takes all turns, and gives up after the time that one command may take.
     async fn all(&self) -> Option<SemaphorePermit<'_>> {
         let all = u32::try_from(self.most).unwrap_or(u32::MAX);
         timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await.ok()?.ok()
     }
 
-    /// Takes all turns, until what is returned is dropped.
+    /// Takes all turns until the permit is dropped.
     #[cfg(test)]
     pub(super) async fn occupy(&self) -> tokio::sync::OwnedSemaphorePermit {
         let all = u32::try_from(self.most).expect("few tasks");
         Arc::clone(&self.tasks).acquire_many_owned(all).await.expect("turns")
     }
 
-    /// Runs `command` to its end, and waits for that no longer than an attempt may take.
+    /// Runs `command` to its end. Waits for that no longer than an attempt may take.
     pub(super) async fn run<T, F>(&self, command: F) -> Result<T, Failure>
     where
         T: Send + 'static,
@@ -155,49 +164,64 @@ impl Runner {
         }
     }
 
-    /// Runs a write command with a bound on the server's time and a majority's acknowledgement, and returns the
-    /// number of documents it matched. Duplicates met by an insert are no failure.
+    /// Runs a write command with a limit on the server's time and a majority's acknowledgement.
     ///
-    /// `update`, `insert` and `delete` go this way because the driver's own methods for them cannot set `maxTimeMS`.
+    /// `update`, `insert` and `delete` go this way because the driver's own methods for them cannot
+    /// set `maxTimeMS`.
     pub(super) async fn write(
-        &self,
-        database: &Database,
-        command: Document,
-        concern: &WriteConcern,
-    ) -> Result<u64, Failure> {
-        matched(&self.written(database, command, concern).await?)
-    }
-
-    /// The reply to a write command, which says `ok` also when it has failures inside.
-    async fn written(
         &self,
         database: &Database,
         mut command: Document,
         concern: &WriteConcern,
-    ) -> Result<Document, Failure> {
+    ) -> Result<Written, Failure> {
         command.insert("maxTimeMS", max_time());
         command.insert("writeConcern", concern_document(concern));
         let database = database.clone();
-        self.run(async move { database.run_command(command).await }).await
-    }
-
-    /// As [`Self::write`], and returns the database's time at which the write was there.
-    pub(super) async fn write_in_time(
-        &self,
-        database: &Database,
-        command: Document,
-        concern: &WriteConcern,
-    ) -> Result<Timestamp, Failure> {
-        let reply = self.written(database, command, concern).await?;
-        matched(&reply)?;
-        reply.get_timestamp("operationTime").map_err(Failure::unknown)
+        Written::read(&self.run(async move { database.run_command(command).await }).await?)
     }
 }
 
-/// Shuts a client down once its commands, which these runners run, have ended.
+/// What a write command did.
+#[derive(Debug)]
+pub(super) struct Written {
+    /// How many documents it matched, or inserted.
+    pub(super) matched: u64,
+    operation_time: Option<Timestamp>,
+}
+
+impl Written {
+    /// Reads the reply to a write command, which says `ok` even if statements in it have failed. An
+    /// insert of a document that exists is no failure.
+    fn read(reply: &Document) -> Result<Self, Failure> {
+        let n = reply.get_i32("n").map_err(Failure::unknown)?;
+        let matched = u64::try_from(n).map_err(Failure::unknown)?;
+        let errors = reply.get_array("writeErrors").into_iter().flatten();
+        for error in errors.filter_map(|error| error.as_document()) {
+            let code = error.get_i32("code").unwrap_or(0);
+            if code != DUPLICATE_KEY {
+                let cause = error.get_str("errmsg").unwrap_or("write error").to_owned();
+                return Err(Failure::from_statement(code, cause, error.get_i32("index").ok(), matched));
+            }
+        }
+        if let Ok(error) = reply.get_document("writeConcernError") {
+            return Err(Failure::unknown(error.get_str("errmsg").unwrap_or("write concern error")));
+        }
+        Ok(Self { matched, operation_time: reply.get_timestamp("operationTime").ok() })
+    }
+
+    /// The database's time at which the write was there.
+    ///
+    /// # Errors
+    /// [`Failure::Unknown`] if the server did not say.
+    pub(super) fn operation_time(&self) -> Result<Timestamp, Failure> {
+        self.operation_time.ok_or_else(|| Failure::unknown("the reply has no operation time"))
+    }
+}
+
+/// Shuts a client down when the commands of its runners have ended.
 ///
-/// Every client must end this way. One that is dropped instead ends its sessions in a task of its own, which panics if
-/// the runtime ends before it.
+/// Every client must end this way: a client that is dropped ends its sessions in a task of its own,
+/// which panics if the runtime ends first.
 pub(super) async fn shut_down(client: &Client, runners: &[&Runner]) {
     let ended = join_all(runners.iter().map(|runner| runner.end())).await;
     // A command panics inside the driver when it meets a client that has been shut down.
@@ -208,7 +232,7 @@ pub(super) async fn shut_down(client: &Client, runners: &[&Runner]) {
     }
 }
 
-/// The server's time for one command.
+/// The server's time limit for one command.
 fn max_time() -> i64 {
     i64::try_from(ATTEMPT.as_millis()).unwrap_or(i64::MAX)
 }
@@ -222,25 +246,7 @@ fn concern_document(concern: &WriteConcern) -> Document {
     document
 }
 
-/// Reads the reply to a write command.
-fn matched(reply: &Document) -> Result<u64, Failure> {
-    let n = reply.get_i32("n").map_err(Failure::unknown)?;
-    let n = u64::try_from(n).map_err(Failure::unknown)?;
-    let errors = reply.get_array("writeErrors").into_iter().flatten();
-    for error in errors.filter_map(|error| error.as_document()) {
-        let code = error.get_i32("code").unwrap_or(0);
-        if code != 11000 {
-            let cause = error.get_str("errmsg").unwrap_or("write error").to_owned();
-            return Err(Failure::from_statement(code, cause, error.get_i32("index").ok(), n));
-        }
-    }
-    if let Ok(error) = reply.get_document("writeConcernError") {
-        return Err(Failure::unknown(error.get_str("errmsg").unwrap_or("write concern error")));
-    }
-    Ok(n)
-}
-
-/// The error without the driver's trappings, for logs and for people.
+/// The error's own text, without the driver's context; for logs and for people.
 pub(super) fn brief(error: &Error) -> String {
     error.kind.to_string()
 }
@@ -268,6 +274,10 @@ mod tests {
         assert!(matches!(first.await, Ok(true)));
         assert!(end.await);
         assert!(matches!(second.await, Err(Failure::NotApplied(_))));
+    }
+
+    fn matched(reply: &Document) -> Result<u64, Failure> {
+        Written::read(reply).map(|written| written.matched)
     }
 
     #[test]
@@ -301,7 +311,7 @@ mod tests {
                 let failure = failed(index, n, code);
                 assert!(matches!(failure, Err(Failure::Record(_))), "{code} is one record's");
                 let effects = Effects::default();
-                drop(effects.note(failure, |_| false));
+                let _ = effects.note(failure, |_| false);
                 assert_eq!(effects.outcome(), Outcome::Unknown, "{code} says nothing of the other records");
             }
         }

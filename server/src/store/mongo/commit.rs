@@ -1,4 +1,4 @@
-//! Batches: the commands that apply many edits, or a single one, and read the records after.
+//! Commits: the commands that apply the edits of a batch and read the records afterwards.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
@@ -20,19 +20,21 @@ use crate::store::{ForKey, StoreError, makes_record, vacant};
 /// How many keys with waiters are remembered.
 const LINES: usize = 10_000;
 
-/// Edits left over that are made one by one: another round takes two commands.
+/// Up to so many edits that a round has left out are made one by one. Another round would take two
+/// commands.
 const ALONE: usize = 2;
 
-/// Parts of a batch tried at once when one of its edits cannot be applied.
+/// How many parts of a batch are tried at once when one of its edits cannot be applied.
 const PARTS: usize = 8;
 
 type Edits = Vec<(Key, Edit)>;
 
-/// Keys at which someone waited when they were seen last. A hint: it saves a command that would not find them.
+/// Keys that had waiters when their records were last read. A hint: it saves a command that would
+/// not match them.
 #[derive(Debug, Default)]
-pub(super) struct Lines(Mutex<HashSet<Key>>);
+pub(super) struct KeysWithWaiters(Mutex<HashSet<Key>>);
 
-impl Lines {
+impl KeysWithWaiters {
     pub(super) fn note<'a>(&self, snapshots: impl IntoIterator<Item = &'a Snapshot>) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for Snapshot { record, .. } in snapshots {
@@ -49,7 +51,8 @@ impl Lines {
         !self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(key)
     }
 
-    /// The edits with which nobody comes, where nobody is known to wait; and the others.
+    /// Splits a batch into edits that enqueue nobody, on keys without known waiters; and the other
+    /// edits.
     fn split(&self, batch: &[(Key, Edit)]) -> (Edits, Edits) {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         batch.iter().cloned().partition(|(key, edit)| edit.enqueued().is_empty() && !known.contains(key))
@@ -57,8 +60,8 @@ impl Lines {
 }
 
 impl MongoStore {
-    /// One try at a batch. The `effects` learn what each command may have changed. No search for an edit that cannot be
-    /// applied goes on after `until`.
+    /// Tries once to commit a batch, and notes in `effects` what each command may have changed.
+    /// Does not search for an edit that cannot be applied after `until`.
     pub(super) async fn attempt(
         &self,
         batch: &[(Key, Edit)],
@@ -67,9 +70,9 @@ impl MongoStore {
     ) -> Result<Vec<ForKey>, Failure> {
         let done = match self.once(batch, effects).await {
             Err(Failure::Late(cause)) => {
-                // If that is true, the limit of the next command is a later one. If not, the clock was misjudged.
-                tracing::debug!(cause, "looking at the database's clock anew");
-                self.look_at_clock().await?;
+                // Either the command was late, or the estimate of the database's clock is wrong.
+                tracing::debug!(cause, "reading the database's clock again");
+                self.read_clock().await?;
                 self.once(batch, effects).await
             }
             done => done,
@@ -78,7 +81,7 @@ impl MongoStore {
             Err(Failure::Record(cause)) => self.apart(batch, cause, effects, until).await?,
             answers => answers?,
         };
-        self.lines.note(answers.iter().flatten());
+        self.keys_with_waiters.note(answers.iter().flatten());
         Ok(answers)
     }
 
@@ -94,11 +97,13 @@ impl MongoStore {
         })
     }
 
-    /// Applies a batch in which one edit at least cannot be applied: finds out which, and applies the others.
+    /// Applies a batch of which one edit at least cannot be applied: finds that edit, and applies
+    /// the others.
     ///
-    /// Most often the record of such an edit cannot be read either, and one command finds all of those. For the rest the
-    /// batch is halved, since MongoDB does not say which record it could not write. The parts of one size are tried
-    /// together, and none once `until` has passed: other batches wait for these keys.
+    /// Most often its record cannot be read either, and one command finds all such records.
+    /// Otherwise the batch is halved again and again, because MongoDB does not say which record it
+    /// could not write. Parts of one size are tried together. Nothing is tried after `until`,
+    /// because other batches wait for these keys.
     async fn apart(
         &self,
         batch: &[(Key, Edit)],
@@ -146,11 +151,12 @@ impl MongoStore {
         batch.iter().map(|(key, _)| answers.remove(key).ok_or_else(missing)).collect()
     }
 
-    /// A single edit: one round trip. A touch takes a second if the key has waiters that this daemon did not know of. Other
-    /// edits never risk the second: a waiter may be waiting for that very release.
+    /// Applies a single edit in one round trip. A touch takes a second one if the key has waiters
+    /// this daemon did not know of. Other edits never risk the second: a waiter may be waiting for
+    /// that very release.
     async fn alone(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
         let batch = [(key.clone(), edit.clone())];
-        if edit.only_touches() && self.lines.has_none_at(key) {
+        if edit.only_touches() && self.keys_with_waiters.has_none_at(key) {
             let commands = self.commands().await?;
             let stages = commands.quick_stages(&batch);
             if let Some(found) = self.find_and_modify(quickly(&batch), stages, false, effects).await? {
@@ -194,26 +200,30 @@ impl MongoStore {
         }
     }
 
-    /// Many edits: one command that writes and one that reads. Edits that those did not reach follow in another round:
-    /// the key has waiters that this daemon did not know of, or there is no record yet.
+    /// Applies many edits with one command that writes and one that reads. Edits that this leaves
+    /// out follow in another round: their keys have waiters this daemon did not know of, or no
+    /// record yet.
     ///
-    /// Each command leaves a mark of its own in the records, and only the mark says that an edit was made: how many
-    /// records a command matched is no proof, since a sharded cluster may count one twice.
+    /// Each command leaves a tag in the records that it edits, and only the tag proves that an edit
+    /// was made. The number of matched records proves nothing, since a sharded cluster may count a
+    /// record twice.
     async fn together(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<ForKey>, Failure> {
-        let (quick, others) = self.lines.split(batch);
+        let (quick, others) = self.keys_with_waiters.split(batch);
         let mut found = self.round(&quick, &others, effects).await?;
         let mut left = left(batch, &found);
         let blanks = blanks(&left, &found);
         if !blanks.is_empty() {
             let insert = doc! { "insert": self.collection.name(), "documents": blanks, "ordered": false };
-            effects.note(self.runner.write(&self.database, insert, &self.concern).await, |n| *n > 0)?;
+            effects.note(self.runner.write(&self.database, insert, &self.concern).await, |written| {
+                written.matched > 0
+            })?;
         }
         if left.len() > ALONE {
             found.extend(self.round(&[], &left, effects).await?);
             left.retain(|(key, edit)| is_left(key, edit, &found));
         }
-        // Another daemon writes to these, and may have done so between the two commands. One that returns the record it
-        // has made leaves no such doubt.
+        // Another daemon may write to these records between the two commands of a round. A single
+        // command that edits and returns a record leaves no doubt.
         for (key, edit) in left {
             let answer = match self.alone(&key, &edit, effects).await {
                 Err(Failure::Record(cause)) => Err(StoreError::Unreadable { key: key.clone(), cause }),
@@ -228,7 +238,8 @@ impl MongoStore {
         Ok(batch.iter().map(|(key, _)| key).map(answer).collect())
     }
 
-    /// Applies edits with which nobody comes, at keys where nobody waits, and others of any kind; then reads the records.
+    /// Applies `quick` edits, which enqueue nobody, to records without waiters, and `others` to any
+    /// record. Then reads the records.
     async fn round(
         &self,
         quick: &[(Key, Edit)],
@@ -246,58 +257,60 @@ impl MongoStore {
         }
         let update = doc! { "update": self.collection.name(), "updates": statements };
         let sent = BootInstant::now();
-        effects.note(self.runner.write(&self.database, update, &self.concern).await, |n| *n > 0)?;
+        effects.note(self.runner.write(&self.database, update, &self.concern).await, |written| {
+            written.matched > 0
+        })?;
         let received = BootInstant::now();
         let edited = self.find_edited(&names(quick.iter().chain(others))).await?;
-        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, commands.mark));
+        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, commands.tag));
         let found: HashMap<Key, Result<Found, StoreError>> =
             edited.into_iter().map(|(key, edited)| (key, found(edited))).collect();
         if let Some(ours) = found.values().flatten().find(|found| found.is_ours) {
             self.learn_time(ours.snapshot.now, sent, received);
         }
-        self.lines.note(found.values().flatten().map(|found| &found.snapshot));
+        self.keys_with_waiters.note(found.values().flatten().map(|found| &found.snapshot));
         Ok(found)
     }
 
-    /// What a command that is sent now consists of.
+    /// Prepares a command that is sent now.
     async fn commands(&self) -> Result<Commands<'_>, Failure> {
         let limit = if self.clock_runs() {
             if self.store_clock.limit().is_none() {
-                self.look_at_clock().await?;
+                self.read_clock().await?;
             }
             self.store_clock.limit()
         } else {
             None
         };
-        Ok(Commands { store: self, mark: fastrand::i64(..), limit })
+        Ok(Commands { store: self, tag: fastrand::i64(..), limit })
     }
 
-    /// Learns that the database's clock showed `time` between two instants of this host.
+    /// Notes that the database's clock showed `time` at some instant between `sent` and `received`.
     pub(super) fn learn_time(&self, time: Timestamp, sent: BootInstant, received: BootInstant) {
         if self.clock_runs() {
             self.store_clock.observe(time, sent, received, self.rules.grace);
         }
     }
 
-    /// Tests stop it.
+    /// Whether the database's clock runs. Tests stop it.
     fn clock_runs(&self) -> bool {
         self.clock.as_str() == Some(pipeline::CLOCK)
     }
 }
 
-/// A record, and whether it shows the mark of the command before.
+/// A record, and whether it has the tag of the latest command.
 pub(super) struct Found {
     snapshot: Snapshot,
     is_ours: bool,
 }
 
 impl Found {
-    pub(super) fn of(Edited { snapshot, mark }: Edited, ours: i64) -> Self {
-        Self { snapshot, is_ours: mark == Some(ours) }
+    pub(super) fn of(Edited { snapshot, tag }: Edited, ours: i64) -> Self {
+        Self { snapshot, is_ours: tag == Some(ours) }
     }
 }
 
-/// Which edits are not known to have been made, at keys whose records can be read.
+/// The edits that are not known to have been made, of keys whose records can be read.
 pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
     batch.iter().filter(|(key, edit)| is_left(key, edit, found)).cloned().collect()
 }
@@ -310,31 +323,31 @@ fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError
     }
 }
 
-/// Empty documents for edits that make records: an update of many makes none.
+/// Empty documents for edits that make records, because an update of many documents inserts none.
 fn blanks(left: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Vec<Bson> {
     let missing = left.iter().map(|(key, _)| key).filter(|key| !found.contains_key(*key));
     missing.map(|key| doc! { "_id": key.as_str() }.into()).collect()
 }
 
-/// The stages of a command, its mark, and until when it may act.
+/// What the stages of one command are made of: its tag, and its limit on the database's clock.
 struct Commands<'a> {
     store: &'a MongoStore,
-    mark: i64,
+    tag: i64,
     limit: Option<Limit>,
 }
 
 impl Commands<'_> {
     fn stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
         let MongoStore { rules, clock, .. } = self.store;
-        let mut stages = self.store.tampered(pipeline::pipeline(batch, rules, clock, self.mark));
+        let mut stages = self.store.with_mutant(pipeline::pipeline(batch, rules, clock, self.tag));
         stages.push(index::note_use(clock));
         self.limited(stages)
     }
 
     fn quick_stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
         let clock = &self.store.clock;
-        let mut stages = self.store.tampered(pipeline::without_line(batch, clock, self.mark));
-        // A touch, the hot path, neither takes nor frees a key.
+        let mut stages = self.store.with_mutant(pipeline::without_waiters(batch, clock, self.tag));
+        // A touch neither takes nor frees a key, so the hot path need not maintain the index.
         if !batch.iter().all(|(_, edit)| edit.only_touches()) {
             stages.push(index::note_use(clock));
         }
@@ -348,12 +361,12 @@ impl Commands<'_> {
 }
 
 impl MongoStore {
-    /// With the deliberate wrong in it that a test asks for.
+    /// With the deliberate mutant in it that a test asks for.
     #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only tests ask"))]
-    fn tampered(&self, stages: Vec<Document>) -> Vec<Document> {
+    fn with_mutant(&self, stages: Vec<Document>) -> Vec<Document> {
         #[cfg(test)]
-        if let Some(wrong) = self.wrong {
-            return super::wrong::put_into(stages, wrong);
+        if let Some(mutant) = self.mutant {
+            return super::mutants::put_into(stages, mutant);
         }
         stages
     }
@@ -364,7 +377,7 @@ fn halves(batch: &[(Key, Edit)]) -> Vec<Edits> {
     vec![first.to_vec(), second.to_vec()]
 }
 
-/// Records at which nobody waits.
+/// A filter for the records of a batch that have no waiters.
 fn quickly(batch: &[(Key, Edit)]) -> Document {
     doc! { "_id": { "$in": names(batch) }, "waiters": [] }
 }

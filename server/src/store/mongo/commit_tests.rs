@@ -1,4 +1,4 @@
-//! Batches beside another daemon's: what one of them cannot know of the records when it writes.
+//! Tests of commits beside another daemon's, and of commits that fail in part or arrive late.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::store::conformance::reading::{all_of, ask, asking, key};
 use crate::store::failure::{Effects, Failure};
 use crate::store::{ListQuery, Outcome, Store, StoreError};
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
 const NOW: Timestamp = Timestamp(1_700_000_000_000);
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -27,7 +27,7 @@ async fn two() -> [MongoStore; 2] {
     let location = Location { uri, database: "commit".into(), collection: LeaseId::random().reveal() };
     let mut store = MongoStore::connect(&location, RULES).await.expect("a usable store");
     store.set_clock(NOW);
-    let other = MongoStore { lines: Arc::default(), ..store.clone() };
+    let other = MongoStore { keys_with_waiters: Arc::default(), ..store.clone() };
     [store, other]
 }
 
@@ -37,7 +37,7 @@ async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
 
 #[rstest]
 #[tokio::test]
-async fn an_edit_admits_whom_another_daemon_put_into_the_line(
+async fn an_edit_admits_a_waiter_that_another_daemon_enqueued(
     #[values(false, true)] releases: bool,
     #[values(false, true)] beside_others: bool,
 ) {
@@ -52,7 +52,8 @@ async fn an_edit_admits_whom_another_daemon_put_into_the_line(
     let edit = if releases {
         Edit::default().release(first)
     } else {
-        // The lease and its grace are over, so any edit admits the next in line, and be it a touch of nothing.
+        // The lease and its grace are over, so any edit admits the first waiter, even a touch of an
+        // unknown id.
         ours.set_clock(NOW + Duration::from_secs(2));
         Edit::default().touch(LeaseId::random())
     };
@@ -68,25 +69,25 @@ async fn an_edit_admits_whom_another_daemon_put_into_the_line(
     assert_eq!(after[0].record.waiters, []);
     if beside_others {
         assert_eq!((ids(&after[1]), after[1].record.rev), (vec![holder], 2), "applied once");
-        assert_eq!((ids(&after[2]), after[2].record.rev), (vec![], 0), "no record comes of a touch");
+        assert_eq!((ids(&after[2]), after[2].record.rev), (vec![], 0), "a touch makes no record");
     }
 }
 
 #[tokio::test]
-async fn where_someone_was_seen_to_wait_a_touch_goes_the_long_way_until_nobody_is() {
+async fn a_touch_uses_the_full_pipeline_while_the_key_is_known_to_have_waiters() {
     let [ours, theirs] = two().await;
     let contested = key("contested");
     let [holder, waiter] = [(); 2].map(|()| LeaseId::random());
     commit(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
     let touch = || vec![(contested.clone(), Edit::default().touch(holder))];
-    let goes_the_long_way = || !ours.lines.has_none_at(&contested);
-    assert!(!goes_the_long_way());
+    let uses_full_pipeline = || !ours.keys_with_waiters.has_none_at(&contested);
+    assert!(!uses_full_pipeline());
     commit(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
     commit(&ours, touch()).await;
-    assert!(goes_the_long_way());
+    assert!(uses_full_pipeline());
     commit(&theirs, vec![(contested.clone(), Edit::default().cancel(waiter))]).await;
     commit(&ours, touch()).await;
-    assert!(!goes_the_long_way());
+    assert!(!uses_full_pipeline());
 }
 
 /// Edits that acquire new keys.
@@ -100,29 +101,29 @@ async fn store_at(uri: &str) -> MongoStore {
     MongoStore::connect(&location, RULES).await.expect("a usable store")
 }
 
-/// Tells the server what its commands are to come to.
+/// Sets a fail point.
 async fn fail_point(uri: &str, mode: impl Into<mongodb::bson::Bson>, data: Document) -> Document {
     let client = Client::with_uri_str(uri).await.expect("a client");
     let command = doc! { "configureFailPoint": "failCommand", "mode": mode.into(), "data": data };
     client.database("admin").run_command(command).await.expect("a fail point")
 }
 
-/// What is told of a batch that is tried once.
+/// Returns the error of a batch that is tried once.
 async fn outcome(store: &MongoStore, batch: Vec<(Key, Edit)>) -> StoreError {
     store.commit(Arc::new(batch), Duration::ZERO).await.expect_err("a failure")
 }
 
-/// A batch takes several commands if it makes records; the first changes those that are there.
+/// A batch that makes records takes several commands. The first one changes existing records.
 #[rstest]
 #[case("insert", 0, 3)]
 #[case("update", 1, 3)]
 #[case("findAndModify", 0, 1)]
 #[tokio::test]
-async fn a_batch_of_which_a_part_was_done_is_not_told_as_not_applied(
+async fn a_batch_that_was_applied_in_part_is_not_reported_as_not_applied(
     #[case] command: &str,
     #[case] skip: i32,
     #[case] new: usize,
-    // The node is the primary no longer; the user has no right any more.
+    // NotWritablePrimary and Unauthorized.
     #[values(10107, 13)] code: i32,
 ) {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
@@ -134,30 +135,30 @@ async fn a_batch_of_which_a_part_was_done_is_not_told_as_not_applied(
 
     let mut batch = vec![(job, Edit::default().release(holder))];
     batch.extend(arrivals(new));
-    let told = outcome(&store, batch).await;
-    assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{told}");
+    let error = outcome(&store, batch).await;
+    assert!(matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{error}");
     fail_point(mongod.uri(), "off", doc! {}).await;
     let found = all_of(store.read(vec![key("job")]).await);
     assert_eq!(found[0].record.holders, [], "the release took effect");
 }
 
 #[tokio::test]
-async fn a_batch_that_is_refused_at_the_door_was_not_applied() {
+async fn a_batch_that_the_server_refuses_at_once_is_reported_as_not_applied() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let commands = ["update", "findAndModify", "insert"];
     fail_point(mongod.uri(), "alwaysOn", doc! { "failCommands": commands, "errorCode": 10107 }).await;
     for count in [1, 3] {
-        let told = outcome(&store, arrivals(count)).await;
-        assert!(matches!(told, StoreError::Unavailable { outcome: Outcome::NotApplied, .. }), "{told}");
+        let error = outcome(&store, arrivals(count)).await;
+        assert!(matches!(error, StoreError::Unavailable { outcome: Outcome::NotApplied, .. }), "{error}");
     }
     fail_point(mongod.uri(), "alwaysOn", doc! { "failCommands": commands, "errorCode": 13 }).await;
-    let told = outcome(&store, arrivals(1)).await;
-    assert!(matches!(told, StoreError::Refused { .. }), "{told}");
+    let error = outcome(&store, arrivals(1)).await;
+    assert!(matches!(error, StoreError::Refused { .. }), "{error}");
 }
 
-/// An estimate of the database's clock that is an hour behind gives every command a limit that has passed, as a
-/// connection that delivers it an hour later would.
+/// With an estimate of the database's clock that is an hour behind, the limit of every command has
+/// passed, as if a connection had delivered it an hour late.
 const HOUR: i64 = 3_600_000;
 
 #[rstest]
@@ -166,7 +167,7 @@ const HOUR: i64 = 3_600_000;
 #[case::touches(0, 3)]
 #[case::a_batch(2, 3)]
 #[tokio::test]
-async fn a_command_that_comes_late_changes_nothing(#[case] new: usize, #[case] held: usize) {
+async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case] held: usize) {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let holders: Vec<_> = (0..held).map(|n| (key(&format!("held/{n}")), LeaseId::random())).collect();
     let hold = |(key, id): &(Key, LeaseId)| (key.clone(), ask(asking(*id)));
@@ -187,15 +188,15 @@ async fn a_command_that_comes_late_changes_nothing(#[case] new: usize, #[case] h
     let all = ListQuery { prefix: "new/".into(), after: None, limit: 10, include_free: true };
     assert_eq!(store.list(all).await.expect("a listing").snapshots, []);
 
-    // The daemon itself looks at the clock and repeats.
+    // Unlike `once`, `commit` then reads the clock and repeats the command.
     let before = store.repetitions();
     commit(&store, batch).await;
-    assert_eq!(store.repetitions(), before, "it does not pause first");
-    assert_eq!(store.clock_steps(), 1, "and it has noticed that the clocks came apart");
+    assert_eq!(store.repetitions(), before, "it repeats without a pause");
+    assert_eq!(store.clock_steps(), 1, "it noticed that the clocks moved apart");
 }
 
 #[tokio::test]
-async fn a_clock_that_keeps_its_pace_makes_no_step() {
+async fn a_clock_that_runs_evenly_makes_no_step() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     for _ in 0..20 {
         commit(&store, arrivals(1)).await;
@@ -205,29 +206,25 @@ async fn a_clock_that_keeps_its_pace_makes_no_step() {
     assert_eq!(store.clock_steps(), 0);
 }
 
-/// A sharded cluster may count a record twice and leave another out.
+/// A sharded cluster may count one record twice and skip another one.
 #[tokio::test]
-async fn an_edit_counts_as_made_only_by_the_mark_in_its_record() {
+async fn an_edit_counts_as_made_only_by_the_commit_tag_in_its_record() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let batch = arrivals(3);
     commit(&store, batch.clone()).await;
     let edited = async || store.find_edited(&["new/0", "new/1", "new/2"]).await.expect("a read");
-    let mark = edited().await[&key("new/0")].as_ref().ok().and_then(|edited| edited.mark).expect("a mark");
-    let found = |edited: HashMap<Key, Result<Edited, StoreError>>, mark| {
-        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, mark));
+    let tag = edited().await[&key("new/0")].as_ref().ok().and_then(|edited| edited.tag).expect("a tag");
+    let found = |edited: HashMap<Key, Result<Edited, StoreError>>, tag| {
+        let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, tag));
         edited.into_iter().map(|(key, edited)| (key, found(edited))).collect()
     };
-    assert_eq!(left(&batch, &found(edited().await, mark)), []);
-    let other = mark.wrapping_add(1);
-    assert_eq!(
-        left(&batch, &found(edited().await, other)),
-        batch,
-        "another command was last, or ours was not"
-    );
+    assert_eq!(left(&batch, &found(edited().await, tag)), []);
+    let other = tag.wrapping_add(1);
+    assert_eq!(left(&batch, &found(edited().await, other)), batch, "another command was the latest one");
 }
 
 #[tokio::test]
-async fn daemons_that_write_to_the_same_keys_all_the_time_get_their_answers() {
+async fn daemons_that_write_to_the_same_keys_all_the_time_get_answers() {
     let [first, second] = two().await;
     let keys: Vec<Key> = (0..5).map(|number| key(&format!("hot/{number}"))).collect();
     let rounds = async |store: &MongoStore| {
@@ -245,40 +242,40 @@ async fn daemons_that_write_to_the_same_keys_all_the_time_get_their_answers() {
 }
 
 #[tokio::test]
-async fn what_the_engine_reads_and_who_looks_at_a_key_do_not_wait_for_those_who_list() {
+async fn reads_of_the_engine_and_inspections_do_not_wait_for_listings() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let (job, id) = (key("job"), LeaseId::random());
     commit(&store, vec![(job.clone(), ask(asking(id)))]).await;
-    let all_turns = store.inspection.occupy_lists().await;
+    let blocked_listings = store.inspection.occupy_lists().await;
     assert_eq!(all_of(store.read(vec![job.clone()]).await).len(), 1);
-    assert!(store.inspect(job.clone()).await.expect("a look").is_some());
+    assert!(store.inspect(job.clone()).await.expect("an inspection").is_some());
     commit(&store, vec![(job, Edit::default().touch(id))]).await;
     let all = ListQuery { prefix: String::new(), after: None, limit: 10, include_free: true };
-    store.list(all.clone()).await.expect_err("there is no turn for a list");
-    drop(all_turns);
+    store.list(all.clone()).await.expect_err("all listings are blocked");
+    drop(blocked_listings);
     store.list(all).await.expect("a listing");
 }
 
-/// Each of these lists waits in the server for longer than the test has patience.
+/// Each listing waits in the server for 1.8 s, and there are 250 of them.
 #[tokio::test]
-async fn commits_do_not_wait_for_those_who_list() {
+async fn commits_do_not_wait_for_listings() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let (job, id) = (key("job"), LeaseId::random());
     commit(&store, vec![(job.clone(), ask(asking(id)))]).await;
     let data = doc! { "failCommands": ["find"], "blockConnection": true, "blockTimeMS": 1800 };
     let before = fail_point(mongod.uri(), "alwaysOn", data).await.get_i32("count").unwrap_or(0);
-    let mut lists = tokio::task::JoinSet::new();
+    let mut listings = tokio::task::JoinSet::new();
     for _ in 0..250 {
         let store = store.clone();
         let all = ListQuery { prefix: String::new(), after: None, limit: 10, include_free: true };
-        lists.spawn(async move { drop(store.list(all).await) });
+        listings.spawn(async move { drop(store.list(all).await) });
     }
     let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
     let wait = doc! { "waitForFailPoint": "failCommand", "timesEntered": before + 5, "maxTimeMS": 30_000 };
-    client.database("admin").run_command(wait).await.expect("lists under way");
+    client.database("admin").run_command(wait).await.expect("listings under way");
     commit(&store, vec![(job.clone(), Edit::default().touch(id))]).await;
-    assert!(lists.try_join_next().is_none(), "no list had its answer before the commit");
+    assert!(listings.try_join_next().is_none(), "no listing was answered before the commit");
     fail_point(mongod.uri(), "off", doc! {}).await;
-    lists.abort_all();
+    listings.abort_all();
 }

@@ -1,12 +1,14 @@
-//! Which daemons run on the same records: a small collection beside theirs, `<collection>.daemons`, with one document
-//! for each. Operators may look at it; the change feed depends on it, and so does the refusal of daemons that obey
-//! other rules.
+//! The list of the daemons on the same records: a small collection beside the records,
+//! `<collection>.daemons`, with a document for each daemon. Operators may read it.
+//!
+//! The change feed is open while the list has other daemons. A daemon whose `--grace` differs from
+//! that of the others is refused.
 //!
 //! ```text
 //! { _id: uuid text, host, pid: long, version, grace_ms: long, started_at: date, seen_at: date }
 //! ```
 //!
-//! Its instants are the database's, and so is the judgement who is alive.
+//! All instants are of the database's clock, which also decides whether a daemon counts as alive.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -28,46 +30,47 @@ use super::{ConnectError, MongoStore, identity};
 use crate::lease::millis;
 use crate::store::failure::Failure;
 
-/// Daemons looked at; more are not compared with.
+/// How many daemons are read. A daemon does not compare itself with more.
 const MOST: i64 = 1000;
 
-/// How the daemons keep up with each other.
+/// The timing of heartbeats and of what depends on them.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pace {
-    /// Between signs of life.
-    pub(super) beat: Duration,
-    /// Whose last sign is older does not count.
-    pub(super) alive: Duration,
-    /// So many looks in a row must find nobody before one is alone: daemons that restart one after the other are not.
-    pub(super) patience: u32,
-    /// A sign of life older than this is removed.
-    pub(super) forget: Duration,
-    /// A feed that stays this far behind is opened anew. More than the ten seconds after which a shard that is idle
-    /// lets a change stream over all shards go on.
-    pub(super) stale: Duration,
+pub(super) struct HeartbeatConfig {
+    /// The time between two heartbeats.
+    pub(super) interval: Duration,
+    /// A daemon counts as alive while its latest heartbeat is younger than this.
+    pub(super) timeout: Duration,
+    /// A daemon counts as alone only after it has found no other this many times in a row, so that
+    /// a rolling restart does not close the feed.
+    pub(super) empty_polls: u32,
+    /// A daemon is removed from the list when its latest heartbeat is older than this.
+    pub(super) remove_after: Duration,
+    /// A feed that lags by more than this is opened again. It must exceed 10 s, because a change
+    /// stream over all shards waits that long for an idle shard.
+    pub(super) max_lag: Duration,
 }
 
-impl Default for Pace {
+impl Default for HeartbeatConfig {
     fn default() -> Self {
         Self {
-            beat: Duration::from_secs(1),
-            alive: Duration::from_secs(10),
-            patience: 60,
-            forget: Duration::from_secs(3600),
-            stale: Duration::from_secs(15),
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(10),
+            empty_polls: 60,
+            remove_after: Duration::from_secs(3600),
+            max_lag: Duration::from_secs(15),
         }
     }
 }
 
-/// What a store knows of itself as one of several.
+/// This daemon, as one on the list.
 #[derive(Debug)]
 pub(super) struct Member {
     id: String,
-    /// The database's time of the latest sign of life, and when it was confirmed.
+    /// The database's time of the latest heartbeat, and when its acknowledgement arrived.
     latest: Mutex<Option<(Timestamp, Instant)>>,
-    /// Whether a sign of life may be in the database.
-    is_listed: AtomicBool,
-    /// Why this daemon must end, once it must.
+    /// Whether the list may contain this daemon.
+    may_be_listed: AtomicBool,
+    /// Why this daemon must end. `None` while it may go on.
     objection: watch::Sender<Option<String>>,
 }
 
@@ -76,38 +79,39 @@ impl Default for Member {
         Self {
             id: Uuid::new_v4().to_string(),
             latest: Mutex::default(),
-            is_listed: AtomicBool::new(false),
+            may_be_listed: AtomicBool::new(false),
             objection: watch::Sender::default(),
         }
     }
 }
 
 impl Member {
-    /// Waits until this daemon must end, and says why.
+    /// Waits until this daemon must end, and returns why.
     pub(super) async fn objection(&self) -> String {
         let mut objection = self.objection.subscribe();
         match objection.wait_for(Option::is_some).await.map(|why| why.clone()) {
             Ok(Some(why)) => why,
-            // The sender is here.
+            // Unreachable: `self` owns the sender.
             _ => std::future::pending().await,
         }
     }
 
-    /// How long ago a majority acknowledged a sign of life; `None` if none was given.
+    /// How long ago a majority acknowledged a heartbeat. `None` before the first heartbeat.
     pub(super) fn silence(&self) -> Option<Duration> {
         let latest = *self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         latest.map(|(_, confirmed)| confirmed.elapsed())
     }
 }
 
-/// The daemons on the same records, as one of them sees them.
+/// The list of daemons, for reading and writing.
 #[derive(Debug)]
 pub(super) struct Daemons {
     store: MongoStore,
     collection: Collection<Document>,
 }
 
-/// The name of the collection, so that records in two collections have daemons of their own.
+/// The name of the list's collection. It contains the name of the records' collection, so each has
+/// a list of its own.
 pub(super) fn collection_name(records: &str) -> String {
     format!("{records}.daemons")
 }
@@ -118,54 +122,61 @@ impl Daemons {
         Self { store: store.clone(), collection }
     }
 
-    fn me(&self) -> &Member {
+    fn member(&self) -> &Member {
         &self.store.feed.member
     }
 
-    /// The database's time of this daemon's latest sign of life, unless that is long ago. A node that is not as far as
-    /// this does not have all that a majority has.
-    pub(super) fn latest(&self) -> Option<Timestamp> {
-        let latest = *self.me().latest.lock().unwrap_or_else(PoisonError::into_inner);
-        latest.filter(|(_, confirmed)| confirmed.elapsed() < self.store.feed.pace.alive).map(|(time, _)| time)
+    /// The database's time of this daemon's latest heartbeat. `None` if that was too long ago. A
+    /// node whose time is earlier does not have everything that a majority has.
+    pub(super) fn latest_heartbeat(&self) -> Option<Timestamp> {
+        let latest = *self.member().latest.lock().unwrap_or_else(PoisonError::into_inner);
+        latest
+            .filter(|(_, confirmed)| confirmed.elapsed() < self.store.feed.heartbeat.timeout)
+            .map(|(time, _)| time)
     }
 
-    /// Gives the first sign of life, unless this daemon must not run beside those that are there.
+    /// Writes the first heartbeat. If this daemon must not run beside the others, removes it again
+    /// and fails with [`Unusable::Conflict`].
     pub(super) async fn join(&self) -> Result<(), ConnectError> {
-        self.beat().await?;
-        // Written first, and looked for after that: of two that join at once, at least one sees the other.
-        match self.objection(&self.found().await?) {
+        self.send_heartbeat().await?;
+        // Writes before it reads: of two daemons that join at once at least one then sees the
+        // other.
+        match self.objection(&self.read_list().await?) {
             None => Ok(()),
             Some(why) => {
                 self.depart().await;
-                Err(Unusable::Company(why).into())
+                Err(Unusable::Conflict(why).into())
             }
         }
     }
 
-    /// Gives signs of life and says in `company` whether others do, until `ended`; then this daemon is gone at once.
-    pub(super) async fn attend(&self, company: watch::Sender<bool>, ended: &CancellationToken) {
-        let pace = self.store.feed.pace;
-        let forget_every = u32::try_from(pace.forget.as_millis() / pace.beat.as_millis().max(1));
-        let mut empty_looks = 0;
+    /// Writes heartbeats until `ended` is cancelled, and then removes this daemon from the list.
+    /// Keeps `peers_present` up to date: whether there are other daemons.
+    pub(super) async fn attend(&self, peers_present: watch::Sender<bool>, ended: &CancellationToken) {
+        let heartbeat = self.store.feed.heartbeat;
+        let remove_every =
+            u32::try_from(heartbeat.remove_after.as_millis() / heartbeat.interval.as_millis().max(1));
+        let mut empty_polls = 0;
         for beat in 0_u32.. {
-            // What a failure leaves unknown stays as it was: a database without a primary says nothing of daemons.
-            match self.look(beat % forget_every.unwrap_or(u32::MAX).max(1) == 0).await {
+            // A failure changes nothing: a database without a primary does not show which daemons
+            // are alive.
+            match self.beat_and_read(beat % remove_every.unwrap_or(u32::MAX).max(1) == 0).await {
                 Ok(true) => {
-                    empty_looks = 0;
-                    company.send_if_modified(|others| !std::mem::replace(others, true));
+                    empty_polls = 0;
+                    peers_present.send_if_modified(|others| !std::mem::replace(others, true));
                 }
                 Ok(false) => {
-                    empty_looks += 1;
-                    if empty_looks >= pace.patience {
-                        company.send_if_modified(|others| std::mem::replace(others, false));
+                    empty_polls += 1;
+                    if empty_polls >= heartbeat.empty_polls {
+                        peers_present.send_if_modified(|others| std::mem::replace(others, false));
                     }
                 }
                 Err(failure) => {
-                    tracing::debug!(cause = failure.into_cause(), "no sign of life could be given");
+                    tracing::debug!(cause = failure.into_cause(), "a heartbeat failed");
                 }
             }
-            // Spread, so that daemons that started together do not go on doing so.
-            let next = sleep(pace.beat.mul_f64(0.8 + fastrand::f64() * 0.4));
+            // Jitter, so that daemons that started together do not stay in step.
+            let next = sleep(heartbeat.interval.mul_f64(0.8 + fastrand::f64() * 0.4));
             if ended.run_until_cancelled(next).await.is_none() {
                 break;
             }
@@ -173,39 +184,45 @@ impl Daemons {
         self.depart().await;
     }
 
-    /// Takes this daemon off the list at once.
+    /// Removes this daemon from the list at once.
     pub(super) async fn depart(&self) {
-        if !self.me().is_listed.swap(false, Ordering::Relaxed) {
+        if !self.member().may_be_listed.swap(false, Ordering::Relaxed) {
             return;
         }
-        // A sign of life that nobody waits for any more must not arrive after the removal.
-        self.store.feed.errands.settled().await;
-        if let Err(failure) = self.remove(doc! { "_id": &self.me().id }).await {
-            tracing::debug!(cause = failure.into_cause(), "others will miss this daemon later");
+        // Waits for heartbeats that are still under way. One that arrives after the removal would
+        // put the daemon back.
+        self.store.feed.background.settled().await;
+        if let Err(failure) = self.remove(doc! { "_id": &self.member().id }).await {
+            tracing::debug!(
+                cause = failure.into_cause(),
+                "this daemon stays on the list until its heartbeat is too old"
+            );
         }
     }
 
-    /// A sign of life, and whether others give any.
-    async fn look(&self, forget: bool) -> Result<bool, Failure> {
-        self.beat().await?;
-        if forget {
-            let old = doc! { "$lt": ["$seen_at", ago(self.store.feed.pace.forget)] };
+    /// Writes a heartbeat and reads the list. Returns whether there are other daemons. With
+    /// `remove_old` also removes daemons that have been silent for long.
+    async fn beat_and_read(&self, remove_old: bool) -> Result<bool, Failure> {
+        self.send_heartbeat().await?;
+        if remove_old {
+            let old = doc! { "$lt": ["$seen_at", ago(self.store.feed.heartbeat.remove_after)] };
             self.remove(doc! { "seen_at": { "$type": "date" }, "$expr": old }).await?;
         }
-        let found = self.found().await?;
+        let found = self.read_list().await?;
         if !found.iter().any(|document| is_named(document, identity::DOCUMENT)) {
-            // Somebody dropped the collection: whoever starts now must not make another identity.
+            // The collection was dropped. A daemon that starts now must not create another
+            // identity.
             identity::keep(&self.store, self.store.id).await?;
         }
         if let Some(why) = self.objection(&found) {
-            self.me().objection.send_replace(Some(why));
+            self.member().objection.send_replace(Some(why));
         }
         Ok(found.iter().any(|document| is_daemon(document) && !self.is_this(document)))
     }
 
-    /// The daemons that give signs of life, this one among them, and the identity of the records.
-    async fn found(&self) -> Result<Vec<Document>, Failure> {
-        let alive = doc! { "$gt": ["$seen_at", ago(self.store.feed.pace.alive)] };
+    /// Reads the daemons that are alive, including this one, and the identity of the records.
+    async fn read_list(&self) -> Result<Vec<Document>, Failure> {
+        let alive = doc! { "$gt": ["$seen_at", ago(self.store.feed.heartbeat.timeout)] };
         let which = doc! { "$or": [{ "_id": identity::DOCUMENT }, { "$expr": alive }] };
         let collection = self.collection.clone();
         let find = async move {
@@ -218,25 +235,26 @@ impl Daemons {
                 .await?;
             cursor.try_collect().await
         };
-        self.store.feed.errands.run(find).await
+        self.store.feed.background.run(find).await
     }
 
-    /// Why this daemon must not go on: another one has another grace and began earlier, or the records have another
-    /// identity. A daemon with a shorter grace takes keys from holders that the others still wait for.
+    /// Returns why this daemon must not go on, if it must not: a daemon that started earlier has
+    /// another grace, or the records have another identity. A daemon with a shorter grace would
+    /// take keys while the others still keep them for their holders.
     fn objection(&self, found: &[Document]) -> Option<String> {
         let id = found.iter().find(|document| is_named(document, identity::DOCUMENT));
         if let Some(id) = id.and_then(identity::read).filter(|id| *id != self.store.id) {
             let started_with = self.store.id;
             return Some(format!(
-                "the records have another identity, {id}, than when this daemon started, {started_with}: somebody \
-                 replaced them; start it again"
+                "the records have another identity, {id}, than when this daemon started, {started_with}: they \
+                 were replaced; start it again"
             ));
         }
         let grace = self.store.rules.grace;
-        let other = obeyed(found, &self.me().id, grace)?;
+        let other = earlier_with_other_grace(found, &self.member().id, grace)?;
         let millis = other.get_i64("grace_ms").ok().and_then(|millis| u64::try_from(millis).ok())?;
         let (host, pid) = (other.get_str("host").unwrap_or("?"), other.get_i64("pid").unwrap_or_default());
-        let (theirs, alive) = (Duration::from_millis(millis), self.store.feed.pace.alive);
+        let (theirs, alive) = (Duration::from_millis(millis), self.store.feed.heartbeat.timeout);
         Some(format!(
             "--grace is {} here and {} at the daemon with pid {pid} on {host}, which started earlier on the same \
              records: all of them must have the same; give this one --grace {}, or stop the other one first (one \
@@ -249,11 +267,11 @@ impl Daemons {
     }
 
     fn is_this(&self, document: &Document) -> bool {
-        is_named(document, &self.me().id)
+        is_named(document, &self.member().id)
     }
 
-    /// Gives a sign of life.
-    pub(super) async fn beat(&self) -> Result<(), Failure> {
+    /// Writes a heartbeat.
+    pub(super) async fn send_heartbeat(&self) -> Result<(), Failure> {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let set = doc! {
             "host": { "$literal": host },
@@ -263,11 +281,11 @@ impl Daemons {
             "started_at": { "$ifNull": ["$started_at", "$$NOW"] },
             "seen_at": "$$NOW",
         };
-        let statement = doc! { "q": { "_id": &self.me().id }, "u": [{ "$set": set }], "upsert": true };
+        let statement = doc! { "q": { "_id": &self.member().id }, "u": [{ "$set": set }], "upsert": true };
         let update = doc! { "update": self.collection.name(), "updates": [statement] };
-        self.me().is_listed.store(true, Ordering::Relaxed);
+        self.member().may_be_listed.store(true, Ordering::Relaxed);
         let time = self.write(update).await?;
-        *self.me().latest.lock().unwrap_or_else(PoisonError::into_inner) = Some((time, Instant::now()));
+        *self.member().latest.lock().unwrap_or_else(PoisonError::into_inner) = Some((time, Instant::now()));
         Ok(())
     }
 
@@ -279,13 +297,14 @@ impl Daemons {
 
     async fn write(&self, command: Document) -> Result<Timestamp, Failure> {
         let store = &self.store;
-        store.feed.errands.write_in_time(&store.database, command, &store.concern).await
+        store.feed.background.write(&store.database, command, &store.concern).await?.operation_time()
     }
 }
 
-/// The daemon to which the one with this id has to yield: it has another grace and began earlier, by the database's
-/// clock, or by its id at the same instant. So of two that differ and see each other one goes on.
-fn obeyed<'a>(found: &'a [Document], id: &str, grace: Duration) -> Option<&'a Document> {
+/// Returns a daemon with another grace that started before the daemon with this id. Instants are of
+/// the database's clock, and at the same instant the lower id counts as earlier. So of two daemons
+/// that differ and see each other exactly one goes on.
+fn earlier_with_other_grace<'a>(found: &'a [Document], id: &str, grace: Duration) -> Option<&'a Document> {
     let began = |document: &'a Document| {
         let began = document.get_datetime("started_at").ok()?;
         Some((began.timestamp_millis(), document.get_str("_id").ok()?))
@@ -320,7 +339,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn of_daemons_that_see_each_other_those_go_on_that_have_the_grace_of_the_first(
+        fn only_daemons_with_one_grace_go_on_when_all_see_each_other(
             daemons in prop::collection::vec((0..4_i64, 1..4_u64), 1..8),
         ) {
             let document = |(number, (began, grace)): (usize, &(i64, u64))| {
@@ -330,7 +349,7 @@ mod tests {
             };
             let found: Vec<Document> = daemons.iter().enumerate().map(document).collect();
             let goes_on = |(number, (_, grace)): &(usize, &(i64, u64))| {
-                obeyed(&found, &number.to_string(), Duration::from_secs(*grace)).is_none()
+                earlier_with_other_grace(&found, &number.to_string(), Duration::from_secs(*grace)).is_none()
             };
             let graces: HashSet<u64> =
                 daemons.iter().enumerate().filter(goes_on).map(|(_, (_, grace))| *grace).collect();

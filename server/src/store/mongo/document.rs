@@ -1,25 +1,25 @@
-//! Records as MongoDB documents: the names and types of their fields.
+//! Reads records from MongoDB documents, and names the fields:
 //!
 //! ```text
-//! { _id: key, token: long, rev: long, epoch: long, edited_at: date, mark: long, blocked_until: date | null,
-//!   in_use: true,
-//!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, shared_limit, ttl: ms, min_hold: ms, size, repeated, token,
-//!     acquired_at, expires_at }],
-//!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, repeated, wait, since, expires_at }],
+//! { _id: key, token: long, rev: long, notify_rev: long, edited_at: date, commit_tag: long,
+//!   blocked_until: date | null, in_use: true,
+//!   holders: [{ id: uuid, owner, metadata: [{ k, v }], mode, shared_limit, ttl: ms, min_hold: ms,
+//!     size, repeated, token, acquired_at, expires_at }],
+//!   waiters: [{ id, owner, metadata, mode, shared_limit, ttl, min_hold, size, repeated, wait,
+//!     since, expires_at }],
 //!   departures: [{ id, reason, at, lasting }] }
 //! ```
 //!
-//! Metadata is an array of pairs: a caller's text never becomes a field name. `repeated` and `lasting` are absent where they
-//! are false, as they mostly are.
-//!
-//! `edited_at` is the instant of the latest edit. A commit reads it as the clock, which costs the database less than to
-//! compute its clock beside every record. `mark` names the command that made the edit: by it a commit that found fewer
-//! records than it has edits tells which of them are done.
-//!
-//! `in_use` is for listings alone ([`super::index`]): a record that is free does not have it.
-//!
-//! `epoch` is for the change feed alone, and no part of a record as the rules know it: the `rev` of the latest edit that
-//! other daemons should hear of. Touches, refreshes and nudges are told only if they moved the line.
+//! - `metadata` is an array of pairs, so that a caller's text never becomes a field name.
+//! - `repeated` and `lasting` are absent where they are false, which is most often.
+//! - `edited_at` is the instant of the latest edit. A commit reads the database's time from it,
+//!   which costs the database less than computing `$$NOW` for each record.
+//! - `commit_tag` names the command that made the latest edit. It tells a commit which of its edits
+//!   were made.
+//! - `in_use` exists for listings alone, and is absent from free records ([`super::index`]).
+//! - `notify_rev` exists for the change feed alone, and the rules do not use it. It is the `rev` of
+//!   the latest edit that other daemons must hear of. Touches, refreshes and nudges count only if
+//!   they change the queue.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -35,15 +35,16 @@ use crate::lease::{
 };
 use crate::store::StoreError;
 
-/// A document that is not a record of ours.
+/// A document that is not a valid record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Foreign {
+pub(super) struct InvalidDocument {
     key: String,
     field: &'static str,
 }
 
-impl Foreign {
-    /// What callers for its key are answered; `None` if no call can name it.
+impl InvalidDocument {
+    /// The error for callers that name the key. `None` if the document's name is not a key, so that
+    /// no caller can name it.
     pub(super) fn into_unreadable(self) -> Option<StoreError> {
         let key = Key::try_from(self.key.as_str()).ok()?;
         Some(StoreError::Unreadable {
@@ -53,20 +54,22 @@ impl Foreign {
     }
 }
 
-/// The fields with the instant of the latest edit and the command that made it.
+/// The field with the instant of the latest edit.
 pub(super) const EDITED_AT: &str = "edited_at";
-pub(super) const MARK: &str = "mark";
-/// The field with the store's clock in what [`projection`] shows.
+/// The field that names the command of the latest edit.
+pub(super) const COMMIT_TAG: &str = "commit_tag";
+/// The field that [`projection`] adds, with the database's time.
 const NOW: &str = "now";
 
 /// A record after an edit.
 #[derive(Debug)]
 pub(super) struct Edited {
     pub(super) snapshot: Snapshot,
-    pub(super) mark: Option<i64>,
+    /// The command that made the latest edit.
+    pub(super) tag: Option<i64>,
 }
 
-/// A projection of a whole record with the store's clock beside it, given as an expression.
+/// The projection of a record, with the database's time beside it. `now` is an expression.
 pub(super) fn projection(now: &Bson) -> Document {
     doc! {
         "token": 1, "rev": 1, "blocked_until": 1, "holders": 1, "waiters": 1, "departures": 1, NOW: now.clone(),
@@ -94,7 +97,7 @@ pub(super) fn reason(reason: Reason) -> &'static str {
     }
 }
 
-/// What an arrival brings; the pipeline adds `since` and `expires_at`.
+/// The document of an acquisition. The pipeline adds `since` and `expires_at`.
 pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
     let metadata: Vec<Bson> =
         acquisition.metadata.iter().map(|(k, v)| doc! { "k": k, "v": v }.into()).collect();
@@ -115,7 +118,8 @@ pub(super) fn acquisition(acquisition: &Acquisition) -> Document {
     document
 }
 
-/// What makes a request for the same id a repetition: the same mode and limit. In the order of these fields.
+/// The fields in which two acquisitions must agree to count as the same. The pipeline compares
+/// whole documents, so the order of the fields matters.
 pub(super) fn request(acquisition: &Acquisition) -> Document {
     doc! {
         "id": uuid(acquisition.id),
@@ -124,29 +128,29 @@ pub(super) fn request(acquisition: &Acquisition) -> Document {
     }
 }
 
-/// Reads a document got with [`projection`].
-pub(super) fn snapshot(document: &RawDocument) -> Result<Snapshot, Foreign> {
+/// Reads a document that was found with [`projection`].
+pub(super) fn snapshot(document: &RawDocument) -> Result<Snapshot, InvalidDocument> {
     let record = record(document)?;
     let root = Fields { document, key: record.key.as_str() };
     let now = root.date(NOW)?;
     Ok(Snapshot { record, now })
 }
 
-/// Reads a whole document, as it was when it was edited last. One that has been made and not edited yet holds nothing that
-/// its instant could matter to.
-pub(super) fn edited(document: &RawDocument) -> Result<Edited, Foreign> {
+/// Reads a whole document, as of its latest edit. A document that has been inserted and not edited
+/// yet is empty, so its time does not matter.
+pub(super) fn edited(document: &RawDocument) -> Result<Edited, InvalidDocument> {
     let record = record(document)?;
     let root = Fields { document, key: record.key.as_str() };
     let now = root.maybe(EDITED_AT, date)?.unwrap_or(Timestamp(0));
-    let mark = root.maybe(MARK, RawBsonRef::as_i64)?;
-    Ok(Edited { snapshot: Snapshot { record, now }, mark })
+    let tag = root.maybe(COMMIT_TAG, RawBsonRef::as_i64)?;
+    Ok(Edited { snapshot: Snapshot { record, now }, tag })
 }
 
-fn record(document: &RawDocument) -> Result<Record, Foreign> {
+fn record(document: &RawDocument) -> Result<Record, InvalidDocument> {
     let root = Fields { document, key: "?" };
     let name = root.text("_id")?;
     let root = Fields { document, key: name };
-    let key = Key::try_from(name).map_err(|_| root.foreign("_id"))?;
+    let key = Key::try_from(name).map_err(|_| root.invalid("_id"))?;
     Ok(Record {
         key,
         token: FencingToken(root.maybe("token", RawBsonRef::as_i64)?.unwrap_or(0)),
@@ -158,7 +162,7 @@ fn record(document: &RawDocument) -> Result<Record, Foreign> {
     })
 }
 
-fn holder(fields: &Fields<'_>) -> Result<Holder, Foreign> {
+fn holder(fields: &Fields<'_>) -> Result<Holder, InvalidDocument> {
     Ok(Holder {
         id: fields.id()?,
         owner: fields.text("owner")?.to_owned(),
@@ -169,13 +173,13 @@ fn holder(fields: &Fields<'_>) -> Result<Holder, Foreign> {
         acquired_at: fields.date("acquired_at")?,
         expires_at: fields.date("expires_at")?,
         min_hold: fields.duration("min_hold")?,
-        // Records of earlier versions do not say it.
+        // Records of earlier versions lack the field.
         shared_limit: fields.maybe("shared_limit", limit)?.unwrap_or(MAX_SHARED_HOLDERS),
         repeated: fields.flag("repeated")?,
     })
 }
 
-fn waiter(fields: &Fields<'_>) -> Result<Waiter, Foreign> {
+fn waiter(fields: &Fields<'_>) -> Result<Waiter, InvalidDocument> {
     let acquisition = Acquisition {
         id: fields.id()?,
         owner: fields.text("owner")?.to_owned(),
@@ -194,14 +198,14 @@ fn waiter(fields: &Fields<'_>) -> Result<Waiter, Foreign> {
     })
 }
 
-fn departure(fields: &Fields<'_>) -> Result<Departure, Foreign> {
+fn departure(fields: &Fields<'_>) -> Result<Departure, InvalidDocument> {
     let reason = match fields.text("reason")? {
         "released" => Reason::Released,
         "displaced" => Reason::Displaced,
         "revoked" => Reason::Revoked,
         "withdrawn" => Reason::Withdrawn,
         "settled" => Reason::Settled,
-        _ => return Err(fields.foreign("reason")),
+        _ => return Err(fields.invalid("reason")),
     };
     Ok(Departure { id: fields.id()?, reason, at: fields.date("at")?, lasting: fields.flag("lasting")? })
 }
@@ -214,27 +218,27 @@ fn date(value: RawBsonRef<'_>) -> Option<Timestamp> {
     value.as_datetime().map(|date| Timestamp(date.timestamp_millis()))
 }
 
-/// Typed access to the fields of one (sub)document of the record `key`.
+/// Typed access to the fields of a document, or of a document inside the record of `key`.
 struct Fields<'a> {
     document: &'a RawDocument,
     key: &'a str,
 }
 
 impl<'a> Fields<'a> {
-    fn foreign(&self, field: &'static str) -> Foreign {
-        Foreign { key: self.key.to_owned(), field }
+    fn invalid(&self, field: &'static str) -> InvalidDocument {
+        InvalidDocument { key: self.key.to_owned(), field }
     }
 
-    /// `None` if the field is absent or null.
+    /// Reads a field. Returns `None` if it is absent or null.
     fn maybe<T>(
         &self,
         field: &'static str,
         read: impl FnOnce(RawBsonRef<'a>) -> Option<T>,
-    ) -> Result<Option<T>, Foreign> {
+    ) -> Result<Option<T>, InvalidDocument> {
         match self.document.get(field) {
             Ok(None | Some(RawBsonRef::Null)) => Ok(None),
-            Ok(Some(value)) => read(value).map(Some).ok_or_else(|| self.foreign(field)),
-            Err(_) => Err(self.foreign(field)),
+            Ok(Some(value)) => read(value).map(Some).ok_or_else(|| self.invalid(field)),
+            Err(_) => Err(self.invalid(field)),
         }
     }
 
@@ -242,64 +246,64 @@ impl<'a> Fields<'a> {
         &self,
         field: &'static str,
         read: impl FnOnce(RawBsonRef<'a>) -> Option<T>,
-    ) -> Result<T, Foreign> {
-        self.maybe(field, read)?.ok_or_else(|| self.foreign(field))
+    ) -> Result<T, InvalidDocument> {
+        self.maybe(field, read)?.ok_or_else(|| self.invalid(field))
     }
 
-    fn text(&self, field: &'static str) -> Result<&'a str, Foreign> {
+    fn text(&self, field: &'static str) -> Result<&'a str, InvalidDocument> {
         self.required(field, RawBsonRef::as_str)
     }
 
-    fn long(&self, field: &'static str) -> Result<i64, Foreign> {
+    fn long(&self, field: &'static str) -> Result<i64, InvalidDocument> {
         self.required(field, RawBsonRef::as_i64)
     }
 
-    fn date(&self, field: &'static str) -> Result<Timestamp, Foreign> {
+    fn date(&self, field: &'static str) -> Result<Timestamp, InvalidDocument> {
         self.required(field, date)
     }
 
-    /// False if the field is absent.
-    fn flag(&self, field: &'static str) -> Result<bool, Foreign> {
+    /// Reads a boolean. An absent field counts as false.
+    fn flag(&self, field: &'static str) -> Result<bool, InvalidDocument> {
         Ok(self.maybe(field, RawBsonRef::as_bool)?.unwrap_or(false))
     }
 
-    fn duration(&self, field: &'static str) -> Result<Duration, Foreign> {
-        u64::try_from(self.long(field)?).map(Duration::from_millis).map_err(|_| self.foreign(field))
+    fn duration(&self, field: &'static str) -> Result<Duration, InvalidDocument> {
+        u64::try_from(self.long(field)?).map(Duration::from_millis).map_err(|_| self.invalid(field))
     }
 
-    fn ttl(&self) -> Result<Ttl, Foreign> {
-        Ttl::new(self.duration("ttl")?).ok_or_else(|| self.foreign("ttl"))
+    fn ttl(&self) -> Result<Ttl, InvalidDocument> {
+        Ttl::new(self.duration("ttl")?).ok_or_else(|| self.invalid("ttl"))
     }
 
-    fn id(&self) -> Result<LeaseId, Foreign> {
+    fn id(&self) -> Result<LeaseId, InvalidDocument> {
         let bytes = self.required("id", |value| value.as_binary()?.bytes.try_into().ok())?;
         Ok(<[u8; 16]>::into(bytes))
     }
 
-    fn mode(&self) -> Result<Mode, Foreign> {
+    fn mode(&self) -> Result<Mode, InvalidDocument> {
         match self.text("mode")? {
             "exclusive" => Ok(Mode::Exclusive),
             "shared" => Ok(Mode::Shared),
-            _ => Err(self.foreign("mode")),
+            _ => Err(self.invalid("mode")),
         }
     }
 
-    fn metadata(&self) -> Result<BTreeMap<String, String>, Foreign> {
+    fn metadata(&self) -> Result<BTreeMap<String, String>, InvalidDocument> {
         let pairs =
             self.list("metadata", |pair| Ok((pair.text("k")?.to_owned(), pair.text("v")?.to_owned())))?;
         Ok(pairs.into_iter().collect())
     }
 
-    /// Empty if the field is absent.
+    /// Reads an array of documents. An absent field counts as empty.
     fn list<T>(
         &self,
         field: &'static str,
-        read: impl Fn(&Fields<'a>) -> Result<T, Foreign>,
-    ) -> Result<Vec<T>, Foreign> {
+        read: impl Fn(&Fields<'a>) -> Result<T, InvalidDocument>,
+    ) -> Result<Vec<T>, InvalidDocument> {
         let Some(array) = self.maybe(field, RawBsonRef::as_array)? else { return Ok(Vec::new()) };
         let entries = array.into_iter().map(|entry| {
             let document =
-                entry.ok().and_then(|value| value.as_document()).ok_or_else(|| self.foreign(field))?;
+                entry.ok().and_then(|value| value.as_document()).ok_or_else(|| self.invalid(field))?;
             read(&Fields { document, key: self.key })
         });
         entries.collect()

@@ -1,9 +1,13 @@
-//! The change feed: what others did to records, as a change stream tells it, while others are there.
+//! The change feed: reports which records other daemons changed, from a MongoDB change stream. It
+//! is open only while there are other daemons.
 //!
-//! A hint and never the truth. One batch of the stream is one command in a task of its own, as all commands are, so
-//! that whoever stops listening interrupts nothing. The driver's own change streams are not used: they resume by
-//! themselves, without a pause and without an end, and do not show where a batch ends, which is what tells how far
-//! behind one may be. Here whatever goes wrong has one consequence: the stream is opened anew, and a gap is told.
+//! The feed is a hint, and nothing relies on it. Each batch is fetched by a command in a task of
+//! its own, so a listener that stops waiting interrupts nothing. After any failure the stream is
+//! opened again and a gap is reported.
+//!
+//! The driver's own change streams are not used. They resume inside a future that must not be
+//! dropped, without a pause and without a limit. They also hide where a batch ends, which this
+//! module needs to measure its lag.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,87 +22,87 @@ use tokio::time::{Instant, sleep};
 
 use super::MongoStore;
 use super::command::{ATTEMPT, Runner};
-use super::daemons::{Daemons, Member, Pace};
+use super::daemons::{Daemons, HeartbeatConfig, Member};
 use crate::lease::Key;
 use crate::store::failure::Failure;
 use crate::store::{FeedEvent, FeedState};
 
-/// How long the server waits for changes before it says that there are none.
+/// How long the server waits for changes before it returns an empty batch.
 const AWAIT: Duration = Duration::from_millis(500);
-/// Changes told with one command at most.
+/// The largest number of changes in a batch.
 const BATCH: u32 = 1000;
-/// The pause before a broken stream is opened anew; it doubles up to the second.
+/// The first pause before a broken stream is opened again. It doubles up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// What a store has for its feed.
+/// The feed's part of a store.
 #[derive(Debug)]
 pub(super) struct Feed {
-    /// Runs the commands of the feed and of the register of daemons.
-    pub(super) errands: Runner,
+    /// Runs the commands of the feed and of the list of daemons.
+    pub(super) background: Runner,
     pub(super) progress: Progress,
-    pub(super) pace: Pace,
+    pub(super) heartbeat: HeartbeatConfig,
     pub(super) member: Member,
 }
 
 impl Feed {
-    pub(super) fn new(pace: Pace) -> Self {
+    pub(super) fn new(heartbeat: HeartbeatConfig) -> Self {
         Self {
-            errands: Runner::for_errands(),
+            background: Runner::in_background(),
             progress: Progress::default(),
-            pace,
+            heartbeat,
             member: Member::default(),
         }
     }
 }
 
-/// How the feed stands, for those who ask.
+/// The state of the feed, shared with callers of [`Progress::state`].
 #[derive(Debug, Default)]
-pub(super) struct Progress(Mutex<Standing>);
+pub(super) struct Progress(Mutex<FeedPhase>);
 
 #[derive(Debug, Default, Clone, Copy)]
-enum Standing {
-    /// Nobody else is there.
+enum FeedPhase {
+    /// There are no other daemons.
     #[default]
     Off,
-    /// Others are there, and what they do cannot be followed.
+    /// There are other daemons, and the stream is not open.
     Broken,
-    /// All that had happened at this instant has been told.
-    ToldUntil(Instant),
+    /// All changes up to this instant have been reported.
+    CaughtUpAt(Instant),
 }
 
 impl Progress {
     pub(super) fn state(&self) -> FeedState {
-        match *self.standing() {
-            Standing::Off => FeedState::Off,
-            Standing::Broken => FeedState::Broken,
-            Standing::ToldUntil(then) => FeedState::Behind(then.elapsed()),
+        match *self.phase() {
+            FeedPhase::Off => FeedState::Off,
+            FeedPhase::Broken => FeedState::Broken,
+            FeedPhase::CaughtUpAt(then) => FeedState::Behind(then.elapsed()),
         }
     }
 
     pub(super) fn set_off(&self) {
-        *self.standing() = Standing::Off;
+        *self.phase() = FeedPhase::Off;
     }
 
-    /// Returns whether that is news.
+    /// Returns whether the feed was not broken before.
     fn set_broken(&self) -> bool {
-        !matches!(std::mem::replace(&mut *self.standing(), Standing::Broken), Standing::Broken)
+        !matches!(std::mem::replace(&mut *self.phase(), FeedPhase::Broken), FeedPhase::Broken)
     }
 
-    fn told_until(&self, then: Instant) {
-        *self.standing() = Standing::ToldUntil(then);
+    fn set_caught_up(&self, then: Instant) {
+        *self.phase() = FeedPhase::CaughtUpAt(then);
     }
 
-    fn standing(&self) -> MutexGuard<'_, Standing> {
+    fn phase(&self) -> MutexGuard<'_, FeedPhase> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Why a stream ended although others are there.
+/// Why a stream ended while there are other daemons.
 enum End {
-    /// Nobody listens any more.
-    Unheard,
-    /// It broke, or could not be opened.
+    /// The receiver of the events has gone.
+    NoReceiver,
+    /// The stream broke or could not be opened.
     Broken(String),
 }
 
@@ -108,27 +112,31 @@ impl From<Failure> for End {
     }
 }
 
-/// Tells what others do for as long as there are others, until nobody listens. May be dropped at any time.
+/// Reports changes while there are other daemons, until the receiver has gone.
+///
+/// Cancel safe.
 pub(super) async fn follow(
     store: &MongoStore,
     daemons: &Daemons,
-    mut company: watch::Receiver<bool>,
+    mut peers_present: watch::Receiver<bool>,
     events: &mpsc::Sender<FeedEvent>,
 ) {
     let mut pause = PAUSE;
-    while company.wait_for(|&others| others).await.is_ok() {
-        let (opened, end) = match begin(store, daemons).await {
-            Ok(cursor) => (Some(Instant::now()), tell(store, daemons, cursor, &company, events).await),
+    while peers_present.wait_for(|&others| others).await.is_ok() {
+        let (opened, end) = match open_with_majority(store, daemons).await {
+            Ok(cursor) => {
+                (Some(Instant::now()), report(store, daemons, cursor, &peers_present, events).await)
+            }
             Err(failure) => (None, Err(failure.into())),
         };
         match end {
             Ok(()) => tracing::info!("no other daemon is there; the change feed is closed"),
-            Err(End::Unheard) => return,
+            Err(End::NoReceiver) => return,
             Err(End::Broken(cause)) => {
                 if store.feed.progress.set_broken() {
                     tracing::warn!(cause, "the change feed broke");
                 }
-                // One that was open tells of it when it is open again.
+                // A stream that was open reports the gap when it is open again.
                 if opened.is_none() && events.send(FeedEvent::Gap).await.is_err() {
                     return;
                 }
@@ -139,62 +147,65 @@ pub(super) async fn follow(
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
-        if !*company.borrow() {
+        if !*peers_present.borrow() {
             store.feed.progress.set_off();
         }
     }
 }
 
-/// Opens a stream, and sees to it that a majority has what was written before it began: whoever reads on account of
-/// the gap then sees all that the stream does not tell.
-async fn begin(store: &MongoStore, daemons: &Daemons) -> Result<RawBatchCursor, Failure> {
+/// Opens a stream and waits until a majority has every write from before it. Then a read after the
+/// gap sees all changes that the stream does not report.
+async fn open_with_majority(store: &MongoStore, daemons: &Daemons) -> Result<RawBatchCursor, Failure> {
     let cursor = open(store).await?;
-    daemons.beat().await?;
+    // A heartbeat is a write that a majority acknowledges, so the majority has all earlier writes.
+    daemons.send_heartbeat().await?;
     Ok(cursor)
 }
 
-/// Tells what a stream brings until nobody else is there.
-async fn tell(
+/// Reports the changes of a stream until there are no other daemons.
+async fn report(
     store: &MongoStore,
     daemons: &Daemons,
     mut cursor: RawBatchCursor,
-    company: &watch::Receiver<bool>,
+    peers_present: &watch::Receiver<bool>,
     events: &mpsc::Sender<FeedEvent>,
 ) -> Result<(), End> {
     tracing::info!("the change feed is open");
-    tell_one(events, FeedEvent::Gap).await?;
-    store.feed.progress.told_until(Instant::now());
-    while *company.borrow() {
-        // A node that others have left behind, as an old primary may be, goes on saying that nothing happens.
-        let majority = daemons.latest();
+    send(events, FeedEvent::Gap).await?;
+    store.feed.progress.set_caught_up(Instant::now());
+    while *peers_present.borrow() {
+        // A node that is cut off, such as an old primary, keeps answering that there are no
+        // changes. It has caught up only if its time is past the latest heartbeat that a majority
+        // has.
+        let majority = daemons.latest_heartbeat();
         let batch;
         (cursor, batch) = fetch(store, cursor).await?;
         let fetched = Instant::now();
         let mut count = 0;
-        for change in changes(&batch)? {
+        for change in read_batch(&batch)? {
             count += 1;
             if let Some(event) = change? {
-                tell_one(events, event).await?;
+                send(events, event).await?;
             }
         }
         let node = batch.as_raw_document().get_timestamp("operationTime").ok();
-        // After a full batch there may be more.
+        // After a full batch there may be more changes.
         if majority.is_some() && majority <= node && count < BATCH {
-            store.feed.progress.told_until(fetched);
+            store.feed.progress.set_caught_up(fetched);
         } else if majority.is_some()
-            && matches!(store.feed.progress.state(), FeedState::Behind(lag) if lag > store.feed.pace.stale)
+            && matches!(store.feed.progress.state(), FeedState::Behind(lag) if lag > store.feed.heartbeat.max_lag)
         {
-            return Err(End::Broken("it fell too far behind".to_owned()));
+            return Err(End::Broken("the feed fell too far behind".to_owned()));
         }
     }
     Ok(())
 }
 
-async fn tell_one(events: &mpsc::Sender<FeedEvent>, event: FeedEvent) -> Result<(), End> {
-    events.send(event).await.map_err(|_| End::Unheard)
+async fn send(events: &mpsc::Sender<FeedEvent>, event: FeedEvent) -> Result<(), End> {
+    events.send(event).await.map_err(|_| End::NoReceiver)
 }
 
-/// A stream of all changes to line-ups from now on.
+/// Opens a stream of all changes from now on that other daemons must hear of.
 pub(super) async fn open(store: &MongoStore) -> Result<RawBatchCursor, Failure> {
     let collection = store.collection.clone();
     let open = async move {
@@ -208,52 +219,54 @@ pub(super) async fn open(store: &MongoStore) -> Result<RawBatchCursor, Failure> 
             .batch()
             .await
     };
-    store.feed.errands.run(open).await
+    store.feed.background.run(open).await
 }
 
-/// The next batch, which may be empty.
+/// Fetches the next batch, which may be empty.
 async fn fetch(store: &MongoStore, mut cursor: RawBatchCursor) -> Result<(RawBatchCursor, RawBatch), End> {
     let fetch = async move { Ok((cursor.next().await.transpose()?, cursor)) };
-    match store.feed.errands.run(fetch).await? {
+    match store.feed.background.run(fetch).await? {
         (Some(batch), cursor) => Ok((cursor, batch)),
         (None, _) => Err(End::Broken("the change stream ended".to_owned())),
     }
 }
 
-/// Touches stay on the server: they leave `epoch` as it is. In small records they come as a replacement, in which
-/// `epoch` then lags `rev`. A blank, which has no `rev` yet, is of no interest.
+/// The pipeline of the stream. It drops touches on the server: they leave `notify_rev` unchanged.
+/// MongoDB may report the update of a small record as a replacement, in which a touch shows as a
+/// `notify_rev` behind `rev`. An empty document, inserted before its first edit, has no `rev` and
+/// is dropped too.
 fn stages() -> [Document; 3] {
-    let latest = doc! { "$eq": ["$fullDocument.epoch", "$fullDocument.rev"] };
+    let latest = doc! { "$eq": ["$fullDocument.notify_rev", "$fullDocument.rev"] };
     let which = doc! { "$or": [
-        { "operationType": "update", "updateDescription.updatedFields.epoch": { "$exists": true } },
+        { "operationType": "update", "updateDescription.updatedFields.notify_rev": { "$exists": true } },
         { "operationType": "replace", "$expr": latest },
         { "operationType": "insert", "fullDocument.rev": { "$exists": true } },
         { "operationType": { "$in": ["delete", "drop", "rename", "dropDatabase", "invalidate"] } },
     ] };
-    let rev = doc! { "$ifNull": ["$updateDescription.updatedFields.epoch", "$fullDocument.rev"] };
+    let rev = doc! { "$ifNull": ["$updateDescription.updatedFields.notify_rev", "$fullDocument.rev"] };
     [
         doc! { "$changeStream": {} },
         doc! { "$match": which },
-        // The server insists on the token, `_id`, which a projection keeps.
+        // A projection keeps `_id`, the resume token, without which the server fails the stream.
         doc! { "$project": { "operationType": 1, "documentKey": 1, "rev": rev } },
     ]
 }
 
-fn changes(batch: &RawBatch) -> Result<impl Iterator<Item = Result<Option<FeedEvent>, End>>, End> {
-    let illegible = |error: &dyn std::fmt::Display| End::Broken(format!("a change cannot be read: {error}"));
-    let documents = batch.doc_slices().map_err(|error| illegible(&error))?;
+fn read_batch(batch: &RawBatch) -> Result<impl Iterator<Item = Result<Option<FeedEvent>, End>>, End> {
+    let unreadable = |error: &dyn std::fmt::Display| End::Broken(format!("a change cannot be read: {error}"));
+    let documents = batch.doc_slices().map_err(|error| unreadable(&error))?;
     Ok(documents.into_iter().map(move |document| {
-        let document = document.map_err(|error| illegible(&error))?;
-        let document = document.as_document().ok_or_else(|| illegible(&"it is no document"))?;
-        change(document)
+        let document = document.map_err(|error| unreadable(&error))?;
+        let document = document.as_document().ok_or_else(|| unreadable(&"it is no document"))?;
+        read_change(document)
     }))
 }
 
-/// What happened, if it is about a record.
-fn change(document: &RawDocument) -> Result<Option<FeedEvent>, End> {
+/// Reads a change. Returns `None` if it is not about a record.
+fn read_change(document: &RawDocument) -> Result<Option<FeedEvent>, End> {
     let operation = document.get_str("operationType").unwrap_or("?");
     if !matches!(operation, "insert" | "update" | "replace" | "delete") {
-        return Err(End::Broken(format!("the collection met with this: {operation}")));
+        return Err(End::Broken(format!("an operation on the whole collection: {operation}")));
     }
     let name = document.get_document("documentKey").ok().and_then(|key| key.get_str("_id").ok());
     let key = name.and_then(|name| Key::try_from(name).ok());

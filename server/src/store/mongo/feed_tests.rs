@@ -1,6 +1,6 @@
-//! The change feed on a real MongoDB: what is told, and what is not.
+//! Tests of the change feed on a real MongoDB: which changes it reports, and which not.
 
-mod company;
+mod peers_present;
 mod faults;
 
 use std::sync::Arc;
@@ -14,66 +14,66 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Feed, Location, MongoStore, Pace, daemons};
+use super::{Feed, HeartbeatConfig, Location, MongoStore, daemons};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, Timestamp};
+use crate::store::conformance::mutants::Mutant;
 use crate::store::conformance::reading::{all_of, ask, asking, key};
-use crate::store::conformance::wrongs::Wrong;
 use crate::store::{FeedEvent, FeedState, Store};
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
 const PATIENCE: Duration = Duration::from_secs(30);
 const NOW: i64 = 1_700_000_000_000;
 
-/// A store of its own at `uri`.
+/// A store with a collection of its own at `uri`.
 async fn store_at(uri: &str) -> MongoStore {
     let location =
         Location { uri: uri.to_owned(), database: "feed".into(), collection: LeaseId::random().reveal() };
     let mut store = MongoStore::connect(&location, RULES).await.expect("a usable store");
     store.set_clock(Timestamp(NOW));
-    at_pace(store, |pace| Pace { beat: Duration::from_millis(50), ..pace })
+    with_heartbeat(store, |heartbeat| HeartbeatConfig { interval: Duration::from_millis(50), ..heartbeat })
 }
 
 async fn store() -> MongoStore {
     store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await
 }
 
-/// Another daemon's store on the same records.
-fn beside(store: &MongoStore) -> MongoStore {
-    at_pace(MongoStore { lines: Arc::default(), ..store.clone() }, |pace| pace)
+/// The store of another daemon on the same records.
+fn another_daemon(store: &MongoStore) -> MongoStore {
+    with_heartbeat(MongoStore { keys_with_waiters: Arc::default(), ..store.clone() }, |heartbeat| heartbeat)
 }
 
-fn at_pace(store: MongoStore, change: impl FnOnce(Pace) -> Pace) -> MongoStore {
-    MongoStore { feed: Arc::new(Feed::new(change(store.feed.pace))), ..store }
+fn with_heartbeat(store: MongoStore, change: impl FnOnce(HeartbeatConfig) -> HeartbeatConfig) -> MongoStore {
+    MongoStore { feed: Arc::new(Feed::new(change(store.feed.heartbeat))), ..store }
 }
 
 /// A daemon that follows the feed.
 struct Listener {
     store: MongoStore,
-    heard: mpsc::Receiver<FeedEvent>,
+    events: mpsc::Receiver<FeedEvent>,
     draining: CancellationToken,
     feed: JoinHandle<()>,
 }
 
 impl Listener {
-    /// Whether its feed is open.
-    fn is_followed(&self) -> Option<()> {
+    /// Returns `Some` if the feed is open.
+    fn is_open(&self) -> Option<()> {
         matches!(self.store.feed_state(), FeedState::Behind(_)).then_some(())
     }
 
     fn start(store: &MongoStore) -> Self {
-        let store = beside(store);
-        let (events, heard) = mpsc::channel(16);
+        let store = another_daemon(store);
+        let (sender, events) = mpsc::channel(16);
         let draining = CancellationToken::new();
         let (fed, ended) = (store.clone(), draining.clone());
-        let feed = tokio::spawn(async move { fed.feed(events, ended).await });
-        Self { store, heard, draining, feed }
+        let feed = tokio::spawn(async move { fed.feed(sender, ended).await });
+        Self { store, events, draining, feed }
     }
 
     async fn next(&mut self) -> FeedEvent {
-        timeout(PATIENCE, self.heard.recv()).await.expect("an event in time").expect("a feed")
+        timeout(PATIENCE, self.events.recv()).await.expect("an event in time").expect("a feed")
     }
 
-    /// The changes up to one of the key `last`, which is not among them.
+    /// Returns the changes before the next change of the key `last`.
     async fn changes_until(&mut self, last: &Key) -> Vec<(Key, Option<i64>)> {
         let mut changes = Vec::new();
         loop {
@@ -90,7 +90,8 @@ impl Listener {
         self.goes_on().await;
     }
 
-    /// Waits until a change is told that was made after all that was told before. There may be gaps.
+    /// Waits until the feed reports a change that is made after this call. There may be gaps before
+    /// it.
     async fn goes_on(&mut self) {
         let mut last = marker();
         lease(&self.store, &last).await;
@@ -108,11 +109,11 @@ impl Listener {
 
     async fn drain(self) {
         self.draining.cancel();
-        timeout(PATIENCE, self.feed).await.expect("an end in time").expect("an end in peace");
+        timeout(PATIENCE, self.feed).await.expect("an end in time").expect("no panic");
     }
 }
 
-/// Two daemons on the records of `store`, whose feeds are open.
+/// Starts two daemons on the records of `store`, and waits until their feeds are open.
 async fn two(store: &MongoStore) -> (Listener, Listener) {
     let mut both = (Listener::start(store), Listener::start(store));
     assert_eq!(both.0.next().await, FeedEvent::Gap);
@@ -129,7 +130,7 @@ async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(PATIENCE, asking).await.expect("it did not happen in time")
+    timeout(PATIENCE, asking).await.expect("it happens in time")
 }
 
 fn marker() -> Key {
@@ -148,97 +149,102 @@ fn registered(store: &MongoStore) -> Collection<Document> {
     store.database.collection(&daemons::collection_name(store.collection.name()))
 }
 
-/// The daemons among what is registered.
-fn signs() -> Document {
+/// The filter for daemons in the collection of daemons.
+fn daemon_filter() -> Document {
     doc! { "seen_at": { "$exists": true } }
 }
 
-/// One who waits, shared or alone.
+/// An acquisition that waits, with this mode.
 fn waiting(id: LeaseId, mode: Mode) -> Acquisition {
     Acquisition { wait: true, mode, shared_limit: 2, ..asking(id) }
 }
 
-/// What happens to a key, how much later, and whether others should hear of it.
+/// Edits of a key: a description, the milliseconds since the edit before, the edit, and whether the
+/// feed must report it.
 fn story() -> Vec<(&'static str, i64, Edit, bool)> {
     let [first, second, third, fourth, fifth] = [(); 5].map(|()| LeaseId::random());
     let exclusive = |id| ask(waiting(id, Mode::Exclusive));
     vec![
-        ("comes and holds", 0, exclusive(first), true),
+        ("acquires", 0, exclusive(first), true),
         ("touches", 1, Edit::default().touch(first), false),
-        ("touches what is not held", 1, Edit::default().touch(second), false),
+        ("touches an unknown id", 1, Edit::default().touch(second), false),
         ("nudges in vain", 1, Edit::default(), false),
-        ("stands in line", 1, exclusive(second), true),
+        ("enqueues a second one", 1, exclusive(second), true),
         ("asks again", 1, exclusive(second), true),
-        ("refreshes a place", 1, Edit::default().refresh(second), false),
-        ("touches while others wait", 1, Edit::default().touch(first), false),
-        ("stands last", 1, exclusive(third), true),
-        ("leaves the line", 1, Edit::default().cancel(third), true),
+        ("refreshes the waiter", 1, Edit::default().refresh(second), false),
+        ("touches while another waits", 1, Edit::default().touch(first), false),
+        ("enqueues a third one", 1, exclusive(third), true),
+        ("cancels the third one", 1, Edit::default().cancel(third), true),
         ("releases to the next", 1, Edit::default().release(first), true),
         ("touches again", 1, Edit::default().touch(second), false),
-        ("waits for the end of the lease", 1, exclusive(fourth), true),
-        ("nudges when it is over", 2000, Edit::default(), true),
-        ("waits too", 1, exclusive(fifth), true),
-        ("touches what is lost, when the next lease is over", 2000, Edit::default().touch(second), true),
-        ("touches, and all is quiet again", 1, Edit::default().touch(fifth), false),
+        ("enqueues a fourth one", 1, exclusive(fourth), true),
+        ("nudges when the lease is over", 2000, Edit::default(), true),
+        ("enqueues a fifth one", 1, exclusive(fifth), true),
+        ("touches a lost lease when the next one is over", 2000, Edit::default().touch(second), true),
+        ("touches the next lease", 1, Edit::default().touch(fifth), false),
         ("tries in vain", 1, ask(asking(LeaseId::random())), true),
-        ("revokes what nobody has", 1, Edit::default().revoke(LeaseId::random()), true),
+        ("revokes an unknown id", 1, Edit::default().revoke(LeaseId::random()), true),
         ("releases", 1, Edit::default().release(fifth), true),
         ("nudges a free key", 1, Edit::default(), false),
     ]
 }
 
-/// Plays the story, and returns what should be told of it and what was.
-async fn told(wrong: Option<Wrong>, together: bool) -> (Vec<(Key, Option<i64>)>, Vec<(Key, Option<i64>)>) {
-    let sound = store().await;
-    let (mut listener, _other) = two(&sound).await;
-    let mut store = beside(&sound);
-    store.wrong = wrong;
+/// Plays the story. Returns the changes that the feed must report and those that it reported. With
+/// `batched` each edit shares its command with an edit of another key.
+async fn reported(
+    mutant: Option<Mutant>,
+    batched: bool,
+) -> (Vec<(Key, Option<i64>)>, Vec<(Key, Option<i64>)>) {
+    let correct = store().await;
+    let (mut listener, _other) = two(&correct).await;
+    let mut store = another_daemon(&correct);
+    store.mutant = mutant;
     let (job, bystander, id) = (key("job"), key("bystander"), LeaseId::random());
     let mut expected = Vec::new();
-    if together {
+    if batched {
         let ttl = asking(id).ttl;
         let seen = commit(&store, vec![(bystander.clone(), ask(Acquisition { ttl, ..asking(id) }))]).await;
         expected.push((bystander.clone(), Some(seen[0].record.rev)));
     }
     let mut now = NOW;
-    for (_, later, edit, is_told) in story() {
+    for (_, later, edit, is_reported) in story() {
         now += later;
         store.set_clock(Timestamp(now));
         let mut batch = vec![(job.clone(), edit)];
-        if together {
+        if batched {
             batch.push((bystander.clone(), Edit::default().touch(id)));
         }
         let after = commit(&store, batch).await;
-        if is_told {
+        if is_reported {
             expected.push((job.clone(), Some(after[0].record.rev)));
         }
     }
     let last = marker();
-    lease(&sound, &last).await;
+    lease(&correct, &last).await;
     (expected, listener.changes_until(&last).await)
 }
 
 #[rstest]
 #[tokio::test]
-async fn every_change_to_the_line_up_is_told_with_its_revision_and_touches_are_not(
-    #[values(false, true)] together: bool,
+async fn every_change_of_holders_or_queue_is_reported_with_its_revision_and_touches_are_not(
+    #[values(false, true)] batched: bool,
 ) {
-    let (expected, heard) = told(None, together).await;
-    assert_eq!(heard, expected);
+    let (expected, events) = reported(None, batched).await;
+    assert_eq!(events, expected);
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_wrong_epoch_is_noticed(
-    #[values(Wrong::EpochKept, Wrong::EpochAlwaysRises)] wrong: Wrong,
-    #[values(false, true)] together: bool,
+async fn a_mutant_of_notify_rev_is_caught(
+    #[values(Mutant::NotifyRevKept, Mutant::NotifyRevAlwaysRises)] mutant: Mutant,
+    #[values(false, true)] batched: bool,
 ) {
-    let (expected, heard) = told(Some(wrong), together).await;
-    assert_ne!(heard, expected);
+    let (expected, events) = reported(Some(mutant), batched).await;
+    assert_ne!(events, expected);
 }
 
 #[tokio::test]
-async fn a_key_that_is_forgotten_is_told_without_a_revision_and_what_is_no_key_is_not() {
+async fn a_purged_key_is_reported_without_a_revision_and_a_name_that_is_no_key_is_not_reported() {
     let store = store().await;
     let (mut listener, _other) = two(&store).await;
     let job = key("job");
@@ -253,14 +259,14 @@ async fn a_key_that_is_forgotten_is_told_without_a_revision_and_what_is_no_key_i
 }
 
 #[tokio::test]
-async fn a_batch_that_creates_records_tells_each_once() {
+async fn a_batch_that_creates_records_is_reported_once_for_each() {
     let store = store().await;
     let (mut listener, _other) = two(&store).await;
     let keys: Vec<Key> = (0..50).map(|number| key(&format!("key/{number:02}"))).collect();
     commit(&store, keys.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect()).await;
     let last = marker();
     lease(&store, &last).await;
-    let mut heard = listener.changes_until(&last).await;
-    heard.sort();
-    assert_eq!(heard, keys.into_iter().map(|key| (key, Some(1))).collect::<Vec<_>>());
+    let mut events = listener.changes_until(&last).await;
+    events.sort();
+    assert_eq!(events, keys.into_iter().map(|key| (key, Some(1))).collect::<Vec<_>>());
 }

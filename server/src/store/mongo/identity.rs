@@ -1,4 +1,5 @@
-//! The identity of the records: a UUID that is made once, in the collection of the daemons, which is beside them.
+//! The identity of the store: a UUID that is made once. It is kept in the collection of the
+//! daemons.
 //!
 //! ```text
 //! { _id: "store", store_id: uuid text, created_at: date }
@@ -12,14 +13,16 @@ use super::command::ATTEMPT;
 use super::{MongoStore, daemons};
 use crate::store::failure::Failure;
 
-/// The id of the document; those of daemons are UUIDs.
+/// The `_id` of the document. The ids of daemons are UUIDs, so they cannot collide with it.
 pub(super) const DOCUMENT: &str = "store";
 
-/// The identity, which is made if there is none. Of several daemons that make one at the same time the first to write wins.
+/// Returns the identity, and creates it if there is none. If several daemons do so at the same
+/// time, the first write wins.
 pub(super) async fn settle(store: &MongoStore) -> Result<Uuid, Failure> {
     keep(store, Uuid::new_v4()).await?;
     let collection =
         store.database.collection::<Document>(&daemons::collection_name(store.collection.name()));
+    // Read back, because another daemon may have written first.
     let find = async move {
         collection
             .find_one(doc! { "_id": DOCUMENT })
@@ -32,7 +35,7 @@ pub(super) async fn settle(store: &MongoStore) -> Result<Uuid, Failure> {
     found.as_ref().and_then(read).ok_or_else(|| Failure::unknown("the store's identity is not there yet"))
 }
 
-/// Writes the identity down if there is none.
+/// Writes `id` as the identity if there is none.
 pub(super) async fn keep(store: &MongoStore, id: Uuid) -> Result<(), Failure> {
     let set = doc! {
         "store_id": { "$ifNull": ["$store_id", id.to_string()] },
@@ -44,7 +47,7 @@ pub(super) async fn keep(store: &MongoStore, id: Uuid) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The identity in its document.
+/// Reads the identity from its document.
 pub(super) fn read(document: &Document) -> Option<Uuid> {
     document.get_str("store_id").ok()?.parse().ok()
 }

@@ -1,12 +1,12 @@
-//! The index over the keys that are held, waited for or blocked, so that a listing costs what it shows, however many keys
-//! are free.
+//! The index over the keys in use: held, waited for or blocked. With it the cost of a listing does
+//! not depend on the number of free keys.
 //!
-//! A record has the field `in_use` while its key is held, waited for or blocked, and the index holds only records with the
-//! field. Touches leave the field alone. A block ends by time alone, when nobody writes: the field then stays until the
-//! next edit or the next purge.
+//! A record has the field `in_use` while its key is in use, and the index covers only records with
+//! the field. Touches leave the field alone. A block ends by time alone, without a write, so the
+//! field then stays until the next edit or purge.
 //!
-//! Records without the index are served all the same, but a listing reads the free ones too. Such a listing has the index
-//! made in the background.
+//! Everything works without the index, but listings then read the free records too. Such a listing
+//! starts a build of the index in the background.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,21 +23,23 @@ use crate::store::failure::Failure;
 /// The field, and the name of the index.
 pub(super) const IN_USE: &str = "in_use";
 
-/// How soon a listing has the index made again after an attempt that failed.
+/// The pause after a failed build. A later listing starts another one.
 const PAUSE: Duration = Duration::from_secs(60);
-/// How soon a listing has the index made again after MongoDB refused to make it. An attempt reads the whole collection, and
-/// MongoDB refuses again until an administrator changes something.
+/// The pause after MongoDB refused a build. An attempt reads the whole collection, and MongoDB
+/// refuses again until an administrator changes the user's rights.
 const LONG_PAUSE: Duration = Duration::from_secs(3600);
 
-/// Whether the index is there, and who makes it.
+/// Whether the index exists, and when it may be built.
 #[derive(Debug)]
 pub(super) struct Index {
     is_there: AtomicBool,
-    /// Runs the command that makes it, which ends when the index is built: on a large collection long after its caller
-    /// stopped waiting. One at a time, so that no more of them pile up, and none takes a turn from commits.
+    /// Runs the command that builds the index. On a large collection the command ends long after
+    /// its caller stopped waiting. Only one runs at a time, on a runner of its own, so that builds
+    /// neither pile up nor delay commits.
     pub(super) maker: Runner,
-    /// When a listing may have it made; `None`: at once.
+    /// When a listing may start the next build. `None`: at once.
     due_at: Mutex<Option<Instant>>,
+    /// Whether a refusal has been logged.
     has_warned: AtomicBool,
 }
 
@@ -57,13 +59,13 @@ impl Index {
         self.is_there.load(Ordering::Relaxed)
     }
 
-    /// Notes that MongoDB does not have the index.
+    /// Notes that the index does not exist.
     pub(super) fn lose(&self) {
         self.is_there.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the caller is to have the index made. Then no other caller is for a while.
-    fn take_turn(&self) -> bool {
+    /// Whether the caller must start a build. If so, returns false to all others for [`PAUSE`].
+    fn must_build(&self) -> bool {
         let mut due_at = self.due_at.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let is_due = !self.is_there() && due_at.is_none_or(|due_at| due_at <= now);
@@ -77,7 +79,7 @@ impl Index {
         *self.due_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + pause);
     }
 
-    /// Logs why there is no index, and decides when a listing has it made again.
+    /// Logs why a build failed, and decides when a listing may start the next one.
     pub(super) fn failed(&self, failure: Failure) {
         if let Failure::Refused(cause) = failure {
             self.postpone(LONG_PAUSE);
@@ -100,8 +102,8 @@ impl Index {
 }
 
 impl MongoStore {
-    /// Makes the index unless it is there. Waits for that no longer than for any command: MongoDB may build it for hours,
-    /// and everything works without it.
+    /// Builds the index unless it exists. Waits no longer than for any other command: a build may
+    /// take hours, and everything works without the index.
     pub(super) async fn make_index(&self) {
         if !self.index.is_there()
             && let Err(failure) = self.create_index().await
@@ -110,9 +112,9 @@ impl MongoStore {
         }
     }
 
-    /// Has the index made in the background if it is missing, unless that was tried a moment ago.
+    /// Starts a build in the background if the index is missing and no build was started recently.
     pub(super) fn restore_index(&self) {
-        if self.index.take_turn() {
+        if self.index.must_build() {
             let store = self.clone();
             tokio::spawn(async move { store.make_index().await });
         }
@@ -124,24 +126,25 @@ impl MongoStore {
             "name": IN_USE,
             "partialFilterExpression": { IN_USE: true },
         };
-        let is_listed = self.has_index().await?;
+        let is_listed = self.is_listed().await?;
         if !is_listed {
-            // Records of a version that did not keep the field, first: once the index is there listings go by it.
+            // Records of earlier versions lack the field. They must have it before listings use the
+            // index.
             let mut pages = Pages::default();
             while let Some(range) = pages.next(self).await? {
-                self.mark_in_use(range).await?;
+                self.add_field(range).await?;
             }
         }
         let create = doc! { "createIndexes": self.collection.name(), "indexes": [index] };
         let (database, index) = (self.database.clone(), Arc::clone(&self.index));
         let create = async move {
             database.run_command(create).await?;
-            // Noted here, where it is noted also if the build took longer than anybody waited.
+            // Set here, because nobody may be waiting any more when the build ends.
             index.is_there.store(true, Ordering::Relaxed);
             Ok(())
         };
         match self.index.maker.run(create).await {
-            // An administrator made it for a user who may not.
+            // An administrator has built the index for a user without that right.
             Err(Failure::Refused(_)) if is_listed => {
                 self.index.is_there.store(true, Ordering::Relaxed);
                 Ok(())
@@ -150,18 +153,18 @@ impl MongoStore {
         }
     }
 
-    async fn has_index(&self) -> Result<bool, Failure> {
+    async fn is_listed(&self) -> Result<bool, Failure> {
         let collection = self.collection.clone();
         let names = self.runner.run(async move { collection.list_index_names().await }).await?;
         Ok(names.iter().any(|name| name == IN_USE))
     }
 
-    async fn mark_in_use(&self, range: Document) -> Result<(), Failure> {
-        let unmarked = doc! { "_id": range, IN_USE: { "$exists": false } };
-        self.change(unmarked, doc! { "$set": { IN_USE: in_use(&self.clock) } }).await
+    async fn add_field(&self, range: Document) -> Result<(), Failure> {
+        let without_field = doc! { "_id": range, IN_USE: { "$exists": false } };
+        self.change(without_field, doc! { "$set": { IN_USE: in_use(&self.clock) } }).await
     }
 
-    /// Takes the field from records of which a block was the last use.
+    /// Removes the field from records whose block has ended and that have no other use.
     pub(super) async fn unmark_unused(&self, range: Document) -> Result<(), Failure> {
         let over = doc! { "$not": [{ "$gt": ["$blocked_until", self.clock.clone()] }] };
         let unused = doc! { "_id": range, IN_USE: true, "holders": [], "waiters": [], "$expr": over };
@@ -171,17 +174,18 @@ impl MongoStore {
     async fn change(&self, which: Document, stage: Document) -> Result<(), Failure> {
         let statement = doc! { "q": which, "u": [stage], "multi": true };
         let update = doc! { "update": self.collection.name(), "updates": [statement] };
-        self.feed.errands.write(&self.database, update, &self.concern).await?;
+        self.feed.background.write(&self.database, update, &self.concern).await?;
         Ok(())
     }
 }
 
-/// The last stage of an edit that may take or free a key.
+/// The last stage of an edit that may take or free a key: sets or removes the field.
 pub(super) fn note_use(now: &Bson) -> Document {
     doc! { "$set": { IN_USE: in_use(now) } }
 }
 
-/// A record that has something else in place of a list counts as in use, and does not fail the marking of the others.
+/// The value of the field. A damaged record, with something else in place of a list, counts as in
+/// use. It must not fail the update of the other records.
 fn in_use(now: &Bson) -> Document {
     let used = doc! { "$or": [
         { "$ne": [{ "$ifNull": ["$holders", []] }, []] },

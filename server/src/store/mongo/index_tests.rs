@@ -1,4 +1,4 @@
-//! Listings and purges beside many keys that are of no interest to them.
+//! Tests of the index: listings and purges among many keys that do not concern them.
 
 use std::io::{Read, Seek};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::store::conformance::reading::{ask, asking, key};
 use crate::store::failure::Failure;
 use crate::store::{ListQuery, Page, Store};
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
 const NOW: i64 = 1_700_000_000_000;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const MANY: usize = 20_000;
@@ -36,7 +36,7 @@ async fn store() -> MongoStore {
     store_at(&location(throwaway_mongodb::shared().await.expect("a MongoDB for tests"))).await
 }
 
-/// A record whose latest token was granted then, and that is free.
+/// A free record whose latest token was granted at `granted_at`.
 fn free(name: &str, granted_at: i64) -> Document {
     let none: [Bson; 0] = [];
     doc! {
@@ -45,7 +45,7 @@ fn free(name: &str, granted_at: i64) -> Document {
     }
 }
 
-/// Over a connection that has more patience than a daemon's.
+/// Inserts records over a connection without the time limits of a daemon.
 async fn put_at(uri: &str, store: &MongoStore, records: Vec<Document>) {
     let client = Client::with_uri_str(uri).await.expect("a client");
     let collection = client.database(store.database.name()).collection::<Document>(store.collection.name());
@@ -58,7 +58,7 @@ async fn put(store: &MongoStore, records: Vec<Document>) {
     put_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests"), store, records).await;
 }
 
-/// Keys free since now.
+/// Inserts [`MANY`] keys that have been free since [`NOW`].
 async fn put_many(uri: &str, store: &MongoStore) {
     put_at(uri, store, (0..MANY).map(|number| free(&format!("key/{number:05}"), NOW)).collect()).await;
 }
@@ -83,7 +83,7 @@ async fn listed(store: &MongoStore) -> Vec<String> {
     page.snapshots.iter().map(|one| one.record.key.as_str().to_owned()).collect()
 }
 
-/// Waits until there is an index.
+/// Waits until the index exists.
 async fn until_there(store: &MongoStore) {
     let looking = async {
         while !store.index.is_there() {
@@ -93,7 +93,7 @@ async fn until_there(store: &MongoStore) {
     timeout(PATIENCE, looking).await.expect("an index");
 }
 
-/// A number that the server tells.
+/// Reads a number from a reply of the server.
 fn number(document: &Document, field: &str) -> i64 {
     match document.get(field) {
         Some(Bson::Int32(number)) => i64::from(*number),
@@ -102,8 +102,8 @@ fn number(document: &Document, field: &str) -> i64 {
     }
 }
 
-/// How many documents, and how many entries of indexes, the server has looked at for listings of this store since its
-/// database is profiled.
+/// How many documents and how many index entries the server has examined for listings of this store
+/// since profiling began.
 async fn examined(uri: &str, store: &MongoStore) -> (i64, i64) {
     let client = Client::with_uri_str(uri).await.expect("a client");
     let profile = client.database(store.database.name()).collection::<Document>("system.profile");
@@ -111,12 +111,12 @@ async fn examined(uri: &str, store: &MongoStore) -> (i64, i64) {
         doc! { "ns": format!("{}.{}", store.database.name(), store.collection.name()), "op": "query" };
     let finds: Vec<Document> =
         profile.find(which).await.expect("a profile").try_collect().await.expect("a profile");
-    assert!(!finds.is_empty(), "the server notes what it does");
+    assert!(!finds.is_empty(), "the server profiles its queries");
     let sum = |field| finds.iter().map(|find| number(find, field)).sum();
     (sum("docsExamined"), sum("keysExamined"))
 }
 
-/// Asks the server itself what it did for the listings.
+/// The server's profiler tells what a listing reads.
 #[tokio::test]
 async fn a_listing_reads_no_more_than_it_shows() {
     let uri = throwaway_mongodb::shared().await.expect("a MongoDB for tests");
@@ -128,7 +128,7 @@ async fn a_listing_reads_no_more_than_it_shows() {
     until_there(&store).await;
     store.database.run_command(doc! { "profile": 2 }).await.expect("a profile");
     assert_eq!(listed(&store).await, held);
-    // One entry more may be looked at to see that there are no others.
+    // One more entry may be examined, to see that there are no others.
     let (documents, entries) = examined(uri, &store).await;
     assert!(documents <= 4 && entries <= 5, "{documents} documents, {entries} entries");
     let some = ListQuery { prefix: "key/1".to_owned(), ..all() };
@@ -139,7 +139,7 @@ async fn a_listing_reads_no_more_than_it_shows() {
 }
 
 #[tokio::test]
-async fn an_index_that_somebody_dropped_is_made_again_by_the_next_listing() {
+async fn an_index_that_was_dropped_is_built_again_by_the_next_listing() {
     let store = store().await;
     put(&store, (0..10).map(|number| free(&format!("key/{number}"), NOW)).collect()).await;
     hold(&store, &["key/3", "key/5"]).await;
@@ -151,22 +151,22 @@ async fn an_index_that_somebody_dropped_is_made_again_by_the_next_listing() {
     assert!(names.iter().any(|name| name == IN_USE), "{names:?}");
 }
 
-/// Tells the server what the next commands of a kind come to, and returns how many came to it before.
+/// Sets a fail point, and returns how many commands have entered it so far.
 async fn fail_point(mongod: &Mongod, mode: impl Into<Bson>, data: Document) -> i64 {
     let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
     let command = doc! { "configureFailPoint": "failCommand", "mode": mode.into(), "data": data };
-    let told = client.database("admin").run_command(command).await.expect("a fail point");
-    number(&told, "count")
+    let reply = client.database("admin").run_command(command).await.expect("a fail point");
+    number(&reply, "count")
 }
 
-/// What an election, a limit on the time or a bad request come to says nothing about the index.
+/// An election, a time limit or a bad request say nothing about the index.
 #[tokio::test]
-async fn a_listing_that_fails_for_another_reason_keeps_the_index_and_is_not_tried_without_it() {
+async fn a_listing_that_fails_for_another_reason_is_not_repeated_without_the_index() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(&location(mongod.uri())).await;
     hold(&store, &["held"]).await;
     until_there(&store).await;
-    // MaxTimeMSExpired, NotWritablePrimary, which the driver tries once more, and BadValue.
+    // MaxTimeMSExpired; NotWritablePrimary, which the driver tries once more; and BadValue.
     for (code, tries) in [(50, 1), (10107, 2), (2, 1)] {
         let data = doc! { "failCommands": ["find"], "errorCode": code };
         let before = fail_point(&mongod, "alwaysOn", data).await;
@@ -178,14 +178,14 @@ async fn a_listing_that_fails_for_another_reason_keeps_the_index_and_is_not_trie
     }
 }
 
-/// Longer than a command may take.
+/// The build takes longer than a command may take.
 #[tokio::test]
-async fn an_index_that_takes_long_to_build_is_used_once_it_is_there() {
+async fn an_index_that_takes_long_to_build_is_used_once_it_exists() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let data = doc! { "failCommands": ["createIndexes"], "blockConnection": true, "blockTimeMS": 6000 };
     fail_point(&mongod, doc! { "times": 1 }, data).await;
     let store = store_at(&location(mongod.uri())).await;
-    assert!(!store.index.is_there(), "the start does not wait for it");
+    assert!(!store.index.is_there(), "the start does not wait for the index");
     hold(&store, &["held"]).await;
     put_at(mongod.uri(), &store, vec![free("free", NOW)]).await;
     assert_eq!(listed(&store).await, ["held"]);
@@ -193,7 +193,7 @@ async fn an_index_that_takes_long_to_build_is_used_once_it_is_there() {
     assert_eq!(listed(&store).await, ["held"]);
 }
 
-/// What is logged after this failure to make an index.
+/// Returns what is logged after this failure to build the index.
 fn logged(failure: Failure) -> String {
     let mut file = tempfile::tempfile().expect("a file");
     let log = tracing_subscriber::fmt().with_writer(file.try_clone().expect("a file")).finish();
@@ -205,7 +205,7 @@ fn logged(failure: Failure) -> String {
 }
 
 #[test]
-fn only_a_refusal_is_told_as_a_lack_of_rights() {
+fn only_a_refusal_is_logged_as_a_lack_of_rights() {
     let refused = logged(Failure::refused("not authorized"));
     assert!(refused.contains("createIndex") && refused.contains("not authorized"), "{refused}");
     let late = logged(Failure::unknown("no answer within 2.5s"));
@@ -213,7 +213,7 @@ fn only_a_refusal_is_told_as_a_lack_of_rights() {
 }
 
 #[tokio::test]
-async fn records_without_the_field_are_found_when_the_index_is_made() {
+async fn records_without_the_field_get_it_before_the_index_is_built() {
     let location = location(throwaway_mongodb::shared().await.expect("a MongoDB for tests"));
     let store = store_at(&location).await;
     hold(&store, &["held"]).await;
@@ -224,12 +224,12 @@ async fn records_without_the_field_are_found_when_the_index_is_made() {
     store.collection.update_many(doc! {}, unset).await.expect("an update");
     let store = store_at(&location).await;
     assert_eq!(listed(&store).await, ["held"]);
-    assert_eq!(marked(&store).await, ["damaged", "held"], "what cannot be read may be in use");
+    assert_eq!(with_field(&store).await, ["damaged", "held"], "a record that cannot be read may be in use");
 }
 
-/// A page has no record whose key the next one could begin after.
+/// Some pages have no record after whose key the next page could begin.
 #[tokio::test]
-async fn documents_that_are_no_records_are_passed_over_whatever_their_names() {
+async fn a_listing_skips_documents_that_are_no_records_whatever_their_names() {
     let store = store().await;
     let names = ["a\nb", "a\nc", &"a".repeat(1000), "", "b\u{0}"];
     let documents = names.map(|name| doc! { "_id": name, IN_USE: true, "token": 5_i64, "holders": [{}] });
@@ -247,26 +247,26 @@ async fn documents_that_are_no_records_are_passed_over_whatever_their_names() {
         }
         assert_eq!(seen, [key("aa"), key("z")], "{limit} a page");
     }
-    let foreign = ListQuery { prefix: "a\n".to_owned(), limit: 1, ..all() };
-    assert_eq!(store.list(foreign).await.expect("a page"), Page::default());
+    let no_key = ListQuery { prefix: "a\n".to_owned(), limit: 1, ..all() };
+    assert_eq!(store.list(no_key).await.expect("a page"), Page::default());
 }
 
-/// Which records the index has.
-async fn marked(store: &MongoStore) -> Vec<String> {
+/// The names of the records that have the field.
+async fn with_field(store: &MongoStore) -> Vec<String> {
     let names = store.collection.distinct("_id", doc! { IN_USE: true }).await.expect("names");
     names.iter().filter_map(Bson::as_str).map(ToOwned::to_owned).collect()
 }
 
 #[tokio::test]
-async fn the_index_follows_every_edit_alone_and_in_company() {
-    for company in [false, true] {
+async fn the_index_follows_every_edit_alone_and_in_a_batch() {
+    for batched in [false, true] {
         let mut store = store().await;
-        let names = if company { &["job", "beside", "besides"][..] } else { &["job"] };
+        let names = if batched { &["job", "beside", "besides"][..] } else { &["job"] };
         let apply = async |store: &MongoStore, edit: Edit| {
             let batch: Vec<_> = names.iter().map(|name| (key(name), edit.clone())).collect();
             store.commit(batch.into(), DAY).await.expect("a commit");
         };
-        let is_marked = async |store: &MongoStore| marked(store).await.contains(&"job".to_owned());
+        let has_field = async |store: &MongoStore| with_field(store).await.contains(&"job".to_owned());
         let [first, second, third] = [(); 3].map(|()| LeaseId::random());
         let wait = |id| ask(Acquisition { wait: true, ..asking(id) });
         for (edit, expected) in [
@@ -280,17 +280,17 @@ async fn the_index_follows_every_edit_alone_and_in_company() {
             (Edit::default().release(third), true),
         ] {
             apply(&store, edit.clone()).await;
-            assert_eq!(is_marked(&store).await, expected, "{edit:?}, in company: {company}");
+            assert_eq!(has_field(&store).await, expected, "{edit:?}, in a batch: {batched}");
         }
         store.set_clock(Timestamp(NOW + 60_000));
         assert!(!listed(&store).await.contains(&"job".to_owned()), "the block is over");
         assert_eq!(store.purge(DAY).await.expect("a purge"), 0);
-        assert!(!is_marked(&store).await, "nothing but the purge was to notice that");
+        assert!(!has_field(&store).await, "only the purge removes the field");
     }
 }
 
 #[tokio::test]
-async fn a_user_who_may_not_make_the_index_is_served_without_it_and_uses_that_of_an_administrator() {
+async fn a_user_without_the_right_to_build_the_index_is_served_without_it_or_with_an_administrators() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let refuse = || doc! { "failCommands": ["createIndexes"], "errorCode": 13 };
     fail_point(&mongod, "alwaysOn", refuse()).await;
@@ -313,9 +313,9 @@ async fn a_user_who_may_not_make_the_index_is_served_without_it_and_uses_that_of
     assert_eq!(listed(&store).await, ["held"]);
 }
 
-/// On a server that refuses to read collections from end to end, at that.
+/// The server refuses to scan whole collections.
 #[tokio::test]
-async fn a_few_keys_that_are_due_are_forgotten_among_many_that_are_not() {
+async fn a_few_keys_that_are_due_are_purged_among_many_that_are_not() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
     let store = store_at(&location(mongod.uri())).await;
@@ -332,7 +332,7 @@ async fn a_few_keys_that_are_due_are_forgotten_among_many_that_are_not() {
 }
 
 #[tokio::test]
-async fn a_record_that_was_never_granted_is_forgotten_within_the_hour_and_a_foreign_one_stays() {
+async fn a_record_that_was_never_granted_is_purged_after_an_hour_and_an_invalid_one_stays() {
     let mut store = store().await;
     let none: [Bson; 0] = [];
     let departure = doc! { "id": 1, "reason": "released", "at": DateTime::from_millis(NOW) };

@@ -1,29 +1,46 @@
-//! The store on MongoDB: one document per key, any number of daemons. The only files that know MongoDB.
+//! The store on MongoDB: one document per key, any number of daemons. Only the files in here use
+//! MongoDB's driver.
 
-mod check;
-mod clock;
-mod command;
+/// Commits: the commands that apply a batch.
 mod commit;
+/// The aggregation pipeline that says what the rules say.
+mod pipeline;
+/// Helpers to write expressions of pipelines.
+mod expression;
+/// Documents: records as MongoDB keeps them.
+mod document;
+/// One command: its task, its time limit, its failure.
+mod command;
+/// The limit of commands on the database's clock.
+mod clock;
+/// Reads of keys and pages.
+mod reading;
+/// Deletes records of keys that have long been free.
+mod purge;
+/// The index of keys in use.
+mod index;
+/// The change feed.
+mod feed;
+/// Heartbeats: this daemon and its peers.
+mod daemons;
+/// The store's identity.
+mod identity;
+/// Checks that leases are safe on the database.
+mod check;
+/// The connection string, and what of it may be shown.
+mod uri;
+
 #[cfg(test)]
 mod commit_tests;
-mod daemons;
-mod document;
-mod expression;
-mod feed;
 #[cfg(test)]
 mod feed_tests;
-mod identity;
-mod index;
 #[cfg(test)]
 mod index_tests;
-mod pipeline;
-mod purge;
-mod reading;
 #[cfg(test)]
 mod ready_tests;
-mod uri;
+/// Deliberate faults in the pipeline.
 #[cfg(test)]
-mod wrong;
+mod mutants;
 
 use std::fmt;
 use std::sync::Arc;
@@ -41,8 +58,8 @@ use uuid::Uuid;
 pub use check::Unusable;
 use clock::StoreClock;
 use command::{Runner, shut_down};
-use commit::Lines;
-use daemons::{Daemons, Pace};
+use commit::KeysWithWaiters;
+use daemons::{Daemons, HeartbeatConfig};
 use feed::Feed;
 use index::Index;
 use reading::Inspection;
@@ -55,19 +72,18 @@ use super::{
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
-/// Batches in flight; each is a command that writes and one that reads.
+/// How many batches are in flight at once. Each is a command that writes and one that reads.
 const BATCHES: usize = 2;
 
-/// A write that a majority has not acknowledged for so long means that commits have nowhere to go.
+/// If a majority has acknowledged no heartbeat for so long, commits cannot succeed either.
 const SILENCE: Duration = Duration::from_secs(5);
-/// How long the end may take.
+/// How long `leave` may take.
 const FAREWELL: Duration = Duration::from_secs(8);
 
 /// Where the records are.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Location {
-    /// The connection string. Every option of the driver holds but those that would make leases unsafe, which are
-    /// refused.
+    /// The connection string. Options that would make leases unsafe are refused.
     pub uri: String,
     /// The database's name.
     pub database: String,
@@ -75,7 +91,7 @@ pub struct Location {
     pub collection: String,
 }
 
-/// The URI holds a password.
+/// Without the URI, which holds a password.
 impl fmt::Debug for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { uri: _, database, collection } = self;
@@ -86,7 +102,7 @@ impl fmt::Debug for Location {
     }
 }
 
-/// Records in a MongoDB collection.
+/// Keeps records in a MongoDB collection.
 #[derive(Debug, Clone)]
 pub struct MongoStore {
     rules: Rules,
@@ -98,20 +114,20 @@ pub struct MongoStore {
     inspection: Inspection,
     index: Arc<Index>,
     feed: Arc<Feed>,
-    lines: Arc<Lines>,
+    keys_with_waiters: Arc<KeysWithWaiters>,
     store_clock: Arc<StoreClock>,
     repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
-    pub(super) wrong: Option<super::conformance::wrongs::Wrong>,
+    pub(super) mutant: Option<super::conformance::mutants::Mutant>,
 }
 
 impl MongoStore {
-    /// Connects and makes sure that the database is one on which leases are safe.
+    /// Connects, and checks that leases are safe on the database.
     ///
     /// # Errors
-    /// [`ConnectError::Unusable`] if the database can be reached and cannot be used, or the URI is wrong;
-    /// [`ConnectError::Unreachable`] if it did not answer, so that trying again may help.
+    /// [`ConnectError::Unusable`] if the database or the URI cannot be used; [`ConnectError::Unreachable`] if the database did
+    /// not answer, so that trying again may help.
     pub async fn connect(location: &Location, rules: Rules) -> Result<Self, ConnectError> {
         let mut printer = Printer::new(&location.uri);
         let store = Self::open(location, rules, &mut printer).await;
@@ -133,13 +149,13 @@ impl MongoStore {
             runner: Runner::new(),
             inspection,
             index: Arc::default(),
-            feed: Arc::new(Feed::new(Pace::default())),
-            lines: Arc::default(),
+            feed: Arc::new(Feed::new(HeartbeatConfig::default())),
+            keys_with_waiters: Arc::default(),
             store_clock: Arc::default(),
             repetitions: Arc::default(),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
-            wrong: None,
+            mutant: None,
         };
         let checked = async {
             check::database(&store, &options).await?;
@@ -156,12 +172,13 @@ impl MongoStore {
         Ok(store)
     }
 
-    /// Asks the primary what its clock shows.
-    async fn look_at_clock(&self) -> Result<(), Failure> {
-        self.hello(&self.runner).await.map(drop)
+    /// Asks the primary for its time.
+    async fn read_clock(&self) -> Result<(), Failure> {
+        self.hello(&self.runner).await?;
+        Ok(())
     }
 
-    /// What the primary, or a router, says of itself. It is asked for its time along the way.
+    /// Asks the primary, or a router, to describe itself. Learns its time on the way.
     async fn hello(&self, runner: &Runner) -> Result<Document, Failure> {
         let database = self.database.clone();
         let sent = BootInstant::now();
@@ -175,7 +192,7 @@ impl MongoStore {
         Ok(hello)
     }
 
-    /// Gives the document of `key` these fields, as somebody else may who writes to the collection.
+    /// Sets fields of the document of `key`, as anybody may who can write to the collection.
     #[cfg(test)]
     pub(super) async fn damage(&self, key: &Key, fields: Document) {
         let update = doc! { "$set": fields };
@@ -183,7 +200,7 @@ impl MongoStore {
         damaged.expect("an update");
     }
 
-    /// Makes the document of `key` one that cannot grow any more, as MongoDB has no larger ones.
+    /// Fills the document of `key` up to the largest size that MongoDB allows.
     #[cfg(test)]
     pub(super) async fn fill(&self, key: &Key) {
         let found = self.collection.find_one(doc! { "_id": key.as_str() }).await.expect("a read");
@@ -191,7 +208,7 @@ impl MongoStore {
         self.damage(key, doc! { "filler": "x".repeat(16 * 1024 * 1024 - size - 64) }).await;
     }
 
-    /// Stops the clock at `now`, also if that is earlier.
+    /// Stops the clock at `now`, which may be earlier than before.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: Timestamp) {
         self.clock = mongodb::bson::DateTime::from_millis(now.0).into();
@@ -217,7 +234,7 @@ impl Store for MongoStore {
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let names: Vec<&str> = keys.iter().map(Key::as_str).collect();
         let answers = self.find(&names).await?;
-        self.lines.note(answers.iter().flatten());
+        self.keys_with_waiters.note(answers.iter().flatten());
         Ok(answers)
     }
 
@@ -234,8 +251,8 @@ impl Store for MongoStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        self.hello(&self.feed.errands).await?;
-        // A primary without a majority says nothing of that.
+        self.hello(&self.feed.background).await?;
+        // A primary that has lost its majority does not say so.
         match self.feed.member.silence() {
             Some(silence) if silence > SILENCE => {
                 let cause = format!("a majority has acknowledged no write for {} s", silence.as_secs());
@@ -261,7 +278,7 @@ impl Store for MongoStore {
         let store = self.clone();
         let farewell = tokio::spawn(async move {
             Daemons::new(&store).depart().await;
-            let runners = [&store.runner, &store.feed.errands, &store.index.maker];
+            let runners = [&store.runner, &store.feed.background, &store.index.maker];
             tokio::join!(shut_down(store.database.client(), &runners), store.inspection.end());
         });
         if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
@@ -288,7 +305,7 @@ impl Store for MongoStore {
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {
         let ended = draining.child_token();
         let daemons = Daemons::new(self);
-        let (company, others) = watch::channel(false);
+        let (peers_present, others) = watch::channel(false);
         let tell = async {
             tokio::select! {
                 () = feed::follow(self, &daemons, others, &events) => {}
@@ -299,7 +316,7 @@ impl Store for MongoStore {
             drop(events);
             ended.cancel();
         };
-        tokio::join!(tell, daemons.attend(company, &ended));
+        tokio::join!(tell, daemons.attend(peers_present, &ended));
     }
 
     fn feed_state(&self) -> FeedState {
@@ -311,20 +328,20 @@ impl Store for MongoStore {
     }
 }
 
-/// Why there is no store.
+/// Why there is no connection.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// It can be reached, or need not be, and cannot be used.
+    /// The database, or the configuration, cannot be used.
     #[error(transparent)]
     Unusable(#[from] Unusable),
-    /// It did not answer.
+    /// The database did not answer.
     #[error("{0}")]
     Unreachable(String),
 }
 
 impl ConnectError {
-    /// What the driver or the server said.
+    /// The text of the driver or the server, if there is any.
     fn cause_mut(&mut self) -> Option<&mut String> {
         match self {
             Self::Unreachable(cause)

@@ -1,89 +1,101 @@
-//! The rules as one aggregation pipeline over a whole batch of different edits.
+//! The rules as an aggregation pipeline, which applies a batch of different edits in one command.
 //!
-//! It says what [`crate::lease::step`] says, in the database's own language, because only the database's clock and
-//! its atomicity can decide between daemons. The pipeline is the same for every record; what differs per key stands
-//! in a constant table inside it, looked up by the position of the key. Everything that came from a caller stands
-//! under `$literal`, where a string that begins with `$` is just a string. Stages that no edit of the batch needs
-//! are left out: most of the cost of a lone edit is the parsing.
+//! The pipeline does what [`crate::lease::step`] does, in the language of the database, because
+//! only the database's clock and atomicity can decide between daemons. All records go through the
+//! same stages. The edits are in a constant table inside the pipeline, and a stage finds the edit
+//! of its record by the position of the key.
+//!
+//! Every value from a caller is under `$literal`, where a string that begins with `$` is just a
+//! string.
+//!
+//! Stages that no edit of the batch needs are left out, because parsing is most of the cost of a
+//! single edit.
 
 use mongodb::bson::{Bson, DateTime, Document, doc};
 
-use super::document::{EDITED_AT, MARK, acquisition, reason, request, uuid};
+use super::document::{COMMIT_TAG, EDITED_AT, acquisition, reason, request, uuid};
 use super::expression::{bind, filter, literal, map, not};
 use crate::lease::{
     Edit, Key, LASTING_DEPARTURES, LeaseId, MAX_RECORD_BYTES, MAX_WAITERS, MEMORY, REMEMBERED_DEPARTURES,
     Reason, Rules, SETTLED_DEPARTURES, Timestamp, millis,
 };
 
-/// More than any array of a record holds; `$slice` wants a count.
+/// A count for `$slice` that means "all": more than any array of a record has.
 const ALL: i32 = i32::MAX;
 
-/// A field that is set to this is none.
+/// A field that is set to this is removed.
 const GONE: &str = "$$REMOVE";
 
-/// The instant at which a pipeline acts: the clock of the database.
+/// The expression for the time of the database.
 pub(super) const CLOCK: &str = "$$NOW";
 
-/// The stages that apply each key's edit to its record at `now`, an expression, and leave `mark` in it.
-pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, mark: i64) -> Vec<Document> {
-    let parts = Parts::of(batch);
-    let source = Source::new(batch, &parts);
-    let mut stages = vec![begin(&source)];
-    if parts.change_holders() {
-        let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now, Line::Present);
+/// Builds the stages that apply each key's edit to its record and store `tag` in the record. `now`
+/// is an expression.
+pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, tag: i64) -> Vec<Document> {
+    let used = UsedLists::of(batch);
+    let edits = EditSource::new(batch, &used);
+    let mut stages = vec![begin(&edits)];
+    if used.changes_holders() {
+        let HolderChanges { stay, gone, blocked_until } =
+            HolderChanges::after(&used, &edits, now, Waiters::Possible);
         let mut fields = doc! { "holders": stay };
         fields.extend(gone.map(|gone| ("gone".to_owned(), gone)));
         fields.extend(blocked_until.map(|until| ("blocked_until".to_owned(), until)));
-        if parts.release {
-            fields.insert("waiters", filter("$waiters", "left", not(&withdrawn(&source))));
+        if used.release {
+            fields.insert("waiters", filter("$waiters", "left", not(&withdrawn(&edits))));
         }
         stages.push(doc! { "$set": fields });
     }
-    if parts.cancel || parts.refresh || parts.enqueue {
-        stages.push(edit_line(&parts, &source, rules, now));
+    if used.cancel || used.refresh || used.enqueue {
+        stages.push(edit_queue(&used, &edits, rules, now));
     }
     stages.push(admit(rules, now));
-    stages.push(finish(&parts, &source, rules, now, mark));
+    stages.push(finish(&used, &edits, rules, now, tag));
     stages
 }
 
-/// A cheaper pipeline for edits that enqueue nobody, on keys without waiters: there is nobody to admit.
-pub(super) fn without_line(batch: &[(Key, Edit)], now: &Bson, mark: i64) -> Vec<Document> {
-    let parts = Parts::of(batch);
-    let source = Source::new(batch, &parts);
-    let Held { stay, gone, blocked_until } = Held::after(&parts, &source, now, Line::Empty);
+/// Builds a cheaper pipeline for edits that enqueue nobody, on keys without waiters: there is
+/// nobody to admit.
+pub(super) fn without_waiters(batch: &[(Key, Edit)], now: &Bson, tag: i64) -> Vec<Document> {
+    let used = UsedLists::of(batch);
+    let edits = EditSource::new(batch, &used);
+    let HolderChanges { stay, gone, blocked_until } =
+        HolderChanges::after(&used, &edits, now, Waiters::Absent);
     let rev = doc! { "$add": ["$rev", 1_i64] };
-    let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), MARK: mark };
+    let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), COMMIT_TAG: tag };
     let gone = match gone {
-        gone if parts.keep_out => {
+        gone if used.keep_out => {
             let gone = gone.unwrap_or(Bson::Array(Vec::new()));
-            Some(and_kept_out(gone, ["$holders.id".into()], &source, now))
+            Some(and_kept_out(gone, ["$holders.id".into()], &edits, now))
         }
         gone => gone,
     };
     if let Some(gone) = gone {
-        fields.insert("departures", remembered(gone, &source, &parts, now));
+        fields.insert("departures", remembered(gone, &edits, &used, now));
     }
     fields.extend(blocked_until.map(|until| ("blocked_until".to_owned(), until)));
-    match parts.loud {
-        Loudness::All => drop(fields.insert("epoch", rev)),
-        Loudness::Some => drop(fields.insert("epoch", doc! { "$cond": ["$edit.loud", rev, "$epoch"] })),
-        Loudness::None => {}
+    match used.announced {
+        Announces::All => drop(fields.insert("notify_rev", rev)),
+        Announces::Some => {
+            drop(fields.insert("notify_rev", doc! { "$cond": ["$edit.announced", rev, "$notify_rev"] }))
+        }
+        Announces::None => {}
     }
     let mut stages = Vec::new();
-    if let Source::Table(own) = source {
-        stages.push(doc! { "$set": { "edit": own } });
+    if let EditSource::Table(lookup) = edits {
+        stages.push(doc! { "$set": { "edit": lookup } });
         fields.insert("edit", GONE);
     }
     stages.push(doc! { "$set": fields });
     stages
 }
 
-/// Which lists are not empty in every edit of the batch.
-struct Parts {
+/// Which lists are not empty in at least one edit of the batch, so that the pipeline needs stages
+/// for them.
+struct UsedLists {
     touch: bool,
     release: bool,
-    /// Some released ids depart for long whatever became of them.
+    /// Some of the released ids are noted as lasting in any case.
     lasting: bool,
     keep_out: bool,
     revoke: bool,
@@ -91,12 +103,12 @@ struct Parts {
     cancel: bool,
     refresh: bool,
     enqueue: bool,
-    loud: Loudness,
+    announced: Announces,
 }
 
-impl Parts {
+impl UsedLists {
     fn of(batch: &[(Key, Edit)]) -> Self {
-        let has = |part: fn(&Edit) -> bool| batch.iter().any(|(_, edit)| !part(edit));
+        let has = |is_empty: fn(&Edit) -> bool| batch.iter().any(|(_, edit)| !is_empty(edit));
         Self {
             touch: has(|edit| edit.touched().is_empty()),
             release: has(|edit| edit.released().is_empty()),
@@ -107,15 +119,15 @@ impl Parts {
             cancel: has(|edit| edit.cancelled().is_empty()),
             refresh: has(|edit| edit.refreshed().is_empty()),
             enqueue: has(|edit| edit.enqueued().is_empty()),
-            loud: Loudness::of(batch),
+            announced: Announces::of(batch),
         }
     }
 
-    fn change_holders(&self) -> bool {
+    fn changes_holders(&self) -> bool {
         self.touch || self.release || self.revoke || self.unblock || self.enqueue
     }
 
-    /// The names of the lists of ids that the edits have.
+    /// The names of the lists of ids that are used.
     fn named(&self) -> impl Iterator<Item = &'static str> {
         let lists = [
             (self.touch, "touch"),
@@ -129,33 +141,34 @@ impl Parts {
     }
 }
 
-/// Whether anyone may stand in line at the keys of a batch.
+/// Whether the keys of a batch may have waiters.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Line {
-    Present,
-    Empty,
+enum Waiters {
+    Possible,
+    Absent,
 }
 
-/// Which edits of a batch other daemons should hear of: those that do more than touch leases and refresh places.
+/// Which edits of a batch other daemons must hear of: those that do more than touch leases and
+/// refresh waiters.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Loudness {
+enum Announces {
     All,
     None,
     Some,
 }
 
-impl Loudness {
+impl Announces {
     fn of(batch: &[(Key, Edit)]) -> Self {
-        let loud = batch.iter().filter(|(_, edit)| is_loud(edit)).count();
-        match loud {
+        let announced = batch.iter().filter(|(_, edit)| is_announced(edit)).count();
+        match announced {
             0 => Self::None,
-            _ if loud == batch.len() => Self::All,
+            _ if announced == batch.len() => Self::All,
             _ => Self::Some,
         }
     }
 }
 
-fn is_loud(edit: &Edit) -> bool {
+fn is_announced(edit: &Edit) -> bool {
     !edit.released().is_empty()
         || !edit.revoked().is_empty()
         || !edit.unblocked().is_empty()
@@ -163,24 +176,25 @@ fn is_loud(edit: &Edit) -> bool {
         || !edit.enqueued().is_empty()
 }
 
-/// Where a stage finds a record's own edit: in the table, or in the stage itself when all are the same, as a single one or
-/// nudges are.
-enum Source {
+/// Where a stage finds the edit of its record. If all edits are equal, as nudges are, they are in
+/// the stages themselves, because a look-up in the table compares and copies its keys for each
+/// record.
+enum EditSource {
     Table(Document),
     Inline(Document),
 }
 
-impl Source {
-    fn new(batch: &[(Key, Edit)], parts: &Parts) -> Self {
+impl EditSource {
+    fn new(batch: &[(Key, Edit)], used: &UsedLists) -> Self {
         match batch {
             [(_, edit), rest @ ..] if rest.iter().all(|(_, other)| other == edit) => {
-                Self::Inline(encode(edit, parts))
+                Self::Inline(encode(edit, used))
             }
-            _ => Self::Table(looked_up(batch, |edit| encode(edit, parts).into())),
+            _ => Self::Table(look_up(batch, |edit| encode(edit, used).into())),
         }
     }
 
-    /// An expression for one of the edit's lists.
+    /// An expression for the list `name` of the edit.
     fn list(&self, name: &str) -> Bson {
         match self {
             Self::Table(_) => format!("$edit.{name}").into(),
@@ -188,7 +202,7 @@ impl Source {
         }
     }
 
-    /// An expression for the ids that the edit asks for.
+    /// An expression for the ids that the edit enqueues.
     fn asked(&self) -> Bson {
         match self {
             Self::Table(_) => "$edit.asked.id".into(),
@@ -200,36 +214,36 @@ impl Source {
         }
     }
 
-    /// An expression for every id that the edit is about; `None` if there are none.
-    fn named(&self, parts: &Parts) -> Option<Bson> {
-        let mut lists: Vec<Bson> = parts.named().map(|name| self.list(name)).collect();
-        if parts.enqueue {
+    /// An expression for all ids in the edit. `None` if no edit has any.
+    fn named(&self, used: &UsedLists) -> Option<Bson> {
+        let mut lists: Vec<Bson> = used.named().map(|name| self.list(name)).collect();
+        if used.enqueue {
             lists.push(self.asked());
         }
         if lists.len() > 1 { Some(doc! { "$concatArrays": lists }.into()) } else { lists.pop() }
     }
 }
 
-fn encode(edit: &Edit, parts: &Parts) -> Document {
+fn encode(edit: &Edit, used: &UsedLists) -> Document {
     let mut lists = Document::new();
-    let mut list = |wanted: bool, name: &str, values: Vec<Bson>| {
-        if wanted {
+    let mut list = |is_used: bool, name: &str, values: Vec<Bson>| {
+        if is_used {
             lists.insert(name, values);
         }
     };
     let uuids = |ids: &[LeaseId]| ids.iter().map(|&id| uuid(id)).collect();
-    list(parts.touch, "touch", uuids(edit.touched()));
-    list(parts.release, "release", uuids(edit.released()));
-    list(parts.lasting, "lasting", uuids(edit.lasting()));
-    list(parts.keep_out, "keep_out", uuids(edit.kept_out()));
-    list(parts.revoke, "revoke", uuids(edit.revoked()));
-    list(parts.unblock, "unblock", edit.unblocked().iter().map(|&until| date(until)).collect());
-    list(parts.cancel, "cancel", uuids(edit.cancelled()));
-    list(parts.refresh, "refresh", uuids(edit.refreshed()));
-    list(parts.enqueue, "asked", edit.enqueued().iter().map(|who| request(who).into()).collect());
-    list(parts.enqueue, "enqueue", edit.enqueued().iter().map(|who| acquisition(who).into()).collect());
-    if parts.loud == Loudness::Some && is_loud(edit) {
-        lists.insert("loud", true);
+    list(used.touch, "touch", uuids(edit.touched()));
+    list(used.release, "release", uuids(edit.released()));
+    list(used.lasting, "lasting", uuids(edit.lasting()));
+    list(used.keep_out, "keep_out", uuids(edit.kept_out()));
+    list(used.revoke, "revoke", uuids(edit.revoked()));
+    list(used.unblock, "unblock", edit.unblocked().iter().map(|&until| date(until)).collect());
+    list(used.cancel, "cancel", uuids(edit.cancelled()));
+    list(used.refresh, "refresh", uuids(edit.refreshed()));
+    list(used.enqueue, "asked", edit.enqueued().iter().map(|who| request(who).into()).collect());
+    list(used.enqueue, "enqueue", edit.enqueued().iter().map(|who| acquisition(who).into()).collect());
+    if used.announced == Announces::Some && is_announced(edit) {
+        lists.insert("announced", true);
     }
     lists
 }
@@ -238,83 +252,86 @@ fn date(Timestamp(millis): Timestamp) -> Bson {
     DateTime::from_millis(millis).into()
 }
 
-/// What belongs to a record's key: a constant table, looked up by the position of the key.
-fn looked_up(batch: &[(Key, Edit)], value: impl Fn(&Edit) -> Bson) -> Document {
+/// An expression for the value that belongs to the key of a record, in a constant table.
+fn look_up(batch: &[(Key, Edit)], value: impl Fn(&Edit) -> Bson) -> Document {
     let keys: Vec<Bson> = batch.iter().map(|(key, _)| key.as_str().into()).collect();
     let values: Vec<Bson> = batch.iter().map(|(_, edit)| value(edit)).collect();
     let position = doc! { "$indexOfArray": [literal(keys.into()), "$_id"] };
     doc! { "$arrayElemAt": [literal(values.into()), position] }
 }
 
-/// Makes a record whole and lays its edit beside it.
-fn begin(source: &Source) -> Document {
+/// The first stage: fills in missing fields and puts the edit beside the record.
+fn begin(edits: &EditSource) -> Document {
     let mut fields = doc! {
         "token": { "$ifNull": ["$token", 0_i64] },
         "holders": { "$ifNull": ["$holders", []] },
         "waiters": { "$ifNull": ["$waiters", []] },
         "departures": { "$ifNull": ["$departures", []] },
     };
-    if let Source::Table(own) = source {
-        fields.insert("edit", own.clone());
+    if let EditSource::Table(lookup) = edits {
+        fields.insert("edit", lookup.clone());
     }
     doc! { "$set": fields }
 }
 
-/// What an edit makes of the holders, as expressions.
-struct Held {
+/// Expressions for the effect of an edit on the holders.
+struct HolderChanges {
+    /// The holders after the edit.
     stay: Bson,
-    /// The departures of this edit, newest first; `None` if it lets nobody go.
+    /// The departures of this edit, newest first. `None` if no edit of the batch can end a lease.
     gone: Option<Bson>,
-    /// If it may have changed.
+    /// `None` if no edit of the batch can change it.
     blocked_until: Option<Bson>,
 }
 
-impl Held {
-    fn after(parts: &Parts, source: &Source, now: &Bson, line: Line) -> Self {
-        let released = doc! { "$in": ["$$h.id", source.list("release")] };
-        let revoked = doc! { "$in": ["$$h.id", source.list("revoke")] };
+impl HolderChanges {
+    fn after(used: &UsedLists, edits: &EditSource, now: &Bson, waiters: Waiters) -> Self {
+        let released = doc! { "$in": ["$$h.id", edits.list("release")] };
+        let revoked = doc! { "$in": ["$$h.id", edits.list("revoke")] };
         let (mut stay, mut gone, mut blocked_until) = (Bson::from("$holders"), Vec::new(), None);
-        if parts.revoke {
+        if used.revoke {
             let mut which = vec![revoked.clone()];
-            if parts.release {
+            if used.release {
                 which.push(not(&released));
             }
             let leaving = filter("$holders", "h", doc! { "$and": which });
             gone.push(map(leaving, "h", departure("$$h.id", Reason::Revoked, now, if_room("$$room"))));
             stay = filter(stay, "h", not(&revoked));
         }
-        if parts.release {
+        if used.release {
             let leaving = filter("$holders", "h", released.clone());
             let mut is_lasting = Bson::from("$$h.repeated");
-            if parts.lasting {
-                let named = doc! { "$in": ["$$h.id", source.list("lasting")] };
+            if used.lasting {
+                let named = doc! { "$in": ["$$h.id", edits.list("lasting")] };
                 is_lasting = doc! { "$or": [is_lasting, named] }.into();
             }
             let lasting = if_room(doc! { "$and": [is_lasting, "$$room"] });
             gone.push(map(leaving.clone(), "h", departure("$$h.id", Reason::Released, now, lasting)));
-            if line == Line::Present {
-                let leaving = filter("$waiters", "left", withdrawn(source));
+            if waiters == Waiters::Possible {
+                let leaving = filter("$waiters", "left", withdrawn(edits));
                 let departure = departure("$$left.id", Reason::Withdrawn, now, if_room("$$room"));
                 gone.push(map(leaving, "left", departure));
             }
-            gone.push(settled(source, now, line));
+            gone.push(settled(edits, now, waiters));
             stay = filter(stay, "h", not(&released));
+            // Only holders with a `min_hold` block the key. Otherwise a clock that steps back would
+            // keep a released key from the next waiter.
             let bound = filter(leaving, "h", doc! { "$gt": ["$$h.min_hold", 0_i64] });
             let held_until = map(bound, "h", doc! { "$add": ["$$h.acquired_at", "$$h.min_hold"] });
             blocked_until = Some(doc! { "$max": ["$blocked_until", { "$max": held_until }] }.into());
         }
-        if parts.unblock {
+        if used.unblock {
             let until = blocked_until.unwrap_or_else(|| "$blocked_until".into());
-            let lifted = doc! { "$in": ["$$until", source.list("unblock")] };
+            let lifted = doc! { "$in": ["$$until", edits.list("unblock")] };
             let rest = doc! { "$cond": [lifted, Bson::Null, "$$until"] };
             blocked_until = Some(bind(doc! { "until": until }, rest));
         }
-        if parts.touch {
-            stay = renewed(stay, doc! { "$in": ["$$h.id", source.list("touch")] }, doc! {}, now);
+        if used.touch {
+            stay = renewed(stay, doc! { "$in": ["$$h.id", edits.list("touch")] }, doc! {}, now);
         }
-        if parts.enqueue {
-            let again = renewed(stay, is_asked("$$h", source), doc! { "repeated": true }, now);
-            stay = bind(doc! { "asked": source.asked() }, again);
+        if used.enqueue {
+            let again = renewed(stay, is_asked("$$h", edits), doc! { "repeated": true }, now);
+            stay = bind(doc! { "asked": edits.asked() }, again);
         }
         let all = match gone.len() {
             0 => None,
@@ -325,46 +342,50 @@ impl Held {
     }
 }
 
-/// The `holders`. Those for which `which` is true are renewed, with `change` made to them as well.
+/// The holders, of which those that match `which` are renewed and get the fields of `change`.
 fn renewed(holders: impl Into<Bson>, which: Document, mut change: Document, now: &Bson) -> Bson {
+    // Never shortens a lease: the clock may have stepped back.
     let until = doc! { "$max": ["$$h.expires_at", { "$add": [now.clone(), "$$h.ttl"] }] };
     change.insert("expires_at", until);
     let touched = doc! { "$mergeObjects": ["$$h", change] };
     map(holders, "h", doc! { "$cond": [which, touched, "$$h"] })
 }
 
-/// Whether the edit asks again for the holder or waiter, and for the same. The ids are `$$asked`: in a crowd most are not
-/// among them, which costs less to see than to compare the requests.
-fn is_asked(whose: &str, source: &Source) -> Document {
+/// Whether the edit asks for a holder or waiter again, with the same mode and limit. `$$asked` are
+/// the ids that it asks for. Comparing ids first is cheaper: of many holders and waiters most are
+/// not asked for.
+fn is_asked(whose: &str, edits: &EditSource) -> Document {
     let [id, mode, limit] = ["id", "mode", "shared_limit"].map(|field| format!("{whose}.{field}"));
-    let is_same = doc! { "$in": [{ "id": &id, "mode": mode, "shared_limit": limit }, source.list("asked")] };
+    let is_same = doc! { "$in": [{ "id": &id, "mode": mode, "shared_limit": limit }, edits.list("asked")] };
     doc! { "$and": [{ "$in": [id, "$$asked"] }, is_same] }
 }
 
-/// Whether the waiter `$$left` is released.
-fn withdrawn(source: &Source) -> Document {
-    doc! { "$in": ["$$left.id", source.list("release")] }
+/// Whether the edit releases the waiter `$$left`.
+fn withdrawn(edits: &EditSource) -> Document {
+    doc! { "$in": ["$$left.id", edits.list("release")] }
 }
 
-/// The departures of released ids that are not known, as far as there is room for them.
-fn settled(source: &Source, now: &Bson, line: Line) -> Bson {
+/// Departures for released ids that the record does not know, as far as there is room.
+fn settled(edits: &EditSource, now: &Bson, waiters: Waiters) -> Bson {
     let mut known = vec!["$holders.id", "$departures.id"];
-    if line == Line::Present {
+    if waiters == Waiters::Possible {
         known.push("$waiters.id");
     }
-    noted(source.list("release"), doc! { "$concatArrays": known }, now)
+    noted(edits.list("release"), doc! { "$concatArrays": known }, now)
 }
 
-/// The departures `gone`, and those of ids to be kept out, but for ids that are in use after the edit and those that are over.
-fn and_kept_out(gone: Bson, in_use: impl IntoIterator<Item = Bson>, source: &Source, now: &Bson) -> Bson {
+/// The departures `gone`, and departures for ids to be kept out. An id that is in use after the
+/// edit, or that has departed, gets none.
+fn and_kept_out(gone: Bson, in_use: impl IntoIterator<Item = Bson>, edits: &EditSource, now: &Bson) -> Bson {
     let over = ["$departures.id", "$$gone.id"].map(Bson::from);
     let known: Vec<Bson> = over.into_iter().chain(in_use).collect();
-    let kept_out = noted(source.list("keep_out"), doc! { "$concatArrays": known }, now);
+    let kept_out = noted(edits.list("keep_out"), doc! { "$concatArrays": known }, now);
     let all = doc! { "$concatArrays": ["$$gone", with_room(kept_out, now)] };
     bind(doc! { "gone": gone }, all)
 }
 
-/// Departures of those of the `ids` that are not `known`, as far as there is room: half of it is for others.
+/// Departures for the `ids` that are not in `known`, as far as there is room. They may take half of
+/// the room, because anyone can release ids that nobody uses.
 fn noted(ids: Bson, known: Document, now: &Bson) -> Bson {
     let is_new = doc! { "$not": [{ "$in": ["$$id", "$$known"] }] };
     let unknown = bind(doc! { "known": known }, filter(ids, "id", is_new));
@@ -373,7 +394,8 @@ fn noted(ids: Bson, known: Document, now: &Bson) -> Bson {
     map(doc! { "$slice": [unknown, room] }, "id", departure("$$id", Reason::Settled, now, true))
 }
 
-/// An expression that may use the departures that last, as `$$lasting`, and the `$$room` beside them.
+/// Defines `$$lasting`, the departures that last, and `$$room`, how many more can last, for an
+/// expression.
 fn with_room(expression: Bson, now: &Bson) -> Bson {
     let with_room = bind(doc! { "room": room("$$lasting") }, expression);
     bind(doc! { "lasting": lasting(now) }, with_room)
@@ -383,17 +405,17 @@ fn departure(id: &str, why: Reason, now: &Bson, lasting: impl Into<Bson>) -> Doc
     doc! { "id": id, "reason": reason(why), "at": now.clone(), "lasting": lasting.into() }
 }
 
-/// The field `lasting` if it is true, for which there must be room.
+/// The value of the field `lasting`: true under the condition, else absent.
 fn if_room(condition: impl Into<Bson>) -> Document {
     doc! { "$cond": [condition.into(), true, GONE] }
 }
 
-/// The departures that last.
+/// The departures in the record that last.
 fn lasting(now: &Bson) -> Bson {
     filter("$departures", "d", lasts(now))
 }
 
-/// How many departures a record can still note as lasting; zero is false.
+/// How many more departures a record can note as lasting. Zero counts as false in a condition.
 fn room(lasting: impl Into<Bson>) -> Document {
     room_beside(lasting, LASTING_DEPARTURES)
 }
@@ -403,48 +425,51 @@ fn room_beside(departures: impl Into<Bson>, most: usize) -> Document {
     doc! { "$max": [0, { "$subtract": [most, { "$size": departures.into() }] }] }
 }
 
-/// Whether the departure `$$d` lasts.
+/// Whether the record must still remember the departure `$$d`.
 fn lasts(now: &Bson) -> Document {
     let before = doc! { "$subtract": [now.clone(), millis(MEMORY)] };
     doc! { "$and": ["$$d.lasting", { "$gt": ["$$d.at", before] }] }
 }
 
-/// Cancel, refresh and enqueue.
-fn edit_line(parts: &Parts, source: &Source, rules: &Rules, now: &Bson) -> Document {
-    let until: Bson = doc! { "$add": [now.clone(), millis(rules.place)] }.into();
-    let mut line = Bson::from("$waiters");
-    if parts.cancel {
-        line = filter(line, "w", not(&doc! { "$in": ["$$w.id", source.list("cancel")] }));
+/// The stage that cancels, refreshes and enqueues.
+fn edit_queue(used: &UsedLists, edits: &EditSource, rules: &Rules, now: &Bson) -> Document {
+    let until: Bson = doc! { "$add": [now.clone(), millis(rules.waiter_ttl)] }.into();
+    let mut queue = Bson::from("$waiters");
+    if used.cancel {
+        queue = filter(queue, "w", not(&doc! { "$in": ["$$w.id", edits.list("cancel")] }));
     }
-    if parts.refresh {
-        let is_refreshed = doc! { "$in": ["$$w.id", source.list("refresh")] };
-        line = kept(line, is_refreshed, doc! {}, &until);
+    if used.refresh {
+        // A refresh never enqueues. A late one would do so for nobody.
+        let is_refreshed = doc! { "$in": ["$$w.id", edits.list("refresh")] };
+        queue = kept(queue, is_refreshed, doc! {}, &until);
     }
-    if parts.enqueue {
-        line = arrive(line, parts, source, now, &until);
+    if used.enqueue {
+        queue = arrive(queue, used, edits, now, &until);
     }
-    doc! { "$set": { "waiters": line } }
+    doc! { "$set": { "waiters": queue } }
 }
 
-/// The `line`, the places kept until then for which `which` is true, and changed beside that.
-fn kept(line: impl Into<Bson>, which: Document, mut change: Document, until: &Bson) -> Bson {
+/// The queue, in which the waiters that match `which` are kept until `until` and get the fields of
+/// `change`.
+fn kept(queue: impl Into<Bson>, which: Document, mut change: Document, until: &Bson) -> Bson {
     change.insert("expires_at", doc! { "$max": ["$$w.expires_at", until.clone()] });
-    map(line, "w", doc! { "$cond": [which, { "$mergeObjects": ["$$w", change] }, "$$w"] })
+    map(queue, "w", doc! { "$cond": [which, { "$mergeObjects": ["$$w", change] }, "$$w"] })
 }
 
-/// The `line` with the arrivals at its end, as far as there is room.
-fn arrive(line: Bson, parts: &Parts, source: &Source, now: &Bson, until: &Bson) -> Bson {
-    let refreshed = kept("$$line", is_asked("$$w", source), doc! { "repeated": true }, until);
-    let mut known = vec!["$holders.id", "$$line.id", "$departures.id"];
-    if parts.release || parts.revoke {
+/// The queue with the arrivals at its end. A full record takes no arrival and instead loses the
+/// entries that have lapsed, so that the waiters of dead daemons cannot fill the queue for good.
+fn arrive(queue: Bson, used: &UsedLists, edits: &EditSource, now: &Bson, until: &Bson) -> Bson {
+    let refreshed = kept("$$queue", is_asked("$$w", edits), doc! { "repeated": true }, until);
+    let mut known = vec!["$holders.id", "$$queue.id", "$departures.id"];
+    if used.release || used.revoke {
         known.push("$gone.id");
     }
     let is_new = doc! { "$not": [{ "$in": ["$$a.id", "$$known"] }] };
-    let place = doc! { "$mergeObjects": ["$$a", { "since": now.clone(), "expires_at": until.clone() }] };
-    let arrivals = map(filter(source.list("enqueue"), "a", is_new), "a", place);
-    let size = doc! { "$add": [{ "$sum": "$holders.size" }, { "$sum": "$$line.size" }] };
+    let entry = doc! { "$mergeObjects": ["$$a", { "since": now.clone(), "expires_at": until.clone() }] };
+    let arrivals = map(filter(edits.list("enqueue"), "a", is_new), "a", entry);
+    let size = doc! { "$add": [{ "$sum": "$holders.size" }, { "$sum": "$$queue.size" }] };
     let room = doc! { "$and": [
-        { "$lt": [{ "$size": "$$line" }, i32::try_from(MAX_WAITERS).unwrap_or(ALL)] },
+        { "$lt": [{ "$size": "$$queue" }, i32::try_from(MAX_WAITERS).unwrap_or(ALL)] },
         { "$lt": [size, i64::try_from(MAX_RECORD_BYTES).unwrap_or(i64::MAX)] },
     ] };
     let lasting = filter("$$refreshed", "w", doc! { "$gt": ["$$w.expires_at", now.clone()] });
@@ -456,12 +481,13 @@ fn arrive(line: Bson, parts: &Parts, source: &Source, now: &Bson, until: &Bson) 
         "default": lasting,
     } };
     let outcome = bind(doc! { "refreshed": refreshed, "arrivals": arrivals }, outcome);
-    let outcome = bind(doc! { "known": { "$concatArrays": known }, "asked": source.asked() }, outcome);
-    bind(doc! { "line": line }, outcome)
+    let outcome = bind(doc! { "known": { "$concatArrays": known }, "asked": edits.asked() }, outcome);
+    bind(doc! { "queue": queue }, outcome)
 }
 
-/// Goes down the line while its head fits. Leaves in `admission`: how many left the line (`left`), the holders made
-/// (`granted`) and the last token; null when nobody waits or the key is blocked.
+/// The stage that admits waiters from the head of the queue while the head fits. It sets
+/// `admission`: how many left the queue (`left`), the new holders (`granted`) and the latest token.
+/// Null if nobody waits or the key is blocked.
 fn admit(rules: &Rules, now: &Bson) -> Document {
     let live = filter("$holders", "h", live(rules, now));
     let of_mode = |mode: &str| {
@@ -478,7 +504,7 @@ fn admit(rules: &Rules, now: &Bson) -> Document {
         "granted": [],
     };
     let is_exclusive = doc! { "$eq": ["$$this.mode", "exclusive"] };
-    // The least of those there are: none while nobody holds.
+    // `$min` ignores a missing limit: there is none while nobody holds.
     let limit = doc! { "$min": ["$$value.limit", "$$this.shared_limit"] };
     let room = doc! { "$cond": [
         is_exclusive.clone(),
@@ -523,7 +549,7 @@ fn admit(rules: &Rules, now: &Bson) -> Document {
     doc! { "$set": { "admission": { "$cond": [nobody, Bson::Null, walk] } } }
 }
 
-/// The holder that the waiter `$$this` becomes, with `$$token`.
+/// The holder that the waiter `$$this` becomes, with the token `$$token`.
 fn holder(now: &Bson) -> Document {
     let mut holder = doc! {
         "token": "$$token",
@@ -536,46 +562,49 @@ fn holder(now: &Bson) -> Document {
     holder
 }
 
-/// Puts the admission into effect; those who came only to try leave; `rev` rises, and `epoch` with it unless all was
-/// quiet.
-fn finish(parts: &Parts, source: &Source, rules: &Rules, now: &Bson, mark: i64) -> Document {
+/// The last stage of the rules. It applies the admission, removes waiters that only tried, and
+/// raises `rev`, and `notify_rev` with it if other daemons must hear of the edit.
+fn finish(used: &UsedLists, edits: &EditSource, rules: &Rules, now: &Bson, tag: i64) -> Document {
     let any = doc! { "$gt": [{ "$size": { "$ifNull": ["$admission.granted", []] } }, 0] };
     let live = live(rules, now);
     let leaving = filter("$holders", "h", not(&live));
+    // An admission displaces every holder that is no longer live, shared ones too. Touched back to
+    // life later they could be too many.
     let displaced =
         map(leaving, "h", departure("$$h.id", Reason::Displaced, now, if_room(room(lasting(now)))));
     let stay = filter("$holders", "h", live);
     let mut gone = Bson::from(doc! { "$cond": [any.clone(), displaced, []] });
-    if parts.release || parts.revoke {
+    if used.release || used.revoke {
         gone = doc! { "$concatArrays": [gone, "$gone"] }.into();
     }
     let rest = doc! { "$slice": ["$waiters", { "$ifNull": ["$admission.left", 0] }, ALL] };
-    if parts.keep_out {
+    if used.keep_out {
         let granted = doc! { "$ifNull": ["$admission.granted.id", []] };
         let waiting = map(rest.clone(), "w", "$$w.id");
-        gone = and_kept_out(gone, ["$holders.id".into(), granted.into(), waiting], source, now);
+        gone = and_kept_out(gone, ["$holders.id".into(), granted.into(), waiting], edits, now);
     }
     let rev = doc! { "$add": [{ "$ifNull": ["$rev", 0_i64] }, 1_i64] };
     doc! { "$set": {
         "token": { "$ifNull": ["$admission.token", "$token"] },
         "holders": { "$cond": [any, { "$concatArrays": [stay, "$admission.granted"] }, "$holders"] },
         "waiters": filter(rest, "w", "$$w.wait"),
-        "departures": remembered(gone, source, parts, now),
-        "epoch": epoch(parts.loud, &rev),
+        "departures": remembered(gone, edits, used, now),
+        "notify_rev": notify_rev(used.announced, &rev),
         "rev": rev,
         EDITED_AT: now.clone(),
-        MARK: mark,
+        COMMIT_TAG: tag,
         "edit": GONE,
         "gone": GONE,
         "admission": GONE,
     } }
 }
 
-/// The departures with those of this edit before them: the newest, those that the edit names, and those that last.
-fn remembered(gone: Bson, source: &Source, parts: &Parts, now: &Bson) -> Bson {
+/// The departures to remember: all of this edit, the newest others, those whose id the edit names,
+/// and those that last.
+fn remembered(gone: Bson, edits: &EditSource, used: &UsedLists, now: &Bson) -> Bson {
     let count = doc! { "$max": [i32::try_from(REMEMBERED_DEPARTURES).unwrap_or(ALL), { "$size": "$$gone" }] };
     let mut is_kept = lasts(now);
-    if let Some(named) = source.named(parts) {
+    if let Some(named) = edits.named(used) {
         is_kept = doc! { "$or": [is_kept, { "$in": ["$$d.id", named] }] };
     }
     let others = filter(doc! { "$slice": ["$$all", "$$count", ALL] }, "d", is_kept);
@@ -585,19 +614,19 @@ fn remembered(gone: Bson, source: &Source, parts: &Parts, now: &Bson) -> Bson {
     bind(doc! { "gone": gone }, doc! { "$cond": [{ "$eq": ["$$gone", []] }, "$departures", some] })
 }
 
-/// The revision of the latest edit that other daemons should hear of: one that does more than touch leases and refresh
-/// places, or one that moved the line.
-fn epoch(loud: Loudness, rev: &Document) -> Bson {
-    let moved = doc! { "$gt": ["$admission.left", 0] };
-    let told = match loud {
-        Loudness::All => return rev.clone().into(),
-        Loudness::None => moved,
-        Loudness::Some => doc! { "$or": ["$edit.loud", moved] },
+/// The revision of the latest edit that other daemons must hear of: one that does more than touch
+/// leases and refresh waiters, or one that changed the queue.
+fn notify_rev(announced: Announces, rev: &Document) -> Bson {
+    let queue_changed = doc! { "$gt": ["$admission.left", 0] };
+    let must_announce = match announced {
+        Announces::All => return rev.clone().into(),
+        Announces::None => queue_changed,
+        Announces::Some => doc! { "$or": ["$edit.announced", queue_changed] },
     };
-    doc! { "$cond": [told, rev.clone(), "$epoch"] }.into()
+    doc! { "$cond": [must_announce, rev.clone(), "$notify_rev"] }.into()
 }
 
-/// Whether nobody may take the place of the holder `$$h` yet.
+/// Whether the holder `$$h` is live: nobody may take its place yet.
 fn live(rules: &Rules, now: &Bson) -> Document {
     doc! { "$gt": [{ "$add": ["$$h.expires_at", millis(rules.grace)] }, now.clone()] }
 }

@@ -1,5 +1,5 @@
-//! Forgetting what nobody needs, page after page: in the order of the keys and so many at a time, so that no command takes
-//! longer than it may however many keys there are.
+//! Purges keys that have been free for long. It walks all keys in pages of 1,000, so that no
+//! command exceeds its time limit, however many keys there are.
 
 use std::time::Duration;
 
@@ -12,25 +12,26 @@ use super::command::ATTEMPT;
 use crate::lease::{NEVER_GRANTED, millis};
 use crate::store::failure::Failure;
 
-/// Keys in one page.
+/// The number of keys in a page.
 const PAGE: u64 = 1000;
 
-/// All keys in their order, so many at a time.
+/// Divides all keys into pages, in ascending order.
 #[derive(Debug)]
 pub(super) struct Pages {
-    /// Where the next page begins; `None` after the last.
+    /// The next page begins after this key. `None` after the last page.
     after: Option<String>,
 }
 
 impl Default for Pages {
     fn default() -> Self {
-        // Less than every key. Whatever is no string, and so no key, is on no page.
+        // The empty string is less than every key. A document whose `_id` is no string is on no
+        // page.
         Self { after: Some(String::new()) }
     }
 }
 
 impl Pages {
-    /// The next page, as a range of `_id`.
+    /// Returns the next page as a condition on `_id`.
     pub(super) async fn next(&mut self, store: &MongoStore) -> Result<Option<Document>, Failure> {
         let Some(after) = self.after.take() else { return Ok(None) };
         self.after = store.end_of_page(&after).await?;
@@ -41,23 +42,23 @@ impl Pages {
 }
 
 impl MongoStore {
-    /// Forgets what has been of no use for `unused_for`, and returns how many.
+    /// Deletes the records of keys that have been free for `unused_for`, and returns how many.
     pub(super) async fn forget(&self, unused_for: Duration) -> Result<u64, Failure> {
         self.make_index().await;
         let (mut purged, mut pages) = (0, Pages::default());
         while let Some(range) = pages.next(self).await? {
-            let which = self.forgettable(range.clone(), unused_for);
+            let which = self.purgeable(range.clone(), unused_for);
             let delete = doc! { "delete": self.collection.name(), "deletes": [{ "q": which, "limit": 0 }] };
-            purged += self.feed.errands.write(&self.database, delete, &self.concern).await?;
+            purged += self.feed.background.write(&self.database, delete, &self.concern).await?.matched;
             self.unmark_unused(range).await?;
         }
         Ok(purged)
     }
 
-    /// The last key of a full page; `None` if fewer are left.
+    /// Returns the last key of the page after `after`. `None` if fewer keys than a page are left.
     async fn end_of_page(&self, after: &str) -> Result<Option<String>, Failure> {
         let (collection, beyond) = (self.collection.clone(), doc! { "_id": { "$gt": after } });
-        // The index of `_id` alone answers this.
+        // MongoDB answers this from the index on `_id` alone, without reading documents.
         let find = async move {
             let cursor = collection
                 .find(beyond)
@@ -70,15 +71,18 @@ impl MongoStore {
                 .await?;
             cursor.try_collect::<Vec<RawDocumentBuf>>().await
         };
-        let found = self.feed.errands.run(find).await?;
+        let found = self.feed.background.run(find).await?;
         let name =
             |found: &RawDocumentBuf| found.get_str("_id").map(ToOwned::to_owned).map_err(Failure::unknown);
         found.first().map(name).transpose()
     }
 
-    /// What [`Record::is_forgettable`](crate::lease::Record::is_forgettable) says, as a filter. The instants are compared
-    /// and not added to, so that one record with fields of another kind does not stop the purge; and such a record stays.
-    pub(super) fn forgettable(&self, range: Document, unused_for: Duration) -> Document {
+    /// The filter that matches the records for which
+    /// [`Record::is_forgettable`](crate::lease::Record::is_forgettable) is true. A damaged record
+    /// does not match, so it stays.
+    pub(super) fn purgeable(&self, range: Document, unused_for: Duration) -> Document {
+        // Fields are compared and never used in arithmetic: on a field of another type that would
+        // fail the whole purge.
         let ago = |duration| doc! { "$subtract": [self.clock.clone(), millis(duration)] };
         let before = |instant: Bson, duration| doc! { "$lt": [instant, ago(duration)] };
         let never_granted = doc! { "$lte": [{ "$ifNull": ["$token", 0_i64] }, 0_i64] };
@@ -87,6 +91,8 @@ impl MongoStore {
             { "$max": "$departures.at" },
             { "$max": "$waiters.expires_at" },
         ] });
+        // A token is at least the time of its grant. Before the clock has passed the latest token,
+        // a new record could be granted the same token again.
         let granted_at = doc! { "$convert": {
             "input": { "$ifNull": ["$token", 0_i64] }, "to": "date", "onError": self.clock.clone(),
         } };
@@ -108,7 +114,8 @@ impl MongoStore {
     }
 }
 
-/// Whether this is a list, or absent, in which no entry is without the instant that it should have.
+/// An expression that is true if the list is absent, or is an array in which every entry has a date
+/// in the field `instant`.
 fn all_with_dates(list: &str, instant: &str) -> Document {
     let list = doc! { "$ifNull": [format!("${list}"), []] };
     let has_date = doc! { "$eq": [{ "$type": format!("$$this.{instant}") }, "date"] };

@@ -1,4 +1,4 @@
-//! Records found: by their keys, and page after page.
+//! Reads records, by their keys and in pages.
 
 use std::collections::HashMap;
 
@@ -18,21 +18,22 @@ use crate::lease::{Key, Snapshot};
 use crate::store::failure::Failure;
 use crate::store::{ForKey, ListQuery, Page, StoreError, report};
 
-/// Callers that look at a key at once; more wait for their turn, in the order in which they came.
+/// How many callers may inspect a key at once. Others wait in the order of arrival.
 const GETS: usize = 16;
-/// Callers that list keys at once. A few keep one core of the database busy.
+/// How many callers may list keys at once. A few of them keep one core of the database busy.
 const LISTS: usize = 8;
-/// A page of a listing ends past this many bytes.
+/// A page of a listing ends once its records have this many bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
-/// Records of a page that are read in one go, before others get their turn.
-const STEP: usize = 32;
-/// The server's codes for a hint that names no index: `BadValue`, which has other meanings as well, and
-/// `NoQueryExecutionPlans`.
+/// How many records of a page are decoded before other tasks run.
+const CHUNK: usize = 32;
+/// The server's codes for a hint that names no index: `BadValue`, which has other meanings as well,
+/// and `NoQueryExecutionPlans`.
 const BAD_VALUE: i32 = 2;
 const NO_QUERY_EXECUTION_PLANS: i32 = 291;
 
-/// How callers look at keys: over connections of their own and so many at once, so that commits wait for none of them, and
-/// those who look at one key do not wait for those who list many.
+/// Reads for callers who inspect or list keys. They have connections of their own, so that commits
+/// never wait for them. Inspections and listings have separate limits, so that an inspection never
+/// waits for a listing.
 #[derive(Debug, Clone)]
 pub(super) struct Inspection {
     pub(super) collection: Collection<RawDocumentBuf>,
@@ -41,10 +42,10 @@ pub(super) struct Inspection {
 }
 
 impl Inspection {
-    /// `options` are those of the connections for commits.
+    /// `options` are the options of the connections for commits.
     pub(super) fn new(mut options: ClientOptions, location: &Location) -> Result<Self, Unusable> {
         options.max_pool_size = Some(u32::try_from(GETS + LISTS).unwrap_or(u32::MAX));
-        // The URI's may be more than that.
+        // The minimum in the URI may exceed this maximum.
         options.min_pool_size = None;
         let client = Client::with_options(options).map_err(|error| Unusable::Uri(brief(&error)))?;
         Ok(Self {
@@ -54,12 +55,12 @@ impl Inspection {
         })
     }
 
-    /// Lets nobody look any more, and ends the connections.
+    /// Refuses further reads and closes the connections.
     pub(super) async fn end(&self) {
         shut_down(self.collection.client(), &[&self.gets, &self.lists]).await;
     }
 
-    /// Takes all turns of those who list, until what is returned is dropped.
+    /// Blocks all listings until the returned guard is dropped.
     #[cfg(test)]
     pub(super) async fn occupy_lists(&self) -> impl Sized {
         self.lists.occupy().await
@@ -67,95 +68,103 @@ impl Inspection {
 }
 
 impl MongoStore {
-    /// The key's record, for a caller who looks at it.
+    /// Reads the record of `key` for a caller who inspects it.
     pub(super) async fn find_one(&self, key: &Key) -> Result<Option<Snapshot>, StoreError> {
         let Inspection { collection, gets, .. } = &self.inspection;
-        let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(1) };
-        let found = found(collection, gets, by_name(&[key.as_str()]), read).await?;
+        let options =
+            ReadOptions { projection: Some(document::projection(&self.clock)), ..ReadOptions::of(1) };
+        let found = fetch(collection, gets, by_name(&[key.as_str()]), options).await?;
         read_each(&found.documents).into_iter().next().transpose()
     }
 
-    /// The records of those of the keys that have one, in any order.
+    /// Reads the records of the keys that have one, in any order.
     pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<ForKey>, Failure> {
-        let read = Read { projection: Some(document::projection(&self.clock)), ..Read::of(names.len()) };
-        let found = found(&self.collection, &self.runner, by_name(names), read).await?;
+        let options = ReadOptions {
+            projection: Some(document::projection(&self.clock)),
+            ..ReadOptions::of(names.len())
+        };
+        let found = fetch(&self.collection, &self.runner, by_name(names), options).await?;
         Ok(read_each(&found.documents))
     }
 
-    /// Records that have just been edited: as they were right after, or after a later edit.
+    /// Reads records that have just been edited, as of that edit or a later one.
     pub(super) async fn find_edited(
         &self,
         names: &[&str],
     ) -> Result<HashMap<Key, Result<Edited, StoreError>>, Failure> {
-        let found = found(&self.collection, &self.runner, by_name(names), Read::of(names.len())).await?;
+        let found =
+            fetch(&self.collection, &self.runner, by_name(names), ReadOptions::of(names.len())).await?;
         let edited = |document: &RawDocumentBuf| match document::edited(document) {
             Ok(edited) => Some((edited.snapshot.record.key.clone(), Ok(edited))),
-            Err(foreign) => {
-                let unreadable = foreign.into_unreadable()?;
+            Err(invalid) => {
+                let unreadable = invalid.into_unreadable()?;
                 Some((Key::try_from(document.get_str("_id").ok()?).ok()?, Err(unreadable)))
             }
         };
         Ok(found.documents.iter().filter_map(edited).collect())
     }
 
-    /// One page of records in the order of their keys. Those that cannot be read are reported and left out.
+    /// Reads a page of records in the order of their keys. Records that cannot be read are logged
+    /// and left out.
     pub(super) async fn page(&self, query: &ListQuery) -> Result<Page, Failure> {
         let mut after = query.after.as_ref().map(|key| key.as_str().to_owned());
         loop {
-            let found = self.found_for_page(query, after.as_deref()).await?;
+            let found = self.fetch_page(query, after.as_deref()).await?;
             let more = found.cut || found.documents.len() > query.limit;
             let shown = &found.documents[..found.documents.len().min(query.limit)];
             let mut snapshots = Vec::with_capacity(shown.len());
-            for step in shown.chunks(STEP) {
-                let answers = read_each(step).into_iter();
+            for chunk in shown.chunks(CHUNK) {
+                let answers = read_each(chunk).into_iter();
                 snapshots.extend(answers.filter_map(|answer| answer.inspect_err(report).ok()));
                 yield_now().await;
             }
             if !more || !snapshots.is_empty() {
                 return Ok(Page { snapshots, more });
             }
-            // Nothing here can be read, so the caller would have no key that the next page could begin after. The name of
-            // the last document need not be a key: somebody else may have written it.
+            // No record of this page can be read, so the caller would have no key after which the
+            // next page begins. The loop goes on after the last document, whose name need not be a
+            // key: another program may have written it.
             let last = shown.last().and_then(|last| last.get_str("_id").ok());
             after = Some(last.ok_or_else(|| Failure::unknown("a document has no name"))?.to_owned());
         }
     }
 
-    /// The documents after `after` for one page. Goes by the index if it is there, and else has it made.
-    async fn found_for_page(&self, query: &ListQuery, after: Option<&str>) -> Result<Found, Failure> {
+    /// Reads the documents of a page after `after`. Uses the index if it is there, else starts its
+    /// build.
+    async fn fetch_page(&self, query: &ListQuery, after: Option<&str>) -> Result<Documents, Failure> {
         if !query.include_free {
             if self.index.is_there() {
-                let found = self.find_page(query, after, true).await?;
+                let found = self.query_page(query, after, true).await?;
                 if !found.lacks_index {
                     return Ok(found);
                 }
-                tracing::debug!("somebody dropped the index {IN_USE}: listing without it");
+                tracing::debug!("the index {IN_USE} was dropped: listing without it");
                 self.index.lose();
             }
-            // First: without the index, reading may take longer than it may.
+            // Starts before the read below, which may run out of time without the index.
             self.restore_index();
         }
-        self.find_page(query, after, false).await
+        self.query_page(query, after, false).await
     }
 
-    async fn find_page(
+    async fn query_page(
         &self,
         query: &ListQuery,
         after: Option<&str>,
         by_index: bool,
-    ) -> Result<Found, Failure> {
+    ) -> Result<Documents, Failure> {
         let Inspection { collection, lists, .. } = &self.inspection;
-        let read = Read {
+        let options = ReadOptions {
             projection: Some(document::projection(&self.clock)),
             page: Some(PAGE_BYTES),
             hint: by_index.then(|| Hint::Name(IN_USE.to_owned())),
-            ..Read::of(query.limit + 1)
+            ..ReadOptions::of(query.limit + 1)
         };
-        found(collection, lists, self.of_page(query, after, by_index), read).await
+        fetch(collection, lists, self.page_filter(query, after, by_index), options).await
     }
 
-    /// Which records a listing shows.
-    fn of_page(&self, query: &ListQuery, after: Option<&str>, by_index: bool) -> Document {
+    /// The filter for the records that a listing shows.
+    fn page_filter(&self, query: &ListQuery, after: Option<&str>, by_index: bool) -> Document {
         let mut range = doc! { "$gte": &query.prefix };
         if let Some(end) = after_prefix(&query.prefix) {
             range.insert("$lt", end);
@@ -168,7 +177,8 @@ impl MongoStore {
             filter.insert(IN_USE, true);
         }
         if query.include_free {
-            // A key that was never granted is one of which only a settled id is remembered.
+            // A key that was never granted has a record only to keep ids out. Listings do not show
+            // it.
             filter.insert("token", doc! { "$gt": 0_i64 });
         } else {
             let blocked = doc! { "$gt": ["$blocked_until", self.clock.clone()] };
@@ -185,16 +195,18 @@ impl MongoStore {
     }
 }
 
-/// Documents as a majority has them: what is shown here is never rolled back.
-async fn found(
+/// Reads documents with read concern majority. An answer is never built on a write that a failover
+/// undoes.
+async fn fetch(
     collection: &Collection<RawDocumentBuf>,
     runner: &Runner,
     filter: Document,
-    read: Read,
-) -> Result<Found, Failure> {
+    options: ReadOptions,
+) -> Result<Documents, Failure> {
     let collection = collection.clone();
-    let Read { projection, limit, page, hint } = read;
-    // Large records come in several rounds, so that few are read in vain.
+    let ReadOptions { projection, limit, page, hint } = options;
+    // A page is fetched in several round trips. If its records are large it ends early, and few are
+    // fetched in vain.
     let round = if page.is_some() { limit.min(100) } else { limit };
     let find = async move {
         let is_hinted = hint.is_some();
@@ -210,11 +222,11 @@ async fn found(
             .await;
         let mut cursor = match cursor {
             Err(error) if is_hinted && names_no_index(&error) => {
-                return Ok(Found { lacks_index: true, ..Found::default() });
+                return Ok(Documents { lacks_index: true, ..Documents::default() });
             }
             cursor => cursor?,
         };
-        let mut found = Found::default();
+        let mut found = Documents::default();
         let mut size = 0;
         while let Some(document) = cursor.try_next().await? {
             size += document.as_bytes().len();
@@ -229,38 +241,39 @@ async fn found(
     runner.run(find).await
 }
 
-/// What to read of the documents found.
-struct Read {
-    /// Else the whole documents.
+/// What to read of the documents that match a filter.
+struct ReadOptions {
+    /// `None`: whole documents.
     projection: Option<Document>,
-    /// At most so many.
+    /// The maximum number of documents.
     limit: usize,
-    /// In the order of the keys, and no more once past so many bytes.
+    /// Reads in the order of the keys and stops once the documents have this many bytes.
     page: Option<usize>,
-    /// By this index.
+    /// The index to use.
     hint: Option<Hint>,
 }
 
-impl Read {
+impl ReadOptions {
     fn of(limit: usize) -> Self {
         Self { projection: None, limit, page: None, hint: None }
     }
 }
 
 #[derive(Default)]
-struct Found {
+struct Documents {
     documents: Vec<RawDocumentBuf>,
-    /// There may be more, past the bytes.
+    /// Whether the read stopped at the limit on bytes, so that there may be more documents.
     cut: bool,
-    /// Nothing was looked for: the index to go by is not there.
+    /// The index to use does not exist, so nothing was read.
     lacks_index: bool,
 }
 
-/// Whether the server says that the hint of a query names no index. Any other failure says nothing of the index.
+/// Whether a query failed because its hint names no index.
 fn names_no_index(error: &Error) -> bool {
     match error.kind.as_ref() {
         ErrorKind::Command(command) => match command.code {
-            // The message repeats the query, and so what the caller asked for.
+            // The code has other meanings, so the message decides. The message repeats the caller's
+            // query, so a short text would not do.
             BAD_VALUE => command.message.contains("hint provided does not correspond to an existing index"),
             code => code == NO_QUERY_EXECUTION_PLANS,
         },
@@ -271,7 +284,7 @@ fn names_no_index(error: &Error) -> bool {
 fn read_each(documents: &[RawDocumentBuf]) -> Vec<ForKey> {
     let read = |document: &RawDocumentBuf| match document::snapshot(document) {
         Ok(snapshot) => Some(Ok(snapshot)),
-        Err(foreign) => foreign.into_unreadable().map(Err),
+        Err(invalid) => invalid.into_unreadable().map(Err),
     };
     documents.iter().filter_map(read).collect()
 }
@@ -280,11 +293,12 @@ fn by_name(names: &[&str]) -> Document {
     doc! { "_id": { "$in": names } }
 }
 
-/// The least string above all that begin with `prefix`; `None` if there is none, or every string begins so.
+/// Returns the least string that is greater than every string with this prefix. `None` if there is
+/// none.
 fn after_prefix(prefix: &str) -> Option<String> {
     let mut characters: Vec<char> = prefix.chars().collect();
     while let Some(last) = characters.pop() {
-        // The next character in the order of UTF-8 bytes, which is the order of code points.
+        // The order of code points is the order of UTF-8 bytes.
         if let Some(next) = (last..=char::MAX).nth(1) {
             characters.push(next);
             return Some(characters.into_iter().collect());

@@ -1,4 +1,4 @@
-//! When the store can take commits, on a replica set that loses nodes.
+//! Tests of the readiness check, on a replica set that loses nodes.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::{Location, MongoStore};
 use crate::lease::{LeaseId, Rules};
 use crate::store::Store;
 
-const RULES: Rules = Rules { grace: Duration::from_millis(100), place: Duration::from_secs(15) };
+const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
 const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn store_at(uri: &str) -> MongoStore {
@@ -23,7 +23,7 @@ async fn store_at(uri: &str) -> MongoStore {
     MongoStore::connect(&location, RULES).await.expect("a usable store")
 }
 
-/// Waits until the store says so.
+/// Waits until the check succeeds if `is_ready` is true, else until it fails.
 async fn until_ready(store: &MongoStore, is_ready: bool) {
     let looking = async {
         while store.check().await.is_ok() != is_ready {
@@ -33,7 +33,7 @@ async fn until_ready(store: &MongoStore, is_ready: bool) {
     timeout(PATIENCE, looking).await.unwrap_or_else(|_| panic!("never ready: {is_ready}"));
 }
 
-/// Its secondaries live, so it stays the primary; but they stop to replicate.
+/// The secondaries run, so the primary stays primary. But they do not replicate.
 #[tokio::test]
 async fn a_primary_without_a_majority_is_not_ready() {
     let set = ReplicaSet::start().await.expect("three nodes");
@@ -53,15 +53,15 @@ async fn a_primary_without_a_majority_is_not_ready() {
     };
     stop("alwaysOn").await;
     until_ready(&store, false).await;
-    assert_eq!(set.primary().await, Some(primary), "it is still the primary");
+    assert_eq!(set.primary().await, Some(primary), "the primary is the same node");
     stop("off").await;
     until_ready(&store, true).await;
     ended.cancel();
-    timeout(PATIENCE, beats).await.expect("an end in time").expect("an end in peace");
+    timeout(PATIENCE, beats).await.expect("an end in time").expect("no panic");
 }
 
 #[tokio::test]
-async fn a_set_of_which_two_nodes_of_three_stand_still_is_not_ready() {
+async fn a_set_in_which_two_of_three_nodes_are_paused_is_not_ready() {
     let set = ReplicaSet::start().await.expect("three nodes");
     let store = store_at(set.uri()).await;
     until_ready(&store, true).await;
@@ -76,9 +76,9 @@ async fn a_set_of_which_two_nodes_of_three_stand_still_is_not_ready() {
     until_ready(&store, true).await;
 }
 
-/// A connection to one node only answers all the same when that node is a secondary.
+/// A direct connection to a node still answers when the node has become a secondary.
 #[tokio::test]
-async fn a_node_that_is_the_primary_no_longer_is_not_ready() {
+async fn a_node_that_is_no_longer_the_primary_is_not_ready() {
     let set = ReplicaSet::start().await.expect("three nodes");
     let old = set.wait_for_primary().await.expect("a primary");
     let mut store = store_at(set.uri()).await;

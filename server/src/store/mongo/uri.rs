@@ -1,4 +1,5 @@
-//! The connection string: what is read of it, what is refused by name, and what of it must never be printed.
+//! The connection string: reads it, refuses unsafe options by name, and keeps the password out of
+//! messages.
 
 use std::time::Duration;
 
@@ -10,10 +11,11 @@ use super::ConnectError;
 use super::check::Unusable;
 use super::command::brief;
 
-/// Options that decide where reads go and what they see, the one value that is safe, and what to do about any other.
+/// Options that decide where reads go and what they see. Each with its only safe value and what to
+/// do instead of another value.
 ///
-/// Answers are read off records after a commit, so a read from a node that lags, or of what a failover may undo,
-/// would tell two callers that they hold the same key.
+/// Callers are answered from records that are read after a commit. A read from a node that lags, or
+/// of a write that a failover may undo, would tell two callers that they hold the same key.
 const READS: [(&str, Option<&str>, &str); 4] = [
     ("readPreference", Some("primary"), "say readPreference=primary or leave it out"),
     ("readConcernLevel", Some("majority"), "say readConcernLevel=majority or leave it out"),
@@ -21,14 +23,17 @@ const READS: [(&str, Option<&str>, &str); 4] = [
     ("maxStalenessSeconds", None, "leave it out"),
 ];
 
-/// Connections that a daemon uses at once: for the change stream, which holds one for as long as nothing happens, for two batches
-/// of commits, and for upkeep, such as an index that is being built. With fewer, commits wait for the others.
+/// How many connections a daemon uses at once: one for the change stream, which holds it while
+/// nothing happens, two for batches of commits, and one for background work, such as the build of
+/// an index. With fewer, commits would wait for the others.
 const CONNECTIONS: u32 = 4;
 
-/// Options that the driver has only with compression built in. It refuses them as misspellings of themselves.
+/// Options for compression, which is not built in. Without it the driver would call them
+/// misspelled.
 const COMPRESSION: [&str; 2] = ["compressors", "zlibCompressionLevel"];
 
-/// Reads the URI. What it leaves open is set to notice a lost primary within seconds.
+/// Reads the URI. Sets what it leaves open, so that the loss of a primary is noticed within
+/// seconds.
 pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectError> {
     refuse_other_reads(uri)?;
     refuse_compression(uri)?;
@@ -47,10 +52,12 @@ pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectEr
     options.max_pool_size.get_or_insert(64);
     options.max_connecting.get_or_insert(8);
     options.connect_timeout.get_or_insert(Duration::from_secs(2));
-    // Shorter than an attempt at a command: a primary that cannot be found is then known not to have done anything.
+    // Shorter than an attempt at a command, which takes up to 2 s. So "no primary" is reported
+    // before the attempt times out, and is known to mean "not applied".
     options.server_selection_timeout.get_or_insert(Duration::from_millis(1800));
     options.heartbeat_freq.get_or_insert(Duration::from_secs(1));
-    // Edits are idempotent and the daemon repeats them; the server need not keep an image of each for the driver.
+    // The daemon repeats batches itself. With retryable writes the server would store an image of
+    // each document for the driver.
     options.retry_writes = Some(false);
     Ok(options)
 }
@@ -59,8 +66,8 @@ pub(super) fn unusable(error: &Error) -> Unusable {
     Unusable::Uri(brief(error))
 }
 
-/// The only write concern that is safe. `w=N` may be less than a majority of the voting members that hold data: a set
-/// can have members without a vote, hidden ones and arbiters.
+/// The only safe write concern. `w=N` may be less than a majority, because a set can have arbiters
+/// and members that are hidden or do not vote.
 pub(super) fn write_concern() -> WriteConcern {
     let mut concern = WriteConcern::majority();
     concern.journal = Some(true);
@@ -75,13 +82,15 @@ fn refuse_weak_writes(asked: Option<&WriteConcern>) -> Result<(), Unusable> {
     let weak = match &asked.w {
         None | Some(Acknowledgment::Majority) => return Ok(()),
         Some(Acknowledgment::Nodes(nodes)) => format!("w={nodes}"),
-        // Its name is not shown: in a malformed URI it may be a piece of the password.
+        // The message omits the name of the concern: in a malformed URI it may be a part of the
+        // password.
         Some(_) => "a w of its own".to_owned(),
     };
     Err(Unusable::WeakWrites(weak, "say w=majority"))
 }
 
-/// The URI is read here and not by the driver, which knows some of these options only beside others.
+/// Refuses unsafe options for reads. Looks at the URI itself, because the driver accepts some of
+/// these options only together with others.
 fn refuse_other_reads(uri: &str) -> Result<(), Unusable> {
     for (name, value) in pairs(uri) {
         let of_reads = READS.iter().find(|(option, ..)| option.eq_ignore_ascii_case(name));
@@ -99,17 +108,17 @@ fn refuse_compression(uri: &str) -> Result<(), Unusable> {
     COMPRESSION.into_iter().find(asked).map_or(Ok(()), |option| Err(Unusable::Compression(option)))
 }
 
-/// The options in a URI, as they are written.
+/// The options in a URI, as written.
 fn pairs(uri: &str) -> impl Iterator<Item = (&str, &str)> {
     let options = uri.split_once('?').map_or("", |(_, options)| options);
     options.split('&').filter_map(|option| option.split_once('='))
 }
 
-/// Says what an error means and nothing that is secret, so that it may be printed.
+/// Removes secrets from errors, and adds hints.
 #[derive(Debug)]
 pub(super) struct Printer {
     secrets: Secrets,
-    /// Whether the daemon speaks TLS; known once the URI could be read.
+    /// Whether the daemon uses TLS. `None` until the URI has been read.
     pub(super) tls: Option<bool>,
 }
 
@@ -122,7 +131,9 @@ impl Printer {
         self.tls = Some(matches!(options.tls, Some(Tls::Enabled(_))));
     }
 
-    /// The error as it may be printed.
+    /// Returns the error without secrets. Hides the whole cause if a word of the password may be in
+    /// it: with a `?` that is not encoded the driver takes a part of the password for a port or an
+    /// option and repeats it.
     pub(super) fn printable(&self, mut error: ConnectError) -> ConnectError {
         let is_uri = matches!(error, ConnectError::Unusable(Unusable::Uri(_)));
         if let Some(cause) = error.cause_mut() {
@@ -135,7 +146,8 @@ impl Printer {
         error
     }
 
-    /// What is likely wrong with the connection. The driver shows what each node said as text only.
+    /// The likely reason for a failed connection. The driver reports errors of nodes as text only,
+    /// so the text is searched.
     fn hint(&self, cause: &str) -> Option<&'static str> {
         let says = |text: &str| cause.contains(text);
         match self.tls? {
@@ -149,7 +161,7 @@ impl Printer {
             false if says("unexpected end of file") || says("onnection reset") => Some(
                 "MongoDB may speak only TLS: say tls=true in the URI, and tlsCAFile=FILE for a CA of your own",
             ),
-            // Every host that answered was of another set.
+            // Every host that answered belongs to another set.
             _ if says("Topology:") && !says("Servers:") => {
                 Some("no host in the URI belongs to the set that its replicaSet names")
             }
@@ -158,11 +170,11 @@ impl Printer {
     }
 }
 
-/// Takes the place of a cause in which the password may be.
-const HIDDEN: &str = "why is not shown, because that contains what may be a part of the password";
+/// Replaces a cause that may contain the password.
+const HIDDEN: &str = "the reason is not shown, because it may contain a part of the password";
 const ENCODE: &str = "in a user or a password write : / ? # [ ] @ % as %3A %2F %3F %23 %5B %5D %40 %25";
 
-/// The words of a URI that may be a password or a part of one, in lower case.
+/// The words of a URI that may belong to the password, in lower case.
 #[derive(Debug)]
 struct Secrets(Vec<String>);
 
@@ -170,12 +182,13 @@ impl Secrets {
     fn of(uri: &str) -> Self {
         let rest = ["mongodb://", "mongodb+srv://"].iter().find_map(|scheme| uri.strip_prefix(scheme));
         let Some((credentials, _)) = rest.unwrap_or(uri).rsplit_once('@') else { return Self(Vec::new()) };
-        // The user's name is not secret. Where it ends is open without a scheme, or with a `?` that is not encoded.
+        // The user's name is not secret. But without a scheme, or with a `?` that is not encoded,
+        // its end is unknown.
         let secret = match credentials.split_once(':') {
             Some((_, password)) if rest.is_some() && !credentials.contains('?') => password,
             _ => credentials,
         };
-        // The driver decodes what it takes for options.
+        // The driver decodes text that it takes for options, so decoded words count as well.
         let decoded = percent_decode_str(secret).decode_utf8_lossy();
         let words =
             [secret, &decoded].into_iter().flat_map(|text| text.split(|c: char| !c.is_alphanumeric()));
@@ -194,7 +207,7 @@ mod tests {
 
     use super::*;
 
-    /// What a daemon prints of this URI, if it cannot use it. Asks no name server and no MongoDB.
+    /// What a daemon prints about a URI that it cannot use. Contacts no name server and no MongoDB.
     fn printed(uri: &str) -> Option<String> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let error = runtime.block_on(client_options(uri)).err()?;
@@ -202,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_driver_says_what_is_wrong_unless_that_is_a_part_of_the_password() {
+    fn the_drivers_message_is_shown_unless_it_may_contain_a_part_of_the_password() {
         for (uri, said, hidden) in [
             ("mongodb://app:S3cret?x@127.0.0.1/", "%3F", "s3cret"),
             ("mongodb://app:S3cret?w=x@127.0.0.1/", "%3F", "s3cret"),
@@ -219,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_that_are_not_from_the_primary_and_a_majority_are_refused_by_name() {
+    fn options_for_reads_not_from_the_primary_with_a_majority_are_refused_by_name() {
         for option in [
             "readPreference=secondary",
             "readpreference=secondaryPreferred",
@@ -240,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_in_which_commits_would_wait_for_other_work_is_refused() {
+    fn a_pool_so_small_that_commits_would_wait_for_other_work_is_refused() {
         for size in 1..CONNECTIONS {
             let text = printed(&format!("mongodb://127.0.0.1/?maxPoolSize={size}")).expect("a small pool");
             assert!(text.contains(&format!("maxPoolSize={size}")) && text.contains("4 or more"), "{text}");
@@ -249,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn compression_is_refused_as_what_is_not_built_in() {
+    fn options_for_compression_are_refused_as_not_built_in() {
         for option in ["compressors=snappy", "Compressors=zstd,zlib", "zlibCompressionLevel=6"] {
             let text = printed(&format!("mongodb://127.0.0.1/?appName=a&{option}")).expect(option);
             assert!(text.contains("compression is not built in"), "{option}: {text}");
@@ -257,7 +270,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_uri_leaves_open_is_the_primary_and_a_majority() {
+    async fn reads_and_writes_default_to_the_primary_and_a_majority() {
         let options = client_options("mongodb://127.0.0.1/").await.expect("a URI");
         assert_eq!(options.selection_criteria, Some(ReadPreference::Primary.into()));
         assert_eq!(options.read_concern, Some(ReadConcern::majority()));
@@ -265,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_are_acknowledged_by_a_majority_and_nothing_else_is_accepted() {
+    fn every_write_concern_other_than_a_majority_is_refused() {
         for option in
             ["w=0", "w=1", "w=2", "w=3", "w=50", "w=nearby", "journal=false", "w=majority&journal=false"]
         {
@@ -277,7 +290,7 @@ mod tests {
         }
     }
 
-    /// Pieces of passwords that are long enough to be told from words of the driver.
+    /// Parts of passwords, long enough not to occur in the driver's own words.
     fn words() -> impl Strategy<Value = Vec<String>> {
         prop::collection::vec("[A-Za-z0-9]{5,9}[0-9]{3}", 1..4)
     }

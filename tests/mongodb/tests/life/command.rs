@@ -1,4 +1,5 @@
-//! The command: its server ends with it whatever ends it, and it is a good wrapper of another command.
+//! The command `throwaway-mongodb`: its server ends with it, whatever ends it, and it wraps another
+//! command faithfully.
 
 use std::io::{BufRead, BufReader, Write, pipe};
 use std::process::{Child, Command, Stdio};
@@ -13,7 +14,7 @@ fn throwaway(arguments: &[&str]) -> Command {
     command
 }
 
-/// What the process says first.
+/// Returns the first line that the process prints.
 fn line(child: &mut Child) -> String {
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -29,7 +30,7 @@ fn code(child: &mut Child) -> Option<i32> {
 }
 
 #[tokio::test]
-async fn a_server_ends_with_its_parent_even_if_that_is_killed() {
+async fn a_server_ends_with_its_parent_even_if_the_parent_is_killed() {
     let mut parent = throwaway(&[]).spawn().unwrap();
     let traces = Traces::of(&line(&mut parent)).await;
     parent.kill().unwrap();
@@ -48,7 +49,7 @@ async fn a_paused_server_ends_with_its_killed_parent_too() {
 }
 
 #[tokio::test]
-async fn ctrl_c_and_sigterm_end_it_cleanly() {
+async fn ctrl_c_and_sigterm_end_the_command_cleanly() {
     for end in [Signal::INT, Signal::TERM] {
         let mut parent = throwaway(&[]).spawn().unwrap();
         let traces = Traces::of(&line(&mut parent)).await;
@@ -68,7 +69,7 @@ fn a_command_gets_the_uri_and_its_output_and_exit_code_are_passed_on() {
 }
 
 #[test]
-fn a_signal_that_ended_the_command_is_told_as_a_shell_would() {
+fn a_signal_that_ended_the_command_is_reported_as_by_a_shell() {
     let status = throwaway(&["sh", "-c", "kill -TERM $$"]).status().unwrap();
     assert_eq!(status.code(), Some(128 + 15));
 }
@@ -83,7 +84,7 @@ fn sigterm_is_passed_on_and_the_command_is_waited_for() {
 }
 
 #[test]
-fn ctrl_c_is_left_to_the_command_which_is_waited_for() {
+fn ctrl_c_is_left_to_the_command_and_the_command_is_waited_for() {
     let script = "echo ready; read -r word; exit \"$word\"";
     let mut parent = throwaway(&["sh", "-c", script]).spawn().unwrap();
     assert_eq!(line(&mut parent), "ready");
@@ -93,7 +94,7 @@ fn ctrl_c_is_left_to_the_command_which_is_waited_for() {
 }
 
 #[test]
-fn wrong_usage_and_a_missing_command_are_told() {
+fn wrong_usage_and_a_missing_command_are_reported() {
     assert_eq!(throwaway(&["--nonsense"]).status().unwrap().code(), Some(2));
     let missing = throwaway(&["/nowhere/command"]).output().unwrap();
     assert_eq!(missing.status.code(), Some(1));
@@ -101,7 +102,7 @@ fn wrong_usage_and_a_missing_command_are_told() {
 }
 
 #[test]
-fn without_a_mongod_it_says_how_to_get_one() {
+fn without_a_mongod_the_command_says_how_to_get_one() {
     let folder = concat!(env!("CARGO_TARGET_TMPDIR"), "/no-mongod");
     let mut lacking = throwaway(&["true"]);
     lacking.env("CARGO_TARGET_DIR", folder).env("PATH", "/nowhere").env_remove("LEASED_MONGOD");
@@ -114,7 +115,7 @@ fn without_a_mongod_it_says_how_to_get_one() {
 }
 
 #[test]
-fn what_nobody_reads_harms_nothing() {
+fn output_that_nobody_reads_does_not_change_the_exit_code() {
     for (option, code) in [("--help", 0), ("--nonsense", 2)] {
         let broken = || pipe().unwrap().1;
         let status = throwaway(&[option]).stdout(broken()).stderr(broken()).status().unwrap();

@@ -1,14 +1,15 @@
-//! The server lives exactly as long as it should. Needs a `mongod`, and fetches one if there is none.
+//! A throwaway server lives exactly as long as it should. The tests need a `mongod`, and fetch one
+//! if there is none.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 
-/// The server as its owner sees it.
+/// The single server: started, paused, killed, restarted, stopped, dropped, shared.
 mod server;
 
 /// Three servers and their failovers.
 mod replica_set;
 
-/// The command that gives another one a server.
+/// The command that runs another command with a server.
 mod command;
-/// What must be gone when a server is.
+/// The process, the port and the folder of a server, which must all be gone when it is.
 mod traces;

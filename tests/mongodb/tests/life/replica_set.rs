@@ -1,4 +1,5 @@
-//! Three servers as a test of failovers uses them: the primary steps down, is killed, is paused, and comes back.
+//! Three servers as a test of failovers uses them: the primary steps down, is killed or paused, and
+//! comes back.
 
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use tokio::time::timeout;
 
 use crate::traces::{Traces, hello};
 
-/// Ten times what an election takes here, and a third of what a primary that stepped down abstains from the next.
+/// How long an election may take. It is ten times what an election takes here, and a third of the
+/// time for which a primary that stepped down cannot be elected again.
 const BOUND: Duration = Duration::from_secs(20);
 
 async fn things(uri: &str) -> Collection<Document> {
@@ -30,7 +32,7 @@ async fn is_secondary(set: &ReplicaSet, node: usize) -> bool {
 }
 
 #[tokio::test]
-async fn a_primary_that_steps_down_is_followed_by_another_as_often_as_one_likes() {
+async fn every_primary_that_steps_down_is_followed_by_another() {
     let mut set = ReplicaSet::start().await.unwrap();
     let seen = hello(set.uri()).await;
     let hosts = seen.get_array("hosts").unwrap();
@@ -42,13 +44,13 @@ async fn a_primary_that_steps_down_is_followed_by_another_as_often_as_one_likes(
     assert_ne!(second, first);
     assert!(set.primary().await == Some(second) && is_secondary(&set, first).await);
     assert_ne!(set.step_down().await.unwrap(), second);
-    // Whoever follows has stepped down before, unless it is the third.
+    // The next primary may be one that has stepped down before.
     let killed = set.kill_primary().await.unwrap();
     assert_ne!(next_primary(&set).await, killed);
 }
 
 #[tokio::test]
-async fn a_killed_primary_is_followed_and_comes_back_with_what_a_majority_has() {
+async fn a_killed_primary_is_followed_by_another_and_returns_with_all_data() {
     let mut set = ReplicaSet::start().await.unwrap();
     let before = things(set.uri()).await;
     insert(&before, 1).await;
@@ -65,7 +67,7 @@ async fn a_killed_primary_is_followed_and_comes_back_with_what_a_majority_has() 
 }
 
 #[tokio::test]
-async fn a_paused_primary_is_followed_and_falls_in_line_when_it_is_resumed() {
+async fn a_paused_primary_is_followed_and_is_a_secondary_when_resumed() {
     let set = ReplicaSet::start().await.unwrap();
     let paused = set.primary().await.unwrap();
     set.pause(paused).unwrap();
@@ -83,7 +85,7 @@ async fn a_paused_primary_is_followed_and_falls_in_line_when_it_is_resumed() {
 }
 
 #[tokio::test]
-async fn a_dropped_set_leaves_nothing_whether_its_nodes_run_or_are_paused_or_killed() {
+async fn a_dropped_set_leaves_nothing_even_of_paused_and_killed_nodes() {
     let mut set = ReplicaSet::start().await.unwrap();
     let mut traces = Vec::new();
     for node in 0..3 {

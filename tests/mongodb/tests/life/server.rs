@@ -1,4 +1,4 @@
-//! The server as its owner sees it: started, paused, killed, restarted, stopped, dropped, shared.
+//! The single server: started, paused, killed, restarted, stopped, dropped, shared.
 
 use std::process::Command;
 use std::time::Duration;
@@ -41,7 +41,7 @@ async fn a_stopped_server_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_dropped_server_leaves_nothing_also_when_it_is_paused() {
+async fn a_dropped_server_leaves_nothing_even_if_it_is_paused() {
     let mongod = Mongod::start().await.unwrap();
     let traces = Traces::of(mongod.uri()).await;
     mongod.pause().unwrap();
@@ -50,7 +50,7 @@ async fn a_dropped_server_leaves_nothing_also_when_it_is_paused() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_dropped_while_it_is_killed_leaves_nothing() {
+async fn a_server_that_is_dropped_after_it_was_killed_leaves_nothing() {
     let mut mongod = Mongod::start().await.unwrap();
     let traces = Traces::of(mongod.uri()).await;
     mongod.kill().unwrap();
@@ -84,7 +84,8 @@ fn a_shared_server_outlives_the_runtimes_that_ask_for_it() {
     println!("shared {}", uris[0]);
 }
 
-/// Runs the test above as a process of its own, and gives the URI that it says.
+/// Runs the test of a shared server in a process of its own, and returns the URI that the test
+/// prints.
 fn shared_elsewhere(named: Option<&str>) -> String {
     let mut tests = Command::new(std::env::current_exe().unwrap());
     tests.args(["--exact", "server::a_shared_server_outlives_the_runtimes_that_ask_for_it", "--nocapture"]);
@@ -95,12 +96,12 @@ fn shared_elsewhere(named: Option<&str>) -> String {
 }
 
 #[tokio::test]
-async fn a_shared_server_ends_with_its_process_though_nothing_drops_it() {
+async fn a_shared_server_ends_with_its_process_although_nothing_drops_it() {
     refused(&shared_elsewhere(None)).await;
 }
 
 #[tokio::test]
-async fn a_named_server_is_shared_instead() {
+async fn a_server_named_in_the_environment_is_shared_instead() {
     let mongod = Mongod::standalone().await.unwrap();
     assert_eq!(shared_elsewhere(Some(mongod.uri())), mongod.uri());
     hello(mongod.uri()).await;

@@ -1,4 +1,5 @@
-//! What a server leaves to be seen while it lives, and what must be gone when it does not.
+//! The process, the port and the folder of a server. They exist while it runs, and must be gone
+//! when it has ended.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group, te
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
+/// The traces of one server.
 pub(crate) struct Traces {
     pub(crate) address: String,
     process: Pid,
@@ -16,6 +18,7 @@ pub(crate) struct Traces {
 }
 
 impl Traces {
+    /// Asks the server at `uri` for its traces.
     pub(crate) async fn of(uri: &str) -> Self {
         let admin = Client::with_uri_str(uri).await.unwrap().database("admin");
         let status = admin.run_command(doc! { "serverStatus": 1 }).await.unwrap();
@@ -26,13 +29,14 @@ impl Traces {
         Self { address: address(uri), process, folder: data.parent().unwrap().to_owned() }
     }
 
-    /// Stops the process, and hangs up its group: the system does that when the owner of a stopped one ends.
+    /// Stops the process, and sends HUP to its process group, as the system does when the parent of
+    /// a stopped process ends.
     pub(crate) fn pause_and_hang_up(&self) {
         kill_process(self.process, Signal::STOP).unwrap();
         kill_process_group(getpgid(Some(self.process)).unwrap(), Signal::HUP).unwrap();
     }
 
-    /// Waits until nothing is left.
+    /// Waits until no trace is left.
     pub(crate) async fn gone(&self) {
         refused(&format!("mongodb://{}/", self.address)).await;
         until(&self.folder.display().to_string(), async || {
@@ -42,7 +46,7 @@ impl Traces {
     }
 }
 
-/// Waits until nobody listens at the URI.
+/// Waits until no server listens at the URI.
 pub(crate) async fn refused(uri: &str) {
     until(uri, async || TcpStream::connect(address(uri)).await.is_err()).await;
 }
@@ -56,7 +60,7 @@ async fn until(what: &str, holds: impl AsyncFn() -> bool) {
     assert!(timeout(Duration::from_secs(30), wait).await.is_ok(), "{what} is still there");
 }
 
-/// The host and port of a URI.
+/// Returns the host and port of a URI.
 pub(crate) fn address(uri: &str) -> String {
     uri.trim_start_matches("mongodb://").split('/').next().unwrap().to_owned()
 }

@@ -1,4 +1,4 @@
-//! The change feed goes on after whatever happens to it.
+//! Tests that the change feed goes on after every fault.
 
 use std::time::Duration;
 
@@ -6,8 +6,8 @@ use mongodb::Client;
 use mongodb::bson::{Document, doc};
 use throwaway_mongodb::{Mongod, ReplicaSet};
 
-use super::{RULES, at_pace, eventually, lease, marker, registered, store, store_at, two};
-use crate::store::mongo::{ConnectError, Location, MongoStore, Pace, Unusable};
+use super::{RULES, eventually, lease, marker, registered, store, store_at, two, with_heartbeat};
+use crate::store::mongo::{ConnectError, HeartbeatConfig, Location, MongoStore, Unusable};
 use crate::store::{FeedEvent, FeedState, Store};
 
 #[tokio::test]
@@ -18,8 +18,8 @@ async fn the_feed_goes_on_after_the_collection_was_dropped() {
     listener.goes_on_after_a_gap().await;
 }
 
-/// Has the server fail every such command, until it is told not to. Fail points are the whole server's, so it must be
-/// the test's own.
+/// Makes the server fail every command of this kind, until [`fail_no_more`]. Fail points apply to
+/// the whole server, so the test needs a server of its own.
 async fn fail(mongod: &Mongod, command: &str, failure: Document) {
     let mut data = failure;
     data.insert("failCommands", [command]);
@@ -45,7 +45,7 @@ async fn the_feed_goes_on_after_every_failure_of_its_stream() {
     let store = store_at(mongod.uri()).await;
     let (mut listener, _other) = two(&store).await;
     for failure in [
-        // History lost, cursor not found, a step down, and one that is no good at all.
+        // ChangeStreamHistoryLost, CursorNotFound, PrimarySteppedDown, and UnknownError.
         doc! { "errorCode": 286 },
         doc! { "errorCode": 43 },
         doc! { "errorCode": 189 },
@@ -60,7 +60,7 @@ async fn the_feed_goes_on_after_every_failure_of_its_stream() {
 }
 
 #[tokio::test]
-async fn a_feed_that_cannot_be_opened_says_so_and_gaps_until_it_can() {
+async fn a_feed_that_cannot_be_opened_is_broken_and_reports_gaps_until_it_can() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     fail(&mongod, "aggregate", doc! { "errorCode": 8 }).await;
@@ -68,22 +68,22 @@ async fn a_feed_that_cannot_be_opened_says_so_and_gaps_until_it_can() {
     assert_eq!(listener.next().await, FeedEvent::Gap);
     assert_eq!(listener.store.feed_state(), FeedState::Broken);
     fail_no_more(&mongod).await;
-    eventually(async || listener.is_followed()).await;
+    eventually(async || listener.is_open()).await;
     listener.goes_on_after_a_gap().await;
 }
 
 #[tokio::test]
-async fn an_open_feed_stays_open_while_no_sign_of_life_can_be_given() {
+async fn an_open_feed_stays_open_while_heartbeats_fail() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
-    let store = at_pace(store_at(mongod.uri()).await, |pace| Pace {
-        patience: 1,
-        alive: Duration::from_millis(1500),
-        ..pace
+    let store = with_heartbeat(store_at(mongod.uri()).await, |heartbeat| HeartbeatConfig {
+        empty_polls: 1,
+        timeout: Duration::from_millis(1500),
+        ..heartbeat
     });
     let (mut listener, _other) = two(&store).await;
     let namespace = registered(&store).namespace().to_string();
     fail(&mongod, "update", doc! { "errorCode": 189, "namespace": namespace }).await;
-    // Until both would count as dead.
+    // Waits until neither daemon would count as alive.
     let dead = doc! { "seen_at": { "$exists": true }, "$expr": { "$lt": ["$seen_at", { "$subtract": ["$$NOW", 2000] }] } };
     eventually(async || {
         (registered(&store).count_documents(dead.clone()).await.expect("done") == 2).then_some(())
@@ -105,17 +105,20 @@ async fn a_user_who_may_not_open_a_change_stream_is_told_at_the_start() {
     assert!(refused.to_string().contains("changeStream on its collection"), "{refused}");
 }
 
-/// The old primary goes on to serve the stream, until something happens to it.
+/// After a step down the old primary goes on to serve the stream.
 #[tokio::test]
 async fn the_feed_goes_on_through_failovers() {
     let mut set = ReplicaSet::start().await.expect("three nodes");
-    let store = at_pace(store_at(set.uri()).await, |pace| Pace { stale: Duration::from_secs(2), ..pace });
+    let store = with_heartbeat(store_at(set.uri()).await, |heartbeat| HeartbeatConfig {
+        max_lag: Duration::from_secs(2),
+        ..heartbeat
+    });
     let old_uri = set.node_uri(set.wait_for_primary().await.expect("done")).expect("done");
     let (mut listener, _other) = two(&store).await;
     set.step_down().await.expect("done");
     listener.goes_on().await;
 
-    // It does not know what the others agree on, and says that nothing happens.
+    // The node no longer learns what a majority has, and answers that there are no changes.
     set_fail_point(&old_uri, doc! { "configureFailPoint": "stopReplProducer", "mode": "alwaysOn" }).await;
     listener.goes_on_after_a_gap().await;
     set_fail_point(&old_uri, doc! { "configureFailPoint": "stopReplProducer", "mode": "off" }).await;

@@ -1,0 +1,238 @@
+//! One lease on one keepalive stream, from the message that names it until it is lost or the stream
+//! ends.
+//!
+//! ```text
+//!  named ──► unconfirmed ── a commit here shows it held ──► held ── a record shows it gone ──► lost ──► told
+//!                 │                                                                                     ▲
+//!                 └──────── the answer to the message that names it says that it is lost ───────────────┘
+//! ```
+
+use std::mem::replace;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::Slot;
+use super::lease_set::Inbox;
+use crate::boot_instant::BootInstant;
+use crate::engine::Touched;
+use crate::lease::{Edit, Holder, LeaseName, Reason, Snapshot, Standing};
+
+/// A touch is coalesced while the latest written one is younger than the TTL divided by this.
+const COALESCE_DIVISOR: u32 = 10;
+
+/// A lease on a stream. A lease that is named again after its loss gets a new one.
+#[derive(Debug)]
+pub(crate) struct StreamLease {
+    name: LeaseName,
+    /// When a message named the lease first.
+    since: BootInstant,
+    inbox: Arc<Inbox>,
+    state: Mutex<State>,
+    _slot: Slot,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// A commit of this daemon has shown the lease held.
+    held: bool,
+    renewal: Option<Renewal>,
+    loss: Option<Loss>,
+    /// Messages that name the lease and are not answered yet. While there are any, only their
+    /// answers tell of a loss.
+    unanswered: usize,
+    /// The stream knows that the lease is lost, or that it never was the stream's.
+    told: bool,
+}
+
+/// The latest touch that was written.
+#[derive(Debug, Clone, Copy)]
+struct Renewal {
+    /// When its commit was sent. An answer takes time, so counting from the answer would make the
+    /// touch look younger than it is. On the boot clock, because the holder's time runs out while
+    /// the machine is suspended.
+    sent_at: BootInstant,
+    /// How long the lease lasted as of the commit.
+    remaining: Duration,
+    coalesce_for: Duration,
+}
+
+/// How a lease was lost; `None` if the record does not remember.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Loss(pub(crate) Option<Reason>);
+
+/// Whether later records concern a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// They do.
+    Kept,
+    /// The lease is lost, so they do not.
+    Lost,
+}
+
+impl Renewal {
+    fn new(snapshot: &Snapshot, holder: &Holder, sent_at: BootInstant) -> Self {
+        let coalesce_for = holder.ttl.get() / COALESCE_DIVISOR;
+        Self { sent_at, remaining: snapshot.remaining(holder), coalesce_for }
+    }
+
+    /// How long the lease lasts from `now` on, at least.
+    fn remaining(&self, now: BootInstant) -> Duration {
+        self.remaining.saturating_sub(now - self.sent_at)
+    }
+
+    fn can_coalesce(&self, now: BootInstant) -> bool {
+        now - self.sent_at < self.coalesce_for && !self.remaining(now).is_zero()
+    }
+}
+
+impl StreamLease {
+    pub(crate) fn new(name: LeaseName, since: BootInstant, slot: Slot, inbox: &Arc<Inbox>) -> Arc<Self> {
+        Arc::new(Self { name, since, inbox: Arc::clone(inbox), state: Mutex::default(), _slot: slot })
+    }
+
+    pub(crate) fn name(&self) -> &LeaseName {
+        &self.name
+    }
+
+    /// Whether a touch at `now` can be answered without writing it.
+    pub(crate) fn can_coalesce(&self, now: BootInstant) -> bool {
+        self.state().renewal.is_some_and(|renewal| renewal.can_coalesce(now))
+    }
+
+    /// Notes the record after a commit of this daemon, which was sent at `sent_at` and applied
+    /// `edit`.
+    pub(crate) fn local_commit(
+        self: &Arc<Self>,
+        snapshot: &Snapshot,
+        edit: &Edit,
+        sent_at: BootInstant,
+    ) -> Fate {
+        // The commit may be older than the grant, or than a loss that the stream was told of.
+        if sent_at < self.since {
+            return Fate::Kept;
+        }
+        let id = self.name.id;
+        let mut state = self.state();
+        match snapshot.standing(id) {
+            Standing::Holder(holder) => {
+                if !replace(&mut state.held, true) {
+                    self.inbox.metrics().tracked.inc();
+                }
+                if edit.touches(id) {
+                    state.renewal = Some(Renewal::new(snapshot, holder, sent_at));
+                }
+                Fate::Kept
+            }
+            // The answer to the message that names the lease says that it is not held.
+            _ if !state.held => Fate::Kept,
+            standing => self.lose(state, standing),
+        }
+    }
+
+    /// Notes a record that another daemon may have written, and that is newer than the latest
+    /// commit of this daemon.
+    pub(crate) fn remote_read(self: &Arc<Self>, snapshot: &Snapshot) -> Fate {
+        let state = self.state();
+        match snapshot.standing(self.name.id) {
+            Standing::Holder(_) => Fate::Kept,
+            // The record may have been read before the lease was granted.
+            _ if !state.held => Fate::Kept,
+            standing => self.lose(state, standing),
+        }
+    }
+
+    /// Has the next touch written. Returns whether the lease was held so far.
+    pub(crate) fn stop_coalescing(&self) -> bool {
+        let mut state = self.state();
+        state.renewal = None;
+        state.held
+    }
+
+    fn lose(self: &Arc<Self>, mut state: MutexGuard<'_, State>, standing: Standing<'_>) -> Fate {
+        if state.loss.is_none() {
+            self.inbox.metrics().tracked.dec();
+            state.renewal = None;
+            state.loss = Some(Loss(match standing {
+                Standing::Departed(reason) => Some(reason),
+                _ => None,
+            }));
+            drop(state);
+            self.inbox.put(self);
+        }
+        Fate::Lost
+    }
+
+    /// Whether a commit of this daemon has shown the lease held, and no record since has shown it
+    /// lost.
+    pub(crate) fn is_held(&self) -> bool {
+        let state = self.state();
+        state.held && state.loss.is_none()
+    }
+
+    /// Whether the stream has been told of the loss.
+    pub(crate) fn is_told(&self) -> bool {
+        self.state().told
+    }
+
+    /// Counts one more unanswered message that names the lease, unless the lease is lost.
+    pub(crate) fn begin_message(&self) -> Fate {
+        let mut state = self.state();
+        if state.loss.is_some() {
+            return Fate::Lost;
+        }
+        state.unanswered += 1;
+        Fate::Kept
+    }
+
+    /// Gives way to a new one of the same name. The answer to the message that names the lease
+    /// again says whether it is lost.
+    pub(crate) fn supersede(&self) {
+        self.state().told = true;
+    }
+
+    /// Returns what to answer at `now` to a message that named the lease. `touched` is the result
+    /// of its touch, or `None` if the touch was coalesced. A loss that became known meanwhile comes
+    /// first.
+    pub(crate) fn settle(&self, touched: Option<Touched>, now: BootInstant) -> Touched {
+        let mut state = self.state();
+        state.unanswered -= 1;
+        let reason = match (state.loss, touched) {
+            (Some(Loss(None)), Some(Touched::Lost(reason))) | (None, Some(Touched::Lost(reason))) => reason,
+            (Some(Loss(reason)), _) => reason,
+            (None, Some(Touched::Kept(remaining))) => return Touched::Kept(remaining),
+            (None, Some(Touched::Unreadable)) => return Touched::Unreadable,
+            (None, None) => {
+                let remaining = state.renewal.map(|renewal| renewal.remaining(now));
+                return Touched::Kept(remaining.unwrap_or_default());
+            }
+        };
+        // With another message unanswered the lease may be granted by now, and its answer will say
+        // so.
+        state.told = state.loss.is_some() || state.unanswered == 0;
+        Touched::Lost(reason)
+    }
+
+    /// Returns the loss if the stream is to be told of it now, outside of an answer. Marks it as
+    /// told.
+    pub(crate) fn tell(&self) -> Option<Loss> {
+        let mut state = self.state();
+        let loss = state.loss.filter(|_| !state.told && state.unanswered == 0)?;
+        state.told = true;
+        Some(loss)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for StreamLease {
+    fn drop(&mut self) {
+        let State { held, loss, .. } = *self.state();
+        if held && loss.is_none() {
+            self.inbox.metrics().tracked.dec();
+            self.inbox.metrics().orphaned.inc();
+        }
+    }
+}

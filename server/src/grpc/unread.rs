@@ -1,0 +1,231 @@
+//! Bounds the memory of keepalive answers that callers have not read.
+//!
+//! A caller reads an answer in time or its stream is reset. The large answers of one connection
+//! share an allowance: a message waits for its share before its leases are touched, and the share
+//! is given back when the answer has been read. No connection waits for another one.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+use futures_util::future::{BoxFuture, Either, Ready, ready};
+use futures_util::stream::Stream;
+use leased_proto::v1::{KeepAliveRequest, KeepAliveResponse, KeepAliveResult};
+use prost::Message;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::error::Elapsed;
+use tokio::time::{Instant, timeout};
+use tonic::Status;
+
+use super::response;
+use crate::transport::sending::{TIME, resettable};
+
+/// How many leases of one connection may be in messages that are unanswered or whose answers are
+/// unread: twice as many as one message may name. Each takes some 300 bytes.
+const LEASES: usize = 25_000;
+/// How many bytes the encoded messages of one connection may have that wait for their share. More
+/// end their streams.
+const WAITING_BYTES: usize = 8 * 1024 * 1024;
+
+/// A message's share of its connection's allowance. Dropping it gives it back.
+pub(crate) type Share = OwnedSemaphorePermit;
+
+/// One connection's allowance for unread answers. Clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct UnreadAnswers {
+    leases: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+}
+
+impl Default for UnreadAnswers {
+    fn default() -> Self {
+        Self { leases: Arc::new(Semaphore::new(LEASES)), waiting: Arc::new(Semaphore::new(WAITING_BYTES)) }
+    }
+}
+
+/// A message that has its share.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) message: KeepAliveRequest,
+    pub(crate) came_at: Instant,
+    /// `None` for a message that is small enough to need none.
+    pub(crate) share: Option<Share>,
+}
+
+impl UnreadAnswers {
+    /// Takes a share for so many leases, if there is one now. A message for more leases than the
+    /// allowance takes all of it, because a stream may be allowed to have as many.
+    pub(crate) fn share(&self, leases: usize) -> Option<Share> {
+        Arc::clone(&self.leases).try_acquire_many_owned(permits(leases.min(LEASES))).ok()
+    }
+
+    /// Waits for a share for so many leases. The message waits in encoded form, which takes a third
+    /// of the memory.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED` if too many bytes of messages wait on the connection.
+    pub(crate) fn later(
+        &self,
+        leases: usize,
+        message: &KeepAliveRequest,
+        came_at: Instant,
+    ) -> Result<BoxFuture<'static, Admitted>, Status> {
+        let encoded = message.encode_to_vec();
+        let waiting = Arc::clone(&self.waiting)
+            .try_acquire_many_owned(permits(encoded.len()))
+            .map_err(|_| response::limit_exceeded("connection_waiting_bytes", WAITING_BYTES))?;
+        let all = Arc::clone(&self.leases);
+        Ok(Box::pin(async move {
+            // The semaphore is never closed.
+            let share = all.acquire_many_owned(permits(leases.min(LEASES))).await.ok();
+            drop(waiting);
+            let message = KeepAliveRequest::decode(&*encoded).unwrap_or_default();
+            Admitted { message, came_at, share }
+        }))
+    }
+}
+
+fn permits(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+/// How many responses the caller has read.
+#[derive(Debug, Default)]
+struct Progress {
+    read: AtomicUsize,
+    more: Notify,
+}
+
+/// The sending side of a stream's responses.
+#[derive(Debug)]
+pub(crate) struct ResponseSender {
+    responses: mpsc::Sender<Result<KeepAliveResponse, Status>>,
+    put: usize,
+    progress: Arc<Progress>,
+    reset: Option<oneshot::Sender<()>>,
+}
+
+/// The responses of a stream, for its connection.
+#[derive(Debug)]
+pub(crate) struct Responses {
+    responses: mpsc::Receiver<Result<KeepAliveResponse, Status>>,
+    /// The connection has the latest response, and the caller has not read all of it.
+    is_going: bool,
+    progress: Arc<Progress>,
+}
+
+/// Makes both sides of a stream's responses, for the call that this thread polls.
+pub(crate) fn channel() -> (ResponseSender, Responses) {
+    let (queue, receiver) = mpsc::channel(1);
+    let progress = Arc::new(Progress::default());
+    let sender = ResponseSender {
+        responses: queue,
+        put: 0,
+        progress: Arc::clone(&progress),
+        reset: Some(resettable()),
+    };
+    (sender, Responses { responses: receiver, is_going: false, progress })
+}
+
+impl ResponseSender {
+    /// Ready when the caller has gone away.
+    pub(crate) fn closed(&self) -> impl Future<Output = ()> + use<> {
+        let responses = self.responses.clone();
+        async move { responses.closed().await }
+    }
+
+    /// Sends results in as many responses as they need, and keeps the share until the caller has
+    /// read them. Results without a share must fit into one response. Returns whether the caller is
+    /// still there: one that reads too slowly is not.
+    pub(crate) fn tell(
+        &mut self,
+        sequence: u64,
+        results: Vec<KeepAliveResult>,
+        share: Option<Share>,
+    ) -> Either<Ready<bool>, BoxFuture<'_, bool>> {
+        if share.is_none()
+            && let Ok(place) = self.responses.try_reserve()
+        {
+            place.send(Ok(KeepAliveResponse { sequence, results, more: false }));
+            self.put += 1;
+            return Either::Left(ready(true));
+        }
+        // In a box: the future of an idle stream should have no room for this.
+        Either::Right(Box::pin(async move {
+            self.put(sequence, results, share).await.unwrap_or_else(|_| {
+                self.reset();
+                false
+            })
+        }))
+    }
+
+    /// Sends the responses one by one. Each has its own time limit.
+    async fn put(
+        &mut self,
+        sequence: u64,
+        results: Vec<KeepAliveResult>,
+        share: Option<Share>,
+    ) -> Result<bool, Elapsed> {
+        for response in response::keepalive_responses(sequence, results) {
+            if timeout(TIME, self.responses.send(Ok(response))).await?.is_err() {
+                return Ok(false);
+            }
+            self.put += 1;
+        }
+        while share.is_some() && self.progress.read.load(Ordering::Acquire) < self.put {
+            timeout(TIME, self.progress.more.notified()).await?;
+        }
+        Ok(true)
+    }
+
+    /// Sends the status with which the stream ends.
+    pub(crate) async fn end(mut self, status: Status) {
+        if timeout(TIME, self.responses.send(Err(status))).await.is_err() {
+            self.reset();
+        }
+    }
+
+    /// Ends the call at once. Responses that the connection has not sent are dropped.
+    fn reset(&mut self) {
+        if let Some(reset) = self.reset.take() {
+            let _ = reset.send(());
+        }
+    }
+}
+
+impl Stream for Responses {
+    type Item = Result<KeepAliveResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        // A connection asks for more only when its peer has read what it was given before, but for
+        // the last pieces.
+        if std::mem::take(&mut self.is_going) {
+            self.progress.read.fetch_add(1, Ordering::Release);
+            self.progress.more.notify_one();
+        }
+        let response = std::task::ready!(self.responses.poll_recv(context));
+        self.is_going = response.is_some();
+        Poll::Ready(response)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_message_for_more_leases_than_the_allowance_has_all_of_it_and_others_wait() {
+        let unread = UnreadAnswers::default();
+        let all = unread.share(10 * LEASES).expect("nobody has a share");
+        assert!(unread.share(1).is_none());
+        let message = KeepAliveRequest { sequence: 7, ..KeepAliveRequest::default() };
+        let mut later = unread.later(10 * LEASES, &message, Instant::now()).expect("nobody waits");
+        assert!(later.as_mut().now_or_never().is_none());
+        drop(all);
+        let Admitted { message, share, .. } = later.await;
+        assert_eq!((message.sequence, share.map(|share| share.num_permits())), (7, Some(LEASES)));
+    }
+}

@@ -1,0 +1,12 @@
+//! The name of a lease.
+
+use super::{Key, LeaseId};
+
+/// Names one lease. The id alone is not enough: the same id on another key is another lease.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct LeaseName {
+    /// The key that is leased.
+    pub key: Key,
+    /// The id of the acquisition.
+    pub id: LeaseId,
+}
