@@ -31,7 +31,7 @@ use crate::http;
 use crate::metrics::daemon::DaemonCollector;
 use crate::metrics::process::Process;
 use crate::metrics::registry::MetricsRegistry;
-use crate::store::{Instrumented, StartError, Store};
+use crate::store::{Retrying, StartError, Store};
 use crate::transport::accept::connections;
 use crate::transport::bounds::BoundsLayer;
 use crate::transport::direct_route::{DirectRoute, DirectService};
@@ -129,7 +129,7 @@ where
     let _end_all = (shutdown.clone().drop_guard(), ended.clone().drop_guard());
     let tasks = TaskTracker::new();
     let mut registry = MetricsRegistry::default();
-    let store = Instrumented::new(store, &mut registry);
+    let store = Retrying::new(store, &mut registry);
     let store_id = StoreIdLayer::new(store.id());
     let lessor = Lessor::start(store, config.limits.bounds, shutdown.clone(), &mut registry, &tasks);
     let reporter = HealthReporter::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use leased::lease::{Edit, FencingToken, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use leased::store::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Outcome, Page, Store, StoreError};
 use tokio::sync::{broadcast, mpsc};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -184,33 +184,18 @@ fn unavailable(outcome: Outcome) -> StoreError {
 }
 
 impl Store for SimulatedStore {
-    async fn commit(
-        &self,
-        mut batch: Arc<Vec<(Key, Edit)>>,
-        deadline: Duration,
-    ) -> Result<Committed, StoreError> {
-        let deadline = Instant::now() + deadline;
-        let (mut outcome, mut is_repeated) = (Outcome::NotApplied, false);
-        loop {
-            self.travel().await;
-            if !self.is_unavailable() {
-                let snapshots = self.apply(&batch);
-                self.travel().await;
-                return Ok(Committed { records: snapshots.into_iter().map(Ok).collect(), is_repeated });
-            }
-            if fastrand::bool() {
+    async fn commit(&self, batch: Arc<Vec<(Key, Edit)>>, _: Duration) -> Result<Committed, StoreError> {
+        self.travel().await;
+        if self.is_unavailable() {
+            let is_applied = fastrand::bool();
+            if is_applied {
                 self.apply(&batch);
-                outcome = Outcome::Unknown;
             }
-            let again = Instant::now() + ms(fastrand::u64(25..200));
-            if again >= deadline {
-                return Err(unavailable(outcome));
-            }
-            sleep_until(again).await;
-            let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
-            batch = Arc::new(repeated.collect());
-            is_repeated = true;
+            return Err(unavailable(if is_applied { Outcome::Unknown } else { Outcome::NotApplied }));
         }
+        let snapshots = self.apply(&batch);
+        self.travel().await;
+        Ok(Committed::at_once(snapshots.into_iter().map(Ok).collect()))
     }
 
     fn batches(&self) -> usize {
@@ -255,10 +240,6 @@ impl Store for SimulatedStore {
 
     fn name(&self) -> &'static str {
         "simulated"
-    }
-
-    fn repetitions(&self) -> u64 {
-        0
     }
 
     async fn feed(&self, events: mpsc::Sender<FeedEvent>, draining: CancellationToken) {

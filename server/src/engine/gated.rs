@@ -158,10 +158,6 @@ impl Store for GatedStore {
         "gated"
     }
 
-    fn repetitions(&self) -> u64 {
-        self.store.repetitions()
-    }
-
     async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
 
     fn feed_state(&self) -> FeedState {

@@ -58,12 +58,6 @@ impl<S: Store> Collector for DaemonCollector<S> {
             [([], is_ready)],
         )?;
 
-        let repetitions = ConstCounter::new(store.repetitions());
-        let help = "Attempts at batches that failed and were repeated.";
-        let mut family =
-            encoder.encode_descriptor("leased_batch_repetitions", help, None, MetricType::Counter)?;
-        repetitions.encode(family.encode_family(&[name])?)?;
-
         let steps = ConstCounter::new(store.clock_steps());
         let help = "Times that the store's clock and the clock of this host diverged by more than the grace.";
         let mut family =

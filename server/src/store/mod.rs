@@ -1,13 +1,15 @@
 //! Where records live: the trait that the engine uses, and the two stores that implement it.
 
+/// Repeats failed batches, and counts what a store does.
+mod retrying;
+/// The metrics of a store.
+mod metrics;
 /// What is known of a failed attempt, and whether to repeat it.
 mod failure;
 /// One file, one daemon.
 pub mod embedded;
 /// MongoDB, any number of daemons.
 pub mod mongo;
-/// Counts what any store does.
-mod instrumented;
 /// Logs records that cannot be read.
 mod unreadable;
 
@@ -17,36 +19,30 @@ mod conformance;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use failure::{Effects, Failure};
-pub(crate) use instrumented::Instrumented;
+pub(crate) use retrying::Retrying;
 pub(crate) use unreadable::report;
 
 use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
-
-/// The pause before a batch is repeated for the first time. It doubles with each repetition, up to
-/// eight times this.
-const BACK_OFF: Duration = Duration::from_millis(25);
 
 /// Keeps records and applies the rules to them. Each edit of a record is atomic.
 pub trait Store: Send + Sync + 'static {
     /// Applies each key's edit to its record and returns the records. The keys must be different.
     ///
-    /// Repeats the batch after failures until `deadline` has passed, since edits are idempotent.
-    /// The caller must not drop the future before its end and then use the same keys.
+    /// Tries once, for at most `deadline`. After [`StoreError::Unavailable`] the batch can be
+    /// repeated, since edits are idempotent. The caller must not drop the future before its end and
+    /// then use the same keys.
     ///
     /// If a record cannot be read, or its edit cannot be applied, the result for its key is
     /// [`StoreError::Unreadable`]. The other edits of the batch are applied.
     ///
     /// # Errors
-    /// [`StoreError`]. Its outcome holds for every edit of the batch.
+    /// [`StoreError`]. Its outcome is that of all edits together.
     fn commit(
         &self,
         batch: Arc<Vec<(Key, Edit)>>,
@@ -128,9 +124,6 @@ pub trait Store: Send + Sync + 'static {
 
     /// The kind of store, as one word.
     fn name(&self) -> &'static str;
-
-    /// How many attempts at batches have failed and were repeated.
-    fn repetitions(&self) -> u64;
 
     /// How often the store's clock was set, or this host's, by more than the grace.
     fn clock_steps(&self) -> u64 {
@@ -238,7 +231,8 @@ pub enum StoreError {
         /// The last failure, for logs.
         cause: String,
     },
-    /// The store answered that it will not do this. Trying again will not help.
+    /// The store answered that it will not do this, and changed nothing. Trying again will not
+    /// help.
     #[error("the store refused: {cause}")]
     Refused {
         /// The refusal, for logs.
@@ -256,6 +250,19 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// The error of edits that failed with this error after a command or an attempt with the outcome
+    /// `earlier`.
+    fn after(self, earlier: Outcome) -> Self {
+        match (earlier, self) {
+            (Outcome::Unknown, Self::Unavailable { cause, .. } | Self::Refused { cause }) => {
+                Self::Unavailable { outcome: Outcome::Unknown, cause }
+            }
+            (_, error) => error,
+        }
+    }
+}
+
 /// What is known of edits after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -265,47 +272,19 @@ pub enum Outcome {
     Unknown,
 }
 
+impl Committed {
+    /// The records after a batch that was tried once.
+    pub fn at_once(records: Vec<ForKey>) -> Self {
+        Self { records, is_repeated: false }
+    }
+}
+
 impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::NotApplied => "nothing was changed",
             Self::Unknown => "outcome unknown",
         })
-    }
-}
-
-/// Repeats `attempt` until it succeeds, is refused, or `deadline` has passed, and counts the
-/// repetitions. Each attempt notes in `effects` what its commands may have changed. From the second
-/// attempt on the edits are marked as repeated, because the commands of an earlier one may still be
-/// on their way.
-async fn repeat<F>(
-    mut batch: Arc<Vec<(Key, Edit)>>,
-    deadline: Duration,
-    repetitions: &AtomicU64,
-    effects: &Effects,
-    mut attempt: impl FnMut(Arc<Vec<(Key, Edit)>>) -> F,
-) -> Result<Committed, StoreError>
-where
-    F: Future<Output = Result<Vec<ForKey>, Failure>>,
-{
-    let deadline = Instant::now() + deadline;
-    let (mut pause, mut is_repeated) = (BACK_OFF, false);
-    loop {
-        let failure = match attempt(Arc::clone(&batch)).await {
-            Ok(records) => return Ok(Committed { records, is_repeated }),
-            Err(failure) => failure,
-        };
-        let again = Instant::now() + pause;
-        if matches!(failure, Failure::Refused(_)) || again >= deadline {
-            return Err(effects.conclude(failure));
-        }
-        tracing::debug!(cause = failure.into_cause(), "repeating a batch");
-        repetitions.fetch_add(1, Ordering::Relaxed);
-        is_repeated = true;
-        let repeated = batch.iter().map(|(key, edit)| (key.clone(), edit.clone().repeated()));
-        batch = Arc::new(repeated.collect());
-        sleep_until(again).await;
-        pause = (pause * 2).min(BACK_OFF * 8);
     }
 }
 

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::mutants::Mutant;
+use super::reading::try_commit;
 use crate::lease::{Edit, Key, LeaseId, Record, Rules, Snapshot, Timestamp, step};
 use crate::store::embedded::EmbeddedStore;
 use crate::store::mongo::{Location, MongoStore};
@@ -172,9 +173,9 @@ impl Applier {
             }
             Self::Store(store) => {
                 store.set_clock(now);
-                let answers = wait_for(store.commit(Arc::new(batch), Duration::from_secs(30)));
+                let answers = wait_for(try_commit(store, batch));
                 let record = |answer: ForKey| answer.map(|snapshot| snapshot.record).map_err(Unanswered);
-                answers.map_err(Unanswered)?.records.into_iter().map(record).collect()
+                answers.map_err(Unanswered)?.into_iter().map(record).collect()
             }
         }
     }
@@ -289,13 +290,6 @@ impl Store for TestStore {
         match self {
             Self::Embedded(store, _) => store.name(),
             Self::MongoDb(store) => store.name(),
-        }
-    }
-
-    fn repetitions(&self) -> u64 {
-        match self {
-            Self::Embedded(store, _) => store.repetitions(),
-            Self::MongoDb(store) => store.repetitions(),
         }
     }
 

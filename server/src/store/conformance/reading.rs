@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus_client::metrics::counter::Counter;
 use rstest::rstest;
 
 use super::backends::{Backend, TestStore, wait_for};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, State, Timestamp, Ttl};
+use crate::store::retrying::repeat;
 use crate::store::{ForKey, ListQuery, Page, Store, StoreError};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
@@ -44,7 +46,21 @@ pub(super) fn empty(backend: Backend) -> TestStore {
 }
 
 pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    all_of(wait_for(store.commit(Arc::new(batch), PATIENCE)).map(|done| done.records))
+    wait_for(commit_all(store, batch))
+}
+
+/// Commits a batch in which no key fails. Repeats it as the daemon does.
+pub(in crate::store) async fn commit_all(store: &impl Store, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
+    all_of(try_commit(store, batch).await)
+}
+
+/// Commits a batch. Repeats it as the daemon does.
+pub(super) async fn try_commit(
+    store: &impl Store,
+    batch: Vec<(Key, Edit)>,
+) -> Result<Vec<ForKey>, StoreError> {
+    let attempt = |batch, time| store.commit(batch, time);
+    Ok(repeat(Arc::new(batch), PATIENCE, &Counter::default(), attempt).await?.records)
 }
 
 /// Returns the records of an answer in which no key failed.

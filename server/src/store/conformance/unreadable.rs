@@ -7,11 +7,9 @@ use rstest::rstest;
 
 use super::backends::Damage::{self, BlockIsText, HolderIsText, HoldersAreText, TokenIsText, UnknownReason};
 use super::backends::{Backend, TestStore, wait_for};
-use super::reading::{NOW, ask, asking, commit, empty, free, key};
+use super::reading::{NOW, ask, asking, commit, empty, free, key, try_commit};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Timestamp};
 use crate::store::{ForKey, ListQuery, Outcome, Store, StoreError};
-
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Creates a store with nine keys, held by the leases at the same positions, and damages the record
 /// of one key.
@@ -55,14 +53,14 @@ fn a_batch_is_applied_without_the_edit_of_a_damaged_record(#[case] backend: Back
     for (round, edit) in edits.into_iter().enumerate() {
         store.set_clock(Timestamp(NOW.0 + 10));
         let batch = keys.iter().cloned().zip(ids.iter().map(|id| edit(Edit::default(), *id))).collect();
-        let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers").records;
+        let answers = wait_for(try_commit(&store, batch)).expect("answers");
         assert_apart(&answers, &keys, &ids);
         let least = i64::try_from(round).expect("two rounds") + 2;
         assert!(answers.iter().flatten().all(|snapshot| snapshot.record.rev >= least), "each was applied");
     }
     // The edit of the damaged key also fails in a batch of its own.
     let alone = vec![(keys[DAMAGED].clone(), Edit::default().touch(ids[DAMAGED]))];
-    let answers = wait_for(store.commit(Arc::new(alone), PATIENCE)).expect("an answer").records;
+    let answers = wait_for(try_commit(&store, alone)).expect("an answer");
     assert!(matches!(&answers[..], [Err(StoreError::Unreadable { .. })]), "{answers:?}");
 }
 
@@ -76,7 +74,7 @@ fn an_edit_that_would_make_a_document_too_large_fails_alone() {
     wait_for(mongodb.fill(&keys[DAMAGED]));
     let enqueue = || ask(Acquisition { wait: true, ..asking(LeaseId::random()) });
     let batch = keys.iter().map(|key| (key.clone(), enqueue())).collect();
-    let answers = wait_for(store.commit(Arc::new(batch), PATIENCE)).expect("answers").records;
+    let answers = wait_for(try_commit(&store, batch)).expect("answers");
     assert_apart(&answers, &keys, &ids);
     assert!(answers.iter().flatten().all(|snapshot| snapshot.record.waiters.len() == 1));
     // An edit that does not make the document larger succeeds.
@@ -97,10 +95,10 @@ fn the_search_for_edits_that_cannot_be_applied_ends_at_the_deadline_of_the_batch
         wait_for(mongodb.fill(&keys[number]));
     }
     let enqueue = |key: &Key| (key.clone(), ask(Acquisition { wait: true, ..asking(LeaseId::random()) }));
-    let batch: Arc<Vec<_>> = Arc::new(keys.iter().map(enqueue).collect());
-    let error = wait_for(store.commit(Arc::clone(&batch), Duration::ZERO)).expect_err("no time");
+    let batch: Vec<_> = keys.iter().map(enqueue).collect();
+    let error = wait_for(store.commit(Arc::new(batch.clone()), Duration::ZERO)).expect_err("no time");
     assert!(matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{error}");
-    let answers = wait_for(store.commit(batch, PATIENCE)).expect("answers").records;
+    let answers = wait_for(try_commit(&store, batch)).expect("answers");
     for (number, answer) in answers.iter().enumerate() {
         match answer {
             Ok(snapshot) => assert_eq!(snapshot.record.waiters.len(), 1, "{number}"),

@@ -28,7 +28,6 @@ mod machine;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use redb::{ReadOnlyTable, ReadableDatabase};
@@ -43,9 +42,9 @@ use file::{DataFile, Medium};
 use readers::Readers;
 use writer::{OpenStore, Unstarted, Writer};
 
-use super::failure::{Effects, Failure};
+use super::failure::Failure;
 use super::{
-    Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat, report,
+    Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, report,
 };
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
@@ -65,7 +64,6 @@ pub struct EmbeddedStore {
     writer: Writer,
     keys: Readers,
     pages: Readers,
-    repetitions: Arc<AtomicU64>,
 }
 
 impl EmbeddedStore {
@@ -95,7 +93,6 @@ impl EmbeddedStore {
             writer,
             keys: Readers::start("store-keys", KEY_READERS).map_err(thread)?,
             pages: Readers::start("store-pages", PAGE_READERS).map_err(thread)?,
-            repetitions: Arc::default(),
         })
     }
 
@@ -139,9 +136,7 @@ impl Store for EmbeddedStore {
         batch: Arc<Vec<(Key, Edit)>>,
         deadline: Duration,
     ) -> Result<Committed, StoreError> {
-        let effects = Effects::default();
-        let attempt = async |batch| effects.note(self.writer.commit(&batch, deadline).await, |_| true);
-        repeat(batch, deadline, &self.repetitions, &effects, attempt).await
+        Ok(Committed::at_once(self.writer.commit(batch, deadline).await?))
     }
 
     fn batches(&self) -> usize {
@@ -193,10 +188,6 @@ impl Store for EmbeddedStore {
 
     fn name(&self) -> &'static str {
         "embedded"
-    }
-
-    fn repetitions(&self) -> u64 {
-        self.repetitions.load(Ordering::Relaxed)
     }
 
     async fn feed(&self, _: mpsc::Sender<FeedEvent>, _: CancellationToken) {}
@@ -309,6 +300,7 @@ fn purgeable(
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::Ordering;
 
     use super::*;
     use crate::lease::{Acquisition, LeaseId, Timestamp};

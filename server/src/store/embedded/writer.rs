@@ -416,7 +416,9 @@ impl Writer {
                     work(&store, &requests);
                 }
             }
-            Err(error) => drop(reply.send(Err(error))),
+            Err(error) => {
+                let _ = reply.send(Err(error));
+            }
         };
         thread::Builder::new().name("store".to_owned()).spawn(run).map_err(Unstarted::Thread)?;
         let store = opened.await.map_err(|_| Unstarted::Panicked)?.map_err(Unstarted::Store)?;
@@ -430,10 +432,10 @@ impl Writer {
     /// Commits a batch. The batch is not applied if the thread does not begin it within `patience`.
     pub(super) async fn commit(
         &self,
-        batch: &Arc<Vec<(Key, Edit)>>,
+        batch: Arc<Vec<(Key, Edit)>>,
         patience: Duration,
     ) -> Result<Vec<ForKey>, Failure> {
-        let (batch, until) = (Arc::clone(batch), self.store.up() + patience);
+        let until = self.store.up() + patience;
         self.request(patience, |reply| Request::Commit(Commit { batch, until, reply })).await
     }
 
@@ -486,9 +488,11 @@ fn work(store: &OpenStore, requests: &Receiver<Request>) {
                 commit_group(store, group);
             }
             Request::Purge { keys, free_for, reply } => {
-                drop(reply.send(store.guarded(|| store.purge(&keys, free_for))));
+                let _ = reply.send(store.guarded(|| store.purge(&keys, free_for)));
             }
-            Request::Check { reply } => drop(reply.send(store.guarded(|| store.check()))),
+            Request::Check { reply } => {
+                let _ = reply.send(store.guarded(|| store.check()));
+            }
         }
     }
 }
@@ -498,7 +502,7 @@ fn work(store: &OpenStore, requests: &Receiver<Request>) {
 pub(super) fn commit_group(store: &OpenStore, mut group: Vec<Commit>) {
     let now = store.up();
     for late in group.extract_if(.., |commit| commit.until < now) {
-        drop(late.reply.send(Err(Failure::not_applied("the writer began it too late"))));
+        let _ = late.reply.send(Err(Failure::not_applied("the writer began it too late")));
     }
     if group.is_empty() {
         return;
@@ -508,12 +512,12 @@ pub(super) fn commit_group(store: &OpenStore, mut group: Vec<Commit>) {
         Ok(snapshots) => {
             let mut snapshots = snapshots.into_iter();
             for Commit { batch, reply, .. } in group {
-                drop(reply.send(Ok(snapshots.by_ref().take(batch.len()).collect())));
+                let _ = reply.send(Ok(snapshots.by_ref().take(batch.len()).collect()));
             }
         }
         Err(failure) => {
             for Commit { reply, .. } in group {
-                drop(reply.send(Err(failure.clone())));
+                let _ = reply.send(Err(failure.clone()));
             }
         }
     }

@@ -13,7 +13,7 @@ use super::commit::{Found, left};
 use super::document::Edited;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
-use crate::store::conformance::reading::{all_of, ask, asking, key};
+use crate::store::conformance::reading::{all_of, ask, asking, commit_all, key};
 use crate::store::failure::{Effects, Failure};
 use crate::store::{ListQuery, Outcome, Store, StoreError};
 
@@ -31,10 +31,6 @@ async fn two() -> [MongoStore; 2] {
     [store, other]
 }
 
-async fn commit(store: &MongoStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    all_of(store.commit(Arc::new(batch), PATIENCE).await.map(|done| done.records))
-}
-
 #[rstest]
 #[tokio::test]
 async fn an_edit_admits_a_waiter_that_another_daemon_enqueued(
@@ -45,9 +41,9 @@ async fn an_edit_admits_a_waiter_that_another_daemon_enqueued(
     let (contested, quiet) = (key("contested"), key("quiet"));
     let [first, holder, waiter] = [(); 3].map(|()| LeaseId::random());
     let held = vec![(contested.clone(), ask(asking(first))), (quiet.clone(), ask(asking(holder)))];
-    commit(&ours, held).await;
+    commit_all(&ours, held).await;
     let waits = Acquisition { wait: true, ..asking(waiter) };
-    commit(&theirs, vec![(contested.clone(), ask(waits))]).await;
+    commit_all(&theirs, vec![(contested.clone(), ask(waits))]).await;
 
     let edit = if releases {
         Edit::default().release(first)
@@ -62,7 +58,7 @@ async fn an_edit_admits_a_waiter_that_another_daemon_enqueued(
         batch.push((quiet, Edit::default().touch(holder)));
         batch.push((key("unknown"), Edit::default().touch(holder)));
     }
-    let after = commit(&ours, batch).await;
+    let after = commit_all(&ours, batch).await;
     let ids =
         |snapshot: &Snapshot| snapshot.record.holders.iter().map(|holder| holder.id).collect::<Vec<_>>();
     assert_eq!((ids(&after[0]), after[0].record.rev), (vec![waiter], 3));
@@ -78,15 +74,15 @@ async fn a_touch_uses_the_full_pipeline_while_the_key_is_known_to_have_waiters()
     let [ours, theirs] = two().await;
     let contested = key("contested");
     let [holder, waiter] = [(); 2].map(|()| LeaseId::random());
-    commit(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
+    commit_all(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
     let touch = || vec![(contested.clone(), Edit::default().touch(holder))];
     let uses_full_pipeline = || !ours.keys_with_waiters.has_none_at(&contested);
     assert!(!uses_full_pipeline());
-    commit(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
-    commit(&ours, touch()).await;
+    commit_all(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
+    commit_all(&ours, touch()).await;
     assert!(uses_full_pipeline());
-    commit(&theirs, vec![(contested.clone(), Edit::default().cancel(waiter))]).await;
-    commit(&ours, touch()).await;
+    commit_all(&theirs, vec![(contested.clone(), Edit::default().cancel(waiter))]).await;
+    commit_all(&ours, touch()).await;
     assert!(!uses_full_pipeline());
 }
 
@@ -108,9 +104,9 @@ async fn fail_point(uri: &str, mode: impl Into<mongodb::bson::Bson>, data: Docum
     client.database("admin").run_command(command).await.expect("a fail point")
 }
 
-/// Returns the error of a batch that is tried once.
+/// Returns the error of one attempt at a batch.
 async fn outcome(store: &MongoStore, batch: Vec<(Key, Edit)>) -> StoreError {
-    store.commit(Arc::new(batch), Duration::ZERO).await.expect_err("a failure")
+    store.commit(Arc::new(batch), PATIENCE).await.expect_err("a failure")
 }
 
 /// A batch that makes records takes several commands. The first one changes existing records.
@@ -129,7 +125,7 @@ async fn a_batch_that_was_applied_in_part_is_not_reported_as_not_applied(
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let (job, holder) = (key("job"), LeaseId::random());
-    commit(&store, vec![(job.clone(), ask(asking(holder)))]).await;
+    commit_all(&store, vec![(job.clone(), ask(asking(holder)))]).await;
     let mode = if skip == 0 { "alwaysOn".into() } else { mongodb::bson::Bson::from(doc! { "skip": skip }) };
     fail_point(mongod.uri(), mode, doc! { "failCommands": [command], "errorCode": code }).await;
 
@@ -171,7 +167,7 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let holders: Vec<_> = (0..held).map(|n| (key(&format!("held/{n}")), LeaseId::random())).collect();
     let hold = |(key, id): &(Key, LeaseId)| (key.clone(), ask(asking(*id)));
-    commit(&store, holders.iter().map(hold).collect()).await;
+    commit_all(&store, holders.iter().map(hold).collect()).await;
     let keys = || holders.iter().map(|(key, _)| key.clone()).collect();
     let before = all_of(store.read(keys()).await);
 
@@ -188,10 +184,8 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
     let all = ListQuery { prefix: "new/".into(), after: None, limit: 10, include_free: true };
     assert_eq!(store.list(all).await.expect("a listing").snapshots, []);
 
-    // Unlike `once`, `commit` then reads the clock and repeats the command.
-    let before = store.repetitions();
-    commit(&store, batch).await;
-    assert_eq!(store.repetitions(), before, "it repeats without a pause");
+    // Unlike `once`, a whole attempt then reads the clock and repeats the command.
+    store.commit(Arc::new(batch), PATIENCE).await.expect("an attempt that succeeds");
     assert_eq!(store.clock_steps(), 1, "it noticed that the clocks moved apart");
 }
 
@@ -199,8 +193,8 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
 async fn a_clock_that_runs_evenly_makes_no_step() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     for _ in 0..20 {
-        commit(&store, arrivals(1)).await;
-        commit(&store, arrivals(5)).await;
+        commit_all(&store, arrivals(1)).await;
+        commit_all(&store, arrivals(5)).await;
         store.check().await.expect("a primary");
     }
     assert_eq!(store.clock_steps(), 0);
@@ -211,7 +205,7 @@ async fn a_clock_that_runs_evenly_makes_no_step() {
 async fn an_edit_counts_as_made_only_by_the_commit_tag_in_its_record() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let batch = arrivals(3);
-    commit(&store, batch.clone()).await;
+    commit_all(&store, batch.clone()).await;
     let edited = async || store.find_edited(&["new/0", "new/1", "new/2"]).await.expect("a read");
     let tag = edited().await[&key("new/0")].as_ref().ok().and_then(|edited| edited.tag).expect("a tag");
     let found = |edited: HashMap<Key, Result<Edited, StoreError>>, tag| {
@@ -231,8 +225,8 @@ async fn daemons_that_write_to_the_same_keys_all_the_time_get_answers() {
         for _ in 0..30 {
             let id = LeaseId::random();
             let each = |edit: &dyn Fn() -> Edit| keys.iter().map(|key| (key.clone(), edit())).collect();
-            commit(store, each(&|| ask(Acquisition { wait: true, ..asking(id) }))).await;
-            let after = commit(store, each(&|| Edit::default().release(id).cancel(id))).await;
+            commit_all(store, each(&|| ask(Acquisition { wait: true, ..asking(id) }))).await;
+            let after = commit_all(store, each(&|| Edit::default().release(id).cancel(id))).await;
             for snapshot in after {
                 assert!(snapshot.record.holders.iter().all(|holder| holder.id != id), "it was made");
             }
@@ -245,11 +239,11 @@ async fn daemons_that_write_to_the_same_keys_all_the_time_get_answers() {
 async fn reads_of_the_engine_and_inspections_do_not_wait_for_listings() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let (job, id) = (key("job"), LeaseId::random());
-    commit(&store, vec![(job.clone(), ask(asking(id)))]).await;
+    commit_all(&store, vec![(job.clone(), ask(asking(id)))]).await;
     let blocked_listings = store.inspection.occupy_lists().await;
     assert_eq!(all_of(store.read(vec![job.clone()]).await).len(), 1);
     assert!(store.inspect(job.clone()).await.expect("an inspection").is_some());
-    commit(&store, vec![(job, Edit::default().touch(id))]).await;
+    commit_all(&store, vec![(job, Edit::default().touch(id))]).await;
     let all = ListQuery { prefix: String::new(), after: None, limit: 10, include_free: true };
     store.list(all.clone()).await.expect_err("all listings are blocked");
     drop(blocked_listings);
@@ -262,7 +256,7 @@ async fn commits_do_not_wait_for_listings() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let (job, id) = (key("job"), LeaseId::random());
-    commit(&store, vec![(job.clone(), ask(asking(id)))]).await;
+    commit_all(&store, vec![(job.clone(), ask(asking(id)))]).await;
     let data = doc! { "failCommands": ["find"], "blockConnection": true, "blockTimeMS": 1800 };
     let before = fail_point(mongod.uri(), "alwaysOn", data).await.get_i32("count").unwrap_or(0);
     let mut listings = tokio::task::JoinSet::new();
@@ -274,7 +268,7 @@ async fn commits_do_not_wait_for_listings() {
     let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
     let wait = doc! { "waitForFailPoint": "failCommand", "timesEntered": before + 5, "maxTimeMS": 30_000 };
     client.database("admin").run_command(wait).await.expect("listings under way");
-    commit(&store, vec![(job.clone(), Edit::default().touch(id))]).await;
+    commit_all(&store, vec![(job.clone(), Edit::default().touch(id))]).await;
     assert!(listings.try_join_next().is_none(), "no listing was answered before the commit");
     fail_point(mongod.uri(), "off", doc! {}).await;
     listings.abort_all();

@@ -44,7 +44,6 @@ mod mutants;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
@@ -66,9 +65,7 @@ use reading::Inspection;
 use uri::Printer;
 
 use super::failure::{Effects, Failure};
-use super::{
-    Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError, repeat,
-};
+use super::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError, Store, StoreError};
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
@@ -116,7 +113,6 @@ pub struct MongoStore {
     feed: Arc<Feed>,
     keys_with_waiters: Arc<KeysWithWaiters>,
     store_clock: Arc<StoreClock>,
-    repetitions: Arc<AtomicU64>,
     clock: Bson,
     #[cfg(test)]
     pub(super) mutant: Option<super::conformance::mutants::Mutant>,
@@ -152,7 +148,6 @@ impl MongoStore {
             feed: Arc::new(Feed::new(HeartbeatConfig::default())),
             keys_with_waiters: Arc::default(),
             store_clock: Arc::default(),
-            repetitions: Arc::default(),
             clock: pipeline::CLOCK.into(),
             #[cfg(test)]
             mutant: None,
@@ -222,9 +217,8 @@ impl Store for MongoStore {
         deadline: Duration,
     ) -> Result<Committed, StoreError> {
         let effects = Effects::default();
-        let until = Instant::now() + deadline;
-        let attempt = async |batch: Arc<Vec<(Key, Edit)>>| self.attempt(&batch, &effects, until).await;
-        repeat(batch, deadline, &self.repetitions, &effects, attempt).await
+        let done = self.attempt(&batch, &effects, Instant::now() + deadline).await;
+        Ok(Committed::at_once(done.map_err(|failure| effects.conclude(failure))?))
     }
 
     fn batches(&self) -> usize {
@@ -292,10 +286,6 @@ impl Store for MongoStore {
 
     fn name(&self) -> &'static str {
         "mongodb"
-    }
-
-    fn repetitions(&self) -> u64 {
-        self.repetitions.load(Ordering::Relaxed)
     }
 
     fn clock_steps(&self) -> u64 {
