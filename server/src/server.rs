@@ -141,7 +141,7 @@ where
     let metrics = MetricsLayer::new(&mut registry);
     let open = registry.gauge("leased_connections", "Open gRPC connections");
     let refused = ("leased_connections_refused", "Connections closed because as many as allowed were open");
-    let [grpc_refused, http_refused] = registry.by(refused, "port", ["grpc", "http"], Counter::default);
+    let [grpc_refused, http_refused] = registry.by_label(refused, "port", ["grpc", "http"], Counter::default);
     registry.collect(DaemonCollector {
         lessor: lessor.clone(),
         health: health.clone(),

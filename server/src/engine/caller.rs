@@ -1,25 +1,25 @@
-//! Fairness between callers: they share the store command by command, however many commands each of
-//! them queues.
+//! Fairness between callers: they share the store operation by operation, however many operations
+//! each of them queues.
 //!
-//! The algorithm is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each command
+//! The algorithm is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each operation
 //! gets a number when it is queued, its *round*. The round is one step more than the latest round
 //! of its caller, or than the round that is being committed, whichever is greater. Commands are
-//! committed in the order of their rounds. So 10,000 commands of one caller are in 10,000 rounds,
-//! and a single command of another caller is in the next one.
+//! committed in the order of their rounds. So 10,000 operations of one caller are in 10,000 rounds,
+//! and a single operation of another caller is in the next one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Semaphore;
 
-/// How far apart the rounds of a caller's commands are.
+/// How far apart the rounds of a caller's operations are.
 const STEP: u64 = 256;
 /// How many turns a caller has at once, to have pages read or to be sent large answers. The store
 /// reads pages in the order of the requests, so this many pages of one caller may delay the page of
 /// another.
 const TURNS: usize = 4;
 
-/// A source of commands that takes turns with other callers: a keepalive stream, or all other calls
+/// A source of operations that takes turns with other callers: a keepalive stream, or all other calls
 /// of one connection. Clones are the same caller.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
@@ -29,7 +29,7 @@ pub(crate) struct Caller {
 
 #[derive(Debug)]
 struct Turns {
-    /// The latest round of the caller's commands.
+    /// The latest round of the caller's operations.
     latest: AtomicU64,
     /// How many more turns the caller may take.
     free: Semaphore,
@@ -51,7 +51,7 @@ impl Caller {
         Self::stepping(STEP)
     }
 
-    /// Creates the caller for the daemon's own commands.
+    /// Creates the caller for the daemon's own operations.
     pub(super) fn daemon() -> Self {
         // A small step puts them before most others: the waiters' entries of all callers must be
         // refreshed before they lapse.
@@ -63,12 +63,12 @@ impl Caller {
         Self { turns: Arc::new(turns), step }
     }
 
-    /// Returns the round of the caller's next command while `current` is being committed.
+    /// Returns the round of the caller's next operation while `current` is being committed.
     pub(super) fn next_round(&self, current: u64) -> u64 {
         self.turns.latest.load(Ordering::Relaxed).max(current) + self.step
     }
 
-    /// Takes the round of the caller's next command. To be called under the committer's lock.
+    /// Takes the round of the caller's next operation. To be called under the committer's lock.
     pub(super) fn take_round(&self, current: u64) -> u64 {
         let round = self.next_round(current);
         self.turns.latest.store(round, Ordering::Relaxed);
@@ -91,10 +91,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_single_command_goes_before_the_rest_of_many() {
+    fn a_single_operation_goes_before_the_rest_of_many() {
         let (greedy, modest) = (Caller::new(), Caller::new());
         let mut rounds: Vec<(u64, &str)> = (0..1000).map(|_| (greedy.take_round(0), "greedy")).collect();
-        // Ten of the greedy caller's commands have been committed when the modest one's command
+        // Ten of the greedy caller's operations have been committed when the modest one's operation
         // comes.
         let current = rounds[9].0;
         rounds.push((modest.take_round(current), "modest"));

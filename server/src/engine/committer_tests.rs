@@ -24,14 +24,14 @@ fn ask(name: &str, id: LeaseId) -> Call {
 /// of `key`. Returns how many of the following batches went before the one with that touch.
 async fn batches_before(
     store: &GatedStore,
-    queued_commands: usize,
+    queued_operations: usize,
     many: Vec<LeaseName>,
     key: &Key,
 ) -> usize {
-    let engine = store.engine(queued_commands);
+    let engine = store.engine(queued_operations);
     let closed = store.close().await;
     let greedy = engine.on_behalf_of(Caller::new());
-    let count = many.len().min(queued_commands);
+    let count = many.len().min(queued_operations);
     let crowd = tokio::spawn(async move { greedy.touch_all(many.iter()).await });
     until(|| engine.committer.queued() == count && store.batches_of(key).0 == 1).await;
     let before = 1;

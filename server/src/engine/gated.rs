@@ -64,8 +64,8 @@ impl GatedStore {
     }
 
     /// Starts an engine on the store in which so many operations may be queued.
-    pub(super) fn engine(&self, queued_commands: usize) -> Lessor<Self> {
-        self.engine_within(Bounds { call: PATIENCE, queued_commands, ..Bounds::default() })
+    pub(super) fn engine(&self, queued_operations: usize) -> Lessor<Self> {
+        self.engine_within(Bounds { call: PATIENCE, queued_operations, ..Bounds::default() })
     }
 
     pub(super) fn engine_within(&self, bounds: Bounds) -> Lessor<Self> {

@@ -98,7 +98,7 @@ impl EngineMetrics {
             "Time from reading a keepalive message to handing over its answer",
         );
         Self {
-            grants: registry.by(grants, "waited", ["false", "true"], Counter::default),
+            grants: registry.by_label(grants, "waited", ["false", "true"], Counter::default),
             takeovers: registry
                 .counter("leased_takeovers", "Grants that displaced a holder whose lease had lapsed"),
             releases: registry.counter("leased_releases", "Releases answered as done"),
@@ -106,15 +106,15 @@ impl EngineMetrics {
                 "leased_revocations",
                 "Leases that Revoke took away, and min_hold blocks that it ended",
             ),
-            touches: registry.by(touches, "source", SOURCES, Counter::default),
-            losses: registry.by(losses, "reason", LOSSES, Counter::default),
+            touches: registry.by_label(touches, "source", SOURCES, Counter::default),
+            losses: registry.by_label(losses, "reason", LOSSES, Counter::default),
             tracked: registry.gauge("leased_carried_leases", "Held leases that keepalive streams track"),
             orphaned: registry.counter("leased_orphaned_leases", "Held leases whose stream ended first"),
             refused: registry
                 .counter("leased_leases_refused", "Leases that streams named and the daemon had no room for"),
-            acks: registry.by(acks, "source", SOURCES, || Histogram::of_durations(&ACK_BOUNDS)),
+            acks: registry.by_label(acks, "source", SOURCES, || Histogram::of_durations(&ACK_BOUNDS)),
             waiting: registry.gauge("leased_waiting_calls", "Calls that wait for a lease"),
-            waits: registry.by(waits, "outcome", WAIT_ENDS, Counter::default),
+            waits: registry.by_label(waits, "outcome", WAIT_ENDS, Counter::default),
             wait_durations: registry.metric(
                 "leased_wait_duration_seconds",
                 "How long calls waited before they were granted a lease",

@@ -69,7 +69,7 @@ pub struct Bounds {
     /// How many calls may wait for a lease at once.
     pub waiting_calls: usize,
     /// How many operations may be queued for a commit. More wait until there is room.
-    pub queued_commands: usize,
+    pub queued_operations: usize,
     /// How many watches may be open at once.
     pub watches: usize,
     /// How many leases the keepalive streams may track at once, all streams together.
@@ -81,7 +81,7 @@ impl Default for Bounds {
         Self {
             call: Duration::from_secs(5),
             waiting_calls: 100_000,
-            queued_commands: 262_144,
+            queued_operations: 262_144,
             watches: 256,
             leases: 1_000_000,
         }
@@ -172,7 +172,7 @@ impl<S: Store> Lessor<S> {
         let streams = Arc::new(StreamIndex::new(&metrics, bounds.leases));
         let watches = Arc::new(WatchHub::new(bounds.watches));
         let subscribers = Arc::new(Subscribers { queue, streams, watches, metrics });
-        let (store, queued) = (Arc::new(store), bounds.queued_commands);
+        let (store, queued) = (Arc::new(store), bounds.queued_operations);
         let committer = Arc::new(Committer::new(store, Arc::clone(&subscribers), bounds.call, queued));
         tasks.spawn(refresh::run(Arc::clone(&subscribers), Arc::clone(&committer), draining.clone()));
         tasks.spawn(watch::run(Arc::clone(&subscribers), Arc::clone(&committer), draining.clone()));

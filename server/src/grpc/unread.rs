@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 
 use super::response;
-use crate::transport::sending::{TIME, resettable};
+use crate::transport::sending::{SEND_TIMEOUT, reset_handle};
 
 /// How many leases of one connection may be in messages that are unanswered or whose answers are
 /// unread: twice as many as one message may name. Each takes some 300 bytes.
@@ -123,7 +123,7 @@ pub(crate) fn channel() -> (ResponseSender, Responses) {
         responses: queue,
         put: 0,
         progress: Arc::clone(&progress),
-        reset: Some(resettable()),
+        reset: Some(reset_handle()),
     };
     (sender, Responses { responses: receiver, is_going: false, progress })
 }
@@ -168,20 +168,20 @@ impl ResponseSender {
         share: Option<Share>,
     ) -> Result<bool, Elapsed> {
         for response in response::keepalive_responses(sequence, results) {
-            if timeout(TIME, self.responses.send(Ok(response))).await?.is_err() {
+            if timeout(SEND_TIMEOUT, self.responses.send(Ok(response))).await?.is_err() {
                 return Ok(false);
             }
             self.put += 1;
         }
         while share.is_some() && self.progress.read.load(Ordering::Acquire) < self.put {
-            timeout(TIME, self.progress.more.notified()).await?;
+            timeout(SEND_TIMEOUT, self.progress.more.notified()).await?;
         }
         Ok(true)
     }
 
     /// Sends the status with which the stream ends.
     pub(crate) async fn end(mut self, status: Status) {
-        if timeout(TIME, self.responses.send(Err(status))).await.is_err() {
+        if timeout(SEND_TIMEOUT, self.responses.send(Err(status))).await.is_err() {
             self.reset();
         }
     }

@@ -47,7 +47,7 @@ impl MetricsRegistry {
 
     /// Registers a metric for each set of labels, and returns the metrics in the same rows and
     /// columns. All sets have the same label names.
-    pub(crate) fn table<const R: usize, const C: usize, const N: usize, M>(
+    pub(crate) fn by_labels<const R: usize, const C: usize, const N: usize, M>(
         &mut self,
         (name, help): (&str, &str),
         labels: [[[Label; N]; C]; R],
@@ -63,14 +63,14 @@ impl MetricsRegistry {
     }
 
     /// Registers a metric for each value of one label.
-    pub(crate) fn by<const C: usize, M: Metric + TypedMetric + Clone>(
+    pub(crate) fn by_label<const C: usize, M: Metric + TypedMetric + Clone>(
         &mut self,
         about: (&str, &str),
         label: &'static str,
         values: [&'static str; C],
         make: fn() -> M,
     ) -> [M; C] {
-        let [row] = self.table(about, [values.map(|value| [(label, value)])], make);
+        let [row] = self.by_labels(about, [values.map(|value| [(label, value)])], make);
         row
     }
 
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn a_bound_belongs_to_its_bucket_and_a_value_above_all_bounds_to_the_last() {
         let mut registry = MetricsRegistry::default();
-        let [took] = registry.by(("took_seconds", "How long it took"), "who", ["me"], || {
+        let [took] = registry.by_label(("took_seconds", "How long it took"), "who", ["me"], || {
             Histogram::of_durations(&[1_000, 2_500_000])
         });
         for millis in [0, 1, 2, 2500, 2501] {

@@ -43,20 +43,21 @@ impl StoreMetrics {
     /// Registers the metrics of the store called `name`.
     pub(super) fn new(name: &'static str, registry: &mut MetricsRegistry) -> Self {
         let in_flight = ("leased_batches_in_flight", "Batches that the store has not answered yet");
-        let [batches] = registry.by(in_flight, "store", [name], Gauge::default);
+        let [batches] = registry.by_label(in_flight, "store", [name], Gauge::default);
         let keys = ("leased_batch_keys", "Keys in a batch");
-        let [keys] = registry.by(keys, "store", [name], || Histogram::of_counts(&KEYS));
+        let [keys] = registry.by_label(keys, "store", [name], || Histogram::of_counts(&KEYS));
         let durations =
             ("leased_batch_duration_seconds", "How long the store took for a batch, repetitions included");
-        let [durations] = registry.by(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
+        let [durations] =
+            registry.by_label(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
         let repetitions = ("leased_batch_repetitions", "Attempts at batches that failed and were repeated");
-        let [repetitions] = registry.by(repetitions, "store", [name], Counter::default);
+        let [repetitions] = registry.by_label(repetitions, "store", [name], Counter::default);
         let purged = ("leased_keys_purged", "Keys forgotten because they had long been free or lapsed");
-        let [purged] = registry.by(purged, "store", [name], Counter::default);
+        let [purged] = registry.by_label(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));
         let errors = ("leased_store_errors", "What the store did not do, by what is known of the outcome");
-        let errors = registry.table(errors, labels, Counter::default);
+        let errors = registry.by_labels(errors, labels, Counter::default);
         Self { batches, keys, durations, repetitions, purged, errors }
     }
 

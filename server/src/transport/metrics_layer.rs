@@ -120,13 +120,13 @@ impl MetricsLayer {
         let streams: [&str; STREAMS] = std::array::from_fn(|method| METHODS[UNARY + method].1);
         let durations = ("leased_call_duration_seconds", "How long unary calls took");
         Self(Arc::new(CallMetrics {
-            calls: registry.table(
+            calls: registry.by_labels(
                 ("leased_calls", "Calls that have ended, by status code"),
                 labels,
                 Counter::default,
             ),
-            durations: registry.by(durations, "method", unary, || Histogram::of_durations(&DURATIONS)),
-            open: registry.by(
+            durations: registry.by_label(durations, "method", unary, || Histogram::of_durations(&DURATIONS)),
+            open: registry.by_label(
                 ("leased_open_streams", "Streams that are open"),
                 "method",
                 streams,

@@ -18,7 +18,7 @@ use crate::grpc::response::{MAX_MESSAGE_BYTES, limit_exceeded};
 
 /// How long a message may take to arrive. For a request of one message: from its headers to its
 /// end.
-const TIME: Duration = Duration::from_secs(10);
+const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many bytes precede a message: a flag, and its length in four bytes (gRPC over HTTP/2,
 /// "Length-Prefixed-Message").
 const PREFIX: usize = 5;
@@ -42,7 +42,7 @@ impl ReceiveBudget {
     /// largest message.
     pub(crate) fn new(bytes: usize) -> Self {
         let share = (bytes / SHARES).max(PREFIX + MAX_MESSAGE_BYTES);
-        Self { in_use: BytesInUse::default(), bytes, share, time: TIME }
+        Self { in_use: BytesInUse::default(), bytes, share, time: RECEIVE_TIMEOUT }
     }
 }
 
@@ -280,14 +280,14 @@ mod tests {
         sender.send(message(100)).expect("a reader");
         next(&mut body).await.expect("a frame").expect("the message");
         let status = next(&mut body).await.expect("an end").expect_err("no end in time");
-        assert_eq!((status.code(), began.elapsed() >= TIME), (Code::ResourceExhausted, true));
+        assert_eq!((status.code(), began.elapsed() >= RECEIVE_TIMEOUT), (Code::ResourceExhausted, true));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_may_pause_between_messages_but_not_within_one() {
         let (sender, mut body) = fed(Messages::Many, &ReceiveBudget::new(1000));
         for _ in 0..3 {
-            let rest = tokio::time::timeout(TIME * 10, next(&mut body)).await;
+            let rest = tokio::time::timeout(RECEIVE_TIMEOUT * 10, next(&mut body)).await;
             assert!(rest.is_err(), "a silent stream is not refused");
             sender.send(message(100)).expect("a reader");
             next(&mut body).await.expect("a frame").expect("a message");
@@ -297,7 +297,7 @@ mod tests {
         let began = Instant::now();
         let trickle = async {
             loop {
-                tokio::time::sleep(TIME / 20).await;
+                tokio::time::sleep(RECEIVE_TIMEOUT / 20).await;
                 let _ = sender.send(vec![7]);
             }
         };
@@ -306,7 +306,7 @@ mod tests {
             status = async { loop { if let Err(status) = next(&mut body).await.expect("no end") { break status } } } => status,
         };
         assert_eq!(status.code(), Code::ResourceExhausted);
-        assert!(began.elapsed() <= TIME, "{:?}", began.elapsed());
+        assert!(began.elapsed() <= RECEIVE_TIMEOUT, "{:?}", began.elapsed());
     }
 
     #[tokio::test]

@@ -26,7 +26,7 @@ use crate::engine;
 
 /// How long a caller may take to read the response to a unary call, or an answer on a keepalive
 /// stream.
-pub(crate) const TIME: Duration = Duration::from_secs(10);
+pub(crate) const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many large responses the whole daemon sends at once.
 const LARGE_RESPONSES: usize = 32;
 /// How many bytes of a response are handed to its connection at once. A connection asks for the
@@ -50,7 +50,7 @@ pub(crate) fn start_deadline() {
 ///
 /// The body of a stream could not end the stream itself: a connection whose peer reads nothing does
 /// not poll the body.
-pub(crate) fn resettable() -> oneshot::Sender<()> {
+pub(crate) fn reset_handle() -> oneshot::Sender<()> {
     let (sender, receiver) = oneshot::channel();
     RESET.set(Some(receiver));
     sender
@@ -90,7 +90,7 @@ impl<F: Future> Future for Sending<F> {
             return Poll::Ready(());
         }
         if DEADLINE_STARTS.take() {
-            *this.deadline = Some(Box::pin(sleep(TIME)));
+            *this.deadline = Some(Box::pin(sleep(SEND_TIMEOUT)));
         }
         if let Some(reset) = RESET.take() {
             *this.reset = Some(reset);

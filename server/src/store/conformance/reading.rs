@@ -46,11 +46,11 @@ pub(super) fn empty(backend: Backend) -> TestStore {
 }
 
 pub(super) fn commit(store: &TestStore, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
-    wait_for(commit_all(store, batch))
+    wait_for(commit_batch(store, batch))
 }
 
 /// Commits a batch in which no key fails. Repeats it as the daemon does.
-pub(in crate::store) async fn commit_all(store: &impl Store, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
+pub(in crate::store) async fn commit_batch(store: &impl Store, batch: Vec<(Key, Edit)>) -> Vec<Snapshot> {
     all_of(try_commit(store, batch).await)
 }
 

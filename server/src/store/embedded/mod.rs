@@ -96,20 +96,20 @@ impl EmbeddedStore {
         })
     }
 
-    fn shared(&self) -> &Arc<OpenStore> {
-        self.writer.shared()
+    fn store(&self) -> &Arc<OpenStore> {
+        self.writer.store()
     }
 
     /// Stops the clock at `now`, which may be earlier than before.
     #[cfg(test)]
     pub(super) fn set_clock(&mut self, now: crate::lease::Timestamp) {
-        self.shared().set_clock(now);
+        self.store().set_clock(now);
     }
 
     /// Replaces the record of `key` by bytes that are no record.
     #[cfg(test)]
     pub(crate) fn damage(&self, key: &Key) {
-        self.shared().damage(key);
+        self.store().damage(key);
     }
 
     /// Reads committed records on a thread of `readers`.
@@ -118,7 +118,7 @@ impl EmbeddedStore {
         readers: &Readers,
         read: impl FnOnce(&OpenStore, &Records) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let shared = Arc::clone(self.shared());
+        let shared = Arc::clone(self.store());
         let work = move || {
             let records = shared.database()?.begin_read()?.open_table(RECORDS)?;
             read(&shared, &records)
@@ -168,7 +168,7 @@ impl Store for EmbeddedStore {
                 move |shared: &OpenStore, records: &Records| purgeable(shared, records, from, free_for);
             let (keys, next) = self.read_on(&self.pages, read).await?;
             // The writer checks again, because a key may have been leased since.
-            purged += self.writer.forget(keys, free_for).await?;
+            purged += self.writer.purge(keys, free_for).await?;
             let Some(next) = next else { return Ok(purged) };
             from = Some(next);
         }
@@ -179,11 +179,11 @@ impl Store for EmbeddedStore {
     }
 
     fn id(&self) -> Uuid {
-        self.shared().store()
+        self.store().id()
     }
 
     fn rules(&self) -> Rules {
-        self.shared().rules()
+        self.store().rules()
     }
 
     fn name(&self) -> &'static str {
@@ -392,10 +392,10 @@ mod tests {
         let query =
             |include_free| ListQuery { prefix: String::new(), after: None, limit: KEYS, include_free };
         let listed = async |include_free| {
-            let before = store.shared().looked_at.load(Ordering::Relaxed);
+            let before = store.store().looked_at.load(Ordering::Relaxed);
             let page = store.list(query(include_free)).await.expect("a listing");
             let shown: Vec<_> = page.snapshots.into_iter().map(|one| one.record.key).collect();
-            (shown, store.shared().looked_at.load(Ordering::Relaxed) - before)
+            (shown, store.store().looked_at.load(Ordering::Relaxed) - before)
         };
         assert_eq!(listed(false).await, (held, 2));
         let (shown, looked_at) = listed(true).await;
@@ -404,7 +404,7 @@ mod tests {
 
     fn in_use(store: &EmbeddedStore) -> Vec<Key> {
         let mut keys = Vec::new();
-        let walked = store.shared().in_use().walk("", |key| {
+        let walked = store.store().in_use().walk("", |key| {
             keys.push(key.clone());
             Ok(true)
         });

@@ -140,7 +140,7 @@ impl OpenStore {
     }
 
     /// The identity of the store.
-    pub(super) fn store(&self) -> Uuid {
+    pub(super) fn id(&self) -> Uuid {
         self.id
     }
 
@@ -425,7 +425,7 @@ impl Writer {
         Ok(Self { store, requests: sender })
     }
 
-    pub(super) fn shared(&self) -> &Arc<OpenStore> {
+    pub(super) fn store(&self) -> &Arc<OpenStore> {
         &self.store
     }
 
@@ -440,7 +440,7 @@ impl Writer {
     }
 
     /// Purges the keys that have been free for `free_for`, and returns how many.
-    pub(super) async fn forget(&self, keys: Vec<Key>, free_for: Duration) -> Result<u64, Failure> {
+    pub(super) async fn purge(&self, keys: Vec<Key>, free_for: Duration) -> Result<u64, Failure> {
         self.request(PATIENCE, |reply| Request::Purge { keys, free_for, reply }).await
     }
 

@@ -214,7 +214,7 @@ async fn indexes(store: &MongoStore) -> Result<(), ConnectError> {
 /// Checks the user's rights: runs each kind of command in a form that changes nothing.
 async fn rights(store: &MongoStore) -> Result<(), ConnectError> {
     let nothing = doc! { "_id": { "$in": [] } };
-    store.find(&[]).await?;
+    store.read_keys(&[]).await?;
     feed::open(store).await?;
     let daemons = daemons::collection_name(store.collection.name());
     command(store, doc! { "find": &daemons, "filter": nothing, "limit": 1 }).await?;

@@ -18,7 +18,7 @@ use crate::store::failure::{Effects, Failure};
 use crate::store::{ForKey, StoreError, makes_record, vacant};
 
 /// How many keys with waiters are remembered.
-const LINES: usize = 10_000;
+const KEYS_WITH_WAITERS: usize = 10_000;
 
 /// Up to so many edits that a round has left out are made one by one. Another round would take two
 /// commands.
@@ -40,7 +40,7 @@ impl KeysWithWaiters {
         for Snapshot { record, .. } in snapshots {
             if record.waiters.is_empty() {
                 known.remove(&record.key);
-            } else if known.len() < LINES {
+            } else if known.len() < KEYS_WITH_WAITERS {
                 known.insert(record.key.clone());
             }
         }
@@ -114,7 +114,7 @@ impl MongoStore {
         if let [(key, _)] = batch {
             return Ok(vec![Err(StoreError::Unreadable { key: key.clone(), cause })]);
         }
-        let found = self.find_edited(&names(batch)).await?;
+        let found = self.read_edited(&names(batch)).await?;
         let unreadable = found.into_iter().filter_map(|(key, edited)| Some((key, Err(edited.err()?))));
         let mut answers: HashMap<Key, ForKey> = unreadable.collect();
         let mut parts = if answers.is_empty() {
@@ -261,7 +261,7 @@ impl MongoStore {
             written.matched > 0
         })?;
         let received = BootInstant::now();
-        let edited = self.find_edited(&names(quick.iter().chain(others))).await?;
+        let edited = self.read_edited(&names(quick.iter().chain(others))).await?;
         let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, commands.tag));
         let found: HashMap<Key, Result<Found, StoreError>> =
             edited.into_iter().map(|(key, edited)| (key, found(edited))).collect();
@@ -361,8 +361,8 @@ impl Commands<'_> {
 }
 
 impl MongoStore {
-    /// With the deliberate mutant in it that a test asks for.
-    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only tests ask"))]
+    /// Returns the stages, with the mutant in them that a test may have set.
+    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "only tests set one"))]
     fn with_mutant(&self, stages: Vec<Document>) -> Vec<Document> {
         #[cfg(test)]
         if let Some(mutant) = self.mutant {

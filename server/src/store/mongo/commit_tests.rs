@@ -13,7 +13,7 @@ use super::commit::{Found, left};
 use super::document::Edited;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
-use crate::store::conformance::reading::{all_of, ask, asking, commit_all, key};
+use crate::store::conformance::reading::{all_of, ask, asking, commit_batch, key};
 use crate::store::failure::{Effects, Failure};
 use crate::store::{ListQuery, Outcome, Store, StoreError};
 
@@ -41,9 +41,9 @@ async fn an_edit_admits_a_waiter_that_another_daemon_enqueued(
     let (contested, quiet) = (key("contested"), key("quiet"));
     let [first, holder, waiter] = [(); 3].map(|()| LeaseId::random());
     let held = vec![(contested.clone(), ask(asking(first))), (quiet.clone(), ask(asking(holder)))];
-    commit_all(&ours, held).await;
+    commit_batch(&ours, held).await;
     let waits = Acquisition { wait: true, ..asking(waiter) };
-    commit_all(&theirs, vec![(contested.clone(), ask(waits))]).await;
+    commit_batch(&theirs, vec![(contested.clone(), ask(waits))]).await;
 
     let edit = if releases {
         Edit::default().release(first)
@@ -58,7 +58,7 @@ async fn an_edit_admits_a_waiter_that_another_daemon_enqueued(
         batch.push((quiet, Edit::default().touch(holder)));
         batch.push((key("unknown"), Edit::default().touch(holder)));
     }
-    let after = commit_all(&ours, batch).await;
+    let after = commit_batch(&ours, batch).await;
     let ids =
         |snapshot: &Snapshot| snapshot.record.holders.iter().map(|holder| holder.id).collect::<Vec<_>>();
     assert_eq!((ids(&after[0]), after[0].record.rev), (vec![waiter], 3));
@@ -74,15 +74,15 @@ async fn a_touch_uses_the_full_pipeline_while_the_key_is_known_to_have_waiters()
     let [ours, theirs] = two().await;
     let contested = key("contested");
     let [holder, waiter] = [(); 2].map(|()| LeaseId::random());
-    commit_all(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
+    commit_batch(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
     let touch = || vec![(contested.clone(), Edit::default().touch(holder))];
     let uses_full_pipeline = || !ours.keys_with_waiters.has_none_at(&contested);
     assert!(!uses_full_pipeline());
-    commit_all(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
-    commit_all(&ours, touch()).await;
+    commit_batch(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
+    commit_batch(&ours, touch()).await;
     assert!(uses_full_pipeline());
-    commit_all(&theirs, vec![(contested.clone(), Edit::default().cancel(waiter))]).await;
-    commit_all(&ours, touch()).await;
+    commit_batch(&theirs, vec![(contested.clone(), Edit::default().cancel(waiter))]).await;
+    commit_batch(&ours, touch()).await;
     assert!(!uses_full_pipeline());
 }
 
@@ -125,7 +125,7 @@ async fn a_batch_that_was_applied_in_part_is_not_reported_as_not_applied(
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let (job, holder) = (key("job"), LeaseId::random());
-    commit_all(&store, vec![(job.clone(), ask(asking(holder)))]).await;
+    commit_batch(&store, vec![(job.clone(), ask(asking(holder)))]).await;
     let mode = if skip == 0 { "alwaysOn".into() } else { mongodb::bson::Bson::from(doc! { "skip": skip }) };
     fail_point(mongod.uri(), mode, doc! { "failCommands": [command], "errorCode": code }).await;
 
@@ -167,7 +167,7 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let holders: Vec<_> = (0..held).map(|n| (key(&format!("held/{n}")), LeaseId::random())).collect();
     let hold = |(key, id): &(Key, LeaseId)| (key.clone(), ask(asking(*id)));
-    commit_all(&store, holders.iter().map(hold).collect()).await;
+    commit_batch(&store, holders.iter().map(hold).collect()).await;
     let keys = || holders.iter().map(|(key, _)| key.clone()).collect();
     let before = all_of(store.read(keys()).await);
 
@@ -193,8 +193,8 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
 async fn a_clock_that_runs_evenly_makes_no_step() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     for _ in 0..20 {
-        commit_all(&store, arrivals(1)).await;
-        commit_all(&store, arrivals(5)).await;
+        commit_batch(&store, arrivals(1)).await;
+        commit_batch(&store, arrivals(5)).await;
         store.check().await.expect("a primary");
     }
     assert_eq!(store.clock_steps(), 0);
@@ -205,8 +205,8 @@ async fn a_clock_that_runs_evenly_makes_no_step() {
 async fn an_edit_counts_as_made_only_by_the_commit_tag_in_its_record() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let batch = arrivals(3);
-    commit_all(&store, batch.clone()).await;
-    let edited = async || store.find_edited(&["new/0", "new/1", "new/2"]).await.expect("a read");
+    commit_batch(&store, batch.clone()).await;
+    let edited = async || store.read_edited(&["new/0", "new/1", "new/2"]).await.expect("a read");
     let tag = edited().await[&key("new/0")].as_ref().ok().and_then(|edited| edited.tag).expect("a tag");
     let found = |edited: HashMap<Key, Result<Edited, StoreError>>, tag| {
         let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, tag));
@@ -225,8 +225,8 @@ async fn daemons_that_write_to_the_same_keys_all_the_time_get_answers() {
         for _ in 0..30 {
             let id = LeaseId::random();
             let each = |edit: &dyn Fn() -> Edit| keys.iter().map(|key| (key.clone(), edit())).collect();
-            commit_all(store, each(&|| ask(Acquisition { wait: true, ..asking(id) }))).await;
-            let after = commit_all(store, each(&|| Edit::default().release(id).cancel(id))).await;
+            commit_batch(store, each(&|| ask(Acquisition { wait: true, ..asking(id) }))).await;
+            let after = commit_batch(store, each(&|| Edit::default().release(id).cancel(id))).await;
             for snapshot in after {
                 assert!(snapshot.record.holders.iter().all(|holder| holder.id != id), "it was made");
             }
@@ -239,11 +239,11 @@ async fn daemons_that_write_to_the_same_keys_all_the_time_get_answers() {
 async fn reads_of_the_engine_and_inspections_do_not_wait_for_listings() {
     let store = store_at(throwaway_mongodb::shared().await.expect("a MongoDB for tests")).await;
     let (job, id) = (key("job"), LeaseId::random());
-    commit_all(&store, vec![(job.clone(), ask(asking(id)))]).await;
-    let blocked_listings = store.inspection.occupy_lists().await;
+    commit_batch(&store, vec![(job.clone(), ask(asking(id)))]).await;
+    let blocked_listings = store.inspection.block_lists().await;
     assert_eq!(all_of(store.read(vec![job.clone()]).await).len(), 1);
     assert!(store.inspect(job.clone()).await.expect("an inspection").is_some());
-    commit_all(&store, vec![(job, Edit::default().touch(id))]).await;
+    commit_batch(&store, vec![(job, Edit::default().touch(id))]).await;
     let all = ListQuery { prefix: String::new(), after: None, limit: 10, include_free: true };
     store.list(all.clone()).await.expect_err("all listings are blocked");
     drop(blocked_listings);
@@ -256,7 +256,7 @@ async fn commits_do_not_wait_for_listings() {
     let mongod = Mongod::start().await.expect("a MongoDB for tests");
     let store = store_at(mongod.uri()).await;
     let (job, id) = (key("job"), LeaseId::random());
-    commit_all(&store, vec![(job.clone(), ask(asking(id)))]).await;
+    commit_batch(&store, vec![(job.clone(), ask(asking(id)))]).await;
     let data = doc! { "failCommands": ["find"], "blockConnection": true, "blockTimeMS": 1800 };
     let before = fail_point(mongod.uri(), "alwaysOn", data).await.get_i32("count").unwrap_or(0);
     let mut listings = tokio::task::JoinSet::new();
@@ -268,7 +268,7 @@ async fn commits_do_not_wait_for_listings() {
     let client = Client::with_uri_str(mongod.uri()).await.expect("a client");
     let wait = doc! { "waitForFailPoint": "failCommand", "timesEntered": before + 5, "maxTimeMS": 30_000 };
     client.database("admin").run_command(wait).await.expect("listings under way");
-    commit_all(&store, vec![(job.clone(), Edit::default().touch(id))]).await;
+    commit_batch(&store, vec![(job.clone(), Edit::default().touch(id))]).await;
     assert!(listings.try_join_next().is_none(), "no listing was answered before the commit");
     fail_point(mongod.uri(), "off", doc! {}).await;
     listings.abort_all();

@@ -144,7 +144,7 @@ impl Daemons {
         match self.objection(&self.read_list().await?) {
             None => Ok(()),
             Some(why) => {
-                self.depart().await;
+                self.unregister().await;
                 Err(Unusable::Conflict(why).into())
             }
         }
@@ -152,7 +152,7 @@ impl Daemons {
 
     /// Writes heartbeats until `ended` is cancelled, and then removes this daemon from the list.
     /// Keeps `peers_present` up to date: whether there are other daemons.
-    pub(super) async fn attend(&self, peers_present: watch::Sender<bool>, ended: &CancellationToken) {
+    pub(super) async fn run_heartbeats(&self, peers_present: watch::Sender<bool>, ended: &CancellationToken) {
         let heartbeat = self.store.feed.heartbeat;
         let remove_every =
             u32::try_from(heartbeat.remove_after.as_millis() / heartbeat.interval.as_millis().max(1));
@@ -181,11 +181,11 @@ impl Daemons {
                 break;
             }
         }
-        self.depart().await;
+        self.unregister().await;
     }
 
     /// Removes this daemon from the list at once.
-    pub(super) async fn depart(&self) {
+    pub(super) async fn unregister(&self) {
         if !self.member().may_be_listed.swap(false, Ordering::Relaxed) {
             return;
         }

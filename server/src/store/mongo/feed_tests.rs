@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Feed, HeartbeatConfig, Location, MongoStore, daemons};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Timestamp};
 use crate::store::conformance::mutants::Mutant;
-use crate::store::conformance::reading::{ask, asking, commit_all, key};
+use crate::store::conformance::reading::{ask, asking, commit_batch, key};
 use crate::store::{FeedEvent, FeedState, Store};
 
 const RULES: Rules = Rules { grace: Duration::from_millis(100), waiter_ttl: Duration::from_secs(15) };
@@ -138,7 +138,7 @@ fn marker() -> Key {
 }
 
 async fn lease(store: &MongoStore, key: &Key) {
-    commit_all(store, vec![(key.clone(), ask(asking(LeaseId::random())))]).await;
+    commit_batch(store, vec![(key.clone(), ask(asking(LeaseId::random())))]).await;
 }
 
 fn registered(store: &MongoStore) -> Collection<Document> {
@@ -200,7 +200,7 @@ async fn reported(
     if batched {
         let ttl = asking(id).ttl;
         let seen =
-            commit_all(&store, vec![(bystander.clone(), ask(Acquisition { ttl, ..asking(id) }))]).await;
+            commit_batch(&store, vec![(bystander.clone(), ask(Acquisition { ttl, ..asking(id) }))]).await;
         expected.push((bystander.clone(), Some(seen[0].record.rev)));
     }
     let mut now = NOW;
@@ -211,7 +211,7 @@ async fn reported(
         if batched {
             batch.push((bystander.clone(), Edit::default().touch(id)));
         }
-        let after = commit_all(&store, batch).await;
+        let after = commit_batch(&store, batch).await;
         if is_reported {
             expected.push((job.clone(), Some(after[0].record.rev)));
         }
@@ -260,7 +260,7 @@ async fn a_batch_that_creates_records_is_reported_once_for_each() {
     let store = store().await;
     let (mut listener, _other) = two(&store).await;
     let keys: Vec<Key> = (0..50).map(|number| key(&format!("key/{number:02}"))).collect();
-    commit_all(&store, keys.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect()).await;
+    commit_batch(&store, keys.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect()).await;
     let last = marker();
     lease(&store, &last).await;
     let mut events = listener.changes_until(&last).await;

@@ -36,7 +36,7 @@ pub(super) struct Index {
     /// Runs the command that builds the index. On a large collection the command ends long after
     /// its caller stopped waiting. Only one runs at a time, on a runner of its own, so that builds
     /// neither pile up nor delay commits.
-    pub(super) maker: Runner,
+    pub(super) build_runner: Runner,
     /// When a listing may start the next build. `None`: at once.
     due_at: Mutex<Option<Instant>>,
     /// Whether a refusal has been logged.
@@ -47,7 +47,7 @@ impl Default for Index {
     fn default() -> Self {
         Self {
             is_there: AtomicBool::new(false),
-            maker: Runner::with_room_for(1),
+            build_runner: Runner::with_room_for(1),
             due_at: Mutex::default(),
             has_warned: AtomicBool::new(false),
         }
@@ -143,7 +143,7 @@ impl MongoStore {
             index.is_there.store(true, Ordering::Relaxed);
             Ok(())
         };
-        match self.index.maker.run(create).await {
+        match self.index.build_runner.run(create).await {
             // An administrator has built the index for a user without that right.
             Err(Failure::Refused(_)) if is_listed => {
                 self.index.is_there.store(true, Ordering::Relaxed);

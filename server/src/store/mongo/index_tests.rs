@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use super::index::{IN_USE, Index};
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, LeaseId, Rules, Timestamp};
-use crate::store::conformance::reading::{ask, asking, commit_all, key};
+use crate::store::conformance::reading::{ask, asking, commit_batch, key};
 use crate::store::failure::Failure;
 use crate::store::{ListQuery, Page, Store};
 
@@ -68,7 +68,7 @@ async fn hold(store: &MongoStore, names: &[&str]) -> Vec<LeaseId> {
     for name in names {
         let id = LeaseId::random();
         let batch = vec![(key(name), ask(Acquisition { wait: true, ..asking(id) }))];
-        commit_all(store, batch).await;
+        commit_batch(store, batch).await;
         ids.push(id);
     }
     ids
@@ -264,7 +264,7 @@ async fn the_index_follows_every_edit_alone_and_in_a_batch() {
         let names = if batched { &["job", "beside", "besides"][..] } else { &["job"] };
         let apply = async |store: &MongoStore, edit: Edit| {
             let batch: Vec<_> = names.iter().map(|name| (key(name), edit.clone())).collect();
-            commit_all(store, batch).await;
+            commit_batch(store, batch).await;
         };
         let has_field = async |store: &MongoStore| with_field(store).await.contains(&"job".to_owned());
         let [first, second, third] = [(); 3].map(|()| LeaseId::random());

@@ -227,21 +227,21 @@ impl Store for MongoStore {
 
     async fn read(&self, keys: Vec<Key>) -> Result<Vec<ForKey>, StoreError> {
         let names: Vec<&str> = keys.iter().map(Key::as_str).collect();
-        let answers = self.find(&names).await?;
+        let answers = self.read_keys(&names).await?;
         self.keys_with_waiters.note(answers.iter().flatten());
         Ok(answers)
     }
 
     async fn inspect(&self, key: Key) -> Result<Option<Snapshot>, StoreError> {
-        self.find_one(&key).await
+        self.read_one(&key).await
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        Ok(self.page(&query).await?)
+        Ok(self.list_page(&query).await?)
     }
 
     async fn purge(&self, free_for: Duration) -> Result<u64, StoreError> {
-        Ok(self.forget(free_for).await?)
+        Ok(self.purge_keys(free_for).await?)
     }
 
     async fn check(&self) -> Result<(), StoreError> {
@@ -271,8 +271,8 @@ impl Store for MongoStore {
     async fn leave(&self) {
         let store = self.clone();
         let farewell = tokio::spawn(async move {
-            Daemons::new(&store).depart().await;
-            let runners = [&store.runner, &store.feed.background, &store.index.maker];
+            Daemons::new(&store).unregister().await;
+            let runners = [&store.runner, &store.feed.background, &store.index.build_runner];
             tokio::join!(shut_down(store.database.client(), &runners), store.inspection.end());
         });
         if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
@@ -306,7 +306,7 @@ impl Store for MongoStore {
             drop(events);
             ended.cancel();
         };
-        tokio::join!(tell, daemons.attend(peers_present, &ended));
+        tokio::join!(tell, daemons.run_heartbeats(peers_present, &ended));
     }
 
     fn feed_state(&self) -> FeedState {

@@ -43,7 +43,7 @@ impl Pages {
 
 impl MongoStore {
     /// Deletes the records of keys that have been free for `unused_for`, and returns how many.
-    pub(super) async fn forget(&self, unused_for: Duration) -> Result<u64, Failure> {
+    pub(super) async fn purge_keys(&self, unused_for: Duration) -> Result<u64, Failure> {
         self.make_index().await;
         let (mut purged, mut pages) = (0, Pages::default());
         while let Some(range) = pages.next(self).await? {

@@ -62,14 +62,14 @@ impl Inspection {
 
     /// Blocks all listings until the returned guard is dropped.
     #[cfg(test)]
-    pub(super) async fn occupy_lists(&self) -> impl Sized {
+    pub(super) async fn block_lists(&self) -> impl Sized {
         self.lists.occupy().await
     }
 }
 
 impl MongoStore {
     /// Reads the record of `key` for a caller who inspects it.
-    pub(super) async fn find_one(&self, key: &Key) -> Result<Option<Snapshot>, StoreError> {
+    pub(super) async fn read_one(&self, key: &Key) -> Result<Option<Snapshot>, StoreError> {
         let Inspection { collection, gets, .. } = &self.inspection;
         let options =
             ReadOptions { projection: Some(document::projection(&self.clock)), ..ReadOptions::of(1) };
@@ -78,7 +78,7 @@ impl MongoStore {
     }
 
     /// Reads the records of the keys that have one, in any order.
-    pub(super) async fn find(&self, names: &[&str]) -> Result<Vec<ForKey>, Failure> {
+    pub(super) async fn read_keys(&self, names: &[&str]) -> Result<Vec<ForKey>, Failure> {
         let options = ReadOptions {
             projection: Some(document::projection(&self.clock)),
             ..ReadOptions::of(names.len())
@@ -88,7 +88,7 @@ impl MongoStore {
     }
 
     /// Reads records that have just been edited, as of that edit or a later one.
-    pub(super) async fn find_edited(
+    pub(super) async fn read_edited(
         &self,
         names: &[&str],
     ) -> Result<HashMap<Key, Result<Edited, StoreError>>, Failure> {
@@ -106,7 +106,7 @@ impl MongoStore {
 
     /// Reads a page of records in the order of their keys. Records that cannot be read are logged
     /// and left out.
-    pub(super) async fn page(&self, query: &ListQuery) -> Result<Page, Failure> {
+    pub(super) async fn list_page(&self, query: &ListQuery) -> Result<Page, Failure> {
         let mut after = query.after.as_ref().map(|key| key.as_str().to_owned());
         loop {
             let found = self.fetch_page(query, after.as_deref()).await?;

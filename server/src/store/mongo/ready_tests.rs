@@ -40,7 +40,7 @@ async fn a_primary_without_a_majority_is_not_ready() {
     let store = store_at(set.uri()).await;
     let ended = CancellationToken::new();
     let (daemons, token) = (Daemons::new(&store), ended.clone());
-    let beats = tokio::spawn(async move { daemons.attend(watch::channel(false).0, &token).await });
+    let beats = tokio::spawn(async move { daemons.run_heartbeats(watch::channel(false).0, &token).await });
     until_ready(&store, true).await;
 
     let primary = set.wait_for_primary().await.expect("a primary");
