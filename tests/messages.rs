@@ -181,6 +181,11 @@ async fn leases_past_the_size_limit_of_a_message_are_refused(#[values(Embedded, 
     assert!((511 * 1024..=512 * 1024).contains(&size), "{size}");
     // In a message of its own, on the same stream, the refused lease is kept.
     kept(&stream.touch(&held[1..]).await[0].1);
+
+    // The touches of both leases could be coalesced now, and the limit applies all the same.
+    let repeated = [&vec![held[0].clone(); 12_000][..], &held[1..]].concat();
+    let results: HashMap<LeaseRef, Outcome> = stream.touch(&repeated).await.into_iter().collect();
+    assert_eq!(refused(&results[&held[1]]), RefusalReason::LimitExceeded);
 }
 
 #[rstest]

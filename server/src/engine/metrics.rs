@@ -178,6 +178,13 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    /// Coalesced touches that were answered with how long the lease lasts.
+    pub(super) fn coalesced(touches: usize) -> Self {
+        let mut tally = Self::default();
+        tally.touches[Source::Coalesced as usize] = touches as u64;
+        tally
+    }
+
     pub(super) fn add(&mut self, touched: Touched, source: Source) {
         match touched {
             Touched::Kept(_) => self.touches[source as usize] += 1,

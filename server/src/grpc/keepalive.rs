@@ -184,16 +184,13 @@ impl<S: Store> KeepAliveStream<S> {
                 && ready_at <= now
                 && let Some(group) = self.waiting.take()
             {
-                if let Some((messages, touched)) = self.begin(group)
-                    && !self.answer(responses, messages, touched, Source::Coalesced).await
-                {
-                    return Ok(());
-                }
+                self.rate_limiter.spend();
+                self.touch(group.messages, group.leases);
                 continue;
             }
             tokio::select! {
                 Some((messages, touched)) = self.in_flight.next() => {
-                    if !self.answer(responses, messages, touched?, Source::Store).await {
+                    if !self.answer(responses, messages, touched?).await {
                         return Ok(());
                     }
                 }
@@ -258,8 +255,8 @@ impl<S: Store> KeepAliveStream<S> {
         Ok(None)
     }
 
-    /// Takes a message, and answers it at once if all its touches are coalesced. Returns whether
-    /// the caller is still there.
+    /// Takes a message, and answers it at once if none of its touches has to be written. Returns
+    /// whether the caller is still there.
     async fn enter(&mut self, admitted: Admitted, responses: &mut ResponseSender) -> Result<bool, Status> {
         let Admitted { message, came_at, share } = admitted;
         let sequence = message.sequence;
@@ -271,69 +268,99 @@ impl<S: Store> KeepAliveStream<S> {
         Ok(true)
     }
 
-    /// Checks a message and begins its touches, or has it wait. Returns the results if all its
-    /// touches are coalesced.
+    /// Returns the results of a message if none of its touches has to be written. Otherwise checks
+    /// the message and begins its touches, or has it wait.
     fn take(
         &mut self,
         mut message: KeepAliveRequest,
         came_at: Instant,
         share: Option<Share>,
     ) -> Option<(Vec<KeepAliveResult>, Option<Share>)> {
+        let must_wait = self.waiting.is_some()
+            || self.rate_limiter.ready_at() > came_at
+            || self.in_flight.len() >= COMMITS;
+        if !must_wait {
+            self.rate_limiter.spend();
+            if let Some(results) = self.coalesced(&mut message) {
+                return Some((results, share));
+            }
+        }
         let (leases, refused) = match (message.sequence, message.leases.is_empty()) {
-            (0, _) => (Vec::new(), self.refuse_all(take(&mut message.leases))),
+            (0, _) => (Vec::new(), self.refuse_all(message.leases)),
             (_, true) => (self.lease_set.begin_message_for_all(), Vec::new()),
-            (_, false) => self.name(&mut message.leases),
+            (_, false) => self.name(message.leases),
         };
+        if leases.is_empty() && !must_wait {
+            return Some((refused, share));
+        }
         let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused, share };
-        if let Some(group) = &mut self.waiting {
-            count(&entry, &mut self.refused, &mut self.unshared);
-            group.messages.others.push(entry);
-            group.leases.extend(leases);
-            return None;
+        self.refused += entry.refused.len();
+        if entry.share.is_none() {
+            self.unshared += entry.results();
         }
-        if self.rate_limiter.ready_at() > came_at || self.in_flight.len() >= COMMITS {
-            count(&entry, &mut self.refused, &mut self.unshared);
-            let messages = Messages { first: entry, others: Vec::new() };
-            self.waiting = Some(Group { messages, leases });
-            return None;
+        match &mut self.waiting {
+            Some(group) => {
+                group.messages.others.push(entry);
+                group.leases.extend(leases);
+            }
+            None => {
+                let messages = Messages { first: entry, others: Vec::new() };
+                if must_wait {
+                    self.waiting = Some(Group { messages, leases });
+                } else {
+                    self.touch(messages, leases);
+                }
+            }
         }
-        self.rate_limiter.spend();
-        let due = self.due(&leases);
-        if due.is_empty() {
-            let mut results = self.coalesced(message.leases, leases);
-            results.extend(entry.refused);
-            return Some((results, entry.share));
-        }
-        count(&entry, &mut self.refused, &mut self.unshared);
-        let messages = Messages { first: entry, others: Vec::new() };
-        self.touch(messages, leases, due);
         None
     }
 
-    /// Adds the leases that a message names to the stream, as far as there is room. Takes refused
-    /// ones out of `named`.
-    fn name(&mut self, named: &mut Vec<LeaseRef>) -> (Vec<Arc<StreamLease>>, Vec<KeepAliveResult>) {
+    /// Returns the results of a message if all its touches can be coalesced. They reuse the names in
+    /// the message.
+    fn coalesced(&self, message: &mut KeepAliveRequest) -> Option<Vec<KeepAliveResult>> {
+        if !self.coalesces || message.sequence == 0 {
+            return None;
+        }
+        let named = &mut message.leases;
+        let remaining = if named.is_empty() {
+            let remaining = self.lease_set.coalesce(self.lease_set.names().map(Some))?;
+            named.extend(self.lease_set.names().map(|name| response::lease_ref(&name.key, name.id)));
+            remaining
+        } else {
+            let mut bytes = 0;
+            self.lease_set.coalesce(named.iter().map(|lease| {
+                bytes += encoded_len(1, lease);
+                request::one_of_many(lease).ok().filter(|_| bytes <= MESSAGE_BYTES)
+            }))?
+        };
+        let results = take(named).into_iter().zip(remaining);
+        let kept = |(lease, remaining)| response::keepalive_result(lease, Touched::Kept(remaining));
+        Some(results.map(kept).collect())
+    }
+
+    /// Adds the leases that a message names to the stream, as far as there is room, and refuses the
+    /// others.
+    fn name(&mut self, named: Vec<LeaseRef>) -> (Vec<Arc<StreamLease>>, Vec<KeepAliveResult>) {
         let (mut leases, mut refused) = (Vec::with_capacity(named.len()), Vec::new());
         let most = self.most_leases;
         let mut message_leases = self.lease_set.begin_message(most);
         let mut bytes = 0;
-        named.retain_mut(|lease| {
-            bytes += encoded_len(1, lease);
-            let (reason, message) = match request::one_of_many(lease) {
+        for lease in named {
+            bytes += encoded_len(1, &lease);
+            let (reason, message) = match request::one_of_many(&lease) {
                 Err(message) => (RefusalReason::Invalid, message),
                 Ok(_) if bytes > MESSAGE_BYTES => (RefusalReason::LimitExceeded, past_message_bytes()),
                 Ok(name) => match message_leases.add(name) {
                     Ok(lease) => {
                         leases.push(lease);
-                        return true;
+                        continue;
                     }
                     Err(Full::Stream) => (RefusalReason::LimitExceeded, past_stream_leases(most)),
                     Err(Full::Daemon) => (RefusalReason::LimitExceeded, PAST_LEASES.to_owned()),
                 },
             };
-            refuse(&mut refused, take(lease), reason, message);
-            false
-        });
+            refuse(&mut refused, lease, reason, message);
+        }
         (leases, refused)
     }
 
@@ -350,33 +377,17 @@ impl<S: Store> KeepAliveStream<S> {
         refused
     }
 
-    /// Begins to touch leases. Polls the future once, because nothing polls it while an answer
-    /// waits for its reader.
-    fn touch(&mut self, messages: Messages, leases: Vec<Arc<StreamLease>>, due: Vec<usize>) {
+    /// Begins to touch leases, but for those whose touches can be coalesced. Polls the future once,
+    /// because nothing polls it while an answer waits for its reader.
+    fn touch(&mut self, messages: Messages, leases: Vec<Arc<StreamLease>>) {
+        let now = BootInstant::now();
+        let is_due = |lease: &StreamLease| !self.coalesces || lease.coalesce(now).is_none();
+        let due = (0..leases.len()).filter(|position| is_due(&leases[*position])).collect();
         let mut touching = Box::pin(touch(self.lessor.clone(), messages, leases, due));
         self.in_flight.push(match touching.as_mut().now_or_never() {
             Some(answer) => Box::pin(ready(answer)),
             None => touching,
         });
-    }
-
-    /// Begins the touches of messages that have waited. Returns the outcomes if all of them are
-    /// coalesced.
-    fn begin(&mut self, Group { messages, leases }: Group) -> Option<(Messages, Outcomes)> {
-        self.rate_limiter.spend();
-        let due = self.due(&leases);
-        if due.is_empty() {
-            return Some((messages, leases.into_iter().map(|lease| (lease, None)).collect()));
-        }
-        self.touch(messages, leases, due);
-        None
-    }
-
-    /// The positions of the leases whose touches must be written.
-    fn due(&self, leases: &[Arc<StreamLease>]) -> Vec<usize> {
-        let now = BootInstant::now();
-        let is_due = |lease: &StreamLease| !self.coalesces || !lease.can_coalesce(now);
-        (0..leases.len()).filter(|position| is_due(&leases[*position])).collect()
     }
 
     /// Answers messages with the outcomes for their leases. Returns whether the caller is still
@@ -386,8 +397,9 @@ impl<S: Store> KeepAliveStream<S> {
         responses: &mut ResponseSender,
         messages: Messages,
         touched: Outcomes,
-        source: Source,
     ) -> bool {
+        let is_written = touched.iter().any(|(_, touched)| touched.is_some());
+        let source = if is_written { Source::Store } else { Source::Coalesced };
         let settled = self.lease_set.settle(touched);
         let mut results = settled.iter().map(|(lease, touched)| result(lease, *touched));
         for message in messages.into_iter() {
@@ -404,17 +416,6 @@ impl<S: Store> KeepAliveStream<S> {
         }
         true
     }
-
-    /// The results of a message whose touches are all coalesced. They reuse the names in the
-    /// message.
-    fn coalesced(&mut self, named: Vec<LeaseRef>, leases: Vec<Arc<StreamLease>>) -> Vec<KeepAliveResult> {
-        let settled = self.lease_set.settle(leases.into_iter().map(|lease| (lease, None)).collect());
-        let mut named = named.into_iter();
-        let results = settled.iter().map(|(lease, touched)| {
-            response::keepalive_result(named.next().unwrap_or_else(|| reference(lease)), *touched)
-        });
-        results.collect()
-    }
 }
 
 /// Adds a result for a lease that is refused.
@@ -428,14 +429,6 @@ fn refuse(
     // says it too.
     let message = if refused.len() < SENTENCES { message.into() } else { String::new() };
     refused.push(response::refused(lease, reason, message));
-}
-
-/// Counts a message that is unanswered from now on.
-fn count(message: &Message, refused: &mut usize, unshared: &mut usize) {
-    *refused += message.refused.len();
-    if message.share.is_none() {
-        *unshared += message.results();
-    }
 }
 
 fn past_message_bytes() -> String {
@@ -575,7 +568,7 @@ mod tests {
         for refused in [2, 1, 0] {
             let (messages, touched) = stream.in_flight.next().await.expect("an answer");
             let touched = touched.expect("the store answers");
-            assert!(stream.answer(&mut responses, messages, touched, Source::Store).await);
+            assert!(stream.answer(&mut responses, messages, touched).await);
             assert_eq!(told.next().await.expect("an answer").expect("results").results.len(), 2);
             assert!(stream.has_room());
             assert_eq!(stream.refused, refused);

@@ -69,6 +69,15 @@ impl LeaseSet {
         self.leases.values().filter(|lease| lease.begin_message() == Fate::Kept).map(Arc::clone).collect()
     }
 
+    /// Returns the stream's lease of this name.
+    pub(super) fn get(&self, name: &LeaseName) -> Option<&Arc<StreamLease>> {
+        self.leases.get(name)
+    }
+
+    pub(super) fn metrics(&self) -> &EngineMetrics {
+        &self.index.metrics
+    }
+
     pub(crate) fn names(&self) -> impl ExactSizeIterator<Item = &LeaseName> {
         self.leases.keys()
     }

@@ -9,6 +9,8 @@
 mod lease_set;
 /// One lease on one stream.
 mod stream_lease;
+/// Touches that are answered without writing them.
+mod coalesce;
 
 /// A model of a store, commits and streams, for the properties.
 #[cfg(test)]
@@ -359,9 +361,9 @@ mod tests {
         let lease = lease_set.begin_message(1).add(named(id)).expect("room");
         assert!(index.remote_missing(&key()).is_empty(), "nothing says that it was ever held");
         index.local_commit(&held(id), &Edit::default().touch(id), BootInstant::now());
-        assert!(lease.can_coalesce(BootInstant::now()));
+        assert!(lease.coalesce(BootInstant::now()).is_some());
         assert!(matches!(index.remote_missing(&key())[..], [(_, Op::Touch(touched))] if touched == id));
-        assert!(!lease.can_coalesce(BootInstant::now()), "its touches are written");
+        assert!(lease.coalesce(BootInstant::now()).is_none(), "its touches are written");
         lease_set.settle(vec![(lease, None)]);
 
         let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
@@ -446,7 +448,7 @@ mod tests {
         assert!(matches!(index.by_key()[&key()].leases, KeyLeases::Many(_)));
         let (snapshot, edit) = held_by(&ids);
         index.local_commit(&snapshot, &edit, BootInstant::now());
-        assert!(held_leases.iter().all(|lease| lease.can_coalesce(BootInstant::now())));
+        assert!(held_leases.iter().all(|lease| lease.coalesce(BootInstant::now()).is_some()));
         assert_eq!(index.remote_missing(&key()).len(), ids.len(), "the held ones");
 
         // Half of them go by a commit of ours, and a quarter by somebody else's.

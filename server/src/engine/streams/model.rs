@@ -34,6 +34,8 @@ pub(crate) enum Action {
     Suspend(u64),
     /// A message on a stream names one lease.
     Name(usize, u8),
+    /// A message on a stream names one lease, and is answered at once if its touch can be coalesced.
+    Coalesce(usize, u8),
     /// A message on a stream names all leases of the stream.
     All(usize),
     Acquire(Side, u8, Option<u32>, u64),
@@ -201,6 +203,12 @@ impl World {
                 let named = self.lease_set(stream).begin_message(usize::MAX).add(lease).expect("room");
                 self.message(stream, vec![named]);
             }
+            Action::Coalesce(stream, lease) => {
+                let lease = LeaseName { key: self.record.key.clone(), id: id(lease) };
+                if let Some(remaining) = self.lease_set(stream).coalesce([Some(&lease)].into_iter()) {
+                    self.check_coalesced(lease.id, remaining[0])?;
+                }
+            }
             Action::All(stream) => {
                 let named = self.lease_set(stream).begin_message_for_all();
                 self.message(stream, named);
@@ -249,7 +257,7 @@ impl World {
 
     fn message(&mut self, stream: usize, named: Vec<Arc<StreamLease>>) {
         let now = BootInstant::now();
-        let due = named.iter().filter(|lease| !lease.can_coalesce(now));
+        let due = named.iter().filter(|lease| lease.coalesce(now).is_none());
         let touches: Vec<Op> = due.map(|lease| Op::Touch(lease.name().id)).collect();
         let message: Message = named.into_iter().map(|lease| (lease, None)).collect();
         if touches.is_empty() {
@@ -340,16 +348,8 @@ impl World {
             let id = lease.name().id;
             match answer {
                 Touched::Unreadable => prop_assert!(false, "every record can be read"),
-                Touched::Kept(remaining) => {
-                    prop_assert!(!self.learned.contains(&id), "kept, although a record has shown its loss");
-                    if by_commit.is_none() {
-                        let truth = self.expiry[&id] - self.now();
-                        prop_assert!(
-                            remaining <= truth,
-                            "{remaining:?} in a coalesced answer, {truth:?} in the store"
-                        );
-                    }
-                }
+                Touched::Kept(remaining) if by_commit.is_none() => self.check_coalesced(id, remaining)?,
+                Touched::Kept(_) => self.check_kept(id)?,
                 // The lease had not been granted at the commit.
                 Touched::Lost(None) if by_commit == Some(Touched::Lost(None)) => {}
                 Touched::Lost(reason) => {
@@ -359,6 +359,18 @@ impl World {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn check_kept(&self, id: LeaseId) -> Result<(), TestCaseError> {
+        prop_assert!(!self.learned.contains(&id), "kept, although a record has shown its loss");
+        Ok(())
+    }
+
+    fn check_coalesced(&self, id: LeaseId, remaining: Duration) -> Result<(), TestCaseError> {
+        self.check_kept(id)?;
+        let truth = self.expiry[&id] - self.now();
+        prop_assert!(remaining <= truth, "{remaining:?} in a coalesced answer, {truth:?} in the store");
         Ok(())
     }
 

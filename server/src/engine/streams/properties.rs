@@ -16,6 +16,7 @@ fn actions() -> impl Strategy<Value = Action> {
         1 => (80_u64..1500).prop_map(Action::Pass),
         1 => (1_u64..1500).prop_map(Action::Suspend),
         8 => (0..STREAMS, 0..LEASES).prop_map(|(stream, lease)| Action::Name(stream, lease)),
+        4 => (0..STREAMS, 0..LEASES).prop_map(|(stream, lease)| Action::Coalesce(stream, lease)),
         2 => (0..STREAMS).prop_map(Action::All),
         3 => (side(), 0..LEASES, limit, 200_u64..3000).prop_map(|(side, id, limit, ttl)| Action::Acquire(side, id, limit, ttl)),
         1 => (side(), 0..LEASES).prop_map(|(side, lease)| Action::Touch(side, lease)),

@@ -12,13 +12,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Slot;
+use super::coalesce::Renewal;
 use super::lease_set::Inbox;
 use crate::boot_instant::BootInstant;
 use crate::engine::Touched;
-use crate::lease::{Edit, Holder, LeaseName, Reason, Snapshot, Standing};
-
-/// A touch is coalesced while the latest written one is younger than the TTL divided by this.
-const COALESCE_DIVISOR: u32 = 10;
+use crate::lease::{Edit, LeaseName, Reason, Snapshot, Standing};
 
 /// A lease on a stream. A lease that is named again after its loss gets a new one.
 #[derive(Debug)]
@@ -44,18 +42,6 @@ struct State {
     told: bool,
 }
 
-/// The latest touch that was written.
-#[derive(Debug, Clone, Copy)]
-struct Renewal {
-    /// When its commit was sent. An answer takes time, so counting from the answer would make the
-    /// touch look younger than it is. On the boot clock, because the holder's time runs out while
-    /// the machine is suspended.
-    sent_at: BootInstant,
-    /// How long the lease lasted as of the commit.
-    remaining: Duration,
-    coalesce_for: Duration,
-}
-
 /// How a lease was lost; `None` if the record does not remember.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Loss(pub(crate) Option<Reason>);
@@ -69,22 +55,6 @@ pub(crate) enum Fate {
     Lost,
 }
 
-impl Renewal {
-    fn new(snapshot: &Snapshot, holder: &Holder, sent_at: BootInstant) -> Self {
-        let coalesce_for = holder.ttl.get() / COALESCE_DIVISOR;
-        Self { sent_at, remaining: snapshot.remaining(holder), coalesce_for }
-    }
-
-    /// How long the lease lasts from `now` on, at least.
-    fn remaining(&self, now: BootInstant) -> Duration {
-        self.remaining.saturating_sub(now - self.sent_at)
-    }
-
-    fn can_coalesce(&self, now: BootInstant) -> bool {
-        now - self.sent_at < self.coalesce_for && !self.remaining(now).is_zero()
-    }
-}
-
 impl StreamLease {
     pub(crate) fn new(name: LeaseName, since: BootInstant, slot: Slot, inbox: &Arc<Inbox>) -> Arc<Self> {
         Arc::new(Self { name, since, inbox: Arc::clone(inbox), state: Mutex::default(), _slot: slot })
@@ -94,9 +64,9 @@ impl StreamLease {
         &self.name
     }
 
-    /// Whether a touch at `now` can be answered without writing it.
-    pub(crate) fn can_coalesce(&self, now: BootInstant) -> bool {
-        self.state().renewal.is_some_and(|renewal| renewal.can_coalesce(now))
+    /// Returns how long the lease lasts from `now` on, if a touch at `now` can be coalesced.
+    pub(crate) fn coalesce(&self, now: BootInstant) -> Option<Duration> {
+        self.state().renewal?.coalesce(now)
     }
 
     /// Notes the record after a commit of this daemon, which was sent at `sent_at` and applied

@@ -260,7 +260,8 @@ async fn a_batch_that_creates_records_is_reported_once_for_each() {
     let store = store().await;
     let (mut listener, _other) = two(&store).await;
     let keys: Vec<Key> = (0..50).map(|number| key(&format!("key/{number:02}"))).collect();
-    commit_batch(&store, keys.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect()).await;
+    commit_batch(&store, keys.iter().map(|key| (key.clone(), ask(asking(LeaseId::random())))).collect())
+        .await;
     let last = marker();
     lease(&store, &last).await;
     let mut events = listener.changes_until(&last).await;
