@@ -1,4 +1,4 @@
-//! A command under a lease that is not lost.
+//! A command that runs under a lease that is not lost.
 
 use std::process::Stdio;
 
