@@ -1,5 +1,5 @@
-//! For tests: a daemon behind a network in memory, which answers as the test tells it. It works on
-//! a paused clock.
+//! For tests: a daemon behind an in-memory network, which answers as the test sets. Works on a
+//! paused clock.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,9 +45,9 @@ pub(crate) enum Manner {
     Full,
     /// Never answers.
     Silent,
-    /// Answers as a server without this API.
+    /// Answers like a server without this API.
     Stranger,
-    /// Panics when a connection is made.
+    /// Panics when a client connects.
     Panicking,
 }
 
@@ -61,7 +61,7 @@ pub(crate) struct Shared {
     pub(crate) connections: AtomicUsize,
     /// How many acquires are waiting.
     pub(crate) waiting: AtomicUsize,
-    /// The name of each call, and how often it says that it was sent before.
+    /// The name of each call, and the previous attempts that its header states.
     pub(crate) calls: Mutex<Vec<(&'static str, Option<String>)>>,
 }
 
@@ -116,7 +116,7 @@ impl Peer {
         *self.shared.store.lock().unwrap() = Some(store);
     }
 
-    /// How often each call with this name says that it was sent before.
+    /// The previous attempts that the header of each call with this name states.
     pub(crate) fn attempts(&self, call: &str) -> Vec<Option<String>> {
         let calls = self.shared.calls.lock().unwrap();
         calls.iter().filter(|(name, _)| *name == call).map(|(_, attempts)| attempts.clone()).collect()
@@ -132,7 +132,7 @@ impl Peer {
             .add_service(HealthServer::new(self.clone()))
     }
 
-    /// Listens on an address of this machine as well, and returns that.
+    /// Also listens on an address of this machine, and returns the address.
     pub(crate) async fn listen(&self) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -140,7 +140,7 @@ impl Peer {
         address
     }
 
-    /// Returns a function that connects to the peer through memory.
+    /// Returns a function that connects to the peer over the in-memory network.
     fn dial(&self) -> Dial {
         let (connections, arriving) = unbounded_channel::<Result<DuplexStream, std::io::Error>>();
         tokio::spawn(self.router().serve_with_incoming(UnboundedReceiverStream::new(arriving)));
@@ -159,7 +159,7 @@ impl Peer {
         })
     }
 
-    /// Notes a call, and answers it as the test has set.
+    /// Records a call, and answers it as the test has set.
     async fn answer<R, T>(&self, call: &'static str, request: &Request<R>, answer: T) -> Calling<T> {
         let attempts = request.metadata().get("grpc-previous-rpc-attempts");
         let attempts = attempts.map(|attempts| attempts.to_str().unwrap().to_owned());
