@@ -86,7 +86,7 @@ impl Acquire {
     /// differ, 30 s by default.
     ///
     /// The lease is touched every third of its TTL. A takeover after a crash takes as long as the
-    /// TTL. The lease survives an outage of all daemons for half of the TTL.
+    /// TTL. The lease survives an outage of all daemons of up to half of the TTL.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {

@@ -7,9 +7,9 @@ use leased_proto::v1::LossReason;
 
 use crate::boot_instant::BootInstant;
 
-/// The default margin is 1 % of the TTL. It covers clocks that do not run at the same rate: a
-/// quartz clock is off by less than 0.02 %, and the clock of a virtual machine may be worse for a
-/// while.
+/// The default margin is the TTL divided by this: 1 %. The margin covers clocks that do not run at
+/// the same rate. A quartz clock is off by less than 0.02 %, and the clock of a virtual machine may
+/// be worse for a while.
 const MARGIN_SHARE: u32 = 100;
 /// The smallest default margin. It covers timers that fire late and clocks that are read late.
 const LEAST_MARGIN: Duration = Duration::from_millis(5);

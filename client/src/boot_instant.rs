@@ -18,8 +18,8 @@ use tokio::time::{Instant, sleep};
 /// The longest timer. Timers stop while the machine is suspended, so a sleep lasts at most this
 /// much too long.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// The longest duration that is added to an instant. The sum of an `Instant` and a duration panics
-/// if it overflows, and neither a daemon's answer nor a caller's `Duration::MAX` may cause that.
+/// The longest duration that is added to an instant. Adding to an `Instant` panics on overflow, and
+/// neither a daemon's answer nor a caller's `Duration::MAX` may cause that.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
 /// A smaller difference between the two clocks is the time that the readings took. No suspension is
 /// that short.

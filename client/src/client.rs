@@ -283,6 +283,7 @@ impl Client {
     /// ```
     pub async fn settle(&self) {
         let background = &self.shared.background;
+        // A tracker's `wait` ends only if the tracker is closed.
         background.close();
         let _ = timeout(self.shared.endpoints.timeout(), background.wait()).await;
         background.reopen();

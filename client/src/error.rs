@@ -62,7 +62,7 @@ pub enum Error {
     /// The request is invalid.
     #[error("invalid request: {0}")]
     Invalid(String),
-    /// No daemon answered in time. The call may have taken effect. It is safe to repeat.
+    /// No daemon answered in time. The call may have taken effect. It is safe to retry.
     #[error("no daemon answers at {endpoints}: {cause}")]
     #[non_exhaustive]
     Unavailable {
@@ -176,7 +176,7 @@ impl Failure {
     ///
     /// Only a status with details of this API is a daemon's answer. Any other status comes from a
     /// broken connection or a proxy, and whatever its code, it does not say whether the call took
-    /// effect. Every call of this API may be repeated.
+    /// effect. Every call of this API may be retried.
     pub(crate) fn of(status: &Status, endpoint: &str) -> Self {
         let details = status.get_error_details();
         let entry = |name: &str| {

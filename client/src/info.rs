@@ -171,8 +171,8 @@ mod tests {
     fn no_time_in_an_answer_overflows() {
         for seconds in [i64::MIN, -1, 0, 1, i64::MAX] {
             for nanos in [i32::MIN, -1, 0, 1, i32::MAX] {
-                let told = time(Some(prost_types::Timestamp { seconds, nanos }));
-                assert!(told >= SystemTime::UNIX_EPOCH || seconds < 0 || nanos < 0);
+                let converted = time(Some(prost_types::Timestamp { seconds, nanos }));
+                assert!(converted >= SystemTime::UNIX_EPOCH || seconds < 0 || nanos < 0);
                 let span = span(Some(prost_types::Duration { seconds, nanos }));
                 assert!(span.is_zero() || (seconds >= 0 && nanos >= 0));
             }

@@ -214,8 +214,8 @@ impl Keeper {
                 "no answer in time".to_owned()
             }
             End::Failed(status) => {
-                // `fail` stays at a daemon that has answered. A stream that has ended switches in
-                // any case, so that the other daemons are tried first.
+                // `fail` stays at a daemon that has answered. After a stream has ended the keeper
+                // switches in any case, so that it tries the other daemons first.
                 if let Failure::Final(_) = self.endpoints.fail(slot, &status) {
                     self.endpoints.switch(slot, &Failure::Passing(None));
                 }

@@ -457,11 +457,11 @@ async fn no_answer_makes_the_arithmetic_overflow() {
     const NANOS: [i32; 5] = [i32::MIN, -1, 0, 999_999_999, i32::MAX];
     let spans =
         SECONDS.into_iter().flat_map(|seconds| NANOS.map(|nanos| prost_types::Duration { seconds, nanos }));
-    for told in spans {
-        let remaining = span(Some(told));
+    for duration in spans {
+        let remaining = span(Some(duration));
         for margin in [Duration::ZERO, crate::belief::margin(remaining), Duration::MAX] {
             let until = deadline(BootInstant::now(), remaining, margin);
-            assert!(until >= BootInstant::now() && until + remaining >= until, "{told:?}");
+            assert!(until >= BootInstant::now() && until + remaining >= until, "{duration:?}");
         }
         // As the TTL of a granted lease.
         let holdings = Arc::new(Holdings::default());
@@ -479,12 +479,12 @@ async fn no_answer_makes_the_arithmetic_overflow() {
         let holding = rig.hold("key");
         let mut stream = rig.stream().await;
         let message = stream.next_message().await;
-        let kept = v1::Kept { remaining: Some(told) };
+        let kept = v1::Kept { remaining: Some(duration) };
         let result = KeepAliveResult { lease: Some(holding.lease_ref()), outcome: Some(Outcome::Kept(kept)) };
         stream.say(message.sequence, vec![result]).await;
         stream.keep(stream_message(&holding, message.sequence)).await;
         settle().await;
-        assert_eq!(holding.state(), State::Held, "{told:?}");
+        assert_eq!(holding.state(), State::Held, "{duration:?}");
     }
 }
 

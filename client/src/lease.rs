@@ -375,8 +375,7 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A watch of a lease's state. Keeps only the latest state, so nothing piles up while nobody reads
-/// it.
+/// A watch of a lease's state. Keeps only the latest state, so there is no backlog to read.
 #[derive(Debug, Clone)]
 pub struct StateWatch {
     holding: Arc<Holding>,

@@ -88,7 +88,7 @@
 mod client;
 /// Configures a client and its daemons.
 mod builder;
-/// Acquires a lease: options, waiting, repetition.
+/// Acquires a lease: options, waiting, retries.
 mod acquire;
 /// The guard of a lease: runs work under it, and reports its loss.
 mod lease;
@@ -117,7 +117,7 @@ mod holding;
 mod holdings;
 /// Keeps all leases alive on one stream.
 mod keeper;
-/// The daemons of a client: chooses one for each call, and repeats calls that fail.
+/// The daemons of a client: chooses one for each call, and retries calls that fail.
 mod endpoints;
 /// One daemon and the connections to it.
 mod daemon;

@@ -166,7 +166,7 @@ impl Peer {
         self.shared.calls.lock().unwrap().push((call, attempts));
         let manner = *self.shared.manner.lock().unwrap();
         match manner {
-            Manner::Up | Manner::Panicking => Ok(self.told(answer)),
+            Manner::Up | Manner::Panicking => Ok(self.response(answer)),
             Manner::Down => Err(Status::unavailable("down")),
             Manner::Full => Err(leased_proto::Reason::QueueFull.status("full", [])),
             Manner::Silent => std::future::pending().await,
@@ -174,8 +174,8 @@ impl Peer {
         }
     }
 
-    /// An answer that names the store.
-    fn told<T>(&self, answer: T) -> Response<T> {
+    /// Builds a response that names the store.
+    fn response<T>(&self, answer: T) -> Response<T> {
         let mut response = Response::new(answer);
         if let Some(store) = *self.shared.store.lock().unwrap() {
             response.metadata_mut().insert("leased-store", store.parse().unwrap());
@@ -209,10 +209,10 @@ impl LeaseService for Peer {
             let _ = self.refused.send((self.shared.number, at));
             return Err(status);
         }
-        let (answers, told) = mpsc::channel(16);
+        let (answers, receiver) = mpsc::channel(16);
         let opened = Opened { daemon: self.shared.number, at, messages: request.into_inner(), answers };
         let _ = self.opened.send(opened);
-        Ok(self.told(ReceiverStream::new(told)))
+        Ok(self.response(ReceiverStream::new(receiver)))
     }
 
     async fn acquire(&self, request: Request<v1::AcquireRequest>) -> Calling<v1::AcquireResponse> {
@@ -249,12 +249,12 @@ impl LeaseService for Peer {
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Calling<Self::WatchStream> {
-        let (events, told) = mpsc::channel(1);
+        let (events, receiver) = mpsc::channel(1);
         let event = Some(v1::watch_response::Event::SnapshotEnd(v1::SnapshotEnd {}));
         events.send(Ok(v1::WatchResponse { event })).await.map_err(|_| Status::internal("nobody reads"))?;
         // Keeps the stream open for as long as it is read.
         tokio::spawn(async move { events.closed().await });
-        self.answer("watch", &request, ReceiverStream::new(told)).await
+        self.answer("watch", &request, ReceiverStream::new(receiver)).await
     }
 }
 

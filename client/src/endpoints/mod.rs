@@ -174,12 +174,12 @@ impl Endpoints {
     /// Returns what a failed attempt over `slot` means. Switches to another daemon unless `status`
     /// is a daemon's answer.
     pub(crate) fn fail(&self, slot: &Slot, status: &Status) -> Failure {
-        let told = match status.metadata().contains_key(STORE) {
+        let noted = match status.metadata().contains_key(STORE) {
             true => self.note_store(&slot.daemon, status.metadata()),
             // No daemon answered, or one of an earlier version did.
             false => Ok(()),
         };
-        let failure = told.map_or_else(Failure::Useless, |()| Failure::of(status, &slot.daemon.name));
+        let failure = noted.map_or_else(Failure::Useless, |()| Failure::of(status, &slot.daemon.name));
         self.switch(slot, &failure);
         failure
     }

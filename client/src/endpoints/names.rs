@@ -27,10 +27,12 @@ const NAMES_LAST: Duration = Duration::from_secs(300);
 
 /// A name that is looked up repeatedly.
 pub(super) struct Resolving {
+    /// The endpoint, as the user wrote it.
     pub(super) name: String,
     pub(super) url: Uri,
     pub(super) host: String,
     pub(super) port: u16,
+    /// The addresses of the last successful look-up, and the daemon at each.
     pub(super) found: Mutex<Vec<(SocketAddr, Arc<Daemon>)>>,
     /// Whether the first look-up has ended.
     pub(super) is_looked_up: AtomicBool,

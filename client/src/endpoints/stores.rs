@@ -29,15 +29,15 @@ impl Endpoints {
     /// # Errors
     /// [`Error::DifferentStores`] if another daemon of this client serves a different store.
     pub(crate) fn note_store(&self, daemon: &Arc<Daemon>, answer: &MetadataMap) -> Result<(), Error> {
-        let told = answer.get(STORE).and_then(|store| store.to_str().ok());
-        let is_news = daemon.note_store(told);
-        let Some(told) = told.filter(|_| is_news || self.is_mixed.load(Ordering::Relaxed)) else {
+        let named = answer.get(STORE).and_then(|store| store.to_str().ok());
+        let is_news = daemon.note_store(named);
+        let Some(named) = named.filter(|_| is_news || self.is_mixed.load(Ordering::Relaxed)) else {
             return Ok(());
         };
         let mut state = self.state();
-        let Some((store, other)) = state.store.clone().filter(|(store, _)| store != told) else {
+        let Some((store, other)) = state.store.clone().filter(|(store, _)| store != named) else {
             if state.store.is_none() {
-                state.store = Some((told.to_owned(), daemon.name.clone()));
+                state.store = Some((named.to_owned(), daemon.name.clone()));
             }
             return Ok(());
         };
@@ -48,7 +48,7 @@ impl Endpoints {
                 self.is_mixed.store(true, Ordering::Relaxed);
                 Err(Error::DifferentStores {
                     endpoint: daemon.name.clone(),
-                    store: told.to_owned(),
+                    store: named.to_owned(),
                     other: elsewhere.name.clone(),
                     other_store: store,
                 })
@@ -57,12 +57,12 @@ impl Endpoints {
             None => {
                 tracing::warn!(
                     daemon = daemon.name,
-                    store = told,
+                    store = named,
                     before = store,
                     from = other,
                     "the daemons now serve another store"
                 );
-                state.store = Some((told.to_owned(), daemon.name.clone()));
+                state.store = Some((named.to_owned(), daemon.name.clone()));
                 Ok(())
             }
         }
@@ -152,9 +152,14 @@ impl Endpoints {
     fn mixed(&self) -> Option<Error> {
         let state = self.state();
         let (store, other) = state.store.clone()?;
-        let different = |daemon: &Arc<Daemon>| daemon.store().filter(|told| *told != store);
-        let (daemon, told) = state.daemons.iter().find_map(|daemon| Some((daemon, different(daemon)?)))?;
-        Some(Error::DifferentStores { endpoint: daemon.name.clone(), store: told, other, other_store: store })
+        let different = |daemon: &Arc<Daemon>| daemon.store().filter(|named| *named != store);
+        let (daemon, named) = state.daemons.iter().find_map(|daemon| Some((daemon, different(daemon)?)))?;
+        Some(Error::DifferentStores {
+            endpoint: daemon.name.clone(),
+            store: named,
+            other,
+            other_store: store,
+        })
     }
 }
 

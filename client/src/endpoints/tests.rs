@@ -530,11 +530,11 @@ async fn a_watch_skips_a_daemon_over_another_store() {
         }
         ours.be(Manner::Up);
     };
-    let told = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
-    let both = async { tokio::join!(told, up) };
-    let (told, ()) = timeout(Duration::from_secs(600), both).await.expect("the watch goes on");
-    assert!(matches!(&told[0], WatchEvent::Interrupted { .. }), "{told:?}");
-    assert_eq!(told[1], WatchEvent::SnapshotEnd);
+    let seen = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
+    let both = async { tokio::join!(seen, up) };
+    let (seen, ()) = timeout(Duration::from_secs(600), both).await.expect("the watch goes on");
+    assert!(matches!(&seen[0], WatchEvent::Interrupted { .. }), "{seen:?}");
+    assert_eq!(seen[1], WatchEvent::SnapshotEnd);
     assert_eq!(other.attempts("watch").len(), 1);
 }
 

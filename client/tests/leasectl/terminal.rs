@@ -188,7 +188,7 @@ fn a_command_that_stops_itself_is_a_stopped_job_of_the_shell(
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
 
-/// The inner shell is in a process group of its own when it is suspended.
+/// An interactive shell makes a new process group for itself, and is in it when it is suspended.
 #[test]
 fn a_shell_under_leasectl_can_be_suspended() {
     let daemon = Daemon::start();

@@ -13,10 +13,10 @@ use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 use crate::failure::Failure;
 
 /// Exit codes, as `--help` shows them.
-const CODES: &str = "Exit codes: 0 success; 1 any other failure; 2 usage error; 69 no leased daemon answers; 71 the system \
-                     refused a file or a process; 73 the lease is lost; 75 the key is held or blocked, or its queue is \
-                     full. Otherwise `run` exits with the code of its command: 128+N if signal N ended the command, 126 if \
-                     it cannot be run, 127 if it is not found.";
+const CODES: &str = "Exit codes: 0 success; 1 any other failure; 2 usage error; 69 no leased daemon answers; 71 out of \
+                     system resources, such as open files; 73 the lease is lost; 75 the key is held or blocked, or its \
+                     queue is full. If none of these applies, `run` exits with the code of its command: 128+N if signal N \
+                     ended the command, 126 if it cannot be run, 127 if it is not found.";
 
 /// The heading of the options that every command takes.
 const COMMON: &str = "Common options";

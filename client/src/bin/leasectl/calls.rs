@@ -18,11 +18,11 @@ pub(crate) async fn acquire(client: &Client, args: AcquireArgs, output: &mut Out
     let id = lease.id().reveal();
     let acquired =
         Acquired { key: &key, lease_id: id.clone(), token: token.get(), ttl_ms: milliseconds(ttl) };
-    let told = output.answer(&acquired, || {
+    let printed = output.answer(&acquired, || {
         let row = [table::plain(&key), token.to_string(), table::duration(ttl), id];
         table::rows(["KEY", "TOKEN", "TTL", "LEASE ID"], [row])
     });
-    match told {
+    match printed {
         Ok(()) => {
             let _ = lease.detach();
             Ok(0)

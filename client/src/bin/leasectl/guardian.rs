@@ -59,8 +59,8 @@ pub(crate) struct Guardian {
 }
 
 impl Guardian {
-    /// Starts the guardian in a process group of its own. Returns once no signal to the group but
-    /// SIGKILL can end the guardian.
+    /// Starts the guardian in a new process group. Returns once no signal to the group but SIGKILL
+    /// can end the guardian.
     pub(crate) fn start() -> io::Result<Self> {
         let mut command = program();
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());

@@ -1,5 +1,5 @@
 //! The command and its process group: starts and signals them, stops and continues them with the
-//! terminal, and notices their end. All that this file has of the lease is a deadline.
+//! terminal, and notices their end. The lease appears here only as a deadline.
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
@@ -104,7 +104,7 @@ impl Job {
         }
     }
 
-    /// Has the group killed at `deadline`, whatever happens to leasectl.
+    /// Sets when the guardian kills the group, whatever happens to leasectl.
     pub(crate) fn until(&mut self, deadline: u64) {
         self.guardian.until(deadline);
     }
@@ -169,7 +169,7 @@ impl Job {
     /// Continues the command after a stop. It is in the foreground again if it was before, and if
     /// leasectl is in the foreground.
     pub(crate) fn resume(&self) {
-        // The command may be in a group of its own: an interactive shell makes one.
+        // The command may have left the group: an interactive shell makes a new one for itself.
         let group = group_of(Some(self.command)).unwrap_or(self.guardian.group());
         if let Some(terminal) = self.terminal.as_ref().filter(|_| self.has_terminal) {
             terminal.give(group);

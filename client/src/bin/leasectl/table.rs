@@ -9,8 +9,8 @@ use leased_client::{HolderInfo, KeyInfo, Mode, WaiterInfo};
 
 use crate::json::{mode, state, time};
 
-/// The most characters in the first column. A longer name is on a line of its own, above the rest
-/// of its row.
+/// The most characters in the first column. A longer name is on a separate line, above the rest of
+/// its row.
 const WIDE: usize = 48;
 
 /// Formats a table of `rows` under a header.

@@ -98,7 +98,7 @@ fn refuse_deadlock(args: &AcquireArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Shows the wait on a line of its own, if standard error is a terminal.
+/// Shows the wait on a status line, if standard error is a terminal.
 async fn show(client: &Client, key: &str, owner: &str, until: Option<Instant>) -> Infallible {
     if !stderr().is_terminal() {
         return std::future::pending().await;
