@@ -29,7 +29,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) connection: Connection,
 
-    /// The format of answers and errors: text for people, or JSON for scripts.
+    /// The format of the output: text for people, or JSON for scripts.
     #[arg(short, long, global = true, help_heading = COMMON, env = "LEASED_OUTPUT", value_name = "FORMAT", default_value = "table")]
     pub(crate) output: Format,
 

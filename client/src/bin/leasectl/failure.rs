@@ -66,6 +66,7 @@ impl Failure {
             Self::NobodyReads => return ExitCode::SUCCESS,
             Self::Signal(signal) => {
                 die_of(*signal, Target::Myself);
+                // Reached only by a process with the id 1, which the signal cannot end.
                 return ExitCode::from(of_signal(signal.as_raw()));
             }
             Self::Usage(sentence) => (USAGE, "USAGE", sentence.clone()),
