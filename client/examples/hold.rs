@@ -37,8 +37,8 @@ async fn main() -> anyhow::Result<()> {
     }
 }
 
-/// Work that only one process may do at a time. Every resource that it writes to should check the
-/// token, and refuse older ones.
+/// Work that only one process may do at a time. Every resource that the work writes to should check
+/// the token, and refuse a token that is older than one it has seen.
 async fn work(seconds: u64, token: FencingToken) {
     for second in 1..=seconds {
         sleep(Duration::from_secs(1)).await;

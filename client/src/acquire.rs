@@ -1,4 +1,4 @@
-//! Acquires a lease, and returns it once the holder may rely on it. Copes with daemons that fail,
+//! Acquires a lease, and returns it once the holder may rely on it. Handles daemons that fail,
 //! answers that are lost, and callers that give up.
 
 use std::collections::HashMap;
@@ -30,16 +30,16 @@ use crate::token::FencingToken;
 const LONGEST_CALL: Duration = Duration::from_secs(3600);
 /// How long before the end of a call the next one begins.
 const OVERLAP: Duration = Duration::from_secs(30);
-/// How long a waiter that has gone silent may still be granted the key. Either its daemon notices
+/// How long a waiter that has gone silent may still be granted the lease. Either its daemon notices
 /// the silent connection, or the daemon is gone and the waiter's entry in the queue lapses after
 /// 15 s.
 const SILENT_WAITER: Duration = Duration::from_secs(20);
 
 /// A request for a lease. Await it to acquire the lease.
 ///
-/// Without [`wait`](Self::wait) it tries once. If the future is dropped before it is done, the
-/// lease is released in the background, or the call leaves the queue. If no daemon can be told, an
-/// entry in the queue lasts for some 15 s, and a lease for its TTL.
+/// Without [`wait`](Self::wait) the request tries once. If its future is dropped before it is done,
+/// the client releases the lease, or leaves the queue, in the background. If no daemon can be
+/// reached, an entry in the queue lasts for about 15 s, and a lease for its TTL.
 ///
 /// ```no_run
 /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -86,7 +86,7 @@ impl Acquire {
     /// differ, 30 s by default.
     ///
     /// The lease is touched every third of its TTL. A takeover after a crash takes as long as the
-    /// TTL, and the daemons may be away for half of it without harm.
+    /// TTL. The lease survives an outage of all daemons of up to half of the TTL.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -99,8 +99,8 @@ impl Acquire {
         self
     }
 
-    /// Sets how long to wait in the queue at most, up to 1 h. The queue is served in order: first
-    /// come, first served.
+    /// Sets how long to wait in the queue: up to 1 h unless the daemon's limit differs. The queue
+    /// is first come, first served.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -113,11 +113,11 @@ impl Acquire {
         self
     }
 
-    /// Waits in the queue for as long as it takes, even if daemons restart or are away.
+    /// Waits in the queue for as long as it takes, even while daemons restart or are down.
     ///
-    /// A daemon ends a call after an hour. Half a minute before that the client makes the next call
-    /// with the same lease id. At the same daemon this call keeps the position in the queue; at
-    /// another daemon it may be put at the end. A daemon whose `--max-wait` is less than an hour
+    /// A daemon ends a call after an hour. Half a minute before that, the client makes the next
+    /// call with the same lease id. At the same daemon this call keeps the position in the queue.
+    /// At another daemon it may be put at the end. A daemon whose `--max-wait` is less than an hour
     /// refuses these calls with [`Error::Invalid`].
     ///
     /// ```no_run
@@ -131,8 +131,8 @@ impl Acquire {
         self
     }
 
-    /// Sets the owner, a label for people of up to 256 bytes. The default is the client's. It
-    /// proves nothing: two holders may use the same label.
+    /// Sets the owner, a label for people of up to 256 bytes. The default is the client's owner.
+    /// The label proves nothing: two holders may use the same one.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -145,7 +145,7 @@ impl Acquire {
         self
     }
 
-    /// Adds a label for people and tools. A lease has up to 32 of these, 4 KiB together.
+    /// Adds a label for people and tools. A lease has up to 32 labels of up to 4 KiB in all.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -158,8 +158,8 @@ impl Acquire {
         self
     }
 
-    /// Asks for a shared lease, which holds the key together with other shared leases. While it is
-    /// held there are no more than `limit` holders in all; 0 means any number.
+    /// Asks for a shared lease: other shared leases of the key may be held at the same time. While
+    /// this lease is held, the key has no more than `limit` holders; 0 means any number.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -174,7 +174,7 @@ impl Acquire {
     }
 
     /// Keeps the key taken for at least this long after the grant, even if the lease is released
-    /// before. So a job that several machines start at about the same time runs once.
+    /// earlier. So a job that several machines start at about the same time runs once.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -214,8 +214,8 @@ impl Acquire {
         loop {
             match self.attempt(until).await {
                 Ok(holding) => return Ok(Lease::new(self.client, Arc::new(holding), slot)),
-                // The lease was granted and lost before this process heard of it. Its id cannot be
-                // used again, so the next attempt has a new one.
+                // The lease was granted, and lost before this process received the answer. Its id
+                // cannot be used again, so the next attempt has a new one.
                 Err(Error::Lost(_))
                     if until.is_none_or(|until| {
                         Instant::now() < after(until, self.client.shared().endpoints.timeout())
@@ -242,12 +242,12 @@ impl Acquire {
         match self.margin.filter(|margin| *margin > largest) {
             None => Ok(()),
             Some(margin) => Err(Error::Invalid(format!(
-                "a margin of {margin:?} is too much for a TTL of {ttl:?}; {largest:?} is the most"
+                "a margin of {margin:?} is too large for a TTL of {ttl:?}; the largest is {largest:?}"
             ))),
         }
     }
 
-    /// Makes one acquisition: repeats the call with the same id until its outcome is known.
+    /// Makes one acquisition: retries the call with the same id until its outcome is known.
     async fn attempt(&mut self, until: Option<Instant>) -> Result<Holding, Error> {
         let id = Uuid::new_v4();
         self.request.lease_id = id.to_string();
@@ -257,7 +257,7 @@ impl Acquire {
         let lasts = self.ttl.unwrap_or(DEFAULT_TTL).saturating_add(queued);
         let mut unknown = Unknown { client: &self.client, lease: Some(lease), lasts, sends: Some(&sends) };
         let (response, deadline) = self.granted(&mut unknown, &sends, until).await.inspect_err(|error| {
-            // The daemon says that there is no lease, so there is none to release.
+            // The daemon has answered that the id holds no lease, so there is none to release.
             if matches!(error, Error::Lost(_)) {
                 unknown.lease = None;
             }
@@ -290,7 +290,7 @@ impl Acquire {
         let (ttl, margin) = self.times(&response);
         unknown.lasts = ttl;
         self.check_margin(ttl)?;
-        // Daemons of an earlier version do not say how long the lease lasts from now.
+        // A daemon of an earlier version does not send `remaining`.
         let lasts = response.remaining.map_or(ttl, |remaining| span(Some(remaining)).min(ttl));
         let mut believed_until = deadline(sent_at, lasts, margin);
         // A grant that has used up half of its TTL would be due for a touch at once.
@@ -302,7 +302,7 @@ impl Acquire {
         Ok((response, believed_until))
     }
 
-    /// Makes one call, and repeats it until it is answered.
+    /// Makes one call, and retries it until a daemon answers.
     async fn ask(&self, until: Instant, sends: &AtomicUsize) -> Result<Answer<AcquireResponse>, Error> {
         let endpoints = &self.client.shared().endpoints;
         let purpose = if self.wait == Some(Duration::ZERO) { Purpose::Calls } else { Purpose::Waits };
@@ -318,8 +318,8 @@ impl Acquire {
         call.await
     }
 
-    /// Makes one call after the other with the same id. Each begins before the previous one ends,
-    /// so that one call always keeps the position in the queue.
+    /// Makes one call after another with the same id. Each begins before the previous one ends, so
+    /// that one call always keeps the position in the queue.
     async fn ask_for_ever(&self, sends: &AtomicUsize) -> Result<Answer<AcquireResponse>, Error> {
         let mut calls = FuturesUnordered::new();
         loop {
@@ -329,7 +329,7 @@ impl Acquire {
             loop {
                 tokio::select! {
                     Some(answer) = calls.next() => match answer {
-                        // Another call is still waiting, or the next one will be.
+                        // Another call is still waiting. Without one, the next call begins at once.
                         Err(Error::Held(_) | Error::Unavailable { .. }) if !calls.is_empty() => {}
                         Err(Error::Held(_) | Error::Unavailable { .. }) => break,
                         answer => return answer,
@@ -352,18 +352,18 @@ impl IntoFuture for Acquire {
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
 
     /// # Errors
-    /// [`Error::Held`] if the key is still not available when the wait is over;
-    /// [`Error::QueueFull`], [`Error::LimitExceeded`], [`Error::Invalid`]; [`Error::Unavailable`]
-    /// if no daemon answers within the client's timeout beyond the wait; [`Error::DifferentStores`]
-    /// if the endpoints do not serve the same store.
+    /// - [`Error::Held`] if the key is still not available when the wait is over.
+    /// - [`Error::QueueFull`], [`Error::LimitExceeded`], [`Error::Invalid`].
+    /// - [`Error::Unavailable`] if no daemon answers within the wait and the client's timeout.
+    /// - [`Error::DifferentStores`] if the endpoints do not serve the same store.
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.run())
     }
 }
 
-/// A lease with an unknown outcome. Dropping this releases the lease in the background, unless
-/// `lease` was set to `None` before. The release ends the lease id for good, even if the acquire
-/// with this id arrives later.
+/// A lease id whose outcome is unknown. On drop, releases the lease in the background, unless
+/// `lease` has been set to `None`. The release ends the id for good, even if the acquire with this
+/// id arrives later.
 pub(crate) struct Unknown<'a> {
     pub(crate) client: &'a Client,
     pub(crate) lease: Option<LeaseRef>,

@@ -7,9 +7,9 @@ use leased_proto::v1::LossReason;
 
 use crate::boot_instant::BootInstant;
 
-/// The margin is this part of the TTL by default. It covers clocks that do not run at the same
-/// rate: a quartz clock is off by less than 0.02 %, and the clock of a virtual machine may be worse
-/// for a while.
+/// The default margin is the TTL divided by this: 1 %. The margin covers clocks that do not run at
+/// the same rate. A quartz clock is off by less than 0.02 %, and the clock of a virtual machine may
+/// be worse for a while.
 const MARGIN_SHARE: u32 = 100;
 /// The smallest default margin. It covers timers that fire late and clocks that are read late.
 const LEAST_MARGIN: Duration = Duration::from_millis(5);
@@ -30,10 +30,11 @@ const LEAST_MARGIN: Duration = Duration::from_millis(5);
 pub enum State {
     /// The deadline is ahead. Act on the key.
     Held,
-    /// The deadline has passed without an answer from a daemon. Stop acting on the key. The lease
-    /// may be gone; if nobody has taken the key, it may come back to [`State::Held`].
+    /// The deadline has passed without a confirmation by a daemon. Stop acting on the key. The
+    /// lease may be lost. If no other holder has taken the key, the state may become
+    /// [`State::Held`] again.
     Jeopardy,
-    /// The lease is gone for good.
+    /// The lease is lost for good.
     Lost(Loss),
 }
 
@@ -41,7 +42,7 @@ pub enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Loss {
-    /// The lease is not held, and the daemon does not remember why.
+    /// The lease is not held, and the store has no record of why.
     Gone,
     /// The lease lapsed, and another holder took the key.
     Displaced,
@@ -67,7 +68,7 @@ impl Loss {
         }
     }
 
-    /// Returns the loss that a refusal of this API names in its metadata, or [`Gone`](Self::Gone).
+    /// Returns the loss with this name, or [`Gone`](Self::Gone) if there is none.
     pub(crate) fn named(word: &str) -> Self {
         [Self::Displaced, Self::Released, Self::Revoked]
             .into_iter()
@@ -115,7 +116,7 @@ impl Belief {
         }
     }
 
-    /// Moves the deadline ahead after a daemon has confirmed the lease. It never moves back.
+    /// Moves the deadline ahead after a daemon has confirmed the lease. Never moves it back.
     pub(crate) fn confirm(&mut self, deadline: BootInstant) {
         self.deadline = self.deadline.max(deadline);
     }
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_stays_lost_for_its_first_reason() {
+    fn a_lost_lease_stays_lost_for_its_first_reason() {
         let start = BootInstant::now();
         let mut belief = Belief::new(start + SECOND);
         belief.lose(Loss::Revoked);
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn the_margin_is_kept_even_of_the_shortest_lease() {
+    fn even_the_shortest_lease_has_a_margin() {
         let start = BootInstant::now();
         assert_eq!(margin(Duration::from_millis(100)), Duration::from_millis(5));
         assert_eq!(margin(30 * SECOND), Duration::from_millis(300));

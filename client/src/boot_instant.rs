@@ -18,11 +18,11 @@ use tokio::time::{Instant, sleep};
 /// The longest timer. Timers stop while the machine is suspended, so a sleep lasts at most this
 /// much too long.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// The longest duration that is added to an instant. An `Instant` panics when a sum overflows, and
+/// The longest duration that is added to an instant. Adding to an `Instant` panics on overflow, and
 /// neither a daemon's answer nor a caller's `Duration::MAX` may cause that.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
-/// A smaller difference of the two clocks is the time that the readings took. No suspension is so
-/// short.
+/// A smaller difference between the two clocks is the time that the readings took. No suspension is
+/// that short.
 const READING: Duration = Duration::from_millis(1);
 
 /// Whether suspended time counts. The unit tests of this crate run on a paused clock.
@@ -103,8 +103,8 @@ fn read_suspended() -> Duration {
     use rustix::time::{ClockId, clock_gettime};
     let read = |clock| Duration::try_from(clock_gettime(clock)).unwrap_or_default();
     let total = read(ClockId::Boottime);
-    // Read last: a preemption between the two readings makes the result too small and never too
-    // large.
+    // The monotonic clock is read last: a preemption between the two readings makes the result too
+    // small and never too large.
     total.saturating_sub(read(ClockId::Monotonic))
 }
 

@@ -10,7 +10,7 @@ use crate::client::Client;
 use crate::endpoints::{Endpoints, Reach, Source};
 use crate::error::Error;
 
-/// How long connecting may take.
+/// How long it may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection that has been silent for this long is pinged, and given up if it stays silent for
 /// as long again. Both together are shorter than the 15 s for which a waiter's entry in the queue
@@ -51,8 +51,8 @@ impl Builder {
     /// Adds the daemon at this URL, as in `http://127.0.0.1:5327`. All endpoints of a client must
     /// be daemons over the same store.
     ///
-    /// A host name with several addresses counts as several daemons. The client looks it up at the
-    /// start, and again when a daemon fails.
+    /// A host name with several addresses counts as several daemons. The client looks the name up
+    /// at the start, every five minutes, and when a daemon fails.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the URL is malformed.
@@ -77,9 +77,9 @@ impl Builder {
     }
 
     /// Adds a daemon that is reached over the caller's own channels: over TLS or a Unix socket,
-    /// with credentials, or through a proxy. Messages call it `name`.
+    /// with credentials, or through a proxy. Errors and logs call the daemon `name`.
     ///
-    /// A client has several connections to a daemon and replaces those that fail. So it calls
+    /// A client has several connections to a daemon and replaces connections that fail. So it calls
     /// `connect` more than once, and each call must return a new channel that connects lazily.
     /// [`tuned`](Self::tuned) applies the settings of the client's own channels.
     ///
@@ -133,8 +133,8 @@ impl Builder {
         self
     }
 
-    /// Sets how long a call may take with all its repetitions, beyond the time that it waits in a
-    /// queue. It must be more than zero; the default is 5 s.
+    /// Sets how long a call may take, including retries but not the wait in a queue. It must be
+    /// more than zero; the default is 5 s.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -151,8 +151,9 @@ impl Builder {
     ///
     /// # Errors
     /// [`Error::Invalid`] without an endpoint or with a timeout of zero, [`Error::NotLeased`] if
-    /// other servers answer at all endpoints, [`Error::DifferentStores`] if the daemons do not
-    /// serve the same store, and [`Error::Unavailable`] if no daemon answers in time.
+    /// the servers at all endpoints are not leased daemons, [`Error::DifferentStores`] if the
+    /// daemons do not serve the same store, and [`Error::Unavailable`] if no daemon answers in
+    /// time.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -166,7 +167,7 @@ impl Builder {
         Ok(client)
     }
 
-    /// Returns the client at once; its first call connects. Must be called within a tokio runtime.
+    /// Returns a client that connects with its first call. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`Error::Invalid`] without an endpoint or with a timeout of zero.
@@ -183,7 +184,7 @@ impl Builder {
             return Err(Error::Invalid("a client needs an endpoint".to_owned()));
         }
         if self.timeout.is_zero() {
-            let wrong = "a timeout of zero leaves no time for an answer; give a longer one";
+            let wrong = "a timeout of zero leaves no time for an answer";
             return Err(Error::Invalid(wrong.to_owned()));
         }
         let owner = self.owner.unwrap_or_else(default_owner);
@@ -193,27 +194,28 @@ impl Builder {
 
 /// Parses a URL, and refuses one with a part that would be ignored.
 fn parse(url: &str) -> Result<Endpoint, Error> {
-    let wrong =
-        |why: &str| Error::Invalid(format!("{url:?} {why}; one looks like {}", crate::DEFAULT_ENDPOINT));
+    let wrong = |why: &str| {
+        Error::Invalid(format!("{url:?} {why}; an endpoint looks like {}", crate::DEFAULT_ENDPOINT))
+    };
     if url.contains('@') {
-        // Does not show the URL, which may hold a password.
+        // The message does not show the URL, which may hold a password.
         return Err(Error::Invalid(format!(
-            "an endpoint has no user and no password; one looks like {}",
+            "an endpoint must have no user and no password; it looks like {}",
             crate::DEFAULT_ENDPOINT
         )));
     }
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| wrong("is no endpoint"))?;
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| wrong("is not a URL"))?;
     let uri = endpoint.uri();
     let (Some("http"), Some(host), Some(authority)) = (uri.scheme_str(), uri.host(), uri.authority()) else {
-        return Err(wrong("is no endpoint"));
+        return Err(wrong("is not an http:// URL"));
     };
     let has_port = authority.as_str().len() > host.len();
     if has_port && uri.port_u16().is_none_or(|port| port == 0) {
-        return Err(wrong("has no port from 1 to 65535, so it is no endpoint"));
+        return Err(wrong("has no port from 1 to 65535"));
     }
     // The parser drops a fragment, so this looks for it in the text.
     if uri.path() != "/" || uri.query().is_some() || url.contains('#') {
-        return Err(wrong("has more than a host and a port, so it is no endpoint"));
+        return Err(wrong("has more than a host and a port"));
     }
     Ok(endpoint)
 }
@@ -234,8 +236,8 @@ mod tests {
     #[test]
     fn a_url_with_a_part_that_would_be_ignored_is_refused() {
         for (url, said) in [
-            ("nonsense", "is no endpoint"),
-            ("https://127.0.0.1:5327", "is no endpoint"),
+            ("nonsense", "is not an http:// URL"),
+            ("https://127.0.0.1:5327", "is not an http:// URL"),
             ("http://127.0.0.1:99999", "port"),
             ("http://localhost:0", "port"),
             ("http://[::1]:65536", "port"),

@@ -25,14 +25,15 @@ use crate::list::List;
 use crate::token::FencingToken;
 use crate::watch::Watch;
 
-/// The most leases of a client. It is what a daemon accepts on one stream, and a client has one
-/// stream.
+/// The most leases of a client. A daemon accepts no more on one stream by default, and a client has
+/// one stream.
 pub(crate) const MAX_LEASES: usize = 10_000;
 /// The most releases in flight in the background.
 const RELEASES: usize = 64;
-/// How long a background release is repeated. A lease with a longer TTL is then left to lapse.
+/// The longest time for which a background release is retried. After that, the lease is left to
+/// lapse.
 const LONGEST_RELEASE: Duration = Duration::from_secs(60);
-/// How long after a panic the background task starts again.
+/// The pause before the background task starts again after a panic.
 const RESTART: Duration = Duration::from_secs(1);
 
 /// A client of one or more leased daemons over the same store. Cheap to clone: all clones share one
@@ -42,7 +43,7 @@ const RESTART: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct Client {
     shared: Arc<Shared>,
-    /// Ends the background task.
+    /// Ends the background task when the last clone is dropped.
     _alive: Arc<DropGuard>,
 }
 
@@ -58,6 +59,7 @@ pub(crate) struct Shared {
     background: TaskTracker,
     /// Limits the releases in flight to [`RELEASES`].
     releases: Semaphore,
+    /// Runs background releases. A lease may be dropped outside of any runtime.
     runtime: Handle,
 }
 
@@ -66,9 +68,9 @@ impl Client {
     /// answered.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a URL is malformed, [`Error::NotLeased`] if another server answers
-    /// there, [`Error::DifferentStores`] if the daemons do not serve the same store, and
-    /// [`Error::Unavailable`] if no daemon answers within 5 s.
+    /// [`Error::Invalid`] if a URL is malformed, [`Error::NotLeased`] if the servers at all URLs
+    /// are not leased daemons, [`Error::DifferentStores`] if the daemons do not serve the same
+    /// store, and [`Error::Unavailable`] if no daemon answers within 5 s.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), leased_client::Error> {
@@ -86,7 +88,7 @@ impl Client {
         builder.connect().await
     }
 
-    /// Returns a builder, for a client with other settings.
+    /// Returns a builder, for a client whose settings differ from the defaults.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), leased_client::Error> {
@@ -144,8 +146,8 @@ impl Client {
         Acquire::new(self.clone(), key.into())
     }
 
-    /// Touches a lease that no [`Lease`](crate::Lease) keeps alive, and returns how long it lasts,
-    /// counted from before this call.
+    /// Touches a lease that no [`Lease`](crate::Lease) keeps alive, and returns how long the lease
+    /// lasts, counted from before this call.
     ///
     /// # Errors
     /// [`Error::Lost`], [`Error::Unavailable`].
@@ -228,14 +230,13 @@ impl Client {
     /// token. Returns how many leases daemons have confirmed as revoked. `reason` goes to the
     /// daemon's log.
     ///
-    /// Without a token, or with the token of the latest grant, this also ends a block that a
+    /// Without a token, or with the token of the latest grant, the call also ends a block that a
     /// [`min_hold`](Acquire::min_hold) has left. The block counts as one lease. A lease that is
-    /// granted later is never revoked, even if the call has to be repeated because its answer was
-    /// lost.
+    /// granted later is never revoked, even if the call is retried because its answer was lost.
     ///
     /// # Errors
-    /// [`Error::Invalid`], [`Error::Unavailable`]. Some of the leases may have been revoked
-    /// nevertheless.
+    /// [`Error::Invalid`], [`Error::Unavailable`]. Some of the leases may have been revoked all the
+    /// same.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -246,8 +247,8 @@ impl Client {
     pub async fn revoke(&self, key: &str, token: Option<FencingToken>, reason: &str) -> Result<u32, Error> {
         let tokens = match token {
             Some(token) => vec![token],
-            // Each holder is named by its token. A call without a token could not be repeated,
-            // because it might revoke the next holder's lease.
+            // Names each holder by its token. A call without a token could not be retried, because
+            // the retry might revoke the next holder's lease.
             None => match self.get(key).await {
                 // The block goes last: the token of the latest grant means the block only once no
                 // holder has it.
@@ -271,8 +272,8 @@ impl Client {
         Ok(revoked)
     }
 
-    /// Waits until every dropped lease has been released, for at most the client's timeout. A
-    /// process that exits without this call may leave its dropped leases to lapse.
+    /// Waits until every dropped lease has been released, for at most the client's timeout. If a
+    /// process exits without this call, its dropped leases may be left to lapse.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client, lease: leased_client::Lease) {
@@ -282,12 +283,13 @@ impl Client {
     /// ```
     pub async fn settle(&self) {
         let background = &self.shared.background;
+        // A tracker's `wait` ends only if the tracker is closed.
         background.close();
         let _ = timeout(self.shared.endpoints.timeout(), background.wait()).await;
         background.reopen();
     }
 
-    /// Releases a lease in the background. Repeats the call for as long as the lease may last, and
+    /// Releases a lease in the background. Retries the call for as long as the lease may last, but
     /// no longer than [`LONGEST_RELEASE`].
     pub(crate) fn release_in_background(&self, lease: LeaseRef, lasts: Duration, acquired: Acquired) {
         let shared = Arc::clone(&self.shared);
@@ -319,17 +321,17 @@ async fn keep(holdings: Arc<Holdings>, endpoints: Arc<Endpoints>, ended: Cancell
     }
 }
 
-/// How the acquire of a lease ended before its release.
+/// How the acquire of a lease ended before the lease is released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Acquired {
     /// The lease was granted.
     Granted,
-    /// The acquire had no answer, and may still be on its way. The release says so, and the daemon
-    /// remembers for a minute that the lease is over.
+    /// The acquire had no answer, and may still be on its way. The release says so by
+    /// [`PREVIOUS_ATTEMPTS`], and the daemon remembers for a minute that the lease is over.
     Unanswered,
 }
 
-/// Touches a lease by a call of its own, outside of the keepalive stream.
+/// Touches a lease by a unary call, outside of the keepalive stream.
 pub(crate) async fn touch(endpoints: &Endpoints, lease: LeaseRef) -> Result<Answer<TouchResponse>, Error> {
     let request = TouchRequest { lease: Some(lease) };
     let call = endpoints.call(Purpose::KeepAlive, request, |channel, request| async move {
@@ -339,11 +341,12 @@ pub(crate) async fn touch(endpoints: &Endpoints, lease: LeaseRef) -> Result<Answ
 }
 
 impl Shared {
+    /// Releases a lease, and waits for the answer.
     pub(crate) async fn release(&self, lease: LeaseRef, acquired: Acquired) -> Result<(), Error> {
         let request = ReleaseRequest { lease: Some(lease) };
         let call = self.endpoints.call(Purpose::KeepAlive, request, |channel, mut request| async move {
-            let says_so = request.metadata().contains_key(PREVIOUS_ATTEMPTS);
-            if acquired == Acquired::Unanswered && !says_so {
+            let is_retry = request.metadata().contains_key(PREVIOUS_ATTEMPTS);
+            if acquired == Acquired::Unanswered && !is_retry {
                 request.metadata_mut().insert(PREVIOUS_ATTEMPTS, 1.into());
             }
             LeaseServiceClient::new(channel).release(request).await

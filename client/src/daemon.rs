@@ -1,8 +1,8 @@
 //! One daemon: the connections to it, its store, and whether it is barred.
 //!
 //! A call that waits in a queue occupies a stream of its connection for as long as it waits, and a
-//! daemon serves no more than 256 streams on a connection. So waiting calls have connections of
-//! their own, and never block a touch.
+//! daemon serves no more than 256 streams on a connection. So waiting calls use separate
+//! connections, and never block a touch.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,7 +19,7 @@ use crate::lock::lock;
 const CALLS: usize = 200;
 /// How long an unused connection stays open.
 pub(crate) const IDLE: Duration = Duration::from_secs(10);
-/// How long a barred daemon is not used while there are others.
+/// How long a barred daemon is not used while other daemons can be used.
 const BARRED: Duration = Duration::from_secs(30);
 
 /// Makes a channel, which connects when it is first used.
@@ -28,7 +28,7 @@ pub(crate) type Dial = Arc<dyn Fn() -> Channel + Send + Sync>;
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// The keepalive stream, touches and releases, on which leases depend, and probes.
+    /// The keepalive stream, touches and releases, which leases depend on. Also probes.
     KeepAlive,
     /// Calls that are answered soon, and watches.
     Calls,
@@ -38,7 +38,7 @@ pub(crate) enum Purpose {
 
 /// A daemon: one address of an endpoint.
 pub(crate) struct Daemon {
-    /// The name in messages.
+    /// The name in errors and logs.
     pub(crate) name: String,
     /// Orders the daemons of a client: the lowest is used first. The second part is random, so that
     /// clients spread over all daemons.
@@ -53,10 +53,11 @@ struct Inner {
     connections: [Vec<Connection>; 3],
     /// How many connections were ever made.
     made: u64,
-    /// Whether the daemon has answered since its last failure. Its answer names its store, unless
-    /// it is of an earlier version.
+    /// Whether the daemon has answered since its last failure.
     has_answered: bool,
+    /// The store that the daemon named last. A daemon of an earlier version names none.
     store: Option<String>,
+    /// Until when the daemon is barred, and why.
     barred: Option<(Instant, Error)>,
 }
 
@@ -67,7 +68,7 @@ struct Connection {
     idle_since: Instant,
 }
 
-/// The right to send one call over a connection. The connection counts the slot until it is
+/// The right to send one call over a connection. The connection counts the slot until the slot is
 /// dropped.
 #[derive(Debug)]
 pub(crate) struct Slot {
@@ -93,7 +94,7 @@ impl Daemon {
         if let Some(slot) = self.free(&mut self.inner(), purpose) {
             return slot;
         }
-        // Outside of the lock: this may be the user's code, which may take any time.
+        // Outside of the lock, because this may be the user's code, which may take any time.
         let channel = (self.dial)();
         let mut inner = self.inner();
         // Another task may have made a connection meanwhile.
@@ -109,7 +110,7 @@ impl Daemon {
 
     /// Takes a slot on an existing connection with room for one more call.
     fn free(self: &Arc<Self>, inner: &mut Inner, purpose: Purpose) -> Option<Slot> {
-        // The first one with room, so that the last ones become idle and close.
+        // The first connection with room, so that the last ones become idle and close.
         let connection =
             inner.connections[purpose as usize].iter_mut().find(|connection| connection.uses < CALLS)?;
         connection.uses += 1;
@@ -117,8 +118,8 @@ impl Daemon {
         Some(Slot { daemon: Arc::clone(self), channel, purpose, number })
     }
 
-    /// Closes connections that have been idle for [`IDLE`]. The daemon in use keeps one for
-    /// keepalives and one for calls.
+    /// Closes connections that have been idle for [`IDLE`]. If `is_first`, the daemon is the one in
+    /// use, which keeps one connection for keepalives and one for calls.
     pub(crate) fn close_idle(&self, now: Instant, is_first: bool) {
         let mut inner = self.inner();
         for purpose in [Purpose::KeepAlive, Purpose::Calls, Purpose::Waits] {
@@ -130,8 +131,8 @@ impl Daemon {
         }
     }
 
-    /// Notes the store that the daemon names, and returns whether it is a different one than
-    /// before.
+    /// Notes the store that the daemon names in an answer, and returns whether this store is a
+    /// different one than before.
     pub(crate) fn note_store(&self, store: Option<&str>) -> bool {
         let mut inner = self.inner();
         inner.has_answered = true;
@@ -142,8 +143,8 @@ impl Daemon {
         is_news
     }
 
-    /// Has the daemon probed before its next call: another daemon, over another store, may answer
-    /// at this address next.
+    /// Forgets that the daemon has answered, so that it is probed before its next call. A daemon
+    /// over another store may answer at this address by then.
     pub(crate) fn forget(&self) {
         self.inner().has_answered = false;
     }
@@ -179,7 +180,7 @@ impl Daemon {
 }
 
 impl Slot {
-    /// Retires the connection: the next call makes another, and calls in flight on this one
+    /// Retires the connection. The next call makes another, and calls in flight on the retired one
     /// continue.
     ///
     /// tonic reconnects on its own when a connection breaks. But a silent connection looks alive to
@@ -217,7 +218,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn nobody_waits_for_a_connection_that_is_being_made() {
+    async fn no_call_waits_while_another_makes_a_connection() {
         let dialled: Arc<OnceLock<Arc<Daemon>>> = Arc::default();
         let calls = Arc::new(AtomicUsize::new(0));
         let (daemon, count) = (Arc::clone(&dialled), Arc::clone(&calls));
@@ -225,7 +226,7 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
             assert!(
                 daemon.get().unwrap().inner.try_lock().is_ok(),
-                "others can use its connections meanwhile"
+                "other calls can use the daemon's connections meanwhile"
             );
             Endpoint::from_static("http://127.0.0.1:1").connect_lazy()
         };

@@ -1,4 +1,4 @@
-//! What can go wrong. The errors differ in what a caller can do about them.
+//! Errors, which differ in what a caller can do about them.
 
 use std::time::Duration;
 
@@ -50,8 +50,8 @@ pub enum Error {
         /// Why the lease could no longer be relied on, if the reason is known.
         cause: String,
     },
-    /// The key was never leased, or has been forgotten since.
-    #[error("this key was never leased, or has been forgotten since")]
+    /// The key was never leased, or its record has been deleted since.
+    #[error("this key was never leased, or its record has been deleted since")]
     KeyUnknown,
     /// The queue of the key is full; try again later.
     #[error("the queue of this key is full; try again later")]
@@ -62,7 +62,7 @@ pub enum Error {
     /// The request is invalid.
     #[error("invalid request: {0}")]
     Invalid(String),
-    /// No daemon answered in time. The call may have taken effect; repeating it is safe.
+    /// No daemon answered in time. The call may have taken effect. It is safe to retry.
     #[error("no daemon answers at {endpoints}: {cause}")]
     #[non_exhaustive]
     Unavailable {
@@ -84,8 +84,8 @@ pub enum Error {
         /// The server's answer.
         source: Status,
     },
-    /// Two endpoints of this client serve different stores, so a lease from one means nothing at
-    /// the other.
+    /// Two endpoints of this client serve different stores, so a lease of one does not exist at the
+    /// other.
     #[error(
         "{endpoint} and {other} serve different stores ({store} and {other_store}); all endpoints of a client must be daemons \
          over the same store"
@@ -132,9 +132,10 @@ impl Error {
 pub struct HeldBy {
     /// The holder's label; empty if the holder has none, or if there is no holder.
     pub owner: String,
-    /// The holder's token, or the last one granted.
+    /// The holder's token; the last one granted if there is no holder.
     pub token: FencingToken,
-    /// How long the holder's lease lasts without a touch.
+    /// How long the holder's lease lasts without a touch, or how long a `min_hold` still blocks the
+    /// key.
     pub remaining: Duration,
     /// How many waiters were ahead of the caller, if it waited in the queue.
     pub position: Option<u64>,
@@ -149,21 +150,22 @@ pub struct HeldBy {
 impl std::fmt::Display for HeldBy {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (self.blocked_by.as_str(), self.owner.as_str()) {
-            ("min_hold", _) => formatter.write_str("blocked by a min_hold"),
-            ("waiter", _) if self.waiter.is_empty() => formatter.write_str("another came before"),
+            ("min_hold", _) => formatter.write_str("the key is blocked by a min_hold"),
+            ("waiter", _) if self.waiter.is_empty() => formatter.write_str("another waiter came before"),
             ("waiter", _) => write!(formatter, "{} came before", self.waiter),
-            (_, "") => formatter.write_str("held by another"),
-            (_, owner) => write!(formatter, "held by {owner}"),
+            (_, "") => formatter.write_str("the key is held by another"),
+            (_, owner) => write!(formatter, "the key is held by {owner}"),
         }
     }
 }
 
 /// What a failed attempt means for its call.
 pub(crate) enum Failure {
-    /// No daemon answered, or the one that did cannot serve the call now. Another attempt may help,
-    /// at once or after the pause that the daemon asked for. The call may have taken effect.
+    /// No daemon answered, or the daemon that did cannot serve the call now. Another attempt may
+    /// succeed, at once or after the pause that the daemon asked for. The call may have taken
+    /// effect.
     Passing(Option<Duration>),
-    /// This endpoint will fail in the same way again. Others may serve the call.
+    /// This endpoint will fail in the same way again. Other endpoints may serve the call.
     Useless(Error),
     /// A daemon's answer.
     Final(Error),
@@ -174,7 +176,7 @@ impl Failure {
     ///
     /// Only a status with details of this API is a daemon's answer. Any other status comes from a
     /// broken connection or a proxy, and whatever its code, it does not say whether the call took
-    /// effect. Every call of this API may be repeated.
+    /// effect. Every call of this API may be retried.
     pub(crate) fn of(status: &Status, endpoint: &str) -> Self {
         let details = status.get_error_details();
         let entry = |name: &str| {
@@ -205,7 +207,7 @@ impl Failure {
             Some(Reason::InvalidRequest) => Error::Invalid(status.message().to_owned()),
             _ if details.bad_request().is_some() => Error::Invalid(status.message().to_owned()),
             _ if is_ours => Error::Status(status.clone()),
-            _ if speaks_otherwise(status) => return not_leased("it does not speak gRPC"),
+            _ if lacks_http2(status) => return not_leased("it does not speak gRPC"),
             _ => match status.code() {
                 Code::Unimplemented => return not_leased("it serves gRPC, but no leases"),
                 Code::Unauthenticated | Code::PermissionDenied => {
@@ -217,14 +219,14 @@ impl Failure {
     }
 }
 
-/// Describes a status for people: the innermost cause if it has one, else its message.
+/// Describes a status for people: its innermost source if it has one, else its message.
 pub(crate) fn cause(status: &Status) -> String {
     sources(status).last().map_or_else(|| status.message().to_owned(), ToString::to_string)
 }
 
 /// Whether the server does not speak HTTP/2, and so not gRPC. Read as HTTP/2, the first letters of
 /// an HTTP/1 answer are a frame of five million bytes, which is too large.
-fn speaks_otherwise(status: &Status) -> bool {
+fn lacks_http2(status: &Status) -> bool {
     sources(status)
         .filter_map(|source| source.downcast_ref::<h2::Error>())
         .any(|error| error.reason() == Some(h2::Reason::FRAME_SIZE_ERROR))
@@ -275,7 +277,7 @@ mod tests {
             }
         };
         assert_eq!(said("writer"), "writer came before");
-        assert_eq!(said(""), "another came before");
+        assert_eq!(said(""), "another waiter came before");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::boot_instant::BootInstant;
 use crate::lock::lock;
 use crate::token::FencingToken;
 
-/// A lease as it was granted, and the belief in it since.
+/// A lease as it was granted, and the holder's current belief in it.
 #[derive(Debug)]
 pub(crate) struct Holding {
     pub(crate) key: Box<str>,
@@ -23,7 +23,7 @@ pub(crate) struct Holding {
     pub(crate) token: FencingToken,
     pub(crate) ttl: Duration,
     pub(crate) margin: Duration,
-    told: Mutex<Told>,
+    inner: Mutex<Inner>,
     /// Notified when the state changes. A `watch` channel would take up more memory than all other
     /// fields together.
     changed: Notify,
@@ -31,10 +31,10 @@ pub(crate) struct Holding {
     stop: OnceLock<CancellationToken>,
 }
 
-/// The belief in a lease, and the state that was last reported.
 #[derive(Debug)]
-struct Told {
+struct Inner {
     belief: Belief,
+    /// The state that was last reported.
     state: State,
     /// Why the last touch was refused, if it was.
     trouble: Option<Box<str>>,
@@ -48,9 +48,9 @@ impl Holding {
         (ttl, margin): (Duration, Duration),
         deadline: BootInstant,
     ) -> Self {
-        let told = Told { belief: Belief::new(deadline), state: State::Held, trouble: None };
-        let (told, changed, stop) = (Mutex::new(told), Notify::new(), OnceLock::new());
-        Self { key: key.into_boxed_str(), id, token, ttl, margin, told, changed, stop }
+        let inner = Inner { belief: Belief::new(deadline), state: State::Held, trouble: None };
+        let (inner, changed, stop) = (Mutex::new(inner), Notify::new(), OnceLock::new());
+        Self { key: key.into_boxed_str(), id, token, ttl, margin, inner, changed, stop }
     }
 
     pub(crate) fn lease_ref(&self) -> LeaseRef {
@@ -59,34 +59,34 @@ impl Holding {
 
     /// The state at this instant, whether or not it has been reported.
     pub(crate) fn state(&self) -> State {
-        self.told().belief.at(BootInstant::now())
+        self.inner().belief.at(BootInstant::now())
     }
 
     pub(crate) fn deadline(&self) -> BootInstant {
-        self.told().belief.deadline
+        self.inner().belief.deadline
     }
 
-    /// Notes that a daemon has confirmed the lease, which is good until `deadline`.
+    /// Notes that a daemon has confirmed the lease, which may be relied on until `deadline`.
     pub(crate) fn confirm(&self, deadline: BootInstant) {
-        self.update(|told| {
-            told.belief.confirm(deadline);
-            told.trouble = None;
+        self.update(|inner| {
+            inner.belief.confirm(deadline);
+            inner.trouble = None;
         });
     }
 
     /// Notes why a daemon has refused to touch the lease. The deadline stays as it is.
     pub(crate) fn refuse(&self, why: &str) {
-        self.told().trouble = Some(why.into());
+        self.inner().trouble = Some(why.into());
     }
 
     /// Why the last touch was refused, if it was.
     pub(crate) fn trouble(&self) -> Option<String> {
-        self.told().trouble.as_deref().map(str::to_owned)
+        self.inner().trouble.as_deref().map(str::to_owned)
     }
 
     /// Notes that the lease is lost.
     pub(crate) fn lose(&self, loss: Loss) {
-        self.update(|told| told.belief.lose(loss));
+        self.update(|inner| inner.belief.lose(loss));
     }
 
     /// Reports the state if the deadline has passed since the last report.
@@ -94,12 +94,13 @@ impl Holding {
         self.update(|_| {});
     }
 
-    fn update(&self, change: impl FnOnce(&mut Told)) {
-        let mut told = self.told();
-        change(&mut told);
-        let state = told.belief.at(BootInstant::now());
-        let before = replace(&mut told.state, state);
-        drop(told);
+    /// Applies `change`, and reports the state if it differs from the last report.
+    fn update(&self, change: impl FnOnce(&mut Inner)) {
+        let mut inner = self.inner();
+        change(&mut inner);
+        let state = inner.belief.at(BootInstant::now());
+        let before = replace(&mut inner.state, state);
+        drop(inner);
         if state != before {
             self.changed.notify_waiters();
         }
@@ -108,14 +109,14 @@ impl Holding {
         }
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
-        lock(&self.told)
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
     }
 
     /// Waits for a state other than `seen`. A deadline that moves is no change of state.
     pub(crate) async fn changed(&self, seen: State) -> State {
         loop {
-            // Before the state is read, so that no change is missed.
+            // Made before the state is read, so that no change is missed.
             let changed = self.changed.notified();
             let state = self.state();
             if state != seen {
@@ -128,7 +129,7 @@ impl Holding {
     /// Returns a token that is cancelled as soon as the lease is not held, even for a short time.
     pub(crate) fn stop(&self) -> CancellationToken {
         let stop = self.stop.get_or_init(CancellationToken::new);
-        // The state may have changed before the token was made.
+        // The lease may have ceased to be held before the token was made.
         self.check_deadline();
         stop.clone()
     }

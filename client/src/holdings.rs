@@ -1,5 +1,5 @@
-//! All leases of a client, and when each is due to be touched. Has no task and no network of its
-//! own: the keeper and the task that watches deadlines call it.
+//! All leases of a client, and when each is due to be touched. Runs no task and sends nothing: the
+//! keeper and the deadline task call it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -14,15 +14,15 @@ use crate::boot_instant::BootInstant;
 use crate::holding::Holding;
 use crate::lock::lock;
 
-/// A lease is touched after this part of its TTL, so that two more touches may fail before it
-/// lapses.
+/// How often a lease is touched in one TTL. After a failed touch there is time for another before
+/// the lease lapses.
 const TOUCHES_PER_TTL: u32 = 3;
-/// Leases that are due within this part of their TTL share a message with those that are due now.
-/// So a client sends at most three messages in a third of the TTL for leases that it has held for a
+/// A lease that is due within a ninth of its TTL shares a message with leases that are due now. So
+/// a client sends at most three messages in a third of the TTL for leases that it has held for a
 /// while.
 const EARLY_SHARE: u32 = 9;
-/// How long a new lease waits for others that can be named in the same message. Short, because a
-/// daemon reports losses only on a stream that has named the lease. A lease that is released within
+/// How long a new lease waits for other new leases to name in the same message. Short, because a
+/// daemon reports a loss only on a stream that has named the lease. A lease that is released within
 /// this time is never named.
 const NAMING_DELAY: Duration = Duration::from_millis(5);
 /// How long after a message the next one may name new leases. A client that acquires all the time
@@ -30,8 +30,8 @@ const NAMING_DELAY: Duration = Duration::from_millis(5);
 const NAMING_INTERVAL: Duration = Duration::from_millis(100);
 /// The most bytes of leases in one message, below the 512 KiB that every daemon accepts.
 const MESSAGE_BYTES: usize = 500 * 1024;
-/// The bytes that a lease takes up in a message beyond its key: the id, two tags and lengths, and
-/// the tag and length of the whole.
+/// The bytes that a lease takes up in a message beyond its key: the id, the tags and lengths of key
+/// and id, and the tag and length of both together.
 const LEASE_BYTES: usize = 48;
 
 /// The leases of a client.
@@ -42,7 +42,7 @@ pub(crate) struct Holdings {
     pub(crate) sooner_due: Notify,
     /// Notified when a deadline passes before the deadline task next wakes up.
     pub(crate) sooner_over: Notify,
-    /// Notified when a lease is to be touched by a call of its own.
+    /// Notified when a lease is to be touched by a unary call.
     pub(crate) refused: Notify,
 }
 
@@ -53,7 +53,7 @@ struct Inner {
     next_beat: Option<BootInstant>,
     /// When the deadline task next wakes up; `None` for never.
     next_check: Option<BootInstant>,
-    /// When leases were last named.
+    /// When a message last named leases.
     named: Option<BootInstant>,
     /// Why there is no keepalive stream, if there is none.
     trouble: Option<String>,
@@ -63,12 +63,12 @@ struct Inner {
 struct Entry {
     holding: Arc<Holding>,
     due: BootInstant,
-    /// Whether a daemon refused to touch the lease on the stream. Such a lease is touched by calls
-    /// of its own until the next stream opens.
+    /// Whether a daemon refused to touch the lease on the stream. If so, the lease is touched by
+    /// unary calls until the next stream opens.
     is_refused: bool,
 }
 
-/// Which leases a heartbeat touches.
+/// Which leases a beat touches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scope {
     /// The leases that are due.
@@ -77,7 +77,7 @@ pub(crate) enum Scope {
     All,
 }
 
-/// A heartbeat: leases to touch together.
+/// A beat: the leases that the keeper touches together.
 #[derive(Debug, Default)]
 pub(crate) struct Beat {
     /// The leases to name in each message.
@@ -91,6 +91,8 @@ impl Holdings {
         lock(&self.inner)
     }
 
+    /// Adds a lease. It is due once a message may name new leases, and no later than after a ninth
+    /// of its TTL.
     pub(crate) fn insert(&self, holding: Arc<Holding>) {
         let mut inner = self.inner();
         let now = BootInstant::now();
@@ -151,7 +153,7 @@ impl Holdings {
                 room = MESSAGE_BYTES;
             }
             room -= size;
-            beat.messages.last_mut().expect("there is one").push(holding.lease_ref());
+            beat.messages.last_mut().expect("a message has been pushed").push(holding.lease_ref());
         }
         if !beat.messages.is_empty() {
             inner.named = Some(now);
@@ -159,8 +161,8 @@ impl Holdings {
         beat
     }
 
-    /// Notes that a daemon refused to touch this lease on the stream. From now on it is touched by
-    /// calls of its own.
+    /// Notes that a daemon refused to touch this lease on the stream. From now on the lease is
+    /// touched by unary calls.
     pub(crate) fn refuse(&self, id: Uuid) {
         if let Some(entry) = self.inner().entries.get_mut(&id) {
             entry.is_refused = true;
@@ -169,16 +171,16 @@ impl Holdings {
         }
     }
 
-    /// When the next lease is to be touched by a call of its own, without those whose calls are
-    /// `under_way`.
+    /// When the next lease is to be touched by a unary call. Leases whose calls are `under_way` do
+    /// not count.
     pub(crate) fn next_refused(&self, under_way: &HashSet<Uuid>) -> Option<BootInstant> {
         let inner = self.inner();
         let waiting = inner.entries.iter().filter(|(id, entry)| entry.is_refused && !under_way.contains(*id));
         waiting.map(|(_, entry)| entry.due).min()
     }
 
-    /// Returns up to `most` leases to touch by calls of their own at `now`, without those whose
-    /// calls are `under_way`.
+    /// Returns up to `most` leases to touch by unary calls at `now`, except those whose calls are
+    /// `under_way`.
     pub(crate) fn take_refused(
         &self,
         now: BootInstant,
@@ -257,7 +259,7 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(9);
 
-    /// Lets time pass, and returns the number of messages sent meanwhile.
+    /// Lets `time` pass, and returns the number of messages sent meanwhile.
     async fn messages_in(holdings: &Holdings, time: Duration) -> usize {
         let end = BootInstant::now() + time;
         let mut messages = 0;
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn leases_that_came_one_by_one_are_touched_together() {
+    async fn leases_that_were_acquired_one_by_one_are_touched_together() {
         let holdings = Holdings::default();
         for number in 0..100 {
             holdings.insert(lease(TTL, &format!("key/{number}")));

@@ -47,5 +47,5 @@ impl FromStr for LeaseId {
 
 /// The error for a lease id that is not a UUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a lease id is a UUID, as in 0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02")]
+#[error("this is not a lease id: a lease id is a UUID, as in 0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02")]
 pub struct InvalidLeaseId;

@@ -1,4 +1,4 @@
-//! Keys with their holders and waiters, as anyone may see them.
+//! Keys with their holders and waiters, as any client may see them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -41,7 +41,7 @@ pub enum KeyState {
     Free,
     /// The key is held.
     Held,
-    /// The holder's lease has lapsed, and nobody has taken the key.
+    /// The holder's lease has lapsed, and no other holder has taken the key.
     Lapsed,
 }
 
@@ -68,14 +68,14 @@ pub struct HolderInfo {
     /// For a shared lease: the most holders of the key while it is held, itself included; 0 for any
     /// number.
     pub shared_limit: u32,
-    /// How long a touch lasts.
+    /// For how long a touch renews the lease.
     pub ttl: Duration,
     /// How long the lease lasts without a touch.
     pub remaining: Duration,
-    /// Since when the lease is held, by the store's clock.
+    /// When the lease was granted, by the store's clock.
     pub acquired_at: SystemTime,
-    /// Until when the lease lasts without a touch, by the store's clock. For people and logs, not
-    /// for deadlines.
+    /// When the lease lapses without a touch, by the store's clock. For people and logs, not for
+    /// deadlines.
     pub expires_at: SystemTime,
     /// The holder's other labels.
     pub metadata: BTreeMap<String, String>,
@@ -87,12 +87,12 @@ pub struct HolderInfo {
 pub struct WaiterInfo {
     /// The waiter's label.
     pub owner: String,
-    /// Whether the lease will admit other holders.
+    /// Whether the lease that is waited for admits other holders.
     pub mode: Mode,
     /// For a shared lease: the most holders of the key while it is held, itself included; 0 for any
     /// number.
     pub shared_limit: u32,
-    /// Since when the waiter is in the queue, by the store's clock.
+    /// When the waiter joined the queue, by the store's clock.
     pub since: SystemTime,
 }
 
@@ -171,8 +171,8 @@ mod tests {
     fn no_time_in_an_answer_overflows() {
         for seconds in [i64::MIN, -1, 0, 1, i64::MAX] {
             for nanos in [i32::MIN, -1, 0, 1, i32::MAX] {
-                let told = time(Some(prost_types::Timestamp { seconds, nanos }));
-                assert!(told >= SystemTime::UNIX_EPOCH || seconds < 0 || nanos < 0);
+                let converted = time(Some(prost_types::Timestamp { seconds, nanos }));
+                assert!(converted >= SystemTime::UNIX_EPOCH || seconds < 0 || nanos < 0);
                 let span = span(Some(prost_types::Duration { seconds, nanos }));
                 assert!(span.is_zero() || (seconds >= 0 && nanos >= 0));
             }

@@ -1,4 +1,4 @@
-//! The keeper: the task that keeps all leases of a client alive, on one stream.
+//! The keeper: the task that keeps all leases of a client alive on one stream.
 //!
 //! ```text
 //!         a lease is due                 answered
@@ -12,9 +12,9 @@
 //! When the client returns to a daemon that it prefers, the stream moves there between two
 //! messages.
 //!
-//! A broken stream changes nothing about the leases. The keeper opens the next stream at whichever
-//! daemon answers, and names all leases in its first message. What an answer confirms counts from
-//! before its message was sent.
+//! A broken stream does not affect the leases. The keeper opens the next stream at whichever daemon
+//! answers, and names all leases in its first message. The time that an answer grants a lease
+//! counts from before the message was sent.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -40,8 +40,8 @@ use crate::holding::Holding;
 use crate::holdings::{Beat, Holdings, Scope};
 use crate::info::span;
 
-/// The most messages on their way to the daemon. If there are more, the daemon reads none, and its
-/// silence will end the stream.
+/// The most messages that wait to be sent on the stream. If more would wait, the daemon reads none,
+/// and its silence will end the stream.
 const MESSAGES: usize = 32;
 /// How long a stream without leases stays open.
 const LINGER: Duration = Duration::from_secs(10);
@@ -49,17 +49,19 @@ const LINGER: Duration = Duration::from_secs(10);
 const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 /// The longest time for an answer before another stream is tried.
 const MOST_PATIENCE: Duration = Duration::from_secs(5);
-/// A pause between streams is at most this part of the shortest TTL, and at least [`LEAST_PAUSE`].
+/// A pause between streams is at most a tenth of the shortest TTL, or [`LEAST_PAUSE`] if that is
+/// longer.
 const PAUSE_SHARE: u32 = 10;
-/// The lower bound of [`PAUSE_SHARE`].
+/// The lowest upper bound of a pause between streams.
 const LEAST_PAUSE: Duration = Duration::from_millis(50);
-/// The most touches in flight of leases that are not touched on the stream.
+/// The most unary touches in flight.
 const TOUCHES: usize = 64;
 
 /// Keeps leases alive for as long as [`run`](Self::run) is polled.
 pub(crate) struct Keeper {
     holdings: Arc<Holdings>,
     endpoints: Arc<Endpoints>,
+    /// The sequence of the latest message.
     sequence: u64,
     /// The pauses since the last answer.
     pauses: Pauses,
@@ -83,8 +85,8 @@ struct KeepAliveStream {
     sent: Sent,
 }
 
-/// The latest messages, oldest first. An answer may come in several parts, so an answered message
-/// is kept for a while.
+/// The latest messages, oldest first. An answer may have several parts, so an answered message is
+/// kept for a while.
 #[derive(Default)]
 struct Sent(VecDeque<Message>);
 
@@ -92,7 +94,7 @@ struct Message {
     sequence: u64,
     /// The time from which its answer counts.
     sent_at: BootInstant,
-    /// When another stream is tried if there is no answer.
+    /// When the stream counts as silent if there is no answer.
     answer_by: Instant,
     /// Whether a part of its answer has arrived.
     is_answered: bool,
@@ -149,7 +151,7 @@ impl Keeper {
         let (requests, messages) = mpsc::channel(MESSAGES);
         let mut sent = Sent::default();
         self.beat(&requests, &mut sent, Scope::All);
-        if !sent.is_any() {
+        if !sent.awaits_answer() {
             // The last lease was released while the client chose a daemon. A stream without a
             // message gets no answer, which would look like silence.
             return Phase::Idle;
@@ -175,18 +177,21 @@ impl Keeper {
         let end = loop {
             let due = self.holdings.next_due();
             tokio::select! {
+                // An answer that has arrived counts, even if `answer_by` has passed as well.
                 biased;
                 answer = stream.answers.message() => match answer {
                     Ok(Some(answer)) => self.read(answer, &mut stream.sent),
                     Ok(None) => break End::Failed(Status::unavailable("the daemon ended the stream")),
                     Err(status) => break End::Failed(status),
                 },
-                () = sleep_until(stream.sent.answer_by()), if stream.sent.is_any() => break End::Silent,
+                () = sleep_until(stream.sent.answer_by()), if stream.sent.awaits_answer() => {
+                    break End::Silent;
+                }
                 () = reached(due) => self.beat(&stream.requests, &mut stream.sent, Scope::Due),
                 () = self.holdings.sooner_due.notified() => {}
                 // Only while no message waits for its answer: every lease has then just been
                 // confirmed, or is not due yet.
-                () = self.endpoints.returned.notified(), if !stream.sent.is_any() => {
+                () = self.endpoints.returned.notified(), if !stream.sent.awaits_answer() => {
                     if !self.endpoints.is_preferred(&stream.slot.daemon) {
                         break End::Returned;
                     }
@@ -209,8 +214,8 @@ impl Keeper {
                 "no answer in time".to_owned()
             }
             End::Failed(status) => {
-                // After an answer `fail` stays at the daemon. A stream that has ended moves on for
-                // any reason, and tries the others first.
+                // `fail` stays at a daemon that has answered. After a stream has ended the keeper
+                // switches in any case, so that it tries the other daemons first.
                 if let Failure::Final(_) = self.endpoints.fail(slot, &status) {
                     self.endpoints.switch(slot, &Failure::Passing(None));
                 }
@@ -233,15 +238,15 @@ impl Keeper {
             tracing::debug!(cause, "no keepalive stream yet");
         }
         self.holdings.note(Some(cause));
-        // Short beside the TTL, so that the end of an outage is noticed in time.
+        // Short compared with the TTL, so that the end of an outage is noticed in time.
         let longest = (self.shortest / PAUSE_SHARE).max(LEAST_PAUSE);
         sleep(self.pauses.next(self.endpoints.len(), None).min(longest)).await;
         Phase::Opening
     }
 
-    /// Sends the messages of a heartbeat.
+    /// Sends the messages of a beat.
     fn beat(&mut self, requests: &mpsc::Sender<KeepAliveRequest>, sent: &mut Sent, scope: Scope) {
-        // Before any message leaves: the answers count from here.
+        // Before any message is sent, because what the answers confirm counts from here.
         let sent_at = BootInstant::now();
         let Beat { messages, shortest } = self.holdings.take_due(sent_at, scope);
         if scope == Scope::All {
@@ -259,7 +264,8 @@ impl Keeper {
         }
     }
 
-    /// Applies an answer of the daemon, or a report that it sends unasked, with `sequence` 0.
+    /// Applies an answer of the daemon, or a loss that the daemon reports unasked, with `sequence`
+    /// 0.
     fn read(&mut self, answer: KeepAliveResponse, sent: &mut Sent) {
         let sent_at = sent.answered(answer.sequence);
         if sent_at.is_some() {
@@ -281,7 +287,7 @@ impl Keeper {
                     tracing::warn!(
                         key = &*holding.key,
                         why = refused.message,
-                        "a lease is not touched on the stream"
+                        "the daemon refused to touch a lease on the stream"
                     );
                     holding.refuse(&refused.message);
                     self.holdings.refuse(holding.id);
@@ -305,7 +311,7 @@ impl Sent {
     }
 
     /// Marks the message with this sequence as answered, and returns when it was sent. `None` if
-    /// this stream has sent no such message.
+    /// this stream has sent no message with this sequence.
     fn answered(&mut self, sequence: u64) -> Option<BootInstant> {
         let message = self.0.iter_mut().rfind(|message| message.sequence == sequence)?;
         message.is_answered = true;
@@ -313,27 +319,27 @@ impl Sent {
     }
 
     /// The oldest message without an answer.
-    fn waiting(&self) -> Option<&Message> {
+    fn oldest_unanswered(&self) -> Option<&Message> {
         self.0.iter().find(|message| !message.is_answered)
     }
 
     /// Whether any message waits for its answer.
-    fn is_any(&self) -> bool {
-        self.waiting().is_some()
+    fn awaits_answer(&self) -> bool {
+        self.oldest_unanswered().is_some()
     }
 
     /// When the oldest message without an answer should have been answered.
     fn answer_by(&self) -> Instant {
-        self.waiting().map_or_else(Instant::now, |message| message.answer_by)
+        self.oldest_unanswered().map_or_else(Instant::now, |message| message.answer_by)
     }
 }
 
-/// Touches each lease that a daemon refused on the stream by a call of its own, for as long as the
-/// future is polled. If this call is refused too, the lease stays valid until its deadline.
+/// Touches by unary calls the leases that a daemon refused on the stream, for as long as the future
+/// is polled. A lease whose call is refused, too, stays valid until its deadline.
 pub(crate) async fn touch_refused(holdings: &Holdings, endpoints: &Endpoints) {
     let mut calls = FuturesUnordered::new();
-    // At most one call for each lease: in an outage a call takes longer than a short lease takes to
-    // be due again.
+    // At most one call for each lease: in an outage, a lease with a short TTL is due again before
+    // its call ends.
     let mut under_way = HashSet::new();
     loop {
         let room = TOUCHES - calls.len();
@@ -352,7 +358,7 @@ pub(crate) async fn touch_refused(holdings: &Holdings, endpoints: &Endpoints) {
     }
 }
 
-/// Touches a lease by a call of its own, and returns its id.
+/// Touches a lease by a unary call, and returns the lease id.
 async fn touch_alone(holdings: &Holdings, endpoints: &Endpoints, holding: Arc<Holding>) -> Uuid {
     match touch(endpoints, holding.lease_ref()).await {
         Ok(answer) => holding.confirm(deadline(answer.sent_at, span(answer.body.remaining), holding.margin)),

@@ -1,5 +1,5 @@
 //! Tests each transition of the keeper on a paused clock, against daemons that answer as the test
-//! tells them.
+//! sets.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,7 +84,7 @@ fn hold(holdings: &Holdings, key: &str, ttl: Duration) -> Arc<Holding> {
 
 impl Opened {
     /// Waits for the next message.
-    async fn heard(&mut self) -> KeepAliveRequest {
+    async fn next_message(&mut self) -> KeepAliveRequest {
         self.messages.message().await.unwrap().unwrap()
     }
 
@@ -125,7 +125,7 @@ fn named(message: &KeepAliveRequest) -> Vec<&str> {
     keys
 }
 
-/// Lets every task run that is ready.
+/// Lets all tasks run that are ready.
 async fn settle() {
     sleep(EXACT).await;
 }
@@ -145,7 +145,7 @@ async fn the_keeper_is_idle_until_a_lease_is_due() {
     rig.hold("key");
     let mut stream = rig.stream().await;
     assert_took(start, stream.at, NAMED);
-    assert_eq!(named(&stream.heard().await), ["key"]);
+    assert_eq!(named(&stream.next_message().await), ["key"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -154,10 +154,10 @@ async fn a_lease_is_touched_every_third_of_its_ttl() {
     rig.hold("key");
     let mut stream = rig.stream().await;
     for _ in 0..9 {
-        let message = stream.heard().await;
+        let message = stream.next_message().await;
         let start = Instant::now();
         stream.keep(message).await;
-        let next = stream.heard().await;
+        let next = stream.next_message().await;
         let between = start.elapsed();
         assert!(between <= TTL / 3 && between >= TTL / 4, "{between:?}");
         stream.keep(next).await;
@@ -181,11 +181,11 @@ async fn when_opening_fails_the_other_daemon_is_asked_and_after_a_round_there_is
     assert!(pauses[1] >= Duration::from_millis(35) && pauses[3] > pauses[1], "{pauses:?}");
 
     rig.all(Manner::Up);
-    assert_eq!(named(&rig.stream().await.heard().await), ["key"]);
+    assert_eq!(named(&rig.stream().await.next_message().await), ["key"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn pauses_are_short_beside_the_ttl() {
+async fn pauses_are_short_compared_with_the_ttl() {
     let mut rig = Rig::start();
     rig.all(Manner::Down);
     rig.hold("key");
@@ -198,25 +198,25 @@ async fn pauses_are_short_beside_the_ttl() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_is_silent_is_left_for_one_at_the_other_daemon_that_names_all_leases() {
+async fn a_silent_stream_is_replaced_by_one_at_the_other_daemon_that_names_all_leases() {
     let mut rig = Rig::start();
     let holdings = [rig.hold("a"), rig.hold("b")];
     let mut first = rig.stream().await;
-    let message = first.heard().await;
+    let message = first.next_message().await;
     first.keep(message).await;
     // A third lease comes later, and is due at another time than these two.
     sleep(TTL / 6).await;
     rig.hold("c");
-    let message = first.heard().await;
+    let message = first.next_message().await;
     first.keep(message).await;
-    let asked = first.heard().await;
+    let asked = first.next_message().await;
     let start = Instant::now();
     assert_eq!(named(&asked), ["a", "b"], "the third is not due");
 
     let mut second = rig.stream().await;
     assert_ne!(first.daemon, second.daemon);
     assert_took(start, second.at, TTL / 3);
-    let message = second.heard().await;
+    let message = second.next_message().await;
     assert_eq!(named(&message), ["a", "b", "c"]);
     second.keep(message).await;
     settle().await;
@@ -230,7 +230,7 @@ async fn a_stream_that_ends_is_followed_by_another_at_once() {
     let mut rig = Rig::start();
     rig.hold("key");
     let mut first = rig.stream().await;
-    let message = first.heard().await;
+    let message = first.next_message().await;
     first.keep(message).await;
     settle().await;
     let start = Instant::now();
@@ -239,7 +239,7 @@ async fn a_stream_that_ends_is_followed_by_another_at_once() {
     let mut second = rig.stream().await;
     assert_ne!(daemon, second.daemon);
     assert_took(start, second.at, Duration::ZERO);
-    assert_eq!(named(&second.heard().await), ["key"]);
+    assert_eq!(named(&second.next_message().await), ["key"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -247,7 +247,7 @@ async fn an_answer_that_is_late_counts_from_when_its_message_was_sent() {
     let mut rig = Rig::start();
     let holding = rig.hold("key");
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     let sent_at = BootInstant::now();
     sleep(TTL / 4).await;
     stream.keep(message).await;
@@ -262,7 +262,7 @@ async fn an_answer_to_no_message_confirms_nothing() {
     let mut rig = Rig::start();
     let holding = rig.hold("key");
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     let before = holding.deadline();
     for sequence in [0, message.sequence + 1] {
         stream.say(sequence, vec![kept(holding.lease_ref(), 10 * TTL)]).await;
@@ -280,14 +280,14 @@ async fn a_loss_that_is_reported_unasked_ends_belief_in_that_lease_at_once() {
     let (gone, stays) = (rig.hold("gone"), rig.hold("stays"));
     let stop = gone.stop();
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     stream.keep(message).await;
     let start = Instant::now();
     stream.say(0, vec![lost(&gone, LossReason::Revoked)]).await;
     stop.cancelled().await;
     assert_took(start, Instant::now(), Duration::ZERO);
     assert_eq!((gone.state(), stays.state()), (State::Lost(Loss::Revoked), State::Held));
-    assert_eq!(named(&stream.heard().await), ["stays"]);
+    assert_eq!(named(&stream.next_message().await), ["stays"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -301,7 +301,7 @@ async fn an_unconfirmed_lease_is_in_jeopardy_at_its_deadline_and_comes_back_when
 
     rig.all(Manner::Up);
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     stream.keep(message).await;
     assert_eq!(holding.changed(State::Jeopardy).await, State::Held);
 }
@@ -331,7 +331,7 @@ async fn ten_thousand_leases_are_kept_with_few_messages() {
     assert!(holdings.iter().all(|holding| holding.state() == State::Held));
     holdings.iter().for_each(|holding| rig.holdings.remove(holding.id));
     let (messages, _) = served.await.unwrap();
-    // At most four heartbeats in a TTL, each with one message for every 500 KiB of names.
+    // At most four beats in a TTL, each with one message for every 500 KiB of keys and ids.
     assert!(messages <= 2 * (4 * TTLS as usize + 1), "{messages} messages");
 }
 
@@ -340,16 +340,16 @@ async fn a_new_lease_is_named_at_once_on_the_stream_that_is_open() {
     let mut rig = Rig::start();
     rig.hold("first");
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     stream.keep(message).await;
     sleep(TTL / 10).await;
     let start = Instant::now();
     let new = rig.hold("new");
     rig.hold("another");
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     assert_eq!(named(&message), ["another", "new"]);
     assert_took(start, Instant::now(), NAMED);
-    // So the daemon can report its loss.
+    // The daemon can now report the loss of the new lease.
     stream.say(0, vec![lost(&new, LossReason::Revoked)]).await;
     assert_eq!(new.changed(State::Held).await, State::Lost(Loss::Revoked));
     assert_took(start, Instant::now(), NAMED);
@@ -360,7 +360,7 @@ async fn an_answer_in_parts_is_applied_part_by_part() {
     let mut rig = Rig::start();
     let (one, two) = (rig.hold("one"), rig.hold("two"));
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     let before = [one.deadline(), two.deadline()];
     sleep(TTL / 4).await;
     for holding in [&one, &two] {
@@ -376,11 +376,11 @@ fn refused(holding: &Holding, reason: RefusalReason) -> KeepAliveResult {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lease_that_is_refused_on_the_stream_is_kept_by_calls_of_its_own() {
+async fn a_lease_that_is_refused_on_the_stream_is_kept_by_unary_calls() {
     let mut rig = Rig::start();
     let (stays, excess) = (rig.hold("stays"), rig.hold("excess"));
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     let kept = kept(stays.lease_ref(), TTL);
     stream.say(message.sequence, vec![kept, refused(&excess, RefusalReason::LimitExceeded)]).await;
     let served = tokio::spawn(stream.serve());
@@ -397,7 +397,7 @@ async fn a_lease_that_is_refused_everywhere_is_held_until_its_deadline_and_the_r
     let start = Instant::now();
     let holding = rig.hold("key");
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     rig.all(Manner::Stranger);
     stream.say(message.sequence, vec![refused(&holding, RefusalReason::Unreadable)]).await;
     settle().await;
@@ -411,13 +411,13 @@ async fn a_lease_that_is_refused_everywhere_is_held_until_its_deadline_and_the_r
     assert_eq!(holding.trouble(), None);
 }
 
-/// In an outage a touch takes longer than the lease takes to be due again.
+/// In an outage, a lease is due again before its touch has ended.
 #[tokio::test(start_paused = true)]
 async fn a_lease_is_touched_by_one_call_at_a_time() {
     let mut rig = Rig::start();
     let holding = hold(&rig.holdings, "key", Duration::from_millis(300));
     let mut stream = rig.stream().await;
-    let message = stream.heard().await;
+    let message = stream.next_message().await;
     rig.all(Manner::Silent);
     stream.say(message.sequence, vec![refused(&holding, RefusalReason::LimitExceeded)]).await;
     sleep(Duration::from_secs(4)).await;
@@ -457,11 +457,11 @@ async fn no_answer_makes_the_arithmetic_overflow() {
     const NANOS: [i32; 5] = [i32::MIN, -1, 0, 999_999_999, i32::MAX];
     let spans =
         SECONDS.into_iter().flat_map(|seconds| NANOS.map(|nanos| prost_types::Duration { seconds, nanos }));
-    for told in spans {
-        let remaining = span(Some(told));
+    for duration in spans {
+        let remaining = span(Some(duration));
         for margin in [Duration::ZERO, crate::belief::margin(remaining), Duration::MAX] {
             let until = deadline(BootInstant::now(), remaining, margin);
-            assert!(until >= BootInstant::now() && until + remaining >= until, "{told:?}");
+            assert!(until >= BootInstant::now() && until + remaining >= until, "{duration:?}");
         }
         // As the TTL of a granted lease.
         let holdings = Arc::new(Holdings::default());
@@ -478,13 +478,13 @@ async fn no_answer_makes_the_arithmetic_overflow() {
         let mut rig = Rig::start();
         let holding = rig.hold("key");
         let mut stream = rig.stream().await;
-        let message = stream.heard().await;
-        let kept = v1::Kept { remaining: Some(told) };
+        let message = stream.next_message().await;
+        let kept = v1::Kept { remaining: Some(duration) };
         let result = KeepAliveResult { lease: Some(holding.lease_ref()), outcome: Some(Outcome::Kept(kept)) };
         stream.say(message.sequence, vec![result]).await;
         stream.keep(stream_message(&holding, message.sequence)).await;
         settle().await;
-        assert_eq!(holding.state(), State::Held, "{told:?}");
+        assert_eq!(holding.state(), State::Held, "{duration:?}");
     }
 }
 
@@ -499,7 +499,7 @@ async fn a_silent_stream_is_replaced_over_another_connection() {
     let mut streams = Vec::new();
     for _ in 0..4 {
         let mut stream = rig.stream().await;
-        stream.heard().await;
+        stream.next_message().await;
         streams.push(stream);
     }
     let connections = |peer: &Peer| peer.shared.connections.load(std::sync::atomic::Ordering::Relaxed);
@@ -544,13 +544,13 @@ async fn the_stream_returns_to_the_first_daemon_and_no_lease_is_in_jeopardy() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_of_a_daemon_over_another_store_is_ignored() {
+async fn an_answer_from_a_daemon_over_another_store_is_ignored() {
     let mut rig = Rig::start();
     rig.peers[0].serve_store("0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02");
     rig.peers[1].serve_store("5d0e63a8-04c7-4a4e-a1cb-0a6a3c5cf1aa");
     let holding = rig.hold("key");
     let mut first = rig.stream().await;
-    let message = first.heard().await;
+    let message = first.next_message().await;
     first.keep(message).await;
     rig.peers[first.daemon].be(Manner::Down);
     let daemon = first.daemon;

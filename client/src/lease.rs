@@ -19,11 +19,11 @@ use crate::id::LeaseId;
 use crate::lock::lock;
 use crate::token::FencingToken;
 
-/// A lease that this process holds. It is kept alive in the background until it is released or
-/// dropped.
+/// A lease that this process holds. The client keeps it alive in the background until it is
+/// released or dropped.
 ///
-/// Dropping it releases the lease in the background. [`release`](Self::release) waits for the
-/// outcome and returns it. A process that is about to exit waits for dropped leases with
+/// Dropping this value releases the lease in the background. [`release`](Self::release) waits for
+/// the outcome and returns it. A process that is about to exit waits for dropped leases with
 /// [`Client::settle`]. A lease can be shared in an `Arc`: only [`detach`](Self::detach) takes it by
 /// value.
 ///
@@ -35,7 +35,7 @@ use crate::token::FencingToken;
 /// lease.release().await
 /// # }
 /// ```
-#[must_use = "a lease that is dropped is given back"]
+#[must_use = "a lease that is dropped is released"]
 pub struct Lease {
     client: Client,
     holding: Arc<Holding>,
@@ -118,7 +118,8 @@ impl Lease {
     /// How long the key may still be acted on without another confirmation; zero if it may not be
     /// acted on.
     ///
-    /// This is the TTL minus the time since the last confirmed touch was *sent*, minus the margin.
+    /// While the lease is held, this is the TTL minus the time since the last confirmed touch was
+    /// *sent*, minus the margin.
     ///
     /// ```no_run
     /// # fn example(lease: leased_client::Lease) {
@@ -133,7 +134,8 @@ impl Lease {
         }
     }
 
-    /// When [`remaining`](Self::remaining) is over, for timers. A confirmation moves it ahead.
+    /// When [`remaining`](Self::remaining) is over, for timers. Each confirmation moves the
+    /// deadline ahead.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -170,8 +172,9 @@ impl Lease {
     /// Waits until the key may no longer be acted on, and returns why: [`State::Jeopardy`] or
     /// [`State::Lost`].
     ///
-    /// A lease in jeopardy may come back. To wait for that, use
-    /// [`lost_for_good`](Self::lost_for_good), and do not act on the key meanwhile.
+    /// A lease in jeopardy may be confirmed again. To go on waiting for its loss, use
+    /// [`lost_for_good`](Self::lost_for_good), and act on the key only while
+    /// [`is_held`](Self::is_held) returns true.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -188,8 +191,8 @@ impl Lease {
             if state != State::Held {
                 return state;
             }
-            // A deadline that passes is reported by another task, which may be late. So this one
-            // has a timer of its own, which it sets again when the deadline has moved.
+            // Another task reports deadlines that have passed, and may be late. So this future has
+            // its own timer, which it sets again when the deadline has moved.
             let deadline = self.holding.deadline();
             tokio::select! {
                 state = self.holding.changed(State::Held) => return state,
@@ -198,7 +201,7 @@ impl Lease {
         }
     }
 
-    /// Waits until the lease is lost for good, even if it is in jeopardy several times before.
+    /// Waits until the lease is lost for good. Jeopardy does not end the wait.
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {
@@ -245,13 +248,13 @@ impl Lease {
         self.holding.trouble().or_else(|| self.client.shared().holdings.trouble())
     }
 
-    /// Runs `work` for as long as the key may be acted on, and then drops it.
+    /// Runs `work`, and drops it as soon as the key may no longer be acted on.
     ///
     /// A future can be dropped only where it awaits. So code that blocks its thread continues, and
-    /// so does work that it has passed on: spawned tasks, `spawn_blocking`, threads, processes.
-    /// Have such work check [`stop_token`](Self::stop_token) or [`is_held`](Self::is_held) between
-    /// its steps, and wait for its end within `work`. Send [`token`](Self::token) with each of its
-    /// writes, so that late writes are refused.
+    /// so do spawned tasks, `spawn_blocking`, threads and processes. Have them check
+    /// [`stop_token`](Self::stop_token) or [`is_held`](Self::is_held) between their steps, and
+    /// wait for their end within `work`. Send [`token`](Self::token) with each of their writes, so
+    /// that late writes are refused.
     ///
     /// # Errors
     /// [`Error::Jeopardy`] or [`Error::Lost`] if the work was stopped, or never started.
@@ -265,8 +268,12 @@ impl Lease {
     /// # }
     /// ```
     pub async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T, Error> {
-        let jeopardy = || self.trouble().unwrap_or_else(|| "no daemon has confirmed it".to_owned());
+        let jeopardy = || {
+            self.trouble()
+                .unwrap_or_else(|| "no daemon has confirmed it; this process may have been paused".to_owned())
+        };
         tokio::select! {
+            // The loss first, so that no work is polled under a lease that is not held.
             biased;
             state = self.lost() => Err(match state {
                 State::Lost(loss) => Error::Lost(loss),
@@ -281,14 +288,15 @@ impl Lease {
         }
     }
 
-    /// Releases the lease. When this returns, the next waiter holds the key.
+    /// Releases the lease. When this returns, the next waiter holds the key, unless a
+    /// [`min_hold`](crate::Acquire::min_hold) still blocks it.
     ///
-    /// From the call on the lease counts as lost for everything that shares it. A second call does
-    /// nothing, and does not wait for the first. If this future is dropped, the release continues
-    /// in the background.
+    /// From the call on, all who share this lease see it as lost. A second call does nothing, and
+    /// does not wait for the first. If this future is dropped, the release continues in the
+    /// background.
     ///
     /// # Errors
-    /// [`Error::Lost`] if the lease was lost before: work under it may have run at the same time as
+    /// [`Error::Lost`] if the lease was lost before: its work may have run at the same time as
     /// another holder's. [`Error::Unavailable`] if no daemon answers: the lease is then released in
     /// the background, or lapses at the end of its TTL.
     ///
@@ -319,8 +327,8 @@ impl Lease {
         released
     }
 
-    /// Stops keeping the lease alive without releasing it, and returns its id. Another process
-    /// touches it from now on, or it lapses.
+    /// Stops keeping the lease alive without releasing it, and returns its id. From now on another
+    /// process must touch the lease, or it lapses.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client, lease: leased_client::Lease) -> Result<(), leased_client::Error> {
@@ -367,7 +375,7 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A watch of a lease's state. It keeps only the latest state, so it need not be read.
+/// A watch of a lease's state. Keeps only the latest state, so there is no backlog to read.
 #[derive(Debug, Clone)]
 pub struct StateWatch {
     holding: Arc<Holding>,
@@ -392,8 +400,8 @@ impl StateWatch {
         self.holding.state()
     }
 
-    /// Waits for a state other than the one that this watch has seen last. After [`State::Lost`]
-    /// this never returns.
+    /// Waits for a state other than the one that this watch has seen last. Never returns after
+    /// [`State::Lost`].
     ///
     /// ```no_run
     /// # async fn example(lease: leased_client::Lease) {

@@ -1,5 +1,5 @@
-//! The holder's side of [leased](https://crates.io/crates/leased): acquire a lease, act on its key
-//! while the lease is held, and stop when it is not.
+//! The client of [leased](https://crates.io/crates/leased): acquire a lease, act on its key while
+//! the lease is held, and stop when it is not.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -11,7 +11,7 @@
 //! async fn main() -> Result<(), leased_client::Error> {
 //!     let client = Client::connect([DEFAULT_ENDPOINT]).await?;
 //!     let lease = client.acquire("reports/daily").wait(Duration::from_secs(60)).await?;
-//!     // Stopped as soon as the lease can no longer be relied on.
+//!     // Drops the future as soon as the lease can no longer be relied on.
 //!     lease.run(write_report(lease.token())).await?;
 //!     lease.release().await
 //! }
@@ -19,20 +19,19 @@
 //!
 //! # The time contract
 //!
-//! Each of three clocks has one job. The store's clock decides when a lease lapses. The holder's
-//! monotonic clock decides when the holder stops relying on the lease; where the platform allows
-//! it, this clock includes the time for which the machine was suspended. The daemon's clock decides
-//! nothing.
+//! The store's clock decides when a lease lapses. The holder's monotonic clock decides when the
+//! holder stops relying on the lease. Where the platform allows it, the holder's clock includes the
+//! time for which the machine was suspended. The daemon's clock decides nothing.
 //!
 //! A holder may rely on its lease until
 //!
 //! > `sent_at + remaining - margin`
 //!
-//! Here `sent_at` is this process's clock just *before* it sent the acquire or touch that a daemon
-//! then confirmed. It is never the time at which the answer arrived. After a wait the count does
-//! not begin with the grant: the client touches the lease first, and counts from that touch.
-//! [`Lease`] keeps this contract. [`Lease::is_held`], [`Lease::lost`], [`Lease::stop_token`] and
-//! [`Lease::run`] report when the deadline has passed:
+//! Here `sent_at` is the time on the holder's clock just *before* it sent the acquire or touch that
+//! a daemon then confirmed. It is never the time at which the answer arrived. If the acquire waited
+//! in a queue, the client first touches the lease, and counts from that touch. [`Lease`] keeps this
+//! contract. [`Lease::is_held`], [`Lease::lost`], [`Lease::stop_token`] and [`Lease::run`] report
+//! when the deadline has passed:
 //!
 //! ```text
 //!        deadline passes            a daemon says so
@@ -46,17 +45,18 @@
 //!
 //! Promised, as long as the clocks of the store's machines differ by no more than the grace period:
 //!
-//! - Two holders of an exclusive lease never rely on it at the same time.
+//! - While a holder relies on an exclusive lease, no other holder relies on a lease of the same
+//!   key.
 //! - A holder keeps its lease through an outage of all daemons that is shorter than half of the
 //!   TTL.
-//! - A dropped [`Lease`] leaves nothing behind that outlasts the TTL.
-//! - The dropped future of an acquire leaves nothing behind that outlasts the TTL either. If it was
-//!   waiting and no daemon can be told, its entry in the queue lasts for some 15 s more, and may be
-//!   granted the lease in that time.
+//! - A [`Lease`] or the future of an acquire that is dropped blocks its key for no longer than the
+//!   TTL, or its [`min_hold`](Acquire::min_hold) if that is longer. If the future was waiting and
+//!   no daemon can be reached, its entry in the queue lasts for about 15 s, and may be granted the
+//!   lease in that time.
 //!
-//! Not promised, here or by any other lease service: that a paused process does nothing when it
-//! resumes. Minutes may pass between a call of [`Lease::is_held`] and the write that follows it. So
-//! send [`Lease::token`] along with each write, and let the resource refuse stale tokens.
+//! No lease service can promise that a paused process does nothing when it resumes. Minutes may
+//! pass between a call of [`Lease::is_held`] and the write that follows it. So send
+//! [`Lease::token`] along with each write, and let the resource refuse stale tokens.
 //! [`FencingGuard`] does that in memory, and `docs/fencing.md` shows it for databases and object
 //! stores.
 //!
@@ -70,15 +70,15 @@
 //! return from.
 //!
 //! A client has one connection for its leases, one for other calls, and one for every 200 acquires
-//! that wait. It uses one of several daemons at a time. When that daemon fails the client switches
-//! to another, and it returns to the first within some minutes.
+//! that wait. It uses one of several daemons at a time. When that daemon fails, the client switches
+//! to another. It returns within a few minutes after the first daemon serves again.
 //!
 //! # What is not stopped
 //!
-//! [`Lease::run`] drops its future when the lease can no longer be relied on. That stops what the
-//! future awaits, and nothing else: code that blocks the thread, spawned tasks, `spawn_blocking`,
-//! threads and processes continue. Such work should check [`Lease::stop_token`] or
-//! [`Lease::is_held`] between its steps, and send the token with every write.
+//! [`Lease::run`] drops its future when the lease can no longer be relied on. That stops only what
+//! the future awaits. Code that blocks the thread, spawned tasks, `spawn_blocking`, threads and
+//! processes continue. Have them check [`Lease::stop_token`] or [`Lease::is_held`] between their
+//! steps, and send the token with every write.
 
 #![warn(missing_debug_implementations)]
 
@@ -88,7 +88,7 @@
 mod client;
 /// Configures a client and its daemons.
 mod builder;
-/// Acquires a lease: options, waiting, repetition.
+/// Acquires a lease: options, waiting, retries.
 mod acquire;
 /// The guard of a lease: runs work under it, and reports its loss.
 mod lease;
@@ -102,7 +102,7 @@ mod info;
 mod list;
 /// Watches keys.
 mod watch;
-/// What can go wrong.
+/// Errors, and what a failed attempt means for its call.
 mod error;
 
 // How leases are kept alive.
@@ -117,13 +117,13 @@ mod holding;
 mod holdings;
 /// Keeps all leases alive on one stream.
 mod keeper;
-/// The daemons of a client: chooses one for each call, and repeats calls that fail.
+/// The daemons of a client: chooses one for each call, and retries calls that fail.
 mod endpoints;
 /// One daemon and the connections to it.
 mod daemon;
 /// Locks a mutex.
 mod lock;
-/// For tests: a daemon behind a network in memory.
+/// For tests: a daemon behind an in-memory network.
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 mod peer;

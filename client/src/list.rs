@@ -36,7 +36,7 @@ impl List {
         Self { client, request: ListRequest { prefix, ..ListRequest::default() } }
     }
 
-    /// Includes the keys that nobody holds.
+    /// Includes free keys: those with no holder, no waiter and no block by a `min_hold`.
     ///
     /// ```no_run
     /// # async fn example(client: leased_client::Client) -> Result<(), leased_client::Error> {
@@ -66,8 +66,8 @@ impl List {
         self
     }
 
-    /// Returns the keys as a stream, which fetches them as it is read. Each key is shown as it was
-    /// when its page was fetched.
+    /// Returns the keys as a stream, which fetches the next page when it is needed. Each key is
+    /// shown as it was when its page was fetched.
     ///
     /// The stream ends after its first error: [`Error::Invalid`], [`Error::Unavailable`].
     #[must_use]

@@ -1,5 +1,5 @@
-//! For tests: a daemon behind a network in memory, which answers as the test tells it. It works on
-//! a paused clock.
+//! For tests: a daemon behind an in-memory network, which answers as the test sets. Works on a
+//! paused clock.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,9 +45,9 @@ pub(crate) enum Manner {
     Full,
     /// Never answers.
     Silent,
-    /// Answers as a server without this API.
+    /// Answers like a server without this API.
     Stranger,
-    /// Panics when a connection is made.
+    /// Panics when a client connects.
     Panicking,
 }
 
@@ -61,7 +61,7 @@ pub(crate) struct Shared {
     pub(crate) connections: AtomicUsize,
     /// How many acquires are waiting.
     pub(crate) waiting: AtomicUsize,
-    /// The name of each call, and how often it says that it was sent before.
+    /// The name of each call, and the previous attempts that its header states.
     pub(crate) calls: Mutex<Vec<(&'static str, Option<String>)>>,
 }
 
@@ -116,7 +116,7 @@ impl Peer {
         *self.shared.store.lock().unwrap() = Some(store);
     }
 
-    /// How often each call with this name says that it was sent before.
+    /// The previous attempts that the header of each call with this name states.
     pub(crate) fn attempts(&self, call: &str) -> Vec<Option<String>> {
         let calls = self.shared.calls.lock().unwrap();
         calls.iter().filter(|(name, _)| *name == call).map(|(_, attempts)| attempts.clone()).collect()
@@ -132,7 +132,7 @@ impl Peer {
             .add_service(HealthServer::new(self.clone()))
     }
 
-    /// Listens on an address of this machine as well, and returns that.
+    /// Also listens on an address of this machine, and returns the address.
     pub(crate) async fn listen(&self) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -140,7 +140,7 @@ impl Peer {
         address
     }
 
-    /// Returns a function that connects to the peer through memory.
+    /// Returns a function that connects to the peer over the in-memory network.
     fn dial(&self) -> Dial {
         let (connections, arriving) = unbounded_channel::<Result<DuplexStream, std::io::Error>>();
         tokio::spawn(self.router().serve_with_incoming(UnboundedReceiverStream::new(arriving)));
@@ -159,14 +159,14 @@ impl Peer {
         })
     }
 
-    /// Notes a call, and answers it as the test has set.
+    /// Records a call, and answers it as the test has set.
     async fn answer<R, T>(&self, call: &'static str, request: &Request<R>, answer: T) -> Calling<T> {
         let attempts = request.metadata().get("grpc-previous-rpc-attempts");
         let attempts = attempts.map(|attempts| attempts.to_str().unwrap().to_owned());
         self.shared.calls.lock().unwrap().push((call, attempts));
         let manner = *self.shared.manner.lock().unwrap();
         match manner {
-            Manner::Up | Manner::Panicking => Ok(self.told(answer)),
+            Manner::Up | Manner::Panicking => Ok(self.response(answer)),
             Manner::Down => Err(Status::unavailable("down")),
             Manner::Full => Err(leased_proto::Reason::QueueFull.status("full", [])),
             Manner::Silent => std::future::pending().await,
@@ -174,8 +174,8 @@ impl Peer {
         }
     }
 
-    /// An answer that names the store.
-    fn told<T>(&self, answer: T) -> Response<T> {
+    /// Builds a response that names the store.
+    fn response<T>(&self, answer: T) -> Response<T> {
         let mut response = Response::new(answer);
         if let Some(store) = *self.shared.store.lock().unwrap() {
             response.metadata_mut().insert("leased-store", store.parse().unwrap());
@@ -209,10 +209,10 @@ impl LeaseService for Peer {
             let _ = self.refused.send((self.shared.number, at));
             return Err(status);
         }
-        let (answers, told) = mpsc::channel(16);
+        let (answers, receiver) = mpsc::channel(16);
         let opened = Opened { daemon: self.shared.number, at, messages: request.into_inner(), answers };
         let _ = self.opened.send(opened);
-        Ok(self.told(ReceiverStream::new(told)))
+        Ok(self.response(ReceiverStream::new(receiver)))
     }
 
     async fn acquire(&self, request: Request<v1::AcquireRequest>) -> Calling<v1::AcquireResponse> {
@@ -249,12 +249,12 @@ impl LeaseService for Peer {
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Calling<Self::WatchStream> {
-        let (events, told) = mpsc::channel(1);
+        let (events, receiver) = mpsc::channel(1);
         let event = Some(v1::watch_response::Event::SnapshotEnd(v1::SnapshotEnd {}));
         events.send(Ok(v1::WatchResponse { event })).await.map_err(|_| Status::internal("nobody reads"))?;
         // Keeps the stream open for as long as it is read.
         tokio::spawn(async move { events.closed().await });
-        self.answer("watch", &request, ReceiverStream::new(told)).await
+        self.answer("watch", &request, ReceiverStream::new(receiver)).await
     }
 }
 

@@ -20,7 +20,7 @@ use crate::lock::lock;
 pub struct FencingToken(i64);
 
 impl FencingToken {
-    /// The token with this number, which came with a write.
+    /// The token with this number, as a resource receives it with a write.
     #[must_use]
     pub const fn new(number: i64) -> Self {
         Self(number)
@@ -39,11 +39,11 @@ impl Display for FencingToken {
     }
 }
 
-/// The greatest token that a resource has seen of each key.
+/// Refuses stale tokens: keeps the greatest token that a resource has seen of each key.
 ///
-/// It is kept in memory, with one entry for each key that was ever checked. A resource that
-/// outlives its process must store the token beside its data, and compare it in the same write
-/// (`docs/fencing.md`).
+/// The tokens are kept in memory, with one entry for each key that was ever checked. A resource
+/// that outlives its process must store the token beside its data, and compare the two in the same
+/// write (`docs/fencing.md`).
 ///
 /// Source: M. Kleppmann, "How to do distributed locking" (2016); Chubby calls it a sequencer
 /// (Burrows, OSDI 2006, section 2.4).
@@ -91,7 +91,7 @@ impl FencingGuard {
     }
 }
 
-/// A write under a lease that a later one has replaced.
+/// The error for a write whose token is older than one that has been seen of the same key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("token {token} is stale: {seen} has been seen")]
 pub struct StaleToken {

@@ -1,4 +1,4 @@
-//! Watches keys: a stream of events that outlives the daemons it comes from.
+//! Watches keys: a stream of events that continues when a daemon fails.
 
 use futures_util::stream::{BoxStream, StreamExt, try_unfold};
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
@@ -56,8 +56,9 @@ pub enum WatchEvent {
         /// The key after the change.
         key: KeyInfo,
     },
-    /// The daemon is gone, and the client asks another. A snapshot follows. A watch of changes only
-    /// may have missed some.
+    /// The watch was interrupted, and the client opens it again, at another daemon if need be. A
+    /// snapshot follows. A watch with [`changes_only`](Watch::changes_only) has no snapshot, and
+    /// may have missed changes.
     Interrupted {
         /// Why the watch was interrupted.
         cause: String,
@@ -102,16 +103,15 @@ impl Watch {
         self
     }
 
-    /// Returns the events as a stream. When the connection breaks, it reconnects or goes on at
-    /// another daemon.
+    /// Returns the events as a stream. When the connection breaks, the stream reconnects or
+    /// continues at another daemon.
     ///
-    /// The stream ends after an error, which another attempt would not resolve:
+    /// The stream ends after its first error, one that another attempt would not resolve:
     ///
     /// - [`Error::Invalid`], [`Error::LimitExceeded`] and [`Error::Status`] are answers of a
     ///   daemon.
     /// - [`Error::NotLeased`], [`Error::DifferentStores`] and [`Error::Status`] for a lack of
-    ///   rights mean that every endpoint is of no use. The watch skips such an endpoint while there
-    ///   are others.
+    ///   rights mean that no endpoint can be used. While some can, the watch skips the others.
     #[must_use]
     pub fn stream(self) -> BoxStream<'static, Result<WatchEvent, Error>> {
         let watching = Watching { watch: self, open: None, pauses: Pauses::default(), interrupted: false };
@@ -142,7 +142,7 @@ impl Watching {
         loop {
             let broken = match self.read().await {
                 Ok(Some(event)) => return Ok(event),
-                // An event of a later version.
+                // An event of a later version is skipped.
                 Ok(None) => continue,
                 Err(broken) => broken,
             };
@@ -184,7 +184,7 @@ impl Watching {
                 Err(error) => Err(Broken { cause: error.to_string(), failure: Failure::Useless(error) }),
             },
             Ok(Err(status)) => Err(self.broken(&slot, &status)),
-            Err(_) => Err(self.broken(&slot, &Status::unavailable("it does not answer in time"))),
+            Err(_) => Err(self.broken(&slot, &Status::unavailable("no answer in time"))),
         }
     }
 
@@ -200,7 +200,7 @@ impl Watching {
     /// Reports an outage once. After that, waits before the next attempt.
     ///
     /// # Errors
-    /// The daemon's answer, or the reason why every endpoint is of no use.
+    /// The daemon's answer, or the reason why no endpoint can be used.
     async fn go_on(&mut self, broken: Broken) -> Result<Option<WatchEvent>, Error> {
         let asked = match broken.failure {
             Failure::Final(error) => return Err(error),

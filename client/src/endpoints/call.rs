@@ -1,4 +1,4 @@
-//! One call: sent to one daemon after the other until one answers or the time is up.
+//! One call: sent to one daemon after another until one answers or the time is up.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,14 +12,14 @@ use crate::boot_instant::{BootInstant, after};
 use crate::daemon::{Daemon, Purpose};
 use crate::error::{Error, Failure, cause};
 
-/// The pause after the first round of failures. It doubles with each round.
+/// The pause after the first round of failures, before jitter. The pause doubles with each round.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause, before jitter.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// The header that says how often a call has been sent before. gRPC uses it for its own retries.
 pub(crate) const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 
-/// An answer, and the time from which its durations count.
+/// A daemon's answer, and the time from which its durations count.
 #[derive(Debug)]
 pub(crate) struct Answer<T> {
     pub(crate) body: T,
@@ -27,7 +27,7 @@ pub(crate) struct Answer<T> {
     pub(crate) sent_at: BootInstant,
 }
 
-/// A failed attempt that may be repeated.
+/// A failed attempt that may be retried.
 #[derive(Debug, Default)]
 pub(super) struct Failed {
     /// What went wrong, unless there was no answer in time.
@@ -39,7 +39,7 @@ pub(super) struct Failed {
 }
 
 impl Failed {
-    /// An attempt that ended with `status`.
+    /// Describes an attempt that ended with `status`.
     pub(super) fn at(failure: Failure, status: Status) -> Self {
         let (cause, asked) = match failure {
             Failure::Useless(error) | Failure::Final(error) => (error.to_string(), None),
@@ -56,7 +56,7 @@ impl From<Error> for Failed {
 }
 
 impl Endpoints {
-    /// Sends `request` until a daemon answers or [`timeout`](Self::timeout) is over.
+    /// Sends `request` until a daemon answers, or for as long as [`timeout`](Self::timeout).
     ///
     /// # Errors
     /// The daemon's answer, if it is an error, or [`Error::Unavailable`].
@@ -72,7 +72,7 @@ impl Endpoints {
         self.call_waiting(purpose, Instant::now(), request, send).await
     }
 
-    /// Sends a call that a daemon may answer as late as `until`.
+    /// Sends a call that may wait in a queue until `until`. The timeout counts from then.
     ///
     /// # Errors
     /// The daemon's answer, if it is an error, or [`Error::Unavailable`].
@@ -89,21 +89,22 @@ impl Endpoints {
         let give_up = after(until, self.timeout);
         let mut pauses = Pauses::default();
         let mut attempts = 0;
-        // The last failure that had a cause. An attempt without an answer leaves it as it is.
-        let mut said: Option<(String, Option<Status>)> = None;
+        // The latest cause of a failure, which says more than that an attempt had no answer.
+        let mut last_cause: Option<(String, Option<Status>)> = None;
         loop {
-            // A third of the time at most, so that a silent daemon leaves time for two others.
+            // Of three or more daemons, a silent one takes a third of the time, which leaves time
+            // for two others.
             let patience = self.timeout / u32::try_from(self.len().min(3)).unwrap_or(1);
-            let late = after(Instant::now().max(until), patience).min(give_up);
-            // Without the wait in the queue, which begins only once the call has been sent.
-            let soon = after(Instant::now(), patience).min(give_up);
+            let answer_by = after(Instant::now().max(until), patience).min(give_up);
+            // Not extended to `until`, because the wait in the queue begins once the call is sent.
+            let prepare_by = after(Instant::now(), patience).min(give_up);
             let once = async {
-                let daemon = self.prepared(purpose, soon).await?;
+                let daemon = self.prepared(purpose, prepare_by).await?;
                 let slot = daemon.slot(purpose);
                 let sent_at = BootInstant::now();
                 let sent = send(slot.channel.clone(), attempt(request.clone(), attempts));
                 attempts += 1;
-                let Ok(answered) = timeout_at(late, sent).await else {
+                let Ok(answered) = timeout_at(answer_by, sent).await else {
                     self.switch(&slot, &Failure::Passing(None));
                     return Err(Failed::default());
                 };
@@ -124,14 +125,14 @@ impl Endpoints {
             };
             tracing::debug!(cause = failed.cause, "a call failed");
             if let Some(cause) = failed.cause {
-                said = Some((cause, failed.source));
+                last_cause = Some((cause, failed.source));
             }
             if let Some(error) = self.useless() {
                 return Err(error);
             }
             let pause = pauses.next(self.len(), failed.asked);
             if after(Instant::now(), pause) >= give_up {
-                let (cause, source) = said.unwrap_or_else(|| (self.silence(), None));
+                let (cause, source) = last_cause.unwrap_or_else(|| (self.silence(), None));
                 let cause = self.with_barred(cause);
                 return Err(Error::Unavailable { endpoints: self.names.join(", "), cause, source });
             }
@@ -139,13 +140,13 @@ impl Endpoints {
         }
     }
 
-    /// Returns the daemon to use, once it is known to serve the same store as the others. It has
-    /// until `late` to say so.
+    /// Returns the daemon to use, once it is known to serve the same store as the others. Fails if
+    /// that takes until `by`.
     ///
     /// # Errors
     /// The reason why the daemon cannot be used.
-    async fn prepared(&self, purpose: Purpose, late: Instant) -> Result<Arc<Daemon>, Failed> {
-        let daemon = match timeout_at(late, self.pick()).await {
+    async fn prepared(&self, purpose: Purpose, by: Instant) -> Result<Arc<Daemon>, Failed> {
+        let daemon = match timeout_at(by, self.pick()).await {
             Ok(Ok(daemon)) => daemon,
             Ok(Err(cause)) => return Err(Failed { cause: Some(cause), ..Failed::default() }),
             Err(_) => return Err(Failed::default()),
@@ -153,7 +154,7 @@ impl Endpoints {
         // No probe before keepalives: a wrong store does not have their leases, and their answers
         // name the store anyway.
         if purpose != Purpose::KeepAlive && self.len() > 1 && !daemon.has_answered() {
-            self.probe(&daemon, late).await?;
+            self.probe(&daemon, by).await?;
         }
         Ok(daemon)
     }
@@ -168,8 +169,8 @@ fn attempt<R>(body: R, before: u32) -> Request<R> {
     request
 }
 
-/// How long to pause before the next attempt: not at all until every daemon has been tried, then
-/// longer after each round.
+/// How long to pause between attempts: not at all within a round over all daemons, and longer after
+/// each round.
 #[derive(Debug)]
 pub(crate) struct Pauses {
     tries: usize,
@@ -188,8 +189,9 @@ impl Pauses {
         self.tries == 0
     }
 
-    /// Returns the pause after one more failure. `daemons` is their number. Once all of them have
-    /// been tried, the pause is at least `asked`, of which no more than [`LONGEST_PAUSE`] counts.
+    /// Returns the pause after one more failure, given the number of daemons. After a round, the
+    /// pause is at least what a daemon has `asked` for, of which no more than [`LONGEST_PAUSE`]
+    /// counts.
     pub(crate) fn next(&mut self, daemons: usize, asked: Option<Duration>) -> Duration {
         self.tries += 1;
         if !self.tries.is_multiple_of(daemons) {

@@ -1,10 +1,10 @@
 //! The daemons of a client: which one it uses, when it switches to another, and when it returns.
-//! Knows nothing of leases.
+//! Independent of leases.
 //!
 //! An endpoint is what the user names. A host name with several addresses stands for several
-//! daemons. Each client orders all daemons at random. It uses the first one, switches to the next
-//! when that one fails, and returns to the first after some minutes. So the clients of a fleet are
-//! spread over all daemons again after any daemon has been away.
+//! daemons. Each client orders all daemons at random. It uses the first daemon, switches to the
+//! next when that one fails, and returns to the first within minutes once that one serves again. So
+//! the clients of a fleet are spread over all daemons again after any daemon has been down.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -31,8 +31,8 @@ pub(crate) use call::{Answer, PREVIOUS_ATTEMPTS, Pauses};
 use names::Resolving;
 use stores::{PROBE_TIMEOUT, STORE};
 
-/// The shortest time between two probes of daemons that come before the one in use. The longest is
-/// three times this.
+/// The shortest pause between two probes of the daemons that come before the one in use. The
+/// longest pause is three times this.
 const RETURN: Duration = Duration::from_secs(60);
 
 /// An endpoint as the user names it.
@@ -45,9 +45,9 @@ pub(crate) struct Source {
 /// How to reach an endpoint.
 #[derive(Clone)]
 pub(crate) enum Reach {
-    /// By a host name, which may have several addresses, and others later.
+    /// By a host name, which may have several addresses, and different ones later.
     Name { url: Uri, host: String, port: u16 },
-    /// By connections that this function makes.
+    /// Over channels that this function makes.
     Dial(Dial),
 }
 
@@ -56,12 +56,13 @@ pub(crate) struct Endpoints {
     names: Vec<String>,
     resolving: Vec<Resolving>,
     state: Mutex<State>,
-    /// How long a call may take beyond the time for which the daemon lets it wait.
+    /// How long a call may take, including retries but not the wait in a queue.
     timeout: Duration,
     /// Notified when the client has returned to a daemon that it prefers. The keepalive stream may
     /// be open at another daemon.
     pub(crate) returned: Notify,
-    /// Notified of failures. After a failure a name may have other addresses.
+    /// Notified of failures. After a failure names are looked up again, because their addresses may
+    /// have changed.
     failures: watch::Sender<()>,
     /// Notified of look-ups that have ended.
     look_ups: watch::Sender<()>,
@@ -75,6 +76,7 @@ pub(crate) struct Endpoints {
 struct State {
     /// All daemons, in the order in which the client tries them.
     daemons: Vec<Arc<Daemon>>,
+    /// The position of the preferred daemon.
     preferred: usize,
     /// The store that the client's leases are in, and the name of a daemon that serves it.
     store: Option<(String, String)>,
@@ -134,7 +136,7 @@ impl Endpoints {
             return Ok(daemon);
         }
         if self.state().unknown_name.is_some() {
-            // The failed look-up may have been long ago, so this asks for another.
+            // The failed look-up may have been long ago. This starts another one.
             self.failures.send_replace(());
         }
         let _ = look_ups.changed().await;
@@ -142,12 +144,12 @@ impl Endpoints {
         found.ok_or_else(|| self.silence())
     }
 
-    /// Explains why there was no answer at all.
+    /// Explains why no daemon has answered.
     fn silence(&self) -> String {
         let state = self.state();
         match &state.unknown_name {
             Some((host, error)) if state.daemons.is_empty() => format!("{host}: {error}"),
-            _ => "it does not answer in time".to_owned(),
+            _ => "no answer in time".to_owned(),
         }
     }
 
@@ -156,7 +158,7 @@ impl Endpoints {
         self.state().pick().is_none_or(|preferred| Arc::ptr_eq(&preferred, daemon))
     }
 
-    /// Prefers the next daemon from now on, unless another caller has already moved on from
+    /// Prefers the next daemon from now on, unless another call has already switched away from
     /// `daemon`.
     pub(crate) fn avoid(&self, daemon: &Arc<Daemon>) {
         let mut state = self.state();
@@ -172,12 +174,12 @@ impl Endpoints {
     /// Returns what a failed attempt over `slot` means. Switches to another daemon unless `status`
     /// is a daemon's answer.
     pub(crate) fn fail(&self, slot: &Slot, status: &Status) -> Failure {
-        let told = match status.metadata().contains_key(STORE) {
+        let noted = match status.metadata().contains_key(STORE) {
             true => self.note_store(&slot.daemon, status.metadata()),
             // No daemon answered, or one of an earlier version did.
             false => Ok(()),
         };
-        let failure = told.map_or_else(Failure::Useless, |()| Failure::of(status, &slot.daemon.name));
+        let failure = noted.map_or_else(Failure::Useless, |()| Failure::of(status, &slot.daemon.name));
         self.switch(slot, &failure);
         failure
     }
@@ -187,14 +189,14 @@ impl Endpoints {
         if let Failure::Final(_) = failure {
             return;
         }
-        // The connection may be at fault, so it is retired. Another process may answer at this
-        // address next, so its store is asked for again.
+        // The connection may be at fault, so it is retired. A different daemon may answer at this
+        // address next, so the address is probed again.
         slot.retire();
         slot.daemon.forget();
         if let Failure::Useless(error) = failure {
             tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint is of no use");
-            // Before `bar`: a barred daemon is never the one in use, and `avoid` moves on from no
-            // other.
+            // Before `bar`, because `avoid` switches away only from the daemon in use, and a barred
+            // daemon is not in use.
             self.avoid(&slot.daemon);
             slot.daemon.bar(error.clone());
         } else {
@@ -208,7 +210,7 @@ impl Endpoints {
         self.state().daemons.iter().filter(|daemon| !is_excluded(daemon)).cloned().collect()
     }
 
-    /// What is wrong with the daemon to use, if every daemon is barred.
+    /// Why the daemon to use is barred. `None` while some daemon is not barred.
     pub(crate) fn useless(&self) -> Option<Error> {
         let daemon = self.state().pick()?;
         daemon.barred()
@@ -240,8 +242,8 @@ impl Endpoints {
         }
     }
 
-    /// Now and then probes the daemons that come before the one in use, and returns to the first
-    /// that serves.
+    /// Every one to three minutes, probes the daemons that come before the one in use, and returns
+    /// to the first that serves.
     async fn return_to_first(&self) {
         loop {
             sleep(RETURN.mul_f64(1.0 + 2.0 * fastrand::f64())).await;
@@ -254,7 +256,7 @@ impl Endpoints {
                     let mut state = self.state();
                     if let Some(position) = state.position(&daemon) {
                         state.preferred = position;
-                        tracing::debug!(daemon = daemon.name, "back at this daemon");
+                        tracing::debug!(daemon = daemon.name, "returned to a preferred daemon");
                         self.returned.notify_one();
                     }
                     break;
@@ -265,8 +267,8 @@ impl Endpoints {
 }
 
 impl State {
-    /// The daemon to use: the preferred one or the next that is not barred. If all are barred, the
-    /// preferred one.
+    /// The daemon to use: the preferred daemon or the next one that is not barred. If all are
+    /// barred, the preferred one.
     fn pick(&self) -> Option<Arc<Daemon>> {
         let count = self.daemons.len();
         let in_turn = || (0..count).map(|step| &self.daemons[(self.preferred + step) % count]);

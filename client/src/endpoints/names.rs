@@ -1,8 +1,8 @@
-//! Host names: looked up again and again, and turned into daemons.
+//! Host names: looked up repeatedly, and turned into daemons.
 //!
-//! The system's resolver blocks, so each look-up has a thread of its own. A thread of tokio's pool
-//! will not do: when the system has no threads to spare, the pool panics in the task that asks, and
-//! ends whatever else that task does.
+//! The system's resolver blocks, so each look-up gets a new thread. It does not use tokio's
+//! blocking pool: when the system can start no thread, the pool panics in the task that asks for
+//! one, and ends everything that this task does.
 
 use std::collections::HashSet;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -22,22 +22,24 @@ use crate::lock::lock;
 
 /// The shortest time between two look-ups of a name, when daemons fail.
 const BETWEEN_LOOK_UPS: Duration = Duration::from_secs(1);
-/// How long a name is not looked up again while no daemon fails.
+/// The longest pause between two look-ups of a name, while no daemon fails.
 const NAMES_LAST: Duration = Duration::from_secs(300);
 
-/// A name that is looked up again and again.
+/// A name that is looked up repeatedly.
 pub(super) struct Resolving {
+    /// The endpoint, as the user wrote it.
     pub(super) name: String,
     pub(super) url: Uri,
     pub(super) host: String,
     pub(super) port: u16,
+    /// The addresses of the last successful look-up, and the daemon at each.
     pub(super) found: Mutex<Vec<(SocketAddr, Arc<Daemon>)>>,
     /// Whether the first look-up has ended.
     pub(super) is_looked_up: AtomicBool,
 }
 
 impl Endpoints {
-    /// Looks up `name` after failures and now and then, for as long as the future is polled.
+    /// Looks up `name` after failures and every five minutes, for as long as the future is polled.
     pub(super) async fn resolve(&self, name: &Resolving) {
         let mut failures = self.failures.subscribe();
         loop {
@@ -55,9 +57,9 @@ impl Endpoints {
                 self.found(name, addresses);
                 self.state().unknown_name.take_if(|(host, _)| *host == name.host);
             }
-            // The earlier addresses stay: they are the best guess.
+            // The earlier addresses stay, because they are the best guess.
             Err(error) => {
-                tracing::debug!(name = name.host, %error, "the name was not found");
+                tracing::debug!(name = name.host, %error, "a look-up failed");
                 self.state().unknown_name = Some((name.host.clone(), error.to_string()));
             }
         }
@@ -77,7 +79,7 @@ impl Endpoints {
             let existing = before.iter().find(|(other, _)| *other == address);
             let daemon = existing.map_or_else(
                 || {
-                    // The resolver returns the address family first that is more likely to work.
+                    // The resolver puts the address family first that is more likely to work.
                     let rank = usize::from(first.is_some_and(|first| first.is_ipv4() != address.is_ipv4()));
                     let label =
                         if one { name.name.clone() } else { format!("{} ({})", name.name, address.ip()) };
@@ -111,7 +113,7 @@ fn dial_to(url: &Uri, address: SocketAddr) -> Dial {
 /// Returns the addresses of `host`, in the resolver's order of preference.
 ///
 /// # Errors
-/// An error of the system, also if it has no thread to spare. Another attempt may help.
+/// The resolver's error, or the system's if it can start no thread. Another attempt may succeed.
 async fn look_up(host: String, port: u16) -> io::Result<Vec<SocketAddr>> {
     let (sender, found) = oneshot::channel();
     let look_up = move || {

@@ -1,4 +1,5 @@
-//! Which store each daemon serves: leases of one store are never asked for at a daemon of another.
+//! Which store each daemon serves. A lease of one store is never requested from a daemon over
+//! another store.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,7 +16,7 @@ use super::call::Failed;
 use crate::daemon::{Daemon, Purpose, Slot};
 use crate::error::{Error, Failure};
 
-/// How long all daemons have to name their store before the first lease is asked for.
+/// How long all daemons have to name their store before the first lease is requested.
 const COMPARE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a probe in the background may take.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,15 +29,15 @@ impl Endpoints {
     /// # Errors
     /// [`Error::DifferentStores`] if another daemon of this client serves a different store.
     pub(crate) fn note_store(&self, daemon: &Arc<Daemon>, answer: &MetadataMap) -> Result<(), Error> {
-        let told = answer.get(STORE).and_then(|store| store.to_str().ok());
-        let is_news = daemon.note_store(told);
-        let Some(told) = told.filter(|_| is_news || self.is_mixed.load(Ordering::Relaxed)) else {
+        let named = answer.get(STORE).and_then(|store| store.to_str().ok());
+        let is_news = daemon.note_store(named);
+        let Some(named) = named.filter(|_| is_news || self.is_mixed.load(Ordering::Relaxed)) else {
             return Ok(());
         };
         let mut state = self.state();
-        let Some((store, other)) = state.store.clone().filter(|(store, _)| store != told) else {
+        let Some((store, other)) = state.store.clone().filter(|(store, _)| store != named) else {
             if state.store.is_none() {
-                state.store = Some((told.to_owned(), daemon.name.clone()));
+                state.store = Some((named.to_owned(), daemon.name.clone()));
             }
             return Ok(());
         };
@@ -47,7 +48,7 @@ impl Endpoints {
                 self.is_mixed.store(true, Ordering::Relaxed);
                 Err(Error::DifferentStores {
                     endpoint: daemon.name.clone(),
-                    store: told.to_owned(),
+                    store: named.to_owned(),
                     other: elsewhere.name.clone(),
                     other_store: store,
                 })
@@ -56,19 +57,19 @@ impl Endpoints {
             None => {
                 tracing::warn!(
                     daemon = daemon.name,
-                    store = told,
+                    store = named,
                     before = store,
                     from = other,
-                    "another store"
+                    "the daemons now serve another store"
                 );
-                state.store = Some((told.to_owned(), daemon.name.clone()));
+                state.store = Some((named.to_owned(), daemon.name.clone()));
                 Ok(())
             }
         }
     }
 
-    /// Notes which store an answer over `slot` comes from, and switches to another daemon if it is
-    /// the wrong store.
+    /// Notes which store an answer over `slot` comes from, and switches to another daemon if that
+    /// is the wrong store.
     ///
     /// # Errors
     /// [`Error::DifferentStores`].
@@ -77,8 +78,8 @@ impl Endpoints {
             .inspect_err(|error| self.switch(slot, &Failure::Useless(error.clone())))
     }
 
-    /// Asks all daemons once which store they serve. A daemon that does not answer within a second
-    /// is left out.
+    /// Asks all daemons once which store they serve. Leaves out a daemon that does not answer
+    /// within a second.
     ///
     /// # Errors
     /// [`Error::DifferentStores`] if two daemons serve different stores.
@@ -96,7 +97,7 @@ impl Endpoints {
         if !self.is_mixed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        // The wrong endpoint may have been corrected since.
+        // The daemon over the wrong store may have been replaced since.
         self.probe_all(self.all_but(|_| false)).await;
         let mixed = self.mixed();
         self.is_mixed.store(mixed.is_some(), Ordering::Relaxed);
@@ -114,19 +115,19 @@ impl Endpoints {
 
     /// Probes several daemons at the same time.
     async fn probe_all(&self, daemons: Vec<Arc<Daemon>>) {
-        let late = Instant::now() + COMPARE_TIMEOUT;
-        join_all(daemons.iter().map(|daemon| self.probe(daemon, late))).await;
+        let by = Instant::now() + COMPARE_TIMEOUT;
+        join_all(daemons.iter().map(|daemon| self.probe(daemon, by))).await;
     }
 
     /// Asks a daemon whether it serves, and notes its store. Switches to another daemon if there is
-    /// no answer by `late`, or within [`PROBE_TIMEOUT`].
+    /// no answer by `by`, or within [`PROBE_TIMEOUT`].
     ///
     /// # Errors
     /// The reason why the daemon cannot be used.
-    pub(super) async fn probe(&self, daemon: &Arc<Daemon>, late: Instant) -> Result<(), Failed> {
+    pub(super) async fn probe(&self, daemon: &Arc<Daemon>, by: Instant) -> Result<(), Failed> {
         let slot = daemon.slot(Purpose::KeepAlive);
-        let late = late.min(Instant::now() + PROBE_TIMEOUT);
-        match timeout_at(late, health(slot.channel.clone())).await {
+        let by = by.min(Instant::now() + PROBE_TIMEOUT);
+        match timeout_at(by, health(slot.channel.clone())).await {
             Ok(Ok(response)) => {
                 self.note_store_or_switch(&slot, response.metadata())?;
                 daemon.unbar();
@@ -135,7 +136,7 @@ impl Endpoints {
             Ok(Err(status)) => {
                 let failure = self.fail(&slot, &status);
                 if let Failure::Final(_) = failure {
-                    // It answers the probe, and not the call that is to follow.
+                    // The daemon answered with an error, so the call that follows goes to another.
                     self.switch(&slot, &Failure::Passing(None));
                 }
                 Err(Failed::at(failure, status))
@@ -151,9 +152,14 @@ impl Endpoints {
     fn mixed(&self) -> Option<Error> {
         let state = self.state();
         let (store, other) = state.store.clone()?;
-        let different = |daemon: &Arc<Daemon>| daemon.store().filter(|told| *told != store);
-        let (daemon, told) = state.daemons.iter().find_map(|daemon| Some((daemon, different(daemon)?)))?;
-        Some(Error::DifferentStores { endpoint: daemon.name.clone(), store: told, other, other_store: store })
+        let different = |daemon: &Arc<Daemon>| daemon.store().filter(|named| *named != store);
+        let (daemon, named) = state.daemons.iter().find_map(|daemon| Some((daemon, different(daemon)?)))?;
+        Some(Error::DifferentStores {
+            endpoint: daemon.name.clone(),
+            store: named,
+            other,
+            other_store: store,
+        })
     }
 }
 
@@ -166,8 +172,10 @@ async fn health(channel: Channel) -> Result<Response<()>, Status> {
     let service = leased_proto::v1::lease_service_server::SERVICE_NAME.to_owned();
     match HealthClient::new(channel).check(HealthCheckRequest { service }).await {
         Ok(answer) if answer.get_ref().status() == ServingStatus::Serving => Ok(answer.map(drop)),
-        Ok(_) => Err(Status::unavailable("the daemon is there and does not serve, or not yet")),
-        // The server has other services, and not this one.
+        Ok(_) => Err(Status::unavailable(
+            "the daemon is not ready: its store does not answer, or it is starting or shutting down",
+        )),
+        // The server has health checks, but not this service.
         Err(status) if status.code() == Code::NotFound => {
             Err(Status::unimplemented("it has no such service"))
         }

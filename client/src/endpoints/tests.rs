@@ -1,4 +1,4 @@
-//! Tests which daemon a client uses, on a paused clock and over a network in memory.
+//! Tests which daemon a client uses, on a paused clock and over an in-memory network.
 
 use std::collections::HashMap;
 use std::io;
@@ -157,7 +157,7 @@ async fn the_first_probe_of_all_daemons_switches_from_one_that_is_silent() {
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }
 
-/// Such a server is probed now and then, and gets no other calls.
+/// A server that is no daemon is probed from time to time, and gets no other calls.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_was_found_to_be_no_daemon_gets_no_more_calls() {
     let peers = peers(2);
@@ -392,7 +392,7 @@ async fn a_name_whose_look_up_fails_keeps_the_addresses_that_it_had() {
     let after = endpoints.pick().await.unwrap();
     assert!(Arc::ptr_eq(&before, &after), "{} and not {}", before.name, after.name);
     // The name is not blamed for a daemon that does not answer.
-    assert_eq!(endpoints.silence(), "it does not answer in time");
+    assert_eq!(endpoints.silence(), "no answer in time");
 }
 
 /// The acquire may arrive after its release, even if the release found the lease granted.
@@ -412,7 +412,7 @@ async fn the_release_of_an_unanswered_acquire_says_so() {
 
 /// A call ends after an hour with the answer that the key is held. The next call has begun by then.
 #[tokio::test(start_paused = true)]
-async fn a_wait_without_end_is_one_call_after_the_other() {
+async fn a_wait_without_end_is_one_call_after_another() {
     let peer = Peer::numbered(0);
     let client = Peer::client(std::slice::from_ref(&peer), TIMEOUT);
     let waits = client.acquire("key").wait_forever().into_future();
@@ -454,8 +454,7 @@ async fn a_refused_acquire_is_released_unless_it_was_sent_once() {
     assert_eq!(peer.attempts("release"), [Some("1".to_owned())]);
 }
 
-/// The entry in the queue lasts for a while without its caller, and may be granted the lease
-/// meanwhile.
+/// The entry in the queue outlives its caller for a while, and may be granted the lease meanwhile.
 #[tokio::test(start_paused = true)]
 async fn the_release_of_an_acquire_that_waited_is_repeated_for_longer_than_the_ttl() {
     let peer = Peer::numbered(0);
@@ -531,11 +530,11 @@ async fn a_watch_skips_a_daemon_over_another_store() {
         }
         ours.be(Manner::Up);
     };
-    let told = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
-    let both = async { tokio::join!(told, up) };
-    let (told, ()) = timeout(Duration::from_secs(600), both).await.expect("the watch goes on");
-    assert!(matches!(&told[0], WatchEvent::Interrupted { .. }), "{told:?}");
-    assert_eq!(told[1], WatchEvent::SnapshotEnd);
+    let seen = async { [events.next().await.unwrap().unwrap(), events.next().await.unwrap().unwrap()] };
+    let both = async { tokio::join!(seen, up) };
+    let (seen, ()) = timeout(Duration::from_secs(600), both).await.expect("the watch goes on");
+    assert!(matches!(&seen[0], WatchEvent::Interrupted { .. }), "{seen:?}");
+    assert_eq!(seen[1], WatchEvent::SnapshotEnd);
     assert_eq!(other.attempts("watch").len(), 1);
 }
 

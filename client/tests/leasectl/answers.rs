@@ -1,4 +1,4 @@
-//! The commands that answer at once, for people and for scripts.
+//! The commands that print one answer, for people and for scripts.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -85,7 +85,7 @@ fn a_key_is_shown_with_its_holders_and_its_queue() {
 }
 
 /// On the command line, the value of an option is one label. In the environment variable, each line
-/// is one, without the blanks around it.
+/// is one label, without the blanks around it.
 #[test]
 fn a_label_on_the_command_line_is_used_as_it_is() {
     let daemon = Daemon::start();
@@ -150,7 +150,7 @@ fn a_watch_shows_every_change() {
     assert_eq!(change["key"]["state"], json!("free"));
     let second = texts.next().unwrap();
     assert!(second.contains("  released    a/key  token ") && second.contains("holder -"), "{second}");
-    // Both watches end without another change, since nobody reads their output any more.
+    // Both watches end without another change, because nothing reads their output any more.
     drop((texts, objects));
     assert_eq!((text.end().code, json.end().code), (Some(0), Some(0)));
 }
@@ -162,7 +162,7 @@ fn an_operator_revokes_a_lease() {
     let token = acquired["token"].as_i64().unwrap();
     let other = daemon.end(&["revoke", "a/key", "--reason=test", "--token", &(token + 1).to_string()]);
     assert_eq!((other.code, other.stdout.as_str()), (Some(1), ""));
-    assert_eq!(other.stderr, "leasectl: nobody holds that lease; see `leasectl get`\n");
+    assert_eq!(other.stderr, "leasectl: nothing to revoke: no such lease is held; see `leasectl get`\n");
     let revoked = daemon.json(&["revoke", "a/key", "--reason=test", "--token", &token.to_string()]);
     assert_eq!(revoked, json!({ "key": "a/key", "revoked": 1 }));
     let lost = daemon.end(&["touch", "a/key", acquired["lease_id"].as_str().unwrap()]);
@@ -217,12 +217,12 @@ fn an_acquire_whose_id_nobody_reads_fails_and_releases_the_lease() {
     unread.stdout(std::io::pipe().unwrap().1).stderr(Stdio::piped());
     let ended = Process::spawn(&mut unread).end();
     assert_eq!(ended.code, Some(1), "{ended:?}");
-    assert!(ended.stderr.starts_with("leasectl: nobody has read the id of the lease"), "{ended:?}");
+    assert!(ended.stderr.starts_with("leasectl: nothing reads standard output"), "{ended:?}");
     assert_eq!(daemon.json(&["get", "a/key"])["state"], "free", "released");
 }
 
 /// An output to `/dev/null`, however it was opened, means that the caller does not need the id. A
-/// closed output looks the same, since Rust's runtime replaces it with `/dev/null`.
+/// closed output looks like `/dev/null`, since Rust's runtime replaces it with that.
 #[rstest]
 fn a_lease_whose_id_goes_to_dev_null_is_kept(
     #[values("> /dev/null", "1<> /dev/null", ">&-")] redirected: &str,

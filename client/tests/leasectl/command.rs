@@ -1,4 +1,4 @@
-//! A command under a lease that is not lost.
+//! A command that runs under a lease that is not lost.
 
 use std::process::Stdio;
 
@@ -161,7 +161,7 @@ fn a_stop_and_a_continue_are_passed_on_while_the_lease_is_renewed() {
     let started = folder.path().join("started");
     let script = format!("echo $$ > {}; exec sleep 600", started.display());
     let command = daemon.leasectl(&["run", "a/key", "--ttl=6s", "--", "sh", "-c", &script]);
-    // In a session of its own, no shell can continue the stopped processes.
+    // In a new session, no shell can continue the stopped processes.
     let mut setsid = std::process::Command::new("setsid");
     setsid.arg(command.get_program()).args(command.get_args()).env("LEASED_ENDPOINT", daemon.url());
     let process = Process::spawn(setsid.stderr(Stdio::piped()));

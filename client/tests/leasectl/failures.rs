@@ -69,7 +69,7 @@ fn a_second_signal_ends_a_wait_that_no_daemon_can_end() {
 fn an_unknown_key_is_1_and_a_lost_lease_73() {
     let daemon = Daemon::start();
     assert_says(&daemon.end(&["get", "a/key"]), 1, &["never leased", "ls --all"]);
-    assert_says(&daemon.end(&["revoke", "a/key", "--reason=test"]), 1, &["nobody holds"]);
+    assert_says(&daemon.end(&["revoke", "a/key", "--reason=test"]), 1, &["nothing to revoke"]);
     let id = "0b7c2f4e-8d51-4d7e-9a55-6a6f7a3c1e02";
     assert_says(&daemon.end(&["touch", "a/key", id]), 73, &["acquire it again"]);
     assert_says(&daemon.end(&["release", "a/key", id]), 73, &["acquire it again"]);
@@ -140,8 +140,8 @@ fn any_of_several_daemons_may_answer() {
     }
 }
 
-/// Starts a server that is not leased. It answers the first bytes of each connection with `answer`,
-/// and then only reads.
+/// Starts a server that is not a leased daemon. It answers the first bytes of each connection with
+/// `answer`, and then only reads.
 fn stranger(answer: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -160,7 +160,7 @@ fn stranger(answer: &'static [u8]) -> String {
 }
 
 #[test]
-fn a_server_that_is_not_leased_is_69_and_named_as_such() {
+fn a_server_that_is_not_a_leased_daemon_is_69_and_named_as_such() {
     let http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
     // These are a SETTINGS frame, an acknowledgement of the client's, and a response with status
     // 404 (an index into HPACK's static table).
@@ -172,14 +172,14 @@ fn a_server_that_is_not_leased_is_69_and_named_as_such() {
     ] {
         let url = stranger(answer);
         let ended = end(&mut leasectl(&["--endpoint", &url, "--timeout=500ms", "ls"]));
-        assert_says(&ended, 69, &[&url, "is not leased", why]);
+        assert_says(&ended, 69, &[&url, "is not a leased daemon", why]);
     }
 }
 
-/// The server that is not leased may be the only endpoint, or there may be another endpoint where
-/// nobody listens.
+/// The server that is not a leased daemon may be the only endpoint, or there may be another
+/// endpoint where no process listens.
 #[test]
-fn a_server_that_is_not_leased_has_the_same_reason_beside_a_closed_port() {
+fn a_server_that_is_not_a_leased_daemon_has_the_same_reason_beside_a_closed_port() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let url = stranger(b"220 mail.example ESMTP ready\r\n");
     for endpoints in [url.clone(), format!("http://{closed},{url}")] {
@@ -210,7 +210,7 @@ fn closes(reads: bool) -> String {
 
 /// A daemon closes connections beyond its limit, and a proxy closes them if it has no daemon.
 #[test]
-fn a_server_that_closes_connections_at_once_may_be_leased() {
+fn a_server_that_closes_connections_at_once_may_be_a_leased_daemon() {
     let daemon = Daemon::start_with(&["--max-connections=1"]);
     let _only = std::net::TcpStream::connect(&daemon.address).unwrap();
     for url in [closes(false), closes(true), daemon.url()] {
@@ -222,7 +222,7 @@ fn a_server_that_closes_connections_at_once_may_be_leased() {
     }
 }
 
-/// The system accepts connections for a stopped process, so a silent server may be leased.
+/// The system accepts connections for a stopped process, so a silent server may be a leased daemon.
 #[test]
 fn a_stopped_daemon_is_not_reported_as_another_server() {
     let daemon = Daemon::start();
@@ -230,7 +230,7 @@ fn a_stopped_daemon_is_not_reported_as_another_server() {
     let ended = daemon.end(&["--timeout=500ms", "ls"]);
     daemon.go_on();
     assert_says(&ended, 69, &[&daemon.url(), "may be stopped"]);
-    assert!(!ended.stderr.contains("is not leased"), "{ended:?}");
+    assert!(!ended.stderr.contains("is not a leased daemon"), "{ended:?}");
 }
 
 #[test]

@@ -169,5 +169,5 @@ fn a_failed_release_does_not_hide_how_the_command_ended() {
     run.process.signal(Signal::TERM);
     let ended = run.process.end();
     assert_eq!(ended.code, Some(5));
-    assert!(ended.stderr.contains("could not be given back"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("could not be released"), "{}", ended.stderr);
 }

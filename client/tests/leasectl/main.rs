@@ -8,13 +8,13 @@
 
 mod support;
 
-/// The commands that answer at once, for people and for scripts.
+/// The commands that print one answer, for people and for scripts.
 mod answers;
 
 /// Failures: exit codes, and sentences that say what to do.
 mod failures;
 
-/// A command under a lease that is not lost.
+/// A command that runs under a lease that is not lost.
 mod command;
 
 /// A command whose lease is lost or in jeopardy.

@@ -118,7 +118,8 @@ fn ctrl_c_that_ends_the_command_ends_the_script_around_it() {
     }
 }
 
-/// Here the terminal sends the signal to leasectl, which passes it on to the command.
+/// A command without the terminal is in the background, so the terminal sends the signal to
+/// leasectl, which passes it on.
 #[rstest]
 fn ctrl_c_ends_the_script_even_if_the_command_has_no_terminal(
     #[values("> /dev/null", "< /dev/null", "| cat")] redirected: &str,
@@ -187,7 +188,7 @@ fn a_command_that_stops_itself_is_a_stopped_job_of_the_shell(
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
 
-/// The inner shell is in a process group of its own when it is suspended.
+/// An interactive shell makes a new process group for itself, and is in it when it is suspended.
 #[test]
 fn a_shell_under_leasectl_can_be_suspended() {
     let daemon = Daemon::start();
@@ -204,8 +205,8 @@ fn a_shell_under_leasectl_can_be_suspended() {
     assert_eq!(ended.code, Some(0), "{ended:?}");
 }
 
-/// Without leasectl it is the same: the system ignores Ctrl-Z for a process group that no shell
-/// could continue.
+/// The system ignores Ctrl-Z for a process group that no shell could continue, and leasectl does so
+/// for its command.
 #[rstest]
 fn ctrl_z_does_nothing_under_a_shell_without_job_control(
     #[values("sh", "bash")] shell: &str,
@@ -222,7 +223,7 @@ fn ctrl_z_does_nothing_under_a_shell_without_job_control(
 /// timeout(1) runs leasectl in a background process group. It ignores the signals that stop this
 /// group when leasectl uses the terminal.
 #[test]
-fn a_program_around_leasectl_that_ignores_stops_goes_on() {
+fn a_program_around_leasectl_that_ignores_stop_signals_continues() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
     let [outer, inner] = ["timeout", "leasectl"].map(|name| folder.path().join(name).display().to_string());

@@ -20,8 +20,8 @@ use crate::support::{Daemon, Process, end, lines, until};
 /// How many trials run at the same time.
 const AT_A_TIME: usize = 10;
 
-/// A command that ignores SIGTERM. It first writes its process group to a file, and then the time,
-/// every 2 ms.
+/// A command that ignores SIGTERM. It writes its process group to a file, and then the time every
+/// 2 ms.
 const BEATS: &str = "
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

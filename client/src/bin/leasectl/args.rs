@@ -1,4 +1,4 @@
-//! The command line. Parses it, and does nothing else.
+//! Parses the command line.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
@@ -13,22 +13,23 @@ use leased_client::{Client, DEFAULT_ENDPOINT, LeaseId};
 use crate::failure::Failure;
 
 /// Exit codes, as `--help` shows them.
-const CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong usage; 69 no daemon can be reached; 71 the system lacks \
-                     something; 73 the lease is lost; 75 another holds the key. `run` otherwise ends with the code of its \
-                     command: 128+N if signal N ended it, 126 if it cannot be run, 127 if it is not found.";
+const CODES: &str = "Exit codes: 0 success; 1 any other failure; 2 usage error; 69 no leased daemon answers; 71 out of \
+                     system resources, such as open files; 73 the lease is lost; 75 the key is held or blocked, or its \
+                     queue is full. If none of these applies, `run` exits with the code of its command: 128+N if signal N \
+                     ended the command, 126 if it cannot be run, 127 if it is not found.";
 
 /// The heading of the options that every command takes.
 const COMMON: &str = "Common options";
 
-/// leasectl acquires, shows and revokes leases. A lease is the right to act on a key until its time
-/// runs out, and lasts longer each time its holder touches it.
+/// leasectl acquires, shows and revokes leases. A lease is the right to act on a key for a limited
+/// time, its TTL. The holder touches the lease to renew it for another TTL.
 #[derive(Debug, Parser)]
 #[command(name = "leasectl", version, max_term_width = 110, after_help = CODES, args_override_self = true)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) connection: Connection,
 
-    /// The format of answers: for people, or for scripts.
+    /// The format of the output: text for people, or JSON for scripts.
     #[arg(short, long, global = true, help_heading = COMMON, env = "LEASED_OUTPUT", value_name = "FORMAT", default_value = "table")]
     pub(crate) output: Format,
 
@@ -37,12 +38,14 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// Reads the command line, and environment variables for options that it does not name.
+    /// Parses the command line. An option that it does not name may come from an environment
+    /// variable.
     pub(crate) fn read() -> Result<Self, clap::Error> {
         let mut command = without_empty_variables(Self::command());
         if let Some(number) = lone_limit(std::env::args_os().skip(1)) {
             let sentence = format!(
-                "is {number} the limit or the key? Write --shared={number} KEY for the limit, or the key before --shared"
+                "`--shared {number}` is ambiguous: write --shared={number} KEY if {number} is the limit, or \
+                 {number} --shared if it is the key"
             );
             return Err(command.error(ErrorKind::ValueValidation, sentence));
         }
@@ -50,15 +53,15 @@ impl Args {
     }
 }
 
-/// Returns a number that follows `--shared` and a blank. clap would read it as the key, because a
-/// limit follows `=`.
+/// Returns the number in `--shared NUMBER`. clap would read it as the key, because a limit must
+/// follow `=`.
 fn lone_limit(words: impl Iterator<Item = OsString>) -> Option<String> {
     let mut words = words.take_while(|word| word != "--").skip_while(|word| word != "--shared").skip(1);
     words.next()?.into_string().ok().filter(|word| word.parse::<u32>().is_ok())
 }
 
-/// Has clap ignore variables that are set and empty, as compose files and unit files often leave
-/// them.
+/// Makes clap ignore environment variables that are set but empty. Compose files and unit files
+/// often set empty ones.
 fn without_empty_variables(command: Clap) -> Clap {
     let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     command
@@ -81,21 +84,20 @@ pub(crate) enum Format {
 /// Which daemons to use.
 #[derive(Debug, Group)]
 pub(crate) struct Connection {
-    /// Where a daemon serves gRPC. Repeat it for more daemons over the same store: leasectl uses
-    /// any of them. In the environment, separate URLs by commas.
+    /// The URL at which a daemon serves gRPC. To name several daemons over the same store, repeat
+    /// the option or separate URLs with commas. leasectl uses one that answers.
     #[arg(short, long, global = true, help_heading = COMMON, env = "LEASED_ENDPOINT", value_name = "URL", default_value = DEFAULT_ENDPOINT)]
     #[arg(value_delimiter = ',')]
     pub(crate) endpoint: Vec<String>,
 
-    /// How long a call may take with all its repetitions, beyond the time that it waits in a queue;
-    /// more than 0. If no daemon answers, leasectl takes up to a second more to find out what is
-    /// there instead.
+    /// How long a call may take, including retries but not the wait in a queue; more than 0. If no
+    /// daemon answers, leasectl takes up to 1s more to find out what listens there instead.
     #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
 }
 
 impl Connection {
-    /// The URLs, without the blanks around commas.
+    /// The URLs, without blanks around commas.
     pub(crate) fn endpoints(&self) -> impl Iterator<Item = &str> {
         self.endpoint.iter().map(|url| url.trim()).filter(|url| !url.is_empty())
     }
@@ -112,12 +114,13 @@ impl Connection {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Wait for a lease, and run a command while it is held.
+    /// Wait for a lease, and run a command while the lease is held.
     ///
-    /// The command runs in a process group of its own and sees LEASED_KEY and LEASED_TOKEN. Signals
-    /// are passed on to it. When no daemon has confirmed the lease for too long, the group gets
-    /// SIGTERM, and then SIGKILL before another holder can take the key. When the lease is lost,
-    /// the group gets SIGKILL at once. In both cases the exit code is 73.
+    /// The command runs in its own process group, with LEASED_KEY and LEASED_TOKEN (the fencing
+    /// token) in its environment. leasectl passes signals on to the group, keeps the lease alive,
+    /// and releases it when the command ends. If no daemon confirms the lease in time, the group
+    /// gets SIGTERM, and then SIGKILL before another holder can take the key. If a daemon reports
+    /// that the lease is lost, the group gets SIGKILL at once. In both cases the exit code is 73.
     #[command(after_help = CODES)]
     Run {
         #[command(flatten)]
@@ -127,52 +130,52 @@ pub(crate) enum Command {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
-    /// Acquire a lease and print its id and token; touch and release it with the commands of those
-    /// names.
+    /// Acquire a lease, and print its id (for `touch` and `release`) and its fencing token.
     ///
-    /// Nothing keeps the lease alive: it lapses at the end of its TTL unless it is touched. The id
-    /// is a secret.
+    /// leasectl does not keep this lease alive: it lapses at the end of its TTL unless it is
+    /// touched. The id is a secret: anyone who knows it can touch and release the lease.
     Acquire {
         #[command(flatten)]
         args: AcquireArgs,
     },
-    /// Touch a lease: it lasts a whole TTL from now.
+    /// Touch a lease, to renew it for a whole TTL from now.
     Touch(LeaseArgs),
-    /// Release a lease: the next waiter holds the key.
+    /// Release a lease before its TTL ends.
     Release(LeaseArgs),
-    /// Show the holders of a key, how long their leases last, and the waiters.
+    /// Show the holders of a key, how long their leases still last, and the waiters.
     Get {
         /// The key.
         key: String,
     },
-    /// List the keys that are held or blocked, or that have waiters.
+    /// List the keys that have a holder or a waiter, or that a --min-hold blocks.
     Ls {
-        /// Only keys that begin with this.
+        /// List only the keys that begin with this.
         #[arg(default_value = "", hide_default_value = true)]
         prefix: String,
 
-        /// Also list keys that nobody holds and the daemon has not forgotten.
+        /// Also list free keys, as long as the store keeps their records.
         #[arg(short, long, env = "LEASED_ALL", value_parser = BoolishValueParser::new())]
         all: bool,
     },
-    /// Print a line for each key, and then a line per change, until interrupted.
+    /// Print a line for each key, and then a line for each change, until interrupted.
     Watch {
-        /// Only keys that begin with this.
+        /// Watch only the keys that begin with this.
         #[arg(default_value = "", hide_default_value = true)]
         prefix: String,
     },
-    /// Revoke leases, and end the block of a --min-hold.
+    /// Revoke the leases of a key, and end a block by --min-hold.
     Revoke {
         /// The key.
         key: String,
 
-        /// Revoke only the lease with this token, or end the block that the lease left, if it was
-        /// the last one granted. Without this, revoke every holder's lease and end the block. Not
-        /// read from the environment, where a command that runs under a lease finds its own token.
+        /// Revoke only the lease with this fencing token. If that was the last lease granted and it
+        /// has been released, end the block that its --min-hold left. Without this option, revoke
+        /// the leases of all holders and end the block. No environment variable sets this option,
+        /// because a command of `run` finds its own token in LEASED_TOKEN.
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
         token: Option<i64>,
 
-        /// The reason for the daemon's log; up to 1024 bytes.
+        /// The reason, which the daemon logs; up to 1024 bytes.
         #[arg(long, env = "LEASED_REASON", value_name = "TEXT")]
         reason: String,
     },
@@ -199,26 +202,27 @@ pub(crate) struct AcquireArgs {
     #[arg(long, env = "LEASED_TTL", value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     pub(crate) ttl: Duration,
 
-    /// How long to wait in the queue at most, up to 1h unless the daemon's limit differs; 0 to try
-    /// once, `forever` to wait as long as it takes.
+    /// How long to wait in the queue; up to 1h unless the daemon's limit differs. 0 tries once,
+    /// `forever` waits as long as it takes.
     #[arg(long, env = "LEASED_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_wait)]
     pub(crate) wait: Wait,
 
-    /// A label for people, up to 256 bytes [default: USER@HOST:PID].
+    /// Who asks for the lease: a label for people, up to 256 bytes [default: USER@HOST:PID].
     #[arg(long, env = "LEASED_OWNER", value_name = "TEXT")]
     pub(crate) owner: Option<String>,
 
-    /// Another label. Repeat it for more, up to 32. In the environment, write one label a line.
+    /// Another label; repeat the option for up to 32. The environment variable has one label per
+    /// line.
     #[arg(long, env = "LEASED_METADATA", value_name = "NAME=VALUE", value_parser = LabelParser)]
     pub(crate) metadata: Vec<Labels>,
 
-    /// Hold the key together with other shared holders, no more than N in all for as long as this
-    /// lease is held (--shared=3, with `=`). Without N, any number.
+    /// Share the key with other shared leases. With N, as in --shared=3 (the `=` is required), the
+    /// key has no more than N holders while this lease is held. Without N, any number.
     #[arg(long, env = "LEASED_SHARED", value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     pub(crate) shared: Option<u32>,
 
-    /// Keep the key taken for this long after the grant, even if the lease is released before; up
-    /// to 24h.
+    /// Keep the key taken for at least this long after the grant, even if the lease is released
+    /// earlier; up to 24h.
     #[arg(long, env = "LEASED_MIN_HOLD", value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
     pub(crate) min_hold: Duration,
 }
@@ -229,14 +233,14 @@ pub(crate) struct LeaseArgs {
     /// The key.
     pub(crate) key: String,
 
-    /// The lease id. It is a secret, and arguments are not: set it in the environment, or write `-`
-    /// to have it read from standard input.
+    /// The lease id. It is a secret, but the list of processes shows arguments. So set it in the
+    /// environment, or write `-` to read it from standard input.
     #[arg(env = "LEASED_ID", hide_env_values = true)]
     id: String,
 }
 
 impl LeaseArgs {
-    /// Returns the id, and reads it from standard input if it is `-`.
+    /// Returns the id. Reads it from standard input if the argument is `-`.
     pub(crate) fn id(&self) -> Result<LeaseId, Failure> {
         let mut text = self.id.clone();
         if text == "-" {
@@ -248,13 +252,13 @@ impl LeaseArgs {
     }
 }
 
-/// Parses a duration of at most a year. No option needs more, and clocks overflow before the
-/// largest number that can be written.
+/// Parses a duration of at most a year. No option needs more, and the longest durations that can be
+/// written would overflow a clock.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
     match humantime::parse_duration(text) {
         Ok(duration) if duration <= YEAR => Ok(duration),
-        Ok(_) => Err("that is longer than a year".to_owned()),
+        Ok(_) => Err("it is longer than a year".to_owned()),
         Err(error) => Err(format!("{error}; a duration looks like 30s, 1m30s or 250ms")),
     }
 }
@@ -288,7 +292,7 @@ pub(crate) type Labels = Vec<Label>;
 /// A name and a value.
 type Label = (String, String);
 
-/// Parses an argument as one label, and the environment variable as one label a line.
+/// Parses an argument as one label, and the environment variable as one label per line.
 #[derive(Debug, Clone)]
 struct LabelParser;
 

@@ -1,4 +1,4 @@
-//! The commands that answer at once.
+//! The commands that print one answer and end.
 
 use leased_client::{Client, FencingToken, KeyInfo};
 use tokio_stream::StreamExt;
@@ -18,11 +18,11 @@ pub(crate) async fn acquire(client: &Client, args: AcquireArgs, output: &mut Out
     let id = lease.id().reveal();
     let acquired =
         Acquired { key: &key, lease_id: id.clone(), token: token.get(), ttl_ms: milliseconds(ttl) };
-    let told = output.answer(&acquired, || {
+    let printed = output.answer(&acquired, || {
         let row = [table::plain(&key), token.to_string(), table::duration(ttl), id];
         table::rows(["KEY", "TOKEN", "TTL", "LEASE ID"], [row])
     });
-    match told {
+    match printed {
         Ok(()) => {
             let _ = lease.detach();
             Ok(0)
@@ -35,7 +35,8 @@ pub(crate) async fn acquire(client: &Client, args: AcquireArgs, output: &mut Out
                 // Other commands do not fail when nobody reads their output. Here a script would go
                 // on as if it had the lease.
                 Failure::NobodyReads => Failure::Other(
-                    "nobody has read the id of the lease, so the lease was released".to_owned(),
+                    "nothing reads standard output, so nobody has the lease id; the lease was released"
+                        .to_owned(),
                 ),
                 failure => failure,
             })
@@ -105,7 +106,9 @@ pub(crate) async fn revoke(
 ) -> Result<u8, Failure> {
     let revoked = client.revoke(key, token.map(FencingToken::new), reason).await?;
     if revoked == 0 {
-        return Err(Failure::Other("nobody holds that lease; see `leasectl get`".to_owned()));
+        return Err(Failure::Other(
+            "nothing to revoke: no such lease is held; see `leasectl get`".to_owned(),
+        ));
     }
     output.answer(&Revoked { key, revoked }, || match revoked {
         1 => "1 lease revoked".to_owned(),

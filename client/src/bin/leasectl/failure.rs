@@ -1,4 +1,4 @@
-//! Failures of leasectl: for each a sentence that says what to do, and an exit code.
+//! Failures of leasectl. Each has an exit code, and a sentence that says what to do.
 
 use std::io::{ErrorKind, Write, stderr};
 use std::process::ExitCode;
@@ -25,12 +25,12 @@ const UNAVAILABLE: u8 = 69;
 const SYSTEM: u8 = 71;
 /// `EX_CANTCREAT` of sysexits.h: the lease is lost.
 pub(crate) const LOST: u8 = 73;
-/// `EX_TEMPFAIL` of sysexits.h: another holds the key.
+/// `EX_TEMPFAIL` of sysexits.h: the key is not available.
 const HELD: u8 = 75;
 pub(crate) const NOT_EXECUTABLE: u8 = 126;
 pub(crate) const NOT_FOUND: u8 = 127;
 
-/// How long leasectl takes to find out what answers at an endpoint.
+/// How long [`explain`] may take to find out what answers at an endpoint.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why leasectl fails.
@@ -40,9 +40,9 @@ pub(crate) enum Failure {
     Client(Error),
     /// The command line makes no sense.
     Usage(String),
-    /// No server that answers was found.
+    /// An endpoint accepts connections, but no server answers there.
     Unreachable(String),
-    /// A server was found that is no daemon.
+    /// A server answers that is not a leased daemon.
     NotLeased(String),
     /// The command's lease was lost.
     Lost(String),
@@ -66,6 +66,7 @@ impl Failure {
             Self::NobodyReads => return ExitCode::SUCCESS,
             Self::Signal(signal) => {
                 die_of(*signal, Target::Myself);
+                // Reached only by a process with the id 1, which the signal cannot end.
                 return ExitCode::from(of_signal(signal.as_raw()));
             }
             Self::Usage(sentence) => (USAGE, "USAGE", sentence.clone()),
@@ -81,7 +82,7 @@ impl Failure {
             Self::Client(Error::Held(by)) => Some(by),
             _ => None,
         };
-        // Empty if the daemon is of an earlier version.
+        // A daemon of an earlier version leaves this empty.
         let blocked_by = refusal.map(|by| by.blocked_by.as_str()).filter(|name| !name.is_empty());
         let holder = refusal.map(|by| HolderObject {
             owner: &by.owner,
@@ -100,17 +101,17 @@ impl Failure {
     }
 }
 
-/// Says in a sentence what is wrong with the command line, or prints the help that was asked for.
+/// Reports in one sentence what is wrong with the command line, or prints the help or version that
+/// was asked for.
 pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
     if matches!(error.kind(), DisplayHelp | DisplayVersion) {
-        // The reader may be gone.
+        // Fails if the reader is gone.
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
     if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Failure::Usage("there is nothing to do; see `leasectl --help`".to_owned())
-            .report(Format::Table);
+        return Failure::Usage("no command is given; see `leasectl --help`".to_owned()).report(Format::Table);
     }
     let typed = || std::env::args_os().skip(1);
     if error.kind() == clap::error::ErrorKind::UnknownArgument
@@ -121,7 +122,7 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
         return Failure::Usage(sentence.to_owned()).report(Format::Table);
     }
     let text = error.to_string();
-    // Only the first paragraph: the others repeat the usage.
+    // The first paragraph says what is wrong. The others are tips and the usage.
     let said = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = said.strip_prefix("error: ").unwrap_or(said).split_whitespace().collect();
     Failure::Usage(format!("{}; see --help", words.join(" "))).report(Format::Table)
@@ -164,8 +165,8 @@ fn sentence_of(error: &Error) -> String {
         Error::Lost(Loss::Gone) => "the lease is no longer held, or never was; acquire it again".to_owned(),
         Error::Lost(loss) => format!("the lease is lost ({loss}); acquire it again"),
         Error::KeyUnknown => {
-            "this key was never leased, or has been free for so long that it was forgotten; \
-                              `leasectl ls --all` shows the keys there are"
+            "this key was never leased, or has been free for so long that its record was deleted; \
+                              `leasectl ls --all` lists all keys"
                 .to_owned()
         }
         Error::Unavailable { endpoints, cause, .. } => {
@@ -182,12 +183,16 @@ fn held(by: &HeldBy) -> String {
     let left = crate::table::duration(by.remaining);
     match (by.blocked_by.as_str(), by.owner.as_str()) {
         ("min_hold", _) => {
-            format!("the key is blocked for {left} more (--min-hold); wait longer with --wait")
+            format!(
+                "the key is blocked for {left} more by the --min-hold of an earlier lease; wait longer with --wait"
+            )
         }
         ("waiter", _) => {
-            let who =
-                if by.waiter.is_empty() { "another".to_owned() } else { crate::table::plain(&by.waiter) };
-            format!("{who} came before, and waits for the key; wait as well with --wait")
+            let who = match by.waiter.as_str() {
+                "" => "another waiter".to_owned(),
+                waiter => crate::table::plain(waiter),
+            };
+            format!("{who} came before and is waiting for the key; wait longer with --wait")
         }
         (_, "") => format!(
             "the key is held for {left} more, or longer if touched; wait longer with --wait, or see `leasectl get`"
@@ -204,13 +209,13 @@ fn held(by: &HeldBy) -> String {
 
 fn not_leased(endpoint: &str, why: &str) -> String {
     format!(
-        "the server at {endpoint} is not leased: {why}; see --endpoint, and the port that the daemon's ready line \
-         names as grpc="
+        "the server at {endpoint} is not a leased daemon: {why}; set --endpoint to the address that the daemon prints \
+         as grpc= when it is ready"
     )
 }
 
-/// Finds out whether another server answers in place of a daemon that does not. Takes up to
-/// [`PROBE_TIMEOUT`].
+/// Turns the failure to reach any daemon into one that says what answers at the endpoints instead,
+/// if anything does. Takes up to [`PROBE_TIMEOUT`].
 pub(crate) async fn explain(error: Error, endpoints: impl Iterator<Item = &str>) -> Failure {
     if !matches!(error, Error::Unavailable { .. }) {
         return Failure::Client(error);
@@ -219,43 +224,48 @@ pub(crate) async fn explain(error: Error, endpoints: impl Iterator<Item = &str>)
     found.into_iter().flatten().next().unwrap_or(Failure::Client(error))
 }
 
-/// Connects to the endpoint and returns what is wrong with its server, if there is one.
+/// Connects to an endpoint, and returns what is wrong with the server there. `None` if nothing
+/// accepts the connection, or the server speaks HTTP/2.
 ///
 /// A server that speaks HTTP/2 begins with a SETTINGS frame (RFC 9113, section 3.4).
 async fn probe(endpoint: &str) -> Option<Failure> {
-    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-    const HEAD: usize = 9;
+    /// The client's preface: a magic string, and an empty SETTINGS frame.
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    /// The bytes of a frame's header.
+    const HEADER: usize = 9;
+    /// The type of a SETTINGS frame, the fourth byte of its header.
     const SETTINGS: u8 = 4;
     let uri: Uri = endpoint.parse().ok()?;
     let address = (uri.host()?.trim_matches(['[', ']']), uri.port_u16().unwrap_or(80));
     let until = Instant::now() + PROBE_TIMEOUT;
     let mut stream = timeout_at(until, TcpStream::connect(address)).await.ok()?.ok()?;
-    // Fails if the connection is closed at once. Then reading fails as well, which says more.
-    let _ = stream.write_all(HELLO).await;
-    let mut head = Vec::with_capacity(HEAD);
+    // Fails if the server has closed the connection. What it sent before can still be read.
+    let _ = stream.write_all(PREFACE).await;
+    let mut header = Vec::with_capacity(HEADER);
     let read = async {
-        // Ends early if the stream or the connection ends.
-        while head.len() < HEAD && matches!(stream.read_buf(&mut head).await, Ok(1..)) {}
+        // Stops early if the connection ends or breaks.
+        while header.len() < HEADER && matches!(stream.read_buf(&mut header).await, Ok(1..)) {}
     };
     let is_open = timeout_at(until, read).await.is_err();
-    match head.get(3) {
+    match header.get(3) {
         Some(&SETTINGS) => None,
-        None if head.is_empty() => Some(Failure::Unreachable(silent(endpoint, is_open))),
+        None if header.is_empty() => Some(Failure::Unreachable(silent(endpoint, is_open))),
         _ => Some(Failure::NotLeased(not_leased(endpoint, "it does not speak gRPC"))),
     }
 }
 
-/// Describes what a server may be that accepts a connection and sends nothing.
+/// Describes a server that accepts a connection and sends nothing. `is_open` says whether the
+/// server left the connection open.
 fn silent(endpoint: &str, is_open: bool) -> String {
     match is_open {
         // The system accepts connections even for a process that is stopped.
         true => format!(
-            "the process at {endpoint} does not answer, though connections to it are accepted; it may be stopped or \
-             overloaded, or not be leased"
+            "{endpoint} accepts connections but does not answer; the process there may be stopped or overloaded, or may \
+             not be a leased daemon"
         ),
         false => format!(
-            "connections to {endpoint} are closed before any answer; a daemon does that at its limit \
-             (--max-connections), and a proxy when it finds no daemon: try again later, or see their logs"
+            "connections to {endpoint} are closed before any answer, as by a daemon at its --max-connections or a proxy \
+             that reaches no daemon; try again later, or see their logs"
         ),
     }
 }

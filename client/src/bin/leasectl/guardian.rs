@@ -1,10 +1,10 @@
-//! The guardian: a process that kills the command's process group if leasectl cannot do so in time.
-//! That is when leasectl is gone, or was stopped or starved and did not extend the deadline.
+//! The guardian: a process that kills the command's process group if leasectl cannot do so in time,
+//! because leasectl is gone, or is stopped or starved and has not extended the deadline.
 //!
 //! The guardian is this program in another role. It makes the process group that the command then
 //! joins. So the group is known before the command starts, and its number cannot be reused while
-//! the guardian exists. Orders come through a pipe. Only leasectl has the other end, so the system
-//! closes the pipe when leasectl ends, in whatever way.
+//! the guardian exists. leasectl sends orders through a pipe. Only leasectl has the other end, so
+//! the system closes the pipe when leasectl ends, in whatever way.
 
 use std::io::{self, Read, Write, stdin, stdout};
 use std::os::unix::process::CommandExt;
@@ -35,10 +35,10 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The signals of terminal keys that end a command. The exit code of a dismissed guardian says
-/// which of them it has received, a bit each.
+/// which of these signals it has received, one bit each.
 pub(crate) const KEYS: [Signal; 2] = [Signal::INT, Signal::QUIT];
 
-/// Returns this program in its other role.
+/// Returns the command that starts this program as the guardian.
 fn program() -> Command {
     // On Linux this works even if the file has been replaced or deleted since.
     let path = match cfg!(target_os = "linux") {
@@ -50,7 +50,7 @@ fn program() -> Command {
     command
 }
 
-/// The guardian as leasectl sees it.
+/// leasectl's handle of the guardian.
 pub(crate) struct Guardian {
     group: Pid,
     orders: ChildStdin,
@@ -59,8 +59,8 @@ pub(crate) struct Guardian {
 }
 
 impl Guardian {
-    /// Starts the guardian in a process group of its own. Returns once no signal to the group but
-    /// SIGKILL can end the guardian.
+    /// Starts the guardian in a new process group. Returns once no signal to the group but SIGKILL
+    /// can end the guardian.
     pub(crate) fn start() -> io::Result<Self> {
         let mut command = program();
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -81,7 +81,7 @@ impl Guardian {
         self.group
     }
 
-    /// Has the group killed at `deadline`, unless another deadline is set before.
+    /// Orders the guardian to kill the group at `deadline`, unless another deadline is set before.
     pub(crate) fn until(&mut self, deadline: u64) {
         if deadline != self.deadline {
             self.deadline = deadline;
@@ -99,7 +99,7 @@ impl Guardian {
         self.order("dismiss");
     }
 
-    /// Has the guardian end once its group is empty. It kills the group at the deadline.
+    /// Orders the guardian to end once its group is empty, and to kill the group at the deadline.
     pub(crate) fn clear(&mut self) {
         self.order("clear");
     }
@@ -111,13 +111,13 @@ impl Guardian {
         !matches!(waitid(WaitId::Pid(self.group), options), Ok(None))
     }
 
-    /// Whether the group was sent `key`, one of the [`KEYS`]. `None` while the guardian has not
-    /// ended; true if it was killed.
-    pub(crate) fn heard(&self, key: Signal) -> Option<bool> {
+    /// Whether the group was sent `key`, one of the [`KEYS`]. `None` until the guardian has ended;
+    /// true if the guardian was killed.
+    pub(crate) fn received(&self, key: Signal) -> Option<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let status = waitid(WaitId::Pid(self.group), options).ok()??;
-        let heard = |code| KEYS.iter().position(|one| *one == key).is_some_and(|bit| code >> bit & 1 == 1);
-        Some(status.exit_status().is_none_or(heard))
+        let is_set = |code| KEYS.iter().position(|one| *one == key).is_some_and(|bit| code >> bit & 1 == 1);
+        Some(status.exit_status().is_none_or(is_set))
     }
 
     /// Continues the guardian, if it was stopped.
@@ -153,14 +153,16 @@ pub(crate) fn main() -> ExitCode {
     let Some(group) = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or_default()) else {
         return ExitCode::FAILURE;
     };
-    let Ok(heard) = withstand() else { return ExitCode::FAILURE };
+    let Ok(received) = withstand() else { return ExitCode::FAILURE };
     if stdout().write_all(b".").and_then(|()| stdout().flush()).is_err() {
         return ExitCode::FAILURE;
     }
     match guard() {
         Verdict::Dismissed => {
-            let bits =
-                heard.iter().enumerate().map(|(bit, heard)| u8::from(heard.load(Ordering::Relaxed)) << bit);
+            let bits = received
+                .iter()
+                .enumerate()
+                .map(|(bit, received)| u8::from(received.load(Ordering::Relaxed)) << bit);
             return ExitCode::from(bits.sum::<u8>());
         }
         Verdict::Clear(deadline) => clear(group, deadline),
@@ -172,14 +174,14 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What the guardian does in the end.
+/// How the guardian ends.
 enum Verdict {
     Dismissed,
     Clear(u64),
     Kill,
 }
 
-/// Follows orders until the deadline passes, leasectl is gone, or an order ends it.
+/// Follows orders until the deadline passes, leasectl is gone, or an order ends the guardian.
 fn guard() -> Verdict {
     let (mut deadline, mut orders) = (u64::MAX, Vec::new());
     loop {
@@ -212,17 +214,19 @@ fn guard() -> Verdict {
     }
 }
 
-/// Waits until the group is empty. Kills the rest of it at the deadline, or when leasectl is gone.
+/// Waits until the group is empty. Kills what is left of the group at the deadline, or when
+/// leasectl is gone.
 fn clear(group: Pid, deadline: u64) {
     // The group would never be empty with this process in it, so this process joins leasectl's
     // group. The group's number is not reused, because it is also the id of this process. If a PID
     // namespace hides leasectl's group, it cannot be joined, and the rest of the command's group is
     // killed at once.
-    let left = getppid().and_then(|leasectl| group_of(Some(leasectl)));
-    let left = left.is_some_and(|other| setpgid(None, Some(other)).is_ok());
+    let other = getppid().and_then(|leasectl| group_of(Some(leasectl)));
+    let has_left = other.is_some_and(|other| setpgid(None, Some(other)).is_ok());
     let nap = Timespec::try_from(POLL_INTERVAL).ok();
     let leasectl = getppid();
-    while left && now() < deadline && getppid() == leasectl {
+    // This process gets another parent when leasectl ends.
+    while has_left && now() < deadline && getppid() == leasectl {
         if test_kill_process_group(group).is_err() {
             return;
         }
@@ -232,7 +236,7 @@ fn clear(group: Pid, deadline: u64) {
 }
 
 /// Handles the signals that a group may be sent, so that they do not end this process. Returns a
-/// flag for each of the [`KEYS`], which is set when that signal comes.
+/// flag for each of the [`KEYS`], which is set when that signal arrives.
 fn withstand() -> io::Result<[Arc<AtomicBool>; KEYS.len()]> {
     let others = [
         Signal::HUP,
@@ -248,9 +252,9 @@ fn withstand() -> io::Result<[Arc<AtomicBool>; KEYS.len()]> {
         Signal::TTOU,
         Signal::PIPE,
     ];
-    let heard: [Arc<AtomicBool>; KEYS.len()] = Default::default();
-    let keys = KEYS.iter().zip(&heard).map(|(key, heard)| (key, Arc::clone(heard)));
+    let received: [Arc<AtomicBool>; KEYS.len()] = Default::default();
+    let keys = KEYS.iter().zip(&received).map(|(key, flag)| (key, Arc::clone(flag)));
     let others = others.iter().map(|other| (other, Arc::default()));
-    keys.chain(others).try_for_each(|(signal, heard)| register(signal.as_raw(), heard).map(drop))?;
-    Ok(heard)
+    keys.chain(others).try_for_each(|(signal, flag)| register(signal.as_raw(), flag).map(drop))?;
+    Ok(received)
 }

@@ -1,5 +1,5 @@
 //! The command and its process group: starts and signals them, stops and continues them with the
-//! terminal, and notices their end. Of the lease it knows only a deadline.
+//! terminal, and notices their end. The lease appears here only as a deadline.
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
@@ -54,7 +54,7 @@ impl Exit {
         }
     }
 
-    /// The signal that ended the command, if that has a name.
+    /// The signal that ended the command, if that signal has a name.
     pub(crate) fn signal(self) -> Option<Signal> {
         match self {
             Self::Code(_) => None,
@@ -69,7 +69,8 @@ impl Exit {
 }
 
 impl Job {
-    /// Starts a command, which is killed at `deadline` unless [`until`](Self::until) moves that.
+    /// Starts a command, which is killed at `deadline` unless [`until`](Self::until) moves the
+    /// deadline.
     pub(crate) fn start(
         command: &[OsString],
         environment: [(&str, String); 2],
@@ -79,7 +80,7 @@ impl Job {
             return Err(Failure::Usage("there is no command to run; name it after `--`".to_owned()));
         };
         let mut guardian = Guardian::start()
-            .map_err(|error| Failure::System(format!("cannot start the guardian of the command: {error}")))?;
+            .map_err(|error| Failure::System(format!("cannot start the guardian process: {error}")))?;
         guardian.until(deadline);
         let group = guardian.group();
         let terminal = Terminal::open();
@@ -103,18 +104,18 @@ impl Job {
         }
     }
 
-    /// Has the group killed at `deadline`, whatever happens to leasectl.
+    /// Sets when the guardian kills the group, whatever happens to leasectl.
     pub(crate) fn until(&mut self, deadline: u64) {
         self.guardian.until(deadline);
     }
 
-    /// When the group is killed, unless [`until`](Self::until) moves that.
+    /// When the group is killed, unless [`until`](Self::until) moves the deadline.
     pub(crate) fn deadline(&self) -> u64 {
         self.guardian.deadline()
     }
 
-    /// Returns what has happened to the command since the last call. To be called after each
-    /// SIGCHLD.
+    /// Returns the next event of the command, if there is one. To be called after each SIGCHLD,
+    /// until it returns `None`.
     pub(crate) fn poll(&mut self) -> io::Result<Option<Event>> {
         self.reap();
         let options = WaitOptions::NOHANG | WaitOptions::UNTRACED;
@@ -142,7 +143,7 @@ impl Job {
     pub(crate) fn stopped(&mut self, signal: i32) {
         let is = |one: Signal| one.as_raw() == signal;
         if is(Signal::STOP) {
-            // If it was sent to the whole group, it has stopped the guardian, too.
+            // A SIGSTOP to the whole group has stopped the guardian, too.
             self.guardian.go_on();
         }
         let Some(terminal) = &self.terminal else { return };
@@ -168,7 +169,7 @@ impl Job {
     /// Continues the command after a stop. It is in the foreground again if it was before, and if
     /// leasectl is in the foreground.
     pub(crate) fn resume(&self) {
-        // The command may be in a group of its own: an interactive shell makes one.
+        // The command may have left the group: an interactive shell makes a new one for itself.
         let group = group_of(Some(self.command)).unwrap_or(self.guardian.group());
         if let Some(terminal) = self.terminal.as_ref().filter(|_| self.has_terminal) {
             terminal.give(group);
@@ -189,12 +190,12 @@ impl Job {
 
     /// Whether the group was sent `signal`, INT or QUIT. `None` until the guardian has ended, after
     /// [`leave`](Self::leave).
-    pub(crate) fn group_heard(&self, signal: Signal) -> Option<bool> {
-        self.guardian.heard(signal)
+    pub(crate) fn group_received(&self, signal: Signal) -> Option<bool> {
+        self.guardian.received(signal)
     }
 
-    /// Gives the rest of the group until the deadline, after the command has ended and its lease
-    /// cannot be relied on.
+    /// Gives what is left of the group until the deadline to end. For a command that has ended and
+    /// whose lease cannot be relied on.
     pub(crate) fn clear(&mut self) {
         self.take_terminal();
         self.guardian.clear();
@@ -226,7 +227,10 @@ fn cannot_start(program: &OsString, error: &io::Error) -> Failure {
         }
         ErrorKind::NotFound => Failure::Command(
             NOT_FOUND,
-            format!("{program} is not found; give its path, or put its folder on the PATH"),
+            format!(
+                "{program} is not found; give its path, put its folder on the PATH, or check the interpreter that its \
+                 first line names"
+            ),
         ),
         _ => Failure::Command(NOT_EXECUTABLE, format!("{program} cannot be run: {error}")),
     }

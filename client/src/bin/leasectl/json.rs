@@ -1,5 +1,5 @@
 //! Answers as JSON: names in snake_case, times as RFC 3339, durations in milliseconds. Scripts rely
-//! on every name of a field and every string in this file (docs/leasectl.md).
+//! on every field name and every string in this file (docs/leasectl.md).
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -38,7 +38,7 @@ pub(crate) struct Revoked<'a> {
     pub(crate) revoked: u32,
 }
 
-/// A failure: the value of the field `error` of an object.
+/// A failure: the value of the field `error` in the object that is printed.
 #[derive(Debug, Serialize)]
 pub(crate) struct ErrorObject<'a> {
     pub(crate) reason: &'static str,
@@ -51,7 +51,7 @@ pub(crate) struct ErrorObject<'a> {
     pub(crate) holder: Option<HolderObject<'a>>,
 }
 
-/// The holder of the key that was refused.
+/// The holder of a key that could not be acquired.
 #[derive(Debug, Serialize)]
 pub(crate) struct HolderObject<'a> {
     pub(crate) owner: &'a str,
@@ -171,7 +171,7 @@ pub(crate) fn mode(mode: Mode) -> &'static str {
     }
 }
 
-/// The limit of a shared lease. An exclusive one has none.
+/// The limit of a shared lease. An exclusive lease has none.
 fn shared_limit(mode: Mode, limit: u32) -> Option<u32> {
     (mode == Mode::Shared).then_some(limit)
 }

@@ -7,9 +7,9 @@ mod failure;
 
 // Commands.
 
-/// The commands that answer at once.
+/// The commands that print one answer and end.
 mod calls;
-/// `watch`: prints a line per change.
+/// `watch`: prints a line for each change.
 mod watch;
 /// `run`: runs a command for as long as a lease is held.
 mod run;
@@ -20,7 +20,7 @@ mod manual;
 
 /// Acquires a lease, and shows the wait on a terminal.
 mod wait;
-/// The owner's label by default.
+/// The default owner label.
 mod owner;
 /// Writes answers to standard output, for people or as JSON.
 mod output;
@@ -33,13 +33,13 @@ mod files;
 
 // What `run` is made of.
 
-/// When a command must end.
+/// When the command must end.
 mod times;
 /// The command and its process group.
 mod job;
 /// The process that kills a command which would outlive its lease.
 mod guardian;
-/// Signals: received, passed on, and died of.
+/// Signals: receives them, and ends leasectl by one.
 mod signals;
 /// The controlling terminal, and which process group has it.
 mod terminal;
@@ -58,7 +58,7 @@ use failure::Failure;
 use output::Output;
 
 fn main() -> ExitCode {
-    // `run` starts this program again as the guardian. That role takes no options, and must start
+    // `run` starts this program again as the guardian, which takes no options and must start
     // quickly.
     if std::env::args_os().next().is_some_and(|role| role == guardian::ROLE) {
         return guardian::main();
@@ -71,8 +71,9 @@ fn main() -> ExitCode {
     if let Err(failure) = files::make_sure_of_room() {
         return failure.report(format);
     }
-    // One thread, which lasts as long as leasectl: the system may signal a child when the thread
-    // that started it ends (`PR_SET_PDEATHSIG` in prctl(2)). A short command also starts sooner.
+    // One thread, which lasts as long as leasectl. A child may have asked for a signal when the
+    // thread that started it ends (`PR_SET_PDEATHSIG` in prctl(2)). A short command also starts
+    // sooner.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Failure::from(error).report(format),
@@ -110,6 +111,7 @@ async fn perform(client: &Client, command: Command, output: &mut Output) -> Resu
         Command::Ls { prefix, all } => calls::list(client, prefix, all, output).await,
         Command::Watch { prefix } => watch::watch(client, prefix, output).await,
         Command::Revoke { key, token, reason } => calls::revoke(client, &key, token, &reason, output).await,
+        // `execute` handles these two, because they need no client.
         Command::Completions { .. } | Command::Man { .. } => Ok(0),
     }
 }

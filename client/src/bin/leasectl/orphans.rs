@@ -3,8 +3,8 @@
 
 use rustix::process::{Pid, WaitOptions, getpid, waitpid};
 
-/// Waits for adopted processes that have ended, but not for `own`. Does nothing unless this is the
-/// first process.
+/// Waits for adopted processes that have ended, but not for `own`. Does nothing unless this process
+/// has the id 1.
 pub(crate) fn reap(own: &[Pid]) {
     if !getpid().is_init() {
         return;

@@ -66,8 +66,8 @@ impl Output {
     }
 }
 
-/// Writes a sentence for people to standard error. A failure to write is ignored: it is no reason
-/// to stop.
+/// Writes a sentence for people to standard error. A failure to write is ignored, because it is no
+/// reason to stop.
 ///
 /// Sentences quote the command line and the answers of servers, so control characters are escaped.
 pub(crate) fn complain(sentence: &str) {

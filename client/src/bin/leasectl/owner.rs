@@ -1,4 +1,4 @@
-//! The owner's label by default: user, host and process.
+//! The default owner label: user, host and process.
 
 /// Returns `USER@HOST:PID`.
 pub(crate) fn label() -> String {
@@ -8,7 +8,7 @@ pub(crate) fn label() -> String {
     let user = user.unwrap_or_else(|| format!("uid{}", rustix::process::getuid().as_raw()));
     let system = rustix::system::uname();
     let suffix = format!("@{}:{}", system.nodename().to_string_lossy(), std::process::id());
-    // Cuts the user, because an owner has at most 256 bytes.
+    // Cuts the user's name, because an owner label has at most 256 bytes.
     let user: String = user.chars().take(64).collect();
     user + &suffix
 }

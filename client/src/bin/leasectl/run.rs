@@ -30,21 +30,23 @@ use crate::wait;
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long to try to release a lease that no daemon has confirmed in time.
 const LAST_RELEASE: Duration = Duration::from_secs(1);
-/// How long after its guardian a command may be seen to end, if both were sent the same signal.
+/// If one signal ends both the command and its guardian: how long after one of them the other may
+/// be seen to end.
 const TOGETHER: Duration = Duration::from_secs(1);
 
-/// A command under its lease.
+/// A command that runs under a lease.
 struct Running {
     lease: Lease,
     times: Times,
     job: Job,
     signals: Signals,
+    /// Receives SIGCHLD: a child has ended or was stopped.
     children: Notices,
 }
 
-/// How a command under its lease ended.
+/// How the run of a command ended.
 enum End {
-    /// The command ended under its lease.
+    /// The command ended before its deadline.
     Done(Exit),
     /// The lease could no longer be relied on.
     Lost(State),
@@ -76,8 +78,7 @@ pub(crate) async fn run(client: &Client, args: AcquireArgs, command: &[OsString]
         }
     };
     let end = match running.supervise().await? {
-        // The lease may have been lost just before the command ended. Then the command did not end
-        // under it.
+        // The lease may have been lost just before the command ended, and not been noticed yet.
         End::Done(_) if !running.lease.is_held() => End::Lost(running.lease.state().current()),
         end => end,
     };
@@ -86,15 +87,15 @@ pub(crate) async fn run(client: &Client, args: AcquireArgs, command: &[OsString]
             let had_terminal = running.job.leave();
             // A shell around leasectl ends its script only if the same signal ends leasectl.
             let target = match exit.by_key() {
-                // The terminal sent the key's signal to the command's group only.
-                Some(signal) if had_terminal && running.group_heard(signal).await => {
+                // The terminal sent the key's signal only to the command's group.
+                Some(signal) if had_terminal && running.group_received(signal).await => {
                     Some((signal, Target::Group))
                 }
-                Some(signal) if running.signals.has_come(signal) => Some((signal, Target::Myself)),
+                Some(signal) if running.signals.has_received(signal) => Some((signal, Target::Myself)),
                 _ => None,
             };
             let is_told =
-                target.is_some() || exit.signal().is_some_and(|signal| running.signals.has_come(signal));
+                target.is_some() || exit.signal().is_some_and(|signal| running.signals.has_received(signal));
             let told = if is_told { ToldToEnd::Yes } else { ToldToEnd::No };
             release(running.lease, &mut running.signals, told).await?;
             if let Some((signal, target)) = target {
@@ -106,7 +107,10 @@ pub(crate) async fn run(client: &Client, args: AcquireArgs, command: &[OsString]
         End::Unguarded => {
             running.job.leave();
             release(running.lease, &mut running.signals, ToldToEnd::No).await?;
-            Err(Failure::Other("the command was killed, because its guardian was killed".to_owned()))
+            Err(Failure::Other(
+                "the command was killed, because its guardian (the process lease-guard) was killed"
+                    .to_owned(),
+            ))
         }
     }
 }
@@ -131,7 +135,7 @@ impl Running {
         }
     }
 
-    /// Waits until the command has ended, and ends it if the lease cannot be relied on.
+    /// Waits until the command has ended, and ends it once the lease cannot be relied on.
     async fn supervise(&mut self) -> Result<End, Failure> {
         let mut ticks = interval(self.times.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -147,7 +151,7 @@ impl Running {
                 signal = self.signals.next() => self.pass_on(signal),
                 state = self.lease.lost() => return self.end(state).await,
                 _ = ticks.tick() => {
-                    // In jeopardy the guardian keeps the deadline that it was told last.
+                    // In jeopardy the last deadline stays: `kill_at` would move on with the clock.
                     if self.lease.is_held() {
                         self.job.until(kill_at(&self.lease, self.times));
                     }
@@ -156,8 +160,8 @@ impl Running {
         }
     }
 
-    /// Ends the command because the lease cannot be relied on, and waits for that. It ends the
-    /// command even if a daemon confirms the lease meanwhile.
+    /// Ends the command because the lease cannot be relied on, even if a daemon confirms the lease
+    /// meanwhile. Returns once the command has ended.
     async fn end(&mut self, state: State) -> Result<End, Failure> {
         // Not after the deadline: SIGCONT would let a stopped command run for an instant.
         if state == State::Jeopardy && !until(self.job.deadline()).is_zero() {
@@ -219,11 +223,12 @@ impl Running {
         }
     }
 
-    /// Handles what has happened to the command, and returns how it ended if it has.
+    /// Handles the events of the command. Returns how the command ended, or `None` if it still
+    /// runs.
     fn poll(&mut self) -> Result<Option<End>, Failure> {
         while let Some(event) = self.job.poll()? {
             match event {
-                // After the deadline the guardian has ended it, while this process was held up.
+                // Past the deadline the guardian has killed the command. This process was held up.
                 Event::Ended(_) if until(self.job.deadline()).is_zero() => {
                     return Ok(Some(End::Lost(State::Jeopardy)));
                 }
@@ -243,9 +248,10 @@ impl Running {
         Ok(None)
     }
 
+    /// Passes a signal on to the command.
     fn pass_on(&self, signal: Signal) {
         match signal {
-            // Only under the lease. If the lease has lapsed during the stop, `end` signals the
+            // Only while the lease is held. If it has lapsed during the stop, `end` signals the
             // command.
             Signal::CONT if self.lease.is_held() => self.job.resume(),
             Signal::CONT => {}
@@ -253,14 +259,14 @@ impl Running {
         }
     }
 
-    /// Whether the signal that ended the command was sent to its whole group, as a terminal key
-    /// does. The dismissed guardian, which is in the group, knows. Otherwise the command has sent
-    /// the signal to itself.
-    async fn group_heard(&mut self, signal: Signal) -> bool {
+    /// Whether the signal that ended the command was sent to its whole group, as a terminal does
+    /// for a key. Otherwise the command has sent the signal to itself. The dismissed guardian is in
+    /// the group, and reports which signals it received.
+    async fn group_received(&mut self, signal: Signal) -> bool {
         let mut too_long = std::pin::pin!(sleep(TOGETHER));
         loop {
-            if let Some(heard) = self.job.group_heard(signal) {
-                return heard;
+            if let Some(is_received) = self.job.group_received(signal) {
+                return is_received;
             }
             tokio::select! {
                 biased;
@@ -270,7 +276,7 @@ impl Running {
         }
     }
 
-    /// Clears the command's group, and says what has happened.
+    /// Ends what is left of the command's group, and returns the failure to report.
     async fn lost(mut self, state: State) -> Failure {
         self.job.clear();
         while !self.job.is_clear() {
@@ -289,29 +295,30 @@ impl Running {
         match state {
             State::Lost(loss) => Failure::Lost(format!(
                 "the lease of {key} was lost while the command ran ({loss}), and the command was killed; \
-                 see `leasectl get` for who holds it"
+                 `leasectl get` shows who holds the key now"
             )),
             // Held, in jeopardy, or a state of a later version.
             _ => {
-                // If a daemon answers again, waiters need not wait for the end of the TTL.
+                // If a daemon answers again, waiters need not wait until the TTL ends.
                 let _ = timeout(LAST_RELEASE, self.lease.release()).await;
                 Failure::Lost(format!(
-                    "no daemon confirmed the lease of {key} in time, and the command was ended before another could hold it"
+                    "no daemon confirmed the lease of {key} in time, and the command was ended before another holder \
+                     could take the key"
                 ))
             }
         }
     }
 }
 
-/// When the command must be killed unless the lease is confirmed again: `reserve` before another
-/// could hold the key.
+/// When the command must be killed unless the lease is confirmed again: [`Times::reserve`] before
+/// another holder could take the key.
 fn kill_at(lease: &Lease, times: Times) -> u64 {
     after(lease.remaining() + times.margin.saturating_sub(times.reserve))
 }
 
-/// Releases the lease after the command has ended, or says that it could not be released. A second
-/// signal interrupts this, and the lease then lapses. If `told` is [`ToldToEnd::Yes`], the next
-/// signal counts as the second.
+/// Releases the lease after the command has ended, or reports that it could not be released. A
+/// second signal interrupts the release, and the lease then lapses. If `told` is
+/// [`ToldToEnd::Yes`], the next signal counts as the second.
 async fn release(lease: Lease, signals: &mut Signals, told: ToldToEnd) -> Result<(), Failure> {
     let (key, ttl) = (crate::table::plain(lease.key()), crate::table::duration(lease.ttl()));
     let released = tokio::select! {
@@ -326,9 +333,7 @@ async fn release(lease: Lease, signals: &mut Signals, told: ToldToEnd) -> Result
              same time as another holder's"
         ))),
         Err(error) => {
-            complain(&format!(
-                "the lease of {key} could not be given back ({error}); it lapses within {ttl}"
-            ));
+            complain(&format!("the lease of {key} could not be released ({error}); it lapses within {ttl}"));
             Ok(())
         }
     }

@@ -15,19 +15,20 @@ pub(crate) const ENDING: &[Signal] = &[Signal::HUP, Signal::INT, Signal::QUIT, S
 /// The other signals that are passed on to a command.
 pub(crate) const OTHER: &[Signal] = &[Signal::USR1, Signal::USR2, Signal::WINCH, Signal::TSTP, Signal::CONT];
 
-/// The most signals that wait to be read.
+/// The most signals that are received and not yet returned.
 const WAITING: usize = 32;
 
-/// Signals to this process. Two of the same may be read as one, as with the system itself. Signals
-/// that this process was started to ignore, as by `nohup`, stay ignored by it and its command.
+/// Signals to this process. Two of one kind may be received as one, because the system merges them,
+/// too. Signals that this process was started to ignore, as by `nohup`, stay ignored by this
+/// process and its command.
 pub(crate) struct Signals {
     sender: mpsc::Sender<Signal>,
     receiver: mpsc::Receiver<Signal>,
-    /// The signals that this process was started to ignore, a bit each.
+    /// The signals that this process was started to ignore, one bit each.
     ignored: u64,
-    /// The signals that [`next`](Self::next) has returned, a bit each.
+    /// The signals that [`next`](Self::next) has returned, one bit each.
     returned: u64,
-    /// Whether a SIGTSTP has come that [`next`](Self::next) has not returned.
+    /// Whether a SIGTSTP has arrived that [`next`](Self::next) has not returned.
     stop: Arc<AtomicBool>,
 }
 
@@ -46,12 +47,13 @@ impl Signals {
             if self.ignored & bit(one) != 0 {
                 continue;
             }
+            // `forget_stop` clears this flag, so that `next` drops a SIGTSTP from the channel.
             if one == Signal::TSTP {
                 flag::register(one.as_raw(), Arc::clone(&self.stop))?;
             }
             let mut notices = signal(SignalKind::from_raw(one.as_raw()))?;
             let sender = self.sender.clone();
-            // Ends with the process.
+            // The task ends with the process.
             tokio::spawn(
                 async move { while notices.recv().await.is_some() && sender.send(one).await.is_ok() {} },
             );
@@ -88,14 +90,14 @@ impl Signals {
         }
     }
 
-    /// Drops a SIGTSTP that has come and was not read. [`next`](Self::next) could otherwise return
-    /// it after a later SIGCONT.
+    /// Drops a SIGTSTP that [`next`](Self::next) has not returned. It could otherwise be returned
+    /// after a later SIGCONT.
     pub(crate) fn forget_stop(&self) {
         self.stop.store(false, Ordering::Relaxed);
     }
 
     /// Whether [`next`](Self::next) has returned this signal.
-    pub(crate) fn has_come(&self, signal: Signal) -> bool {
+    pub(crate) fn has_received(&self, signal: Signal) -> bool {
         self.returned & bit(signal) != 0
     }
 }
@@ -110,11 +112,11 @@ pub(crate) enum Target {
 }
 
 /// Ends this process by the default action of a signal, so that a waiting shell sees that the
-/// signal ended it.
+/// signal ended it. Returns only if this process has the id 1, because the default action of a
+/// signal cannot end that process.
 ///
-/// If a program exits on its own after an interrupt, a shell goes on with the next line of its
-/// script, whatever the exit code. Returns only in the first process of a container, which the
-/// default action cannot end.
+/// If a program handles an interrupt and exits, a shell goes on with the next line of its script,
+/// whatever the exit code.
 pub(crate) fn die_of(signal: Signal, target: Target) {
     if getpid().is_init() {
         return;
@@ -136,7 +138,7 @@ fn bit(signal: Signal) -> u64 {
     1 << (signal.as_raw() - 1)
 }
 
-/// The signals that this process was started to ignore, a bit each (`SigIgn` in proc(5)). None on a
+/// The signals that this process was started to ignore, one bit each (`SigIgn` in proc(5)). 0 on a
 /// system without that file.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -1,5 +1,5 @@
-//! Answers for people: aligned columns without borders. No answer but that of `acquire` shows a
-//! lease id.
+//! Answers for people: aligned columns without borders. Only the answer of `acquire` shows a lease
+//! id.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use leased_client::{HolderInfo, KeyInfo, Mode, WaiterInfo};
 
 use crate::json::{mode, state, time};
 
-/// The most characters in the first column. A longer name is on a line of its own, above the rest
-/// of its row.
+/// The most characters in the first column. A longer name is on a separate line, above the rest of
+/// its row.
 const WIDE: usize = 48;
 
 /// Formats a table of `rows` under a header.
@@ -34,7 +34,7 @@ pub(crate) fn rows<const N: usize>(header: [&str; N], rows: impl IntoIterator<It
     lines.join("\n")
 }
 
-/// Formats keys, a row each.
+/// Formats keys, one row each.
 pub(crate) fn keys(keys: &[KeyInfo]) -> String {
     rows(["KEY", "STATE", "HOLDER", "TOKEN", "LEFT", "WAITING"], keys.iter().map(key_row))
 }
@@ -51,7 +51,7 @@ fn key_row(info: &KeyInfo) -> [String; 6] {
     ]
 }
 
-/// Cuts a text to what fits into a column. `get` shows all of it.
+/// Cuts a text to what fits into a column. `get` shows the whole text.
 fn short(text: String) -> String {
     if text.chars().count() <= WIDE {
         return text;
@@ -121,8 +121,8 @@ pub(crate) fn duration(duration: Duration) -> String {
     format_duration(rounded).to_string()
 }
 
-/// Escapes the characters of a text that could control a terminal. Anyone can choose a label, so
-/// none is printed as it is.
+/// Escapes the characters of a text that could control a terminal. Anyone can choose keys and
+/// labels, so none is printed unescaped.
 pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for character in text.chars() {

@@ -29,7 +29,7 @@ impl Terminal {
     }
 
     /// Whether a command gets the terminal at its start. In a pipeline another process may need the
-    /// keys, so the command has to ask for them.
+    /// keyboard, so the command has to ask for it.
     pub(crate) fn is_for_command() -> bool {
         stdin().is_terminal() && stdout().is_terminal()
     }
@@ -61,17 +61,18 @@ impl Terminal {
         true
     }
 
-    /// Stops this process and its process group as the command's stop signal would have, until a
-    /// shell continues them. If there is no such shell it does nothing and returns false, just as
-    /// the system ignores the terminal's stop signals in an orphaned process group.
+    /// Stops this process and its process group, as the command's stop signal would have done,
+    /// until a shell continues them. Without a shell that could continue them, does nothing and
+    /// returns false: the system likewise ignores a terminal's stop signals in an orphaned process
+    /// group.
     pub(crate) fn stop(&self, signal: Signal) -> bool {
         if is_orphaned() {
             return false;
         }
         if [Signal::TTIN, Signal::TTOU].contains(&signal) {
-            // Programs that lend the terminal, such as timeout(1), ignore these two signals. They
-            // stop this process, and a leasectl around this one learns from them that the command
-            // needs the terminal.
+            // Programs that lend the terminal, such as timeout(1), ignore these two signals. The
+            // signals stop this process, and show a leasectl around this one that the command needs
+            // the terminal.
             return kill_current_process_group(signal).is_ok();
         }
         // The group gets SIGTSTP and never SIGSTOP, which would also stop the guardian of a

@@ -1,22 +1,21 @@
-//! When a command must end: arithmetic, and the clock that leasectl and the guardian share.
+//! When the command must end: arithmetic, and the clock that leasectl and the guardian share.
 
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
 /// The longest margin, unless 1 % of the TTL is more than [`USUAL_RESERVE`].
-const LONGEST_GRACE: Duration = Duration::from_secs(10);
-/// The longest time that is reserved for SIGKILL to take effect, unless clocks may drift further
-/// apart during the TTL.
+const LONGEST_MARGIN: Duration = Duration::from_secs(10);
+/// The longest time that is reserved for SIGKILL to take effect, unless 1 % of the TTL is more.
 const USUAL_RESERVE: Duration = Duration::from_secs(1);
 
-/// When a command is ended, by the TTL of its lease. Counted from when the last confirmed touch was
-/// sent:
+/// When the command is ended, for a lease with a certain TTL. The times count from when the last
+/// confirmed touch was sent:
 ///
 /// ```text
 /// 0                                    TTL - margin        TTL - reserve    TTL
 /// ├────────────── held ─────────────────┼───── jeopardy ─────┼───────────────┤
-///                                     SIGTERM             SIGKILL    another may hold it
+///                                     SIGTERM             SIGKILL    another may hold the key
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Times {
@@ -25,26 +24,25 @@ pub(crate) struct Times {
     pub(crate) margin: Duration,
     /// How long before the end of the TTL the command gets SIGKILL.
     pub(crate) reserve: Duration,
-    /// How often the guardian is told the deadline.
+    /// How often leasectl sends the guardian the deadline.
     pub(crate) tick: Duration,
 }
 
 impl Times {
-    /// Returns the times for a TTL. The command gets SIGTERM a quarter of the TTL before its end,
-    /// and SIGKILL a tenth of the TTL before its end. A long TTL has upper bounds for both, which
-    /// give any command enough time to end. The reserve is at least 1 % of the TTL, for clocks that
-    /// do not run at the same rate.
+    /// Returns the times for a TTL. The margin is a quarter of the TTL, at most 10 s. The reserve
+    /// is a tenth of the TTL, at most 1 s. Above 100 s both grow with the TTL, because the reserve
+    /// is at least 1 % of it, for clocks that do not run at the same rate.
     pub(crate) fn of(ttl: Duration) -> Self {
         let reserve = (ttl / 10).min(USUAL_RESERVE);
-        let grace = (ttl / 4).min(LONGEST_GRACE).saturating_sub(reserve);
+        let grace = (ttl / 4).min(LONGEST_MARGIN).saturating_sub(reserve);
         let reserve = reserve.max(ttl / 100);
         let tick = (ttl / 12).clamp(Duration::from_millis(5), Duration::from_secs(5));
         Self { margin: reserve + grace, reserve, tick }
     }
 }
 
-/// Nanoseconds since the machine was started, with the time that it was suspended where the
-/// platform can tell. The value is the same in every process.
+/// Nanoseconds since the machine was started. Where the platform allows it, they include the time
+/// for which the machine was suspended. The value is the same in every process.
 pub(crate) fn now() -> u64 {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     let clock = ClockId::Boottime;

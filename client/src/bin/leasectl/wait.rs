@@ -1,4 +1,5 @@
-//! Acquires a lease. Shows the wait on a terminal, and leaves nothing behind when a signal ends it.
+//! Acquires a lease, and shows the wait on a terminal. When a signal ends the wait, leasectl leaves
+//! the queue, or releases the lease that it has just been granted.
 
 use std::convert::Infallible;
 use std::io::{IsTerminal, stderr};
@@ -17,12 +18,12 @@ use crate::times::Times;
 
 /// The wait of an acquire that tries once.
 const TRY_ONCE: Wait = Wait::UpTo(Duration::ZERO);
-/// A shorter wait is not shown.
+/// Waits shorter than this are not shown.
 const QUIET: Duration = Duration::from_millis(400);
 /// How often the queue is read to show the wait.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Acquires the lease, and waits for it as long as `args` say.
+/// Acquires the lease. Waits for it as long as `args` say.
 pub(crate) async fn for_lease(
     client: &Client,
     args: AcquireArgs,
@@ -49,8 +50,8 @@ pub(crate) async fn for_lease(
         acquire = acquire.shared(limit);
     }
     let granted = async {
-        // Reports an outage at the start. The acquire itself goes on through outages, because
-        // daemons come back, and would not report one before the end of the wait.
+        // Reports an outage at the start. The acquire itself waits through outages, and would not
+        // report one before the end of the wait.
         if args.wait != TRY_ONCE
             && let Err(error @ (Error::Unavailable { .. } | Error::NotLeased { .. })) =
                 client.get(&args.key).await
@@ -70,8 +71,8 @@ pub(crate) async fn for_lease(
     Err(second.unwrap_or(Failure::Signal(signal)))
 }
 
-/// Waits until the dropped lease has been released. If a signal ends that, the lease lapses at the
-/// end of its TTL.
+/// Waits until the dropped lease has been released. If a signal arrives before, the lease lapses at
+/// the end of its TTL.
 pub(crate) async fn settle(client: &Client, signals: &mut Signals) -> Result<(), Failure> {
     tokio::select! {
         biased;
@@ -80,8 +81,8 @@ pub(crate) async fn settle(client: &Client, signals: &mut Signals) -> Result<(),
     }
 }
 
-/// Refuses to wait for the lease that this process runs under: a command of `run` would wait for
-/// itself.
+/// Refuses to wait for the key whose lease this process runs under: a command of `run` would wait
+/// for itself.
 fn refuse_deadlock(args: &AcquireArgs) -> Result<(), Failure> {
     let is_exclusive = args.shared.is_none();
     if is_exclusive
@@ -91,13 +92,13 @@ fn refuse_deadlock(args: &AcquireArgs) -> Result<(), Failure> {
         let key = table::plain(&args.key);
         return Err(Failure::Usage(format!(
             "this command already runs under the lease of {key} (LEASED_KEY) and would wait for itself; \
-             choose another key, or unset LEASED_KEY if it is another daemon's"
+             choose another key, or unset LEASED_KEY if that lease is in another store"
         )));
     }
     Ok(())
 }
 
-/// Shows the wait on a line of its own, if standard error is a terminal.
+/// Shows the wait on a status line, if standard error is a terminal.
 async fn show(client: &Client, key: &str, owner: &str, until: Option<Instant>) -> Infallible {
     if !stderr().is_terminal() {
         return std::future::pending().await;
@@ -128,7 +129,7 @@ fn describe(key: &str, owner: &str, info: Option<&KeyInfo>) -> String {
         [] => "blocked".to_owned(),
         holders => format!("held by {}", table::holders(holders)),
     };
-    // Several waiters may have the same label. The last of them is the best guess.
+    // Several waiters may have the same label. The last of them is the best guess for this process.
     let position = info.waiters.iter().rposition(|waiter| waiter.owner == owner);
     let position =
         position.map(|before| format!(", position {} of {} in the queue", before + 1, info.waiters.len()));

@@ -1,4 +1,4 @@
-//! `watch`: prints a line per change.
+//! `watch`: prints a line for each change.
 
 use std::time::SystemTime;
 
@@ -12,7 +12,8 @@ use crate::table;
 
 /// Prints keys and changes, until a signal ends the process or nobody reads its output.
 pub(crate) async fn watch(client: &Client, prefix: String, output: &mut Output) -> Result<u8, Failure> {
-    // Reports an outage at the start. The watch itself goes on through outages, and would not fail.
+    // Reports an outage at the start. The watch itself goes on through outages, and never reports
+    // one as a failure.
     let mut first = client.list(prefix.clone()).page_size(1).stream();
     first.try_next().await?;
     let mut events = client.watch(prefix).stream();
@@ -41,7 +42,7 @@ fn text(event: &WatchEvent) -> Option<String> {
         WatchEvent::Change { kind, key } => Some(line(change(*kind), key)),
         WatchEvent::Interrupted { cause } => {
             complain(&format!(
-                "the watch was interrupted ({cause}); it starts again as soon as a daemon answers"
+                "the watch was interrupted ({cause}); it starts over as soon as a daemon answers"
             ));
             None
         }
