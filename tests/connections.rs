@@ -47,7 +47,7 @@ async fn a_lease_survives_silent_connections_to_the_only_endpoint() {
     for _ in 0..3 {
         tokio::time::sleep(ttl / 2).await;
         let before = relay.count();
-        relay.hush();
+        relay.silence();
         eventually(async || (relay.count() > before).then_some(())).await;
         assert!(!stop.is_cancelled(), "a new connection came in time");
     }

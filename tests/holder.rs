@@ -325,7 +325,7 @@ async fn a_repeated_revocation_spares_the_next_holder(#[values(Embedded, MongoDb
     let revoking = tokio::spawn(async move { operator.revoke("job", None, "the host is gone").await });
     let next = soon(waiter).await.unwrap().unwrap();
     assert!(next.token() > lease.token() && !revoking.is_finished());
-    relay.break_off();
+    relay.close_unanswered();
     soon(revoking).await.unwrap().unwrap();
     assert_eq!(holder.get("job").await.unwrap().holders[0].token, next.token());
     assert!(next.is_held());

@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::support::tools::{self, root, said};
+use crate::support::tools::{self, output_of, root};
 use crate::support::{Daemon, Embedded, PATIENCE, eventually, secs};
 
 /// The language of a worker.
@@ -101,7 +101,7 @@ impl Language {
             }
             Self::Node => {
                 let example = tools::copy("examples/node", |folder| {
-                    said(tools::npm()?.args(["ci", "--no-audit", "--no-fund"]).current_dir(folder))
+                    output_of(tools::npm()?.args(["ci", "--no-audit", "--no-fund"]).current_dir(folder))
                 });
                 let mut node = tools::node()?;
                 node.arg(example?.join("worker.mjs"));
@@ -122,7 +122,7 @@ fn python_example() -> Result<PathBuf> {
         std::fs::create_dir(folder.join("build"))?;
         let generate =
             ["-m", "grpc_tools.protoc", "-I", "../../proto", "--python_out=build", "--grpc_python_out=build"];
-        said(python()?.args(generate).arg("leased/v1/lease.proto").current_dir(folder))
+        output_of(python()?.args(generate).arg("leased/v1/lease.proto").current_dir(folder))
     })
 }
 
@@ -337,7 +337,7 @@ async fn the_service_config_repeats_calls_that_found_no_daemon() {
         let stubs = python_example()?.join("build");
         let mut retry = python()?;
         retry.args(["tests/languages/retry.py", "docs/service-config.json"]).arg(stubs);
-        said(retry.current_dir(root()))
+        output_of(retry.current_dir(root()))
     });
     println!("{}", tried.await.unwrap().unwrap());
 }
@@ -354,13 +354,13 @@ async fn the_drop_in_for_mongolock_behaves_like_mongolock() {
         let drop_in = tools::copy("python/leased_mongolock", |folder| {
             let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"];
             let install = install.into_iter().chain(["--no-build-isolation", "--target", "installed", "."]);
-            said(python()?.args(install).current_dir(folder))
+            output_of(python()?.args(install).current_dir(folder))
         });
         let mut compare = python()?;
         let packages = compare.get_envs().find_map(|(name, value)| value.filter(|_| name == "PYTHONPATH"));
         let paths = [drop_in?.join("installed").into(), packages.unwrap_or_default().to_owned()];
         compare.env("PYTHONPATH", std::env::join_paths(paths)?);
-        said(compare.arg(root().join("tests/languages/mongolock_comparison.py")).args([uri, &endpoint]))
+        output_of(compare.arg(root().join("tests/languages/mongolock_comparison.py")).args([uri, &endpoint]))
     });
     println!("{}", compared.await.unwrap().unwrap());
 }
