@@ -208,7 +208,7 @@ export class Lease {
     const confirmBy = performance.now() + this.#ttl;
     while (!this.lost.aborted) {
       const left = (this.#deadline ?? confirmBy) - performance.now();
-      if (left <= 0) this.#fall('no word from a daemon in time');
+      if (left <= 0) this.#fall('no answer from a daemon in time');
       await nap(left, this.lost);
     }
   }

@@ -227,7 +227,7 @@ class Lease:
             with self._lock:
                 left = (self._deadline or confirm_by) - now()
             if left <= 0:
-                self._fall("no word from a daemon in time")
+                self._fall("no answer from a daemon in time")
             # At most 1 s: a sleep may be counted by a clock that stands still during a suspension.
             self._ended.wait(min(left, 1.0))
 
