@@ -1,6 +1,6 @@
-//! Calls of the daemon that need no store, as a peer: the most that its gRPC stack and this load
-//! generator allow. Health checks take the place of unary calls. A reflection stream, which answers
-//! each message, takes the place of keepalives.
+//! Calls of the daemon that need no store, as a peer. Their rate is the highest that its gRPC stack
+//! and this load generator allow. Health checks take the place of unary calls. A reflection stream,
+//! which answers each message, takes the place of keepalives.
 
 use std::time::Duration;
 

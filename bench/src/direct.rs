@@ -1,5 +1,5 @@
-//! The way of a lock library, as a peer: one conditional `findOneAndUpdate` for each call, by the
-//! driver in this program.
+//! MongoDB as a lock library uses it, as a peer: one conditional `findOneAndUpdate` for each call,
+//! sent by the driver in this program.
 
 use std::time::Duration;
 
@@ -56,8 +56,8 @@ impl Peer for Direct {
     }
 }
 
-/// Returns the time in `time` from now by this host's clock, because a lock library without a
-/// daemon has no other.
+/// Returns the instant that is `time` from now by this host's clock, which lock libraries like
+/// mongolock use.
 fn after(time: Duration) -> Result<DateTime> {
     Ok(DateTime::from_millis(i64::try_from((clock::now() + time).as_millis())?))
 }

@@ -17,7 +17,7 @@ use crate::peer::{Peer, Turn};
 #[derive(Debug, Clone)]
 pub(crate) struct Etcd {
     client: Client,
-    /// The lease of all locks of this caller; without it each lock gets its own.
+    /// The lease of all locks of this caller. If `None`, each lock has its own lease.
     lease: Option<Lease>,
 }
 
@@ -43,7 +43,7 @@ impl Etcd {
     }
 
     /// Waits until a key is deleted.
-    async fn gone(&mut self, key: Vec<u8>, start_revision: i64) -> Result<()> {
+    async fn until_deleted(&mut self, key: Vec<u8>, start_revision: i64) -> Result<()> {
         let mut watch = self.client.stream("/etcdserverpb.Watch/Watch").await?;
         watch.send([WatchRequest { create: Some(WatchCreateRequest { key, start_revision }) }])?;
         loop {
@@ -107,9 +107,9 @@ impl Peer for Etcd {
         Ok(stream)
     }
 
-    /// Waits as etcd's own clients do: puts a key of its own, and watches the key before it. The
-    /// lock service does the same inside the server, but begins its watches one after the other,
-    /// and each takes up to 100 ms.
+    /// Waits as etcd's own clients do: puts a key for this waiter, and watches the key before it.
+    /// The lock service does the same inside the server, but begins its watches one after the
+    /// other, and each takes up to 100 ms.
     async fn acquire_waiting(&mut self, key: String, ttl: Duration) -> Result<Held> {
         let lease = self.grant(ttl).await?;
         let own = format!("{key}/{:x}", lease.id).into_bytes();
@@ -127,7 +127,7 @@ impl Peer for Etcd {
             let before: RangeResponse = self.client.call("/etcdserverpb.KV/Range", before).await?;
             let Some(last) = before.kvs.into_iter().next() else { return Ok(Held { key: own, lease }) };
             let seen = before.header.context("an answer without a header")?.revision;
-            self.gone(last.key, seen + 1).await?;
+            self.until_deleted(last.key, seen + 1).await?;
         }
     }
 
@@ -142,7 +142,7 @@ impl Peer for Etcd {
     }
 }
 
-/// A keepalive stream of etcd, where each lease needs a message of its own.
+/// A keepalive stream of etcd, on which each lease needs a separate message.
 #[derive(Debug)]
 pub(crate) struct Stream {
     stream: grpc::Stream<LeaseKeepAliveRequest, LeaseKeepAliveResponse>,

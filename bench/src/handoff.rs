@@ -1,4 +1,4 @@
-//! Handoff: how long after the call of a release the next waiter is told.
+//! Handoff: the time from the call of a release until the next waiter is told.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -26,8 +26,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// A waiter that was told of its grant: when it was told, its connection, and what it holds.
 type Told<P> = Result<(Instant, P, <P as Peer>::Held)>;
 
-/// Runs the workload: the lease goes round. Its holder releases it and waits for it again, behind
-/// the others.
+/// Runs the workload. All peers take turns: the holder releases the lease, and waits for it again
+/// behind the others.
 pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let other = match trial.workload {
         Workload::Relay => trial.deployment.other_address()?,
@@ -47,8 +47,8 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     while latencies.len() < HANDOFFS_PER_SECOND * trial.time.as_secs()
         && start.elapsed() < PATIENCE * trial.time
     {
-        // A waiter that has just joined the queue is not told at once yet: etcd's new watches take
-        // up to 100 ms.
+        // A waiter that has just joined the queue may be told late: etcd's new watches take up to
+        // 100 ms.
         sleep(PAUSE).await;
         let next = queue.pop_front().context("a waiter")?;
         let called = Instant::now();
@@ -66,7 +66,7 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample.spending(&spent, time))
 }
 
-/// Has a waiter wait for the key, in a task that ends with `tasks`.
+/// Waits for the key in a task of `tasks`, and sends the grant through the returned channel.
 fn spawn_waiter<P: Peer>(
     tasks: &mut JoinSet<()>,
     mut waiter: P,

@@ -1,5 +1,5 @@
-//! What the client crate costs: pairs of acquire and release for the comparison with the stub, and
-//! the memory and processor time of leases that are held.
+//! The cost of the client crate: pairs of acquire and release for the comparison with the stub, and
+//! the memory and processor time of held leases.
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
     let server = Server::leased(Daemon { program: args.daemon.as_deref(), ..Daemon::default() }).await?;
     let client = Client::connect([server.address()]).await?;
     let ttl = Duration::from_secs(args.ttl);
-    // Memory that many acquires at once need is allocated once, and must not count for the leases.
+    // The memory for many concurrent acquires is allocated once, and must not count for the leases.
     drop(acquire(&client, 1000, ttl).await?);
     client.settle().await;
     let before = own_memory()?;

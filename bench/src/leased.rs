@@ -1,4 +1,4 @@
-//! leased as a peer. Its calls are made by the load generator's own client, or by the stub.
+//! leased as a peer, called with the load generator's own client or with the stub.
 
 use std::time::Duration;
 
@@ -159,7 +159,7 @@ fn new_id() -> Uuid {
 }
 
 /// A keepalive stream with one message in flight. Its messages after the first name no leases,
-/// which means all of them.
+/// which touches all leases of the stream.
 #[derive(Debug)]
 pub(crate) struct Stream<K> {
     messages: K,

@@ -17,14 +17,14 @@ const TTL: Duration = Duration::from_secs(600);
 const LEASES_PER_STREAM: usize = 1000;
 /// How many callers acquire leases at the same time.
 const CALLERS: usize = 512;
-/// How long to wait until the memory of the last answers has been freed. A server does not show
-/// when that is.
+/// How long to wait for a server to free the memory of its last answers. A server does not show
+/// when it has done so.
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// Measures the memory of leases on shared streams.
 pub(crate) async fn of_leases<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let connections = connections::<P>(trial.deployment.address()?, CALLERS).await?;
-    // Memory that many acquires at once need is allocated once, and must not count for the leases.
+    // The memory for many concurrent acquires is allocated once, and must not count for the leases.
     let warm = acquire(&connections, trial.scale.div_ceil(5)).await?;
     let before = Memory::of(trial)?;
     let mut held = acquire(&connections, trial.scale).await?;

@@ -16,7 +16,7 @@ use crate::{closed_loop, table};
 /// The TTL: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
 
-/// Pairs by three ways to call leased: bare gRPC, the stub over tonic's channels, and the client
+/// Pairs with three ways to call leased: bare gRPC, the stub over tonic's channels, and the client
 /// crate.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// The seconds of each round.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
-    /// The rounds of each contender, which alternate; the medians count.
+    /// The rounds of each contender, which alternate; the results are their medians.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
     /// The daemon to start [default: the one beside this program].

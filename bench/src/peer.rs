@@ -1,5 +1,5 @@
-//! What every contender is asked to do: acquire and release keys, wait for them, and keep leases
-//! alive. Workloads are written once, for this trait. Knows no contender.
+//! The operations of every contender: acquire and release keys, wait for them, and keep leases
+//! alive. Workloads are written once, for this trait. This module knows no contender.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// The most calls in flight when many leases are acquired. A store that cannot keep up would refuse
-/// more.
+/// The limit on calls in flight when many leases are acquired. With more, a store that cannot keep
+/// up would refuse calls.
 const MAX_IN_FLIGHT: usize = 512;
 /// The most streams and waiting calls on one connection; a daemon allows 256.
 const STREAMS_PER_CONNECTION: usize = 200;
@@ -25,7 +25,7 @@ pub(crate) trait Peer: Clone + Send + Sync + 'static {
 
     fn connect(address: &str) -> impl Future<Output = Result<Self>> + Send;
 
-    /// Returns the connection for one of many callers, which may need something of its own.
+    /// Returns the connection for one of many callers. A caller of etcd has its own lease.
     fn caller(&self, _ttl: Duration) -> impl Future<Output = Result<Self>> + Send {
         let caller = self.clone();
         async { Ok(caller) }
@@ -64,16 +64,16 @@ pub(crate) trait Peer: Clone + Send + Sync + 'static {
         async { bail!("has no queue") }
     }
 
-    /// When the lease may be taken by another unless it is touched, as the time since 1970 by this
-    /// host's clock.
+    /// Returns when the lease ends unless it is touched, as the time since 1970 by this host's
+    /// clock.
     fn end(_held: &Self::Held) -> Duration {
         Duration::ZERO
     }
 }
 
-/// What a caller does over and over.
+/// The operation that a caller repeats.
 pub(crate) trait Turn: Send + 'static {
-    /// Does it once, and returns how much was done.
+    /// Runs the operation once, and returns how much was done.
     fn turn(&mut self) -> impl Future<Output = Result<u64>> + Send;
 }
 
@@ -118,7 +118,7 @@ where
     Ok(done)
 }
 
-/// Acquires leases to keep alive, and returns each with the time at which it was asked for.
+/// Acquires leases to keep alive, and returns each with the time of its request.
 pub(crate) async fn hold<P: Peer>(
     connections: &[P],
     prefix: &str,

@@ -1,4 +1,4 @@
-//! Redis as a peer, by the lock that its documentation describes: a key with an expiry, which
+//! Redis as a peer, with the lock that its documentation describes: a key with an expiry, which
 //! scripts release and touch after they have compared its value.
 
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use crate::peer::{Peer, Turn};
 
-/// The timeout of an answer. Longer than the crate's half a second, so that late answers are
-/// measured.
+/// The timeout of an answer. It is longer than the crate's default of half a second, so that late
+/// answers are measured.
 const PATIENCE: Duration = Duration::from_secs(30);
 const RELEASE: &str =
     r#"if redis.call("get", KEYS[1]) == ARGV[1] then return redis.call("del", KEYS[1]) else return 0 end"#;

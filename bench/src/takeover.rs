@@ -1,4 +1,4 @@
-//! Takeover: how long after a silent holder's lease may be taken the next waiter is told.
+//! Takeover: the time from when a silent holder's lease may be taken until the next waiter is told.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::trial::Trial;
 /// The TTL of the waiters: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
 
-/// Runs the workload: holders that fall silent together, each with one waiter.
+/// Runs the workload: holders that stop touching at the same time, each with one waiter.
 pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let grace = match trial.contender {
         Contender::Mongod | Contender::ReplicaSet => Duration::from_secs(1),
@@ -49,7 +49,7 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
             break;
         }
         ensure!(clock::now() < until, "too slow: only {count} of {} hold or wait", 2 * trial.scale);
-        // Counting so many is work for the server, and must not slow down the calls that are
+        // Counting this many keys is work for the server, and must not slow down the calls that are
         // counted.
         sleep((4 * polled.elapsed()).max(Duration::from_millis(100))).await;
     }
@@ -70,8 +70,8 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample.spending(&spent, time))
 }
 
-/// How long all holders and waiters may take until they hold and wait, by the keys a second that
-/// each contender always manages.
+/// How long it may take until all holders hold and all waiters wait, at a rate that each contender
+/// always reaches.
 fn allowed(trial: &Trial<'_>) -> Duration {
     let keys_per_second: u32 = match trial.contender {
         Contender::Embedded => 3000,

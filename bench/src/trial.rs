@@ -1,4 +1,4 @@
-//! One workload by one contender at one scale, once.
+//! One workload with one contender at one scale, once.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
