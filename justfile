@@ -20,7 +20,7 @@ ci:
 differential CASES="20000":
     LEASED_DIFFERENTIAL_CASES={{CASES}} cargo test -p leased --lib differential
 
-# Load: `compare`, `pairs` or `holder`, and its options.
+# The benchmark: `compare`, `pairs` or `holder`, and its options.
 bench *OPTIONS:
     cargo build --release -p leased -p leased-bench
     cargo run --release -p leased-bench -- {{OPTIONS}}

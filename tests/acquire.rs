@@ -69,7 +69,7 @@ async fn a_held_key_is_refused_and_the_refusal_names_the_holder(
 /// In mongolock, a second worker with the same owner name can release the first worker's lock.
 #[rstest]
 #[tokio::test]
-async fn equal_owner_names_are_different_holders(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn an_equal_owner_name_gives_no_right_to_a_lease(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(acquire("job").owner("worker")).await.unwrap().lease.unwrap();

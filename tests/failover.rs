@@ -141,6 +141,7 @@ fn work(mut client: Leases, keys: usize, stop: Arc<AtomicBool>) -> JoinHandle<Ve
             let sent_at = Instant::now();
             let Ok(granted) = get(&mut client, &key, Uuid::new_v4()).await else { continue };
             let from = Instant::now();
+            // A lease this old could expire before it is released, so it is not used.
             if from.duration_since(sent_at) > TTL / 2 {
                 continue;
             }

@@ -64,9 +64,9 @@ async fn the_daemon_resolves_an_unknown_outcome_before_it_answers() {
     let mut client = daemon.client().await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     for failure in [
-        doc! { "errorCode": 189 },
-        doc! { "errorCode": 10107 },
-        doc! { "errorCode": 50 },
+        doc! { "errorCode": 189 },   // PrimarySteppedDown
+        doc! { "errorCode": 10107 }, // NotWritablePrimary
+        doc! { "errorCode": 50 },    // MaxTimeMSExpired
         doc! { "closeConnection": true },
         doc! { "writeConcernError": { "code": 64, "errmsg": "waiting for replication timed out" } },
     ] {

@@ -191,6 +191,7 @@ async fn a_change_is_reported_even_if_the_first_read_of_it_fails() {
     let mut watch = Watch::changes_only(&mut one.client().await, "").await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     let records = format!("{}.{}", one.location().database, one.location().collection);
+    // Every read of a record fails with UnknownError (8).
     let data = doc! { "failCommands": ["find"], "namespace": records, "errorCode": 8 };
     let begun = admin
         .run_command(doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data })

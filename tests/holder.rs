@@ -250,7 +250,7 @@ async fn a_list_reads_all_pages(#[values(Embedded, MongoDb)] backend: Backend) {
 }
 
 #[tokio::test]
-async fn a_watch_goes_on_at_another_daemon_with_a_snapshot() {
+async fn a_watch_reconnects_to_another_daemon_and_gets_a_snapshot() {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let watcher = Client::connect(one.urls().iter().chain(&two.urls())).await.unwrap();
@@ -275,7 +275,7 @@ async fn a_watch_goes_on_at_another_daemon_with_a_snapshot() {
 }
 
 #[tokio::test]
-async fn a_silent_endpoint_a_closed_one_and_one_without_leased_are_told_apart() {
+async fn errors_distinguish_a_silent_endpoint_a_closed_one_and_one_without_leased() {
     let begun = Instant::now();
     let builder = || Client::builder().timeout(secs(1));
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();

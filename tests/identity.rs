@@ -96,8 +96,8 @@ async fn daemons_that_open_an_empty_database_at_once_agree_on_its_id() {
     assert_eq!(ids.len(), 1, "{ids:?}");
 }
 
-/// A primary may answer although none of its writes can reach a majority. The test starts a MongoDB
-/// of its own, since fail points affect the whole server.
+/// A primary may answer although none of its writes can reach a majority. The test starts its own
+/// MongoDB, since fail points affect the whole server.
 #[tokio::test]
 async fn a_daemon_whose_writes_no_majority_acknowledges_is_not_ready() {
     let mongod = Mongod::start().await.unwrap();

@@ -181,7 +181,7 @@ async fn leases_beyond_the_size_limit_of_a_message_are_refused(
         message.iter().filter(|lease| !matches!(results[*lease], Outcome::Refused(_))).cloned().collect();
     let size = KeepAliveRequest { leases: looked_up, sequence: 0 }.encoded_len();
     assert!((511 * 1024..=512 * 1024).contains(&size), "{size}");
-    // In a message of its own, on the same stream, the refused lease is kept.
+    // In a separate message on the same stream, the refused lease is kept.
     kept(&stream.touch(&held[1..]).await[0].1);
 }
 

@@ -338,7 +338,7 @@ async fn two_daemons_in_one_process_have_their_own_counts_and_feed_states() {
         .await;
 }
 
-/// The test starts a MongoDB of its own, since fail points affect the whole server.
+/// The test starts its own MongoDB, since fail points affect the whole server.
 #[tokio::test]
 async fn failures_of_the_store_are_counted_by_kind() {
     let mongod = Mongod::start().await.unwrap();

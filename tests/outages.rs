@@ -10,7 +10,7 @@ use crate::metrics::scrape;
 use crate::support::{AcquireBuilder, Calls, Daemon, acquire, eventually, refusal, secs};
 
 /// Calls may take only one second here, so a short outage already outlasts a call and its cleanup.
-/// The test starts a MongoDB of its own, since fail points affect the whole server.
+/// The test starts its own MongoDB, since fail points affect the whole server.
 #[tokio::test]
 async fn a_lease_that_was_granted_to_a_failed_call_is_released_after_the_outage() {
     let mut mongod = Mongod::start().await.unwrap();

@@ -152,7 +152,8 @@ async fn read_until(stream: &mut TcpStream, kind: u8) -> Vec<u8> {
             let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
             stream.read_exact(&mut payload).await.unwrap();
             assert!(head[3] != GOAWAY, "{:?}", payload.escape_ascii().to_string());
-            // Only an acknowledgement (flag 1) counts; the daemon also sends pings of its own.
+            // Of pings, only an acknowledgement (flag 1) counts. The daemon also sends pings
+            // itself.
             if head[3] == kind && (kind != PING || head[4] == 1) {
                 return payload;
             }
@@ -241,8 +242,8 @@ async fn a_stream_of_a_thousand_messages_a_second_is_answered_completely(
             if sequence % 20 == 0 {
                 ticks.tick().await;
             }
-            // A message names 1, 2, 3 or no leases, in turn. Each message has a frame of its own,
-            // as if a client sent them one by one.
+            // A message names 1, 2, 3 or no leases, in turn. Each message is sent in a separate
+            // frame, as if a client sent them one by one.
             let leases = named.iter().take((sequence % 4) as usize).cloned().collect();
             let message = framed(&KeepAliveRequest { leases, sequence }.encode_to_vec());
             messages.send_data(message.into(), false).unwrap();

@@ -55,12 +55,13 @@ async fn with_a_second_daemon_readiness_shows_the_lag_of_the_change_feed() {
     }
 }
 
-/// The test starts a MongoDB of its own, since fail points affect the whole server.
+/// The test starts its own MongoDB, since fail points affect the whole server.
 #[tokio::test]
 async fn a_daemon_whose_change_feed_is_broken_is_ready_and_reports_it() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |_| {}).await;
     let _other = daemon.sibling().await;
+    // The change feed fails with ChangeStreamHistoryLost (286).
     let data = doc! { "failCommands": ["aggregate", "getMore"], "errorCode": 286 };
     let fail = doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data };
     let client = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap();

@@ -108,7 +108,7 @@ async fn unread_keepalive_answers_are_limited_and_reset_while_other_streams_are_
         messages.push(message);
         ends.push(async { end(answer.await.unwrap().into_body()).await });
     }
-    // The first stream ends because too many others wait until their answers may be sent.
+    // The first stream ends because too many other streams wait until their answers may be sent.
     let first = timeout(PATIENCE, ends.next()).await.unwrap().unwrap();
     assert!(matches!(&first, End::Status(why) if why.contains("connection_waiting_bytes")), "{first:?}");
 

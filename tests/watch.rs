@@ -215,8 +215,8 @@ async fn every_change_of_a_busy_key_is_reported_in_order(
     }
 }
 
-/// The caller reads nothing while many changes happen. The daemon drops changes for it, and sends a
-/// new snapshot instead.
+/// The caller reads nothing while many changes happen. The daemon drops changes of this watch, and
+/// sends a new snapshot instead.
 #[rstest]
 #[tokio::test]
 async fn a_watcher_that_falls_behind_gets_a_new_snapshot(

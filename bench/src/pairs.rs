@@ -1,4 +1,4 @@
-//! Acquire and release pairs: each caller acquires and releases a key of its own.
+//! Acquire and release pairs: each caller acquires and releases its own key.
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) struct Args {
     /// The contenders [default: embedded stub client].
     #[arg(value_enum)]
     contenders: Vec<Contender>,
-    /// The number of concurrent callers, each with a key of its own.
+    /// The number of concurrent callers, each with its own key.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     callers: u32,
     /// The seconds of each round.

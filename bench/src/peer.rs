@@ -97,8 +97,8 @@ pub(crate) async fn connections<P: Peer>(address: &str, callers: usize) -> Resul
     Ok(connections)
 }
 
-/// Does all the work, up to [`MAX_IN_FLIGHT`] pieces at the same time, and returns the results in
-/// any order.
+/// Runs all futures, up to [`MAX_IN_FLIGHT`] at the same time, and returns their results in any
+/// order.
 pub(crate) async fn all<T, F>(work: impl IntoIterator<Item = F>) -> Result<Vec<T>>
 where
     T: Send + 'static,

@@ -29,6 +29,7 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let held = holders.iter().cycle().zip(0..trial.scale).map(|(holder, number)| {
         let (mut holder, key) = (holder.clone(), format!("{prefix}/{number:06}"));
         async move {
+            // A daemon accepts no TTL below 100 ms.
             let ttl = until.checked_sub(clock::now()).filter(|ttl| ttl.as_millis() >= 100);
             let held = holder.acquire(key.clone(), ttl.context("too slow to acquire all leases")?).await?;
             Ok((key, held))

@@ -161,6 +161,7 @@ impl Daemon {
     pub(crate) async fn channel(&self) -> Channel {
         let sibling = self.fleet.as_ref().map(|others| &others.sibling).filter(|_| fastrand::bool());
         let daemon = sibling.unwrap_or(self);
+        // If the test fails, its output shows which daemon of a fleet the client used.
         println!("a client at {}", daemon.grpc);
         daemon.endpoint.connect().await.unwrap()
     }

@@ -1,7 +1,7 @@
 //! Budgets for the allocations of the hot paths. An exceeded budget fails the test run. Allocations
 //! are counted and not timed, so the result is the same on every machine.
 //!
-//! The daemon runs with its embedded store in a process of its own, under an allocator that counts.
+//! The daemon runs with its embedded store in a separate process, under an allocator that counts.
 //! Its callers run in this process. With `LEASED_HEAP_PROFILE=FOLDER` the daemon also writes
 //! profiles for DHAT's viewer, which show what code allocates.
 

@@ -20,7 +20,7 @@ type Leases = LeaseServiceClient<Channel>;
 
 /// How often the daemon is killed.
 const KILLS: u64 = 12;
-/// How many callers work at the same time, each with a key of its own.
+/// How many callers work at the same time, each with its own key.
 const CALLERS: u64 = 16;
 /// A TTL longer than the test.
 const TTL: Duration = Duration::from_secs(3600);
@@ -80,8 +80,8 @@ impl Caller {
             };
             match done {
                 Ok(()) => self.acknowledged.fetch_add(1, Ordering::Relaxed),
-                // A broken connection is reported with one of these codes. A refusal has another
-                // code.
+                // A broken connection is reported with one of these codes. A refusal has a
+                // different code.
                 Err(status)
                     if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) =>
                 {

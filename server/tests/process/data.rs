@@ -45,7 +45,7 @@ fn assert_refused(folder: &Path, sentence: &str) {
 }
 
 #[test]
-fn a_first_start_creates_its_data_folder() {
+fn a_first_start_creates_a_data_folder_that_only_its_user_can_read() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::start_in(folder.path(), &[]);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;

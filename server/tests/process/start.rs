@@ -320,6 +320,7 @@ async fn a_tls_mismatch_with_mongodb_is_named_as_the_cause() {
         "--tlsAllowConnectionsWithoutCertificates",
     ];
     let mongod = Mongod::start_with(&options).await.unwrap();
+    // `Mongod` needs plain connections to start. MongoDB raises the mode one step at a time.
     let admin = Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     for mode in ["preferTLS", "requireTLS"] {
         admin.run_command(doc! { "setParameter": 1, "tlsMode": mode }).await.unwrap();

@@ -66,7 +66,7 @@ impl Guardian {
             .args(command.get_args())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // The shell would print messages of its own, such as that a job was killed.
+            // The shell itself would print messages, such as that a job was killed.
             .stderr(Stdio::null())
             // In its own process group the shell does not receive Ctrl-C. Only this process decides
             // when the server ends.

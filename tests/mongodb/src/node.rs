@@ -142,7 +142,7 @@ impl Node {
     /// Runs a command on this server, whatever its role in the replica set.
     pub(crate) async fn ask(&self, command: Document, patience: Duration) -> Result<Document> {
         let admin = self.admin.clone().context("the server has been killed")?;
-        // The command runs in a task of its own, because the driver's futures must not be dropped
+        // The command runs in a separate task, because the driver's futures must not be dropped
         // before they complete.
         let answer = tokio::spawn(async move { admin.run_command(command).await });
         Ok(timeout(patience, answer).await.context("the server does not answer")???)
