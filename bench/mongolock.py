@@ -12,7 +12,7 @@ import time
 
 import mongolock
 
-# More than the processors of a test machine, because the interpreter limits each process to one processor.
+# More than the processors of a test machine, since Python limits each process to one processor.
 PROCESSES = 8
 WARM_UP = 0.5
 

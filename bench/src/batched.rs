@@ -12,7 +12,7 @@ use mongodb::options::{ClientOptions, ReadConcern, WriteConcern};
 use mongodb::{Client, Collection};
 
 use crate::closed_loop;
-use crate::peer::Turn;
+use crate::connection::Turn;
 use crate::sample::Sample;
 use crate::trial::Trial;
 use crate::workload::Workload;

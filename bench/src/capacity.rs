@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::connection::Connection;
 use crate::open_loop::OpenLoop;
-use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::search::Search;
 use crate::trial::Trial;
@@ -18,7 +18,7 @@ const MOST: usize = 1_280_000;
 /// The leases of a stream.
 const LEASES_PER_STREAM: usize = 1000;
 
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let ttl = Duration::from_secs(u64::try_from(trial.scale)?);
     // Earlier than the limit of the trial, so that the search ends with a result.
     let give_up = Instant::now() + 50 * trial.time;
@@ -42,7 +42,11 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
 }
 
 /// Keeps `count` leases alive for a while, and measures. Returns `None` if more than 1 % are lost.
-async fn hold<P: Peer>(load: &mut OpenLoop<P>, count: usize, trial: &Trial<'_>) -> Result<Option<Sample>> {
+async fn hold<P: Connection>(
+    load: &mut OpenLoop<P>,
+    count: usize,
+    trial: &Trial<'_>,
+) -> Result<Option<Sample>> {
     if load.len() > count {
         // The first call closes streams that have lost leases. The second closes streams that have
         // not caught up meanwhile.

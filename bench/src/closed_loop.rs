@@ -7,8 +7,8 @@ use anyhow::Result;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use crate::connection::Turn;
 use crate::cpu::{Cpu, Processes};
-use crate::peer::Turn;
 use crate::sample::Sample;
 use crate::tally::Shared;
 

@@ -3,16 +3,16 @@
 use anyhow::{Result, ensure};
 use tokio::time::sleep;
 
+use crate::connection::Connection;
 use crate::cpu::{Cpu, under_load};
 use crate::open_loop::OpenLoop;
-use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::trial::Trial;
 
 /// The leases of a stream.
 const LEASES_PER_STREAM: usize = 100;
 
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let processes = trial.deployment.processes();
     // Each lease is touched once in this time, because the TTL below is three times as long. With
     // the default of five seconds the TTL is the usual 30 s.

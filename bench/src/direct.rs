@@ -1,5 +1,5 @@
-//! MongoDB as a lock library uses it, as a peer: one conditional `findOneAndUpdate` for each call,
-//! sent by the driver in this program.
+//! MongoDB as a contender, used as a lock library does: one conditional `findOneAndUpdate` for each
+//! call, sent by the driver in this program.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use mongodb::{Client, Collection};
 use uuid::Uuid;
 
 use crate::clock;
-use crate::peer::{Peer, Turn};
+use crate::connection::{Connection, Turn};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Direct(Collection<Document>);
@@ -18,7 +18,7 @@ pub(crate) struct Direct(Collection<Document>);
 /// The key and its owner.
 pub(crate) type Held = (String, String);
 
-impl Peer for Direct {
+impl Connection for Direct {
     type Held = Held;
     type Stream = Touches;
 

@@ -1,4 +1,4 @@
-//! etcd as a peer: its lock service, and the leases under which it locks.
+//! etcd as a contender: its lock service, and the leases under which it locks.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use tokio::time::timeout;
 
 use crate::clock;
+use crate::connection::{Connection, Turn};
 use crate::etcd_api::{
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LockRequest,
     LockResponse, PutRequest, PutResponse, RangeRequest, RangeResponse, StatusRequest, StatusResponse,
     UnlockRequest, UnlockResponse, WatchCreateRequest, WatchRequest, WatchResponse,
 };
 use crate::grpc::{self, Client};
-use crate::peer::{Peer, Turn};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Etcd {
@@ -64,7 +64,7 @@ fn under(prefix: &str) -> Result<RangeRequest> {
     Ok(RangeRequest { key, range_end, ..RangeRequest::default() })
 }
 
-impl Peer for Etcd {
+impl Connection for Etcd {
     type Held = Held;
     type Stream = Stream;
 

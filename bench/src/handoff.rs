@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
+use crate::connection::Connection;
 use crate::cpu::Cpu;
-use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::tally::Latencies;
 use crate::trial::Trial;
@@ -24,11 +24,11 @@ const PATIENCE: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// A waiter that was told of its grant: when it was told, its connection, and what it holds.
-type Told<P> = Result<(Instant, P, <P as Peer>::Held)>;
+type Told<P> = Result<(Instant, P, <P as Connection>::Held)>;
 
-/// Runs the workload. All peers take turns: the holder releases the lease, and waits for it again
+/// Runs the workload. All callers take turns: the holder releases the lease, and waits for it again
 /// behind the others.
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let other = match trial.workload {
         Workload::Relay => trial.deployment.other_address()?,
         _ => trial.deployment.address()?,
@@ -67,7 +67,7 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
 }
 
 /// Waits for the key in a task of `tasks`, and sends the grant through the returned channel.
-fn spawn_waiter<P: Peer>(
+fn spawn_waiter<P: Connection>(
     tasks: &mut JoinSet<()>,
     mut waiter: P,
     key: String,
@@ -83,9 +83,9 @@ fn spawn_waiter<P: Peer>(
 }
 
 /// Waits until the queue has `waiters`, behind one holder.
-async fn until_queued<P: Peer>(peer: &mut P, key: &str, waiters: usize) -> Result<()> {
+async fn until_queued<P: Connection>(connection: &mut P, key: &str, waiters: usize) -> Result<()> {
     let start = Instant::now();
-    while peer.holders_and_waiters(key).await? != waiters + 1 {
+    while connection.holders_and_waiters(key).await? != waiters + 1 {
         ensure!(start.elapsed() < Duration::from_secs(30), "no waiter joins the queue");
         sleep(Duration::from_millis(1)).await;
     }

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use leased_client::{Client, Lease};
 use tokio::time::sleep;
 
+use crate::connection::{Connection, NoStream, all};
 use crate::cpu::{Cpu, resident};
-use crate::peer::{NoStream, Peer, all};
 use crate::server::{Daemon, Server};
 
 /// Memory and processor time of a client that holds many leases of a daemon with the embedded
@@ -73,11 +73,11 @@ fn own_memory() -> Result<u64> {
     resident(std::process::id()).context("the memory of the process is unknown")
 }
 
-/// A client of the client crate, as a peer.
+/// A connection by the client crate.
 #[derive(Debug, Clone)]
 pub(crate) struct Holder(Client);
 
-impl Peer for Holder {
+impl Connection for Holder {
     type Held = Lease;
     type Stream = NoStream;
 

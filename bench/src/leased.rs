@@ -1,4 +1,4 @@
-//! leased as a peer, called with the load generator's own client or with the stub.
+//! leased as a contender, called with the load generator's own client or with the stub.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use leased_client::v1::{
 };
 use uuid::{Builder, Uuid};
 
+use crate::connection::{Connection, Turn};
 use crate::grpc::{self, Client};
-use crate::peer::{Peer, Turn};
 
 /// How long a call waits at most.
 const WAIT: Duration = Duration::from_secs(600);
@@ -89,7 +89,7 @@ pub(crate) struct Held {
     end: Duration,
 }
 
-impl<C: Calls> Peer for Leased<C> {
+impl<C: Calls> Connection for Leased<C> {
     type Held = Held;
     type Stream = Stream<C::KeepAlives>;
 

@@ -50,8 +50,8 @@ mod clock;
 
 // Contenders.
 
-/// What every contender is asked to do.
-mod peer;
+/// A connection to a contender, with the operations that all contenders share.
+mod connection;
 /// leased.
 mod leased;
 /// leased, called with its generated stub.
@@ -64,7 +64,7 @@ mod etcd;
 mod etcd_api;
 /// Redis.
 mod redis_lock;
-/// mongolock, whose load is a program in Python.
+/// mongolock, called by a program in Python.
 mod mongolock;
 /// A conditional `findOneAndUpdate` for each call.
 mod direct;
@@ -121,7 +121,8 @@ enum Command {
     Holder(holder::Args),
 }
 
-// One thread spends nothing on waking others, which leaves more processor time to the servers.
+// A runtime with one thread wakes no other threads, which leaves more processor time to the
+// servers.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     match Args::parse().command {

@@ -8,9 +8,9 @@ use anyhow::Result;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::connection::{Connection, Turn, all, connections, hold};
 use crate::cpu::{Cpu, Processes};
 use crate::lock::lock;
-use crate::peer::{Peer, Turn, all, connections, hold};
 use crate::sample::Sample;
 use crate::tally::Shared;
 use crate::trial::Trial;
@@ -26,7 +26,7 @@ const CALLERS: usize = 512;
 
 /// An open loop: streams with the same number of leases each, except the last of each batch.
 #[derive(Debug)]
-pub(crate) struct OpenLoop<P: Peer> {
+pub(crate) struct OpenLoop<P: Connection> {
     address: String,
     ttl: Duration,
     leases_per_stream: usize,
@@ -56,7 +56,7 @@ struct State {
     lapsed: bool,
 }
 
-impl<P: Peer> OpenLoop<P> {
+impl<P: Connection> OpenLoop<P> {
     pub(crate) async fn new(address: &str, ttl: Duration, leases_per_stream: usize) -> Result<Self> {
         let now = Instant::now();
         Ok(Self {
@@ -206,7 +206,7 @@ mod tests {
     #[derive(Debug, Clone)]
     struct Narrow(Arc<AtomicUsize>);
 
-    impl Peer for Narrow {
+    impl Connection for Narrow {
         type Held = ();
         type Stream = Idle;
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::compare::Plan;
+use crate::connection::{Connection, Turn, connections};
 use crate::contender::Contender;
-use crate::peer::{Peer, Turn, connections};
 use crate::sample::Sample;
 use crate::trial::Trial;
 use crate::workload::Workload;
@@ -57,24 +57,24 @@ pub(crate) async fn command(args: Args) -> Result<()> {
 }
 
 struct Caller<P> {
-    peer: P,
+    connection: P,
     key: String,
 }
 
-impl<P: Peer> Turn for Caller<P> {
+impl<P: Connection> Turn for Caller<P> {
     async fn turn(&mut self) -> Result<u64> {
-        let held = self.peer.acquire(self.key.clone(), TTL).await?;
-        self.peer.release(held).await?;
+        let held = self.connection.acquire(self.key.clone(), TTL).await?;
+        self.connection.release(held).await?;
         Ok(1)
     }
 }
 
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let (connections, prefix) =
         (connections::<P>(trial.deployment.address()?, trial.scale).await?, Trial::prefix());
     let mut callers = Vec::with_capacity(trial.scale);
     for (connection, number) in connections.iter().cycle().zip(0..trial.scale) {
-        callers.push(Caller { peer: connection.caller(TTL).await?, key: format!("{prefix}/{number}") });
+        callers.push(Caller { connection: connection.caller(TTL).await?, key: format!("{prefix}/{number}") });
     }
     closed_loop::run(callers, trial.time, &trial.deployment.processes(), "pairs/s").await
 }

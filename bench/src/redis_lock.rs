@@ -1,5 +1,5 @@
-//! Redis as a peer, with the lock that its documentation describes: a key with an expiry, which
-//! scripts release and touch after they have compared its value.
+//! Redis as a contender, with the lock that its documentation describes: a key with an expiry,
+//! which scripts release and touch after they have compared its value.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, Cmd, Pipeline, cmd};
 use uuid::Uuid;
 
-use crate::peer::{Peer, Turn};
+use crate::connection::{Connection, Turn};
 
 /// The timeout of an answer. It is longer than the crate's default of half a second, so that late
 /// answers are measured.
@@ -31,7 +31,7 @@ pub(crate) struct Held {
     value: String,
 }
 
-impl Peer for Redis {
+impl Connection for Redis {
     type Held = Held;
     type Stream = Touches;
 

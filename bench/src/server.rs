@@ -31,7 +31,7 @@ pub(crate) struct Server {
     folder: PathBuf,
 }
 
-/// The settings with which a daemon is started.
+/// How to start a daemon.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Daemon<'a> {
     /// The program to start; by default the one beside this program.

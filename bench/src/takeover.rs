@@ -7,9 +7,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::clock;
+use crate::connection::{Connection, all, connections};
 use crate::contender::Contender;
 use crate::cpu::Cpu;
-use crate::peer::{Peer, all, connections};
 use crate::sample::Sample;
 use crate::tally::Latencies;
 use crate::trial::Trial;
@@ -18,7 +18,7 @@ use crate::trial::Trial;
 const TTL: Duration = Duration::from_secs(600);
 
 /// Runs the workload: holders that stop touching at the same time, each with one waiter.
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let grace = match trial.contender {
         Contender::Mongod | Contender::ReplicaSet => Duration::from_secs(1),
         _ => Duration::ZERO,
@@ -85,7 +85,7 @@ fn allowed(trial: &Trial<'_>) -> Duration {
 }
 
 /// Waits for the key, and returns how long after `due` the waiter was told.
-async fn take_over<P: Peer>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
+async fn take_over<P: Connection>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
     waiter.acquire_waiting(key, TTL).await?;
     let told = clock::now();
     // A server that counts in whole seconds may end a lease up to a second early.

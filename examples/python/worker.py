@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--ttl", type=float, default=10.0, help="the TTL of the lease, in seconds")
     parser.add_argument("--wait", type=float, default=60.0, help="how long to wait for the key at most, in seconds")
     options = parser.parse_args()
-    # Both signals raise KeyboardInterrupt, even if a shell started this program with SIGINT ignored.
+    # Both signals raise KeyboardInterrupt, even if the program was started with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

@@ -82,7 +82,7 @@ impl Naive {
     fn deadline(&self, sent_at: Instant, remaining: Duration) -> Instant {
         match self.counting {
             Counting::FromAnswer => Instant::now() + remaining,
-            // The margin covers the difference between two hosts' clocks, which is less than a tick.
+            // The margin covers the difference between two hosts' clocks: less than a tick.
             Counting::FromRequest => sent_at + remaining - ms(10),
         }
     }

@@ -1,5 +1,6 @@
-//! The operations of every contender: acquire and release keys, wait for them, and keep leases
-//! alive. Workloads are written once, for this trait. This module knows no contender.
+//! A connection to a contender, with the operations that all contenders share: acquire and release
+//! keys, wait for them, and keep leases alive. Workloads are written once, for this trait. This
+//! module knows no contender.
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ const STREAMS_PER_CONNECTION: usize = 200;
 const MIN_CONNECTIONS: usize = 4;
 
 /// A connection to a contender. Clones share the connection.
-pub(crate) trait Peer: Clone + Send + Sync + 'static {
+pub(crate) trait Connection: Clone + Send + Sync + 'static {
     /// What a holder needs to touch or release its key.
     type Held: Send + Sync + 'static;
     /// Leases that are kept alive together. A turn touches all of them, and counts those that were
@@ -88,7 +89,7 @@ impl Turn for NoStream {
 }
 
 /// Opens as many connections as this number of callers or streams needs.
-pub(crate) async fn connections<P: Peer>(address: &str, callers: usize) -> Result<Vec<P>> {
+pub(crate) async fn connections<P: Connection>(address: &str, callers: usize) -> Result<Vec<P>> {
     let count = callers.div_ceil(STREAMS_PER_CONNECTION).max(MIN_CONNECTIONS.min(callers));
     let mut connections = Vec::with_capacity(count);
     for _ in 0..count {
@@ -119,7 +120,7 @@ where
 }
 
 /// Acquires leases to keep alive, and returns each with the time of its request.
-pub(crate) async fn hold<P: Peer>(
+pub(crate) async fn hold<P: Connection>(
     connections: &[P],
     prefix: &str,
     count: usize,
