@@ -164,8 +164,8 @@ impl History {
 }
 
 impl Span {
-    /// Returns whether `earlier` is of another lease on the same key, and lasts when this period
-    /// begins.
+    /// Returns whether `earlier` belongs to another lease on the same key and has not ended when
+    /// this period begins.
     fn is_beside(&self, earlier: &Self) -> bool {
         self.key == earlier.key
             && self.token != earlier.token

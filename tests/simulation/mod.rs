@@ -1,8 +1,8 @@
 //! The whole client against whole daemons, over a simulated network and in simulated time. Each
 //! test makes many runs, one for each seed.
 //!
-//! `LEASED_SIMULATION_SEEDS=5000` makes 5,000 runs of each test. `LEASED_SIMULATION_SEED=17` runs
-//! only seed 17, several times.
+//! `LEASED_SIMULATION_SEEDS=5000` makes 5,000 runs instead of the usual number.
+//! `LEASED_SIMULATION_SEED=17` runs only seed 17, several times.
 
 /// Faults, and when each of them begins and ends.
 mod faults;

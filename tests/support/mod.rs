@@ -171,7 +171,7 @@ impl Daemon {
         LeaseServiceClient::new(self.channel().await)
     }
 
-    /// Returns the daemons of the fleet that do not crash, this one first.
+    /// Returns this daemon, and its sibling if it has a fleet.
     pub(crate) fn members(&self) -> impl Iterator<Item = &Daemon> {
         std::iter::once(self).chain(self.fleet.as_ref().map(|others| &others.sibling))
     }

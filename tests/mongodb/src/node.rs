@@ -1,4 +1,5 @@
-//! One `mongod` process with its port and its data. It knows of no other member of its replica set.
+//! One `mongod` process with its port and its data. This module manages one member of a replica set
+//! and knows no other.
 
 use std::fs;
 use std::io::ErrorKind;
