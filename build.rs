@@ -1,4 +1,4 @@
-//! Compiles the API from `proto/`. Needs no `protoc`.
+//! Compiles the API from `proto/`, without `protoc`.
 
 use std::error::Error;
 use std::path::PathBuf;

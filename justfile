@@ -1,4 +1,4 @@
-# What contributors run; each line is plain cargo. `just --list` shows all.
+# The commands of contributors. `just --list` shows all.
 
 # The daemon with its embedded store.
 run *OPTIONS:
@@ -16,15 +16,15 @@ test:
 ci:
     bash .ci/run
 
-# The specification against both stores, for longer.
+# Compares the specification with both stores, with more cases than the tests.
 differential CASES="20000":
     LEASED_DIFFERENTIAL_CASES={{CASES}} cargo test -p leased --lib differential
 
-# Load: `compare`, `pairs` or `holder`, and its options.
+# The benchmark: `compare`, `pairs` or `holder`, and its options.
 bench *OPTIONS:
     cargo build --release -p leased -p leased-bench
     cargo run --release -p leased-bench -- {{OPTIONS}}
 
-# Licences, sources, and the walls between the crates. Needs cargo-deny.
+# Licences, sources, and which crate may use which. Needs cargo-deny.
 deny:
     cargo deny check

@@ -1,4 +1,4 @@
-"""Load on mongolock 1.3.4: callers in several processes, for a while, and what they did as a line of JSON.
+"""Load on mongolock 1.3.4: callers in several processes. The last line of output is the result as JSON.
 
 python mongolock.py MONGODB_URI pairs|touches CALLERS SECONDS PREFIX
 """
@@ -12,7 +12,7 @@ import time
 
 import mongolock
 
-# More than the processors of a test machine, because the interpreter limits each process to one of them.
+# More than the processors of a test machine, since Python limits each process to one processor.
 PROCESSES = 8
 WARM_UP = 0.5
 
@@ -46,7 +46,7 @@ def caller(locks, work, key, owner, start, end, latencies, errors):
 
 
 def end_with(parent):
-    """Ends this process when its parent has ended, because killing a process does not kill its children."""
+    """Ends this process once its parent has ended, because killing a process does not kill its children."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)

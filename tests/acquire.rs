@@ -1,4 +1,4 @@
-//! Acquire: one exclusive holder, rising fencing tokens, calls that may be repeated.
+//! Acquire: one exclusive holder, rising fencing tokens, and calls that may be repeated.
 
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
@@ -36,7 +36,9 @@ async fn a_free_key_is_granted_as_requested(#[values(Embedded, MongoDb, Fleet)] 
 
 #[rstest]
 #[tokio::test]
-async fn without_an_id_and_a_ttl_the_daemon_picks_them(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn the_daemon_picks_the_id_and_the_ttl_that_a_request_leaves_out(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(acquire("job")).await.unwrap();
@@ -64,10 +66,10 @@ async fn a_held_key_is_refused_and_the_refusal_names_the_holder(
     assert!(client.inspect("job").await.unwrap().waiters.is_empty());
 }
 
-/// In mongolock, a second worker of the same name could release the first one's lock.
+/// In mongolock, a second worker with the same owner name can release the first worker's lock.
 #[rstest]
 #[tokio::test]
-async fn equal_owner_names_are_different_holders(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn an_equal_owner_name_gives_no_right_to_a_lease(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let first = client.get_lease(acquire("job").owner("worker")).await.unwrap().lease.unwrap();
@@ -102,7 +104,7 @@ async fn tokens_rise_over_release_expiry_and_deletion_of_the_record() {
 
 #[rstest]
 #[tokio::test]
-async fn repeating_a_call_with_its_id_repeats_the_same_acquisition(
+async fn a_repeated_acquire_with_the_same_id_is_the_same_acquisition(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -117,7 +119,11 @@ async fn repeating_a_call_with_its_id_repeats_the_same_acquisition(
     let late = client.get_lease(request).await.unwrap_err();
     assert_eq!(late.code(), Code::NotFound);
     assert_eq!(refusal(&late, "loss"), (Some(Reason::LeaseLost), "released".to_owned()));
-    assert_eq!(client.inspect("job").await.unwrap().state(), LeaseState::Free, "no lease without a holder");
+    assert_eq!(
+        client.inspect("job").await.unwrap().state(),
+        LeaseState::Free,
+        "the late call was granted a lease"
+    );
 }
 
 /// Without the renewal, a client that counts the TTL from the repeated call would believe that it
@@ -139,7 +145,9 @@ async fn a_repeated_acquire_renews_the_lease(#[values(Embedded, MongoDb, Fleet)]
 
 #[rstest]
 #[tokio::test]
-async fn of_256_callers_racing_for_a_key_one_wins(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn of_256_callers_that_race_for_a_key_one_is_granted_it(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let client = daemon.client().await;
     let mut racers = JoinSet::new();
@@ -157,7 +165,9 @@ async fn of_256_callers_racing_for_a_key_one_wins(#[values(Embedded, MongoDb, Fl
 
 #[rstest]
 #[tokio::test]
-async fn two_thousand_keys_are_granted_at_once(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn two_thousand_concurrent_acquires_are_all_granted(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut callers = JoinSet::new();
     for connection in 0..10 {

@@ -1,5 +1,5 @@
 //! Coalescing: a touch that follows another closely is answered without a write. The answer
-//! promises only the time that the last write left.
+//! promises only the time that is left of the last write's TTL.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ async fn a_coalesced_touch_is_answered_with_the_remaining_time_and_writes_nothin
 }
 
 #[tokio::test]
-async fn messages_that_follow_each_other_closely_cost_one_write() {
+async fn messages_that_follow_each_other_closely_take_one_write() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let leases = [long_lease(&mut client, "a").await, long_lease(&mut client, "b").await];
@@ -98,7 +98,7 @@ async fn after_a_tenth_of_the_ttl_the_lease_is_renewed_again(#[values(Embedded, 
 
 #[rstest]
 #[tokio::test]
-async fn with_the_switch_off_every_message_is_a_write(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn with_coalescing_off_every_message_is_written(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start_with(backend, |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
     let lease = long_lease(&mut client, "job").await;
@@ -127,7 +127,7 @@ async fn a_touch_after_a_loss_does_not_coalesce(#[values(Embedded, MongoDb)] bac
         kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
         client.give_back(&lease).await.unwrap();
         let sequence = stream.send(std::slice::from_ref(&lease)).await;
-        // If the daemon noticed the loss before the message came, it has also reported the loss
+        // If the daemon noticed the loss before the message arrived, it has also reported the loss
         // unasked.
         let mut answer = stream.next().await.unwrap();
         if answer.sequence == 0 {

@@ -11,7 +11,7 @@ use crate::support::{Backend, Daemon, Embedded, MongoDb, PATIENCE, eventually, m
 
 #[rstest]
 #[tokio::test]
-async fn a_thousand_waiting_calls_do_not_harm_the_leases_of_their_client(
+async fn a_thousand_waiting_calls_lose_no_lease_of_their_client(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     const WAITERS: usize = 1000;
@@ -47,9 +47,9 @@ async fn a_lease_survives_silent_connections_to_the_only_endpoint() {
     for _ in 0..3 {
         tokio::time::sleep(ttl / 2).await;
         let before = relay.count();
-        relay.hush();
+        relay.silence();
         eventually(async || (relay.count() > before).then_some(())).await;
-        assert!(!stop.is_cancelled(), "a new connection came in time");
+        assert!(!stop.is_cancelled(), "the client did not reconnect in time");
     }
     tokio::time::sleep(ttl).await;
     assert!(!stop.is_cancelled(), "held throughout");
@@ -65,17 +65,17 @@ async fn a_daemon_is_found_by_its_host_name() {
 }
 
 #[tokio::test]
-async fn a_lease_that_was_just_granted_hears_of_its_revocation() {
+async fn the_revocation_of_a_lease_is_reported_at_once_even_right_after_its_grant() {
     let daemon = Daemon::start(Embedded).await;
     let (client, operator) = (daemon.holder().await, daemon.holder().await);
-    // With this TTL the next touch is due after minutes. The loss must be reported before it.
+    // With this TTL the next touch is due after minutes. The loss must be reported earlier.
     let lease = client.acquire("job").ttl(secs(3600)).await.unwrap();
     operator.revoke("job", Some(lease.token()), "a test").await.unwrap();
     timeout(PATIENCE, lease.lost()).await.expect("the loss is reported at once");
 }
 
 #[tokio::test]
-async fn no_timeout_is_too_long() {
+async fn the_longest_possible_timeout_is_accepted() {
     let daemon = Daemon::start(Embedded).await;
     let url = format!("http://{}", daemon.grpc);
     let client =

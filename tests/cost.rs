@@ -1,4 +1,4 @@
-//! How many database commands an operation takes, counted by MongoDB's own profiler.
+//! How many database commands an operation takes, as MongoDB's profiler counts them.
 
 use leased_client::v1::LeaseRef;
 use mongodb::bson::{Document, doc};
@@ -46,7 +46,7 @@ async fn a_single_acquire_takes_one_round_trip() {
 }
 
 #[tokio::test]
-async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
+async fn a_keepalive_message_that_names_200_leases_takes_one_batch() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let mut callers = JoinSet::new();
@@ -70,7 +70,7 @@ async fn a_keepalive_message_naming_200_leases_costs_one_batch() {
 }
 
 #[tokio::test]
-async fn refusing_256_calls_for_one_key_costs_few_commands() {
+async fn refusing_256_calls_for_one_key_takes_fewer_than_40_commands() {
     let daemon = Daemon::start(MongoDb).await;
     let client = daemon.client().await;
     client.clone().get_lease(acquire("job").ttl(secs(60))).await.unwrap();
@@ -86,7 +86,7 @@ async fn refusing_256_calls_for_one_key_costs_few_commands() {
 }
 
 #[tokio::test]
-async fn a_release_costs_as_much_with_a_long_queue_as_with_one_waiter() {
+async fn ten_releases_with_a_long_queue_take_at_most_20_commands() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(acquire("job").ttl(secs(600))).await.unwrap().lease.unwrap();
@@ -110,6 +110,6 @@ async fn a_release_costs_as_much_with_a_long_queue_as_with_one_waiter() {
         last = queue.join_next().await.unwrap().unwrap();
     }
     let commands = profile.stop(&daemon).await;
-    // Ten releases, and an occasional command that refreshes all waiter entries at once.
+    // Ten releases, and an occasional command that refreshes all waiter entries.
     assert!(commands.len() <= 20, "{} commands", commands.len());
 }

@@ -1,4 +1,4 @@
-//! The programs in the documentation: each of them works, and the page shows what is run here.
+//! The programs in the documentation. Each of them works, and the page shows the same programs.
 
 use std::fs;
 

@@ -19,7 +19,7 @@ use crate::support::{
 
 /// A TTL longer than the election of a new primary takes.
 const TTL: Duration = secs(20);
-/// How many ended leases a record remembers. Their tokens rise from one to the next.
+/// How many ended leases a record remembers. Each of them had a greater token than the one before.
 const REMEMBERED_DEPARTURES: i64 = leased::lease::REMEMBERED_DEPARTURES as i64;
 
 /// Acquires, and repeats the call with the same id while the store is unavailable.
@@ -74,7 +74,7 @@ async fn two_daemons(set: &ReplicaSet) -> (Daemon, Daemon) {
 /// Streams stay open, the new primary answers messages that were in flight, and waiters keep their
 /// positions.
 #[tokio::test]
-async fn streams_leases_and_queues_outlive_the_loss_of_the_primary() {
+async fn streams_leases_and_queues_survive_the_loss_of_the_primary() {
     let mut set = ReplicaSet::start().await.unwrap();
     let (one, two) = two_daemons(&set).await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
@@ -141,6 +141,7 @@ fn work(mut client: Leases, keys: usize, stop: Arc<AtomicBool>) -> JoinHandle<Ve
             let sent_at = Instant::now();
             let Ok(granted) = get(&mut client, &key, Uuid::new_v4()).await else { continue };
             let from = Instant::now();
+            // A lease this old could expire before it is released, so it is not used.
             if from.duration_since(sent_at) > TTL / 2 {
                 continue;
             }
@@ -154,7 +155,7 @@ fn work(mut client: Leases, keys: usize, stop: Arc<AtomicBool>) -> JoinHandle<Ve
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_grant_is_lost_or_doubled_while_primaries_step_down_and_die() {
+async fn no_grant_is_lost_or_doubled_while_primaries_step_down_and_are_killed() {
     let mut set = ReplicaSet::start().await.unwrap();
     let (one, two) = two_daemons(&set).await;
     let stop = Arc::new(AtomicBool::new(false));
@@ -190,7 +191,7 @@ async fn no_grant_is_lost_or_doubled_while_primaries_step_down_and_die() {
 }
 
 #[tokio::test]
-async fn nothing_is_granted_until_a_majority_is_back() {
+async fn no_lease_is_granted_or_released_without_a_majority() {
     let mut set = ReplicaSet::start().await.unwrap();
     let daemon = Daemon::over(set.uri(), |_| {}).await;
     let mut client = daemon.client().await;

@@ -16,8 +16,8 @@ use crate::support::{
     AcquireBuilder, Backend, Calls, Daemon, Embedded, Leases, MongoDb, acquire, eventually, named, secs,
 };
 
-/// The size of an attack. With `LEASED_ATTACK=full` it is as large as an attack that was found to
-/// do harm. The test prints the latencies of the honest caller.
+/// The size of an attack. With `LEASED_ATTACK=full` it is as large as one that once did harm. The
+/// test prints the latencies of the honest caller.
 struct Attack {
     streams: usize,
     leases: usize,
@@ -29,8 +29,8 @@ impl Attack {
         if full { Self { streams, leases: 10_000 } } else { Self { streams: streams / 4, leases: 2000 } }
     }
 
-    /// Sends one message after another on each stream, all naming leases that nobody holds. Returns
-    /// once each stream has been answered.
+    /// Sends one message after another on each stream. All messages name leases that nobody holds.
+    /// Returns once each stream has been answered.
     async fn begin(self, daemon: &Daemon, key: impl Fn(usize, usize) -> String) -> JoinSet<()> {
         let mut attackers = JoinSet::new();
         let (answered, mut answers) = tokio::sync::mpsc::channel(self.streams);
@@ -99,7 +99,7 @@ async fn streams_of_many_keys_fail_no_honest_touch(#[values(Embedded, MongoDb)] 
 
 #[rstest]
 #[tokio::test]
-async fn past_the_limit_of_the_daemon_a_lease_is_touched_and_not_tracked(
+async fn a_lease_beyond_the_daemons_limit_is_touched_but_not_tracked(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start_with(backend, |config| {

@@ -22,7 +22,7 @@ use crate::support::{
 };
 
 #[tokio::test]
-async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
+async fn a_store_that_is_paused_for_five_seconds_loses_no_lease() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
@@ -58,15 +58,15 @@ async fn a_store_that_stops_for_five_seconds_costs_no_lease() {
 /// Each fail point makes MongoDB fail in a different way: before the write, after it, or by closing
 /// the connection.
 #[tokio::test]
-async fn the_daemon_resolves_an_unknown_outcome_without_the_caller() {
+async fn the_daemon_resolves_an_unknown_outcome_before_it_answers() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |_| {}).await;
     let mut client = daemon.client().await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     for failure in [
-        doc! { "errorCode": 189 },
-        doc! { "errorCode": 10107 },
-        doc! { "errorCode": 50 },
+        doc! { "errorCode": 189 },   // PrimarySteppedDown
+        doc! { "errorCode": 10107 }, // NotWritablePrimary
+        doc! { "errorCode": 50 },    // MaxTimeMSExpired
         doc! { "closeConnection": true },
         doc! { "writeConcernError": { "code": 64, "errmsg": "waiting for replication timed out" } },
     ] {
@@ -107,7 +107,7 @@ async fn a_store_that_is_killed_and_restarted_has_every_acknowledged_lease() {
 }
 
 #[tokio::test]
-async fn deleting_a_record_loses_its_lease_and_nothing_else() {
+async fn deleting_a_record_loses_its_lease_but_not_its_waiter_or_the_order_of_tokens() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let granted = client.get_lease(acquire("job").ttl(secs(60))).await.unwrap();

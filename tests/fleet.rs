@@ -1,5 +1,5 @@
-//! Several daemons over one database: each reports what the others do, and a crash of one harms no
-//! other.
+//! Several daemons over one database. Each reports what the others do, and none depends on another
+//! that crashes.
 
 use leased_client::Reason;
 use leased_client::v1::keep_alive_result::Outcome;
@@ -43,7 +43,7 @@ async fn waiters_of_a_crashed_daemon_are_skipped_once_their_entries_have_lapsed(
     at_one.give_back(&lease).await.unwrap();
     let released = Instant::now();
     let granted = next.await.unwrap().unwrap();
-    assert!(granted.waited && released.elapsed() < secs(60), "the TTL of the lost waiter is not waited for");
+    assert!(granted.waited && released.elapsed() < secs(60), "the key was granted to the lost waiter first");
     assert!(!at_one.inspect("job").await.unwrap().holders[0].owner.contains("lost"));
 }
 
@@ -75,7 +75,7 @@ async fn a_watch_shows_what_happens_at_another_daemon() {
 /// The change feed does not report touches, so a daemon could mistake a lease that another daemon
 /// keeps alive for a lapsed one.
 #[tokio::test]
-async fn a_lease_that_another_daemon_keeps_alive_does_not_lapse_here() {
+async fn a_lease_that_another_daemon_keeps_alive_is_not_reported_as_lapsed() {
     let (one, two) = two().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut watch = Watch::changes_only(&mut at_one, "").await;
@@ -152,8 +152,8 @@ async fn a_loss_at_another_daemon_is_reported_unasked_with_its_reason() {
     assert_eq!(results.iter().map(|(lease, _)| lease.key.as_str()).collect::<Vec<_>>(), ["kept"]);
 }
 
-/// Reads the next message, which the daemon sends unasked: the key of one lease, and why it was
-/// lost.
+/// Reads the next message, which the daemon sends unasked. Returns the key of the one lease in it,
+/// and why it was lost.
 async fn reported_loss(stream: &mut KeepAlive) -> (String, LossReason) {
     let mut answer = stream.next().await.unwrap();
     assert_eq!((answer.sequence, answer.results.len()), (0, 1));
@@ -164,7 +164,7 @@ async fn reported_loss(stream: &mut KeepAlive) -> (String, LossReason) {
     }
 }
 
-/// Coalescing must not hide a loss that the daemon has learned from another daemon.
+/// Coalescing must not hide a loss that another daemon caused.
 #[tokio::test]
 async fn a_touch_after_a_loss_at_another_daemon_does_not_coalesce() {
     let (one, two) = two().await;
@@ -180,8 +180,8 @@ async fn a_touch_after_a_loss_at_another_daemon_does_not_coalesce() {
     assert!(matches!(&results[0].1, Outcome::Lost(lost) if lost.reason() == LossReason::Revoked));
 }
 
-/// The feed names a changed key only once. If reading its record then fails, the daemon repeats the
-/// read; otherwise the change would be lost.
+/// The feed names a changed key only once. If the read of its record fails, the daemon repeats the
+/// read. Otherwise the change would be missed.
 #[tokio::test]
 async fn a_change_is_reported_even_if_the_first_read_of_it_fails() {
     let mongod = Mongod::start().await.unwrap();
@@ -191,6 +191,7 @@ async fn a_change_is_reported_even_if_the_first_read_of_it_fails() {
     let mut watch = Watch::changes_only(&mut one.client().await, "").await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     let records = format!("{}.{}", one.location().database, one.location().collection);
+    // Every read of a record fails with UnknownError (8).
     let data = doc! { "failCommands": ["find"], "namespace": records, "errorCode": 8 };
     let begun = admin
         .run_command(doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data })

@@ -42,7 +42,7 @@ async fn a_lease_is_granted_shown_refused_to_others_and_released(
     assert_eq!((info.holders[0].owner.as_str(), info.holders[0].ttl), ("me", secs(20)));
     assert_eq!(info.holders[0].metadata["build"], "7");
 
-    let Err(Error::Held(held)) = client.acquire("job").await else { panic!("someone else holds it") };
+    let Err(Error::Held(held)) = client.acquire("job").await else { panic!("the key is held") };
     assert_eq!((held.owner.as_str(), held.token, held.position), ("me", lease.token(), None));
     let Err(Error::Held(held)) = client.acquire("job").wait(secs(1)).await else {
         panic!("it is still held")
@@ -74,7 +74,7 @@ async fn a_lease_renews_itself_and_is_released_when_it_is_dropped(
     let next = soon(waiter).await.unwrap().unwrap();
     assert!(next.token() > token && next.is_held());
 
-    // The waiter of a dropped lease does not wait until the TTL is over.
+    // A waiter does not wait for the TTL of a dropped lease.
     let long = client.acquire("another").ttl(secs(3600)).await.unwrap();
     let waiting = client.acquire("another").wait(secs(600)).into_future();
     drop(long);
@@ -83,7 +83,7 @@ async fn a_lease_renews_itself_and_is_released_when_it_is_dropped(
 
 #[rstest]
 #[tokio::test]
-async fn many_leases_live_on_one_stream(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn one_stream_keeps_many_leases_alive(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let client = daemon.holder().await;
     let mut leases: Vec<Lease> = Vec::new();
@@ -158,7 +158,7 @@ async fn a_loss_is_reported_at_once_and_stops_the_work(#[values(Embedded, MongoD
 }
 
 #[tokio::test]
-async fn leases_move_to_another_daemon_when_theirs_ends() {
+async fn leases_move_to_another_daemon_when_their_daemon_ends() {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let urls = [one.urls(), two.urls()].concat();
@@ -182,7 +182,7 @@ async fn leases_move_to_another_daemon_when_theirs_ends() {
 }
 
 #[tokio::test]
-async fn a_holder_without_a_daemon_gives_up_before_another_can_hold_the_key() {
+async fn a_holder_without_a_daemon_stops_before_another_can_hold_the_key() {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     // On a slow machine the program may be late by up to the margin.
@@ -250,7 +250,7 @@ async fn a_list_reads_all_pages(#[values(Embedded, MongoDb)] backend: Backend) {
 }
 
 #[tokio::test]
-async fn a_watch_goes_on_at_another_daemon_with_a_snapshot() {
+async fn a_watch_reconnects_to_another_daemon_and_gets_a_snapshot() {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let watcher = Client::connect(one.urls().iter().chain(&two.urls())).await.unwrap();
@@ -275,13 +275,13 @@ async fn a_watch_goes_on_at_another_daemon_with_a_snapshot() {
 }
 
 #[tokio::test]
-async fn a_silent_endpoint_a_closed_one_and_one_without_leased_are_told_apart() {
+async fn errors_distinguish_a_silent_endpoint_a_closed_one_and_one_without_leased() {
     let begun = Instant::now();
     let builder = || Client::builder().timeout(secs(1));
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = |listener: &TcpListener| format!("http://{}", listener.local_addr().unwrap());
 
-    // The system accepts the connection, and nobody ever answers on it.
+    // The system accepts the connection, and no program ever answers on it.
     let silent = builder().endpoint(&url(&nobody)).unwrap().connect().await.unwrap_err();
     assert!(
         matches!(&silent, Error::Unavailable { endpoints, .. } if *endpoints == url(&nobody)),
@@ -325,7 +325,7 @@ async fn a_repeated_revocation_spares_the_next_holder(#[values(Embedded, MongoDb
     let revoking = tokio::spawn(async move { operator.revoke("job", None, "the host is gone").await });
     let next = soon(waiter).await.unwrap().unwrap();
     assert!(next.token() > lease.token() && !revoking.is_finished());
-    relay.break_off();
+    relay.close_unanswered();
     soon(revoking).await.unwrap().unwrap();
     assert_eq!(holder.get("job").await.unwrap().holders[0].token, next.token());
     assert!(next.is_held());
@@ -350,7 +350,7 @@ async fn invalid_requests_are_refused() {
     assert!(matches!(client.get("unknown").await, Err(Error::KeyUnknown)));
 }
 
-/// The fencing token is for this case: a holder that was paused writes late, and the resource
+/// Fencing tokens exist for this case: a holder that was paused writes late, and the resource
 /// refuses the write.
 #[tokio::test]
 async fn a_resource_refuses_the_write_of_a_holder_that_lost_its_lease() {
@@ -368,7 +368,7 @@ async fn a_resource_refuses_the_write_of_a_holder_that_lost_its_lease() {
 }
 
 #[tokio::test]
-async fn a_refused_margin_leaves_nothing_behind() {
+async fn a_refused_margin_leaves_no_lease() {
     let daemon = Daemon::start(Embedded).await;
     let client = daemon.holder().await;
     client.acquire("job").margin(secs(3600)).await.unwrap_err();
@@ -378,7 +378,7 @@ async fn a_refused_margin_leaves_nothing_behind() {
 
 #[rstest]
 #[tokio::test]
-async fn a_lease_that_a_program_shares_is_released_by_any_part_of_it(
+async fn any_part_of_a_program_can_release_a_lease_that_it_shares(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -397,9 +397,9 @@ async fn a_lease_that_a_program_shares_is_released_by_any_part_of_it(
     assert!(next.is_held(), "dropping a released lease does not release the next one");
 }
 
-/// The runtime has one thread, so work that blocks it also stops the client from renewing.
+/// The runtime has one thread, so work that blocks this thread also stops the client from renewing.
 #[tokio::test]
-async fn work_that_ends_after_its_lease_does_not_count_as_done() {
+async fn work_that_ends_after_its_lease_is_reported_as_late() {
     let daemon = Daemon::start(Embedded).await;
     let client = daemon.holder().await;
     let lease = client.acquire("job").ttl(ms(300)).await.unwrap();

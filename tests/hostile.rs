@@ -73,7 +73,7 @@ fn hostile() -> Vec<String> {
 
 #[rstest]
 #[tokio::test]
-async fn hostile_keys_owners_and_metadata_come_back_as_they_were(
+async fn hostile_keys_owners_and_metadata_are_returned_unchanged(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -114,7 +114,7 @@ async fn hostile_keys_owners_and_metadata_come_back_as_they_were(
 
 #[rstest]
 #[tokio::test]
-async fn a_waiter_with_a_hostile_owner_still_has_it_when_it_is_granted(
+async fn a_waiter_keeps_its_hostile_owner_name_when_it_is_granted_the_key(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -213,7 +213,9 @@ async fn invalid_keys_and_ids_are_refused_by_every_call(#[values(Embedded, Mongo
 
 #[rstest]
 #[tokio::test]
-async fn oversized_requests_are_refused_and_harm_nobody(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn oversized_requests_are_refused_and_the_connection_still_serves(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     for bytes in [65 * 1024, 5 * 1024 * 1024] {
@@ -233,7 +235,9 @@ async fn oversized_requests_are_refused_and_harm_nobody(#[values(Embedded, Mongo
 
 #[rstest]
 #[tokio::test]
-async fn headers_past_the_limit_are_refused_and_harm_nobody(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn headers_beyond_the_limit_are_refused_and_other_connections_still_serve(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut request = tonic::Request::new(acquire("job"));

@@ -51,7 +51,7 @@ async fn every_answer_names_the_store(#[values(Embedded, MongoDb)] backend: Back
 
     let mut admin = daemon.admin().await;
     let revoke = v1::RevokeRequest { key: "job".to_owned(), ..v1::RevokeRequest::default() };
-    assert_eq!(id_in(admin.revoke(revoke).await.unwrap().metadata()), store, "the other service");
+    assert_eq!(id_in(admin.revoke(revoke).await.unwrap().metadata()), store, "the admin service");
     let mut health = HealthClient::new(daemon.channel().await);
     let serving = health.check(HealthCheckRequest::default()).await.unwrap();
     assert_eq!(id_in(serving.metadata()), store, "the health service");
@@ -73,7 +73,7 @@ async fn the_http_port_and_the_metrics_name_the_store(#[values(Embedded, MongoDb
 
 #[rstest]
 #[tokio::test]
-async fn a_store_keeps_its_id_over_a_restart_and_shares_it_with_no_other(
+async fn a_store_keeps_its_id_over_a_restart_and_no_other_store_has_it(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -84,7 +84,7 @@ async fn a_store_keeps_its_id_over_a_restart_and_shares_it_with_no_other(
 }
 
 #[tokio::test]
-async fn daemons_that_meet_an_empty_database_at_once_agree_on_its_identity() {
+async fn daemons_that_open_an_empty_database_at_once_agree_on_its_id() {
     let first = Daemon::start(MongoDb).await;
     let mut location = first.location().clone();
     location.collection = "fresh".to_owned();
@@ -96,8 +96,8 @@ async fn daemons_that_meet_an_empty_database_at_once_agree_on_its_identity() {
     assert_eq!(ids.len(), 1, "{ids:?}");
 }
 
-/// A primary may answer although none of its writes can reach a majority. The test starts a MongoDB
-/// of its own, since fail points affect the whole server.
+/// A primary may answer although none of its writes can reach a majority. The test starts its own
+/// MongoDB, since fail points affect the whole server.
 #[tokio::test]
 async fn a_daemon_whose_writes_no_majority_acknowledges_is_not_ready() {
     let mongod = Mongod::start().await.unwrap();

@@ -22,7 +22,7 @@ fn keys(page: &ListResponse) -> Vec<&str> {
 
 #[rstest]
 #[tokio::test]
-async fn get_shows_who_holds_and_never_a_lease_id(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn get_shows_the_holder_and_never_a_lease_id(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let metadata = HashMap::from([("host".to_owned(), "a1".to_owned()), ("pid".to_owned(), "7".to_owned())]);

@@ -1,4 +1,4 @@
-//! Renewing leases on a stream.
+//! Renews leases on a keepalive stream.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::support::{
     refusal, secs,
 };
 
-/// A keepalive stream as a user of the generated stubs sees it.
+/// A keepalive stream, opened with the generated stub.
 pub(crate) struct KeepAlive {
     requests: mpsc::Sender<KeepAliveRequest>,
     answers: Streaming<KeepAliveResponse>,
@@ -39,7 +39,7 @@ impl KeepAlive {
         self.sequence
     }
 
-    /// Sends `message` as it is.
+    /// Sends `message` unchanged, whatever its sequence number.
     pub(crate) async fn send_raw(&mut self, message: KeepAliveRequest) {
         self.requests.send(message).await.unwrap();
     }
@@ -48,8 +48,8 @@ impl KeepAlive {
         timeout(PATIENCE, self.answers.message()).await.unwrap().map(Option::unwrap)
     }
 
-    /// Reads the next message, which the daemon sends unasked: the lost leases, and why each was
-    /// lost.
+    /// Reads the next message, which the daemon sends unasked. Returns the lost leases in it, and
+    /// why each was lost.
     pub(crate) async fn reported(&mut self) -> Vec<(LeaseRef, LossReason)> {
         let message = self.next().await.unwrap();
         assert_eq!(message.sequence, 0);
@@ -63,8 +63,7 @@ impl KeepAlive {
         parts.into_iter().flatten().map(|result| (result.lease.unwrap(), result.outcome.unwrap())).collect()
     }
 
-    /// Sends one message, and returns the results of its answer, one list for each part of the
-    /// answer.
+    /// Sends one message, and returns the results of each part of its answer.
     pub(crate) async fn touch_in_parts(&mut self, leases: &[LeaseRef]) -> Vec<Vec<KeepAliveResult>> {
         let sequence = self.send(leases).await;
         let mut parts = Vec::new();
@@ -79,6 +78,7 @@ impl KeepAlive {
     }
 }
 
+/// Returns how long the lease is kept. Panics on any other outcome.
 pub(crate) fn kept(outcome: &Outcome) -> Duration {
     match outcome {
         Outcome::Kept(kept) => kept.remaining.unwrap().try_into().unwrap(),
@@ -86,6 +86,7 @@ pub(crate) fn kept(outcome: &Outcome) -> Duration {
     }
 }
 
+/// Returns why the lease is lost. Panics on any other outcome.
 pub(crate) fn lost(outcome: &Outcome) -> LossReason {
     match outcome {
         Outcome::Lost(lost) => lost.reason(),
@@ -93,6 +94,7 @@ pub(crate) fn lost(outcome: &Outcome) -> LossReason {
     }
 }
 
+/// Returns why the touch is refused. Panics on any other outcome.
 pub(crate) fn refused(outcome: &Outcome) -> RefusalReason {
     match outcome {
         Outcome::Refused(refused) => refused.reason(),
@@ -126,7 +128,7 @@ async fn a_message_that_names_no_lease_touches_all_that_the_stream_tracks(
 
 #[rstest]
 #[tokio::test]
-async fn one_lost_lease_neither_ends_the_stream_nor_harms_the_others(
+async fn a_lost_lease_ends_neither_its_stream_nor_the_other_leases(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -180,10 +182,11 @@ async fn a_lease_outlives_its_ttl_on_a_stream_and_expires_without_one(
     assert_eq!(refusal(&client.renew(&lease).await.unwrap_err(), "loss").1, "displaced");
 }
 
-/// The daemon answers a message as soon as the store has; it does not wait for earlier messages.
+/// The daemon answers a message when the store has acknowledged it, and does not wait for earlier
+/// messages.
 #[rstest]
 #[tokio::test]
-async fn many_messages_may_be_in_flight(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn fifty_messages_may_be_in_flight(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start_with(backend, |config| config.limits.coalesce_touches = false).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();
@@ -201,7 +204,7 @@ async fn many_messages_may_be_in_flight(#[values(Embedded, MongoDb, Fleet)] back
 
 #[rstest]
 #[tokio::test]
-async fn a_stream_that_its_caller_half_closes_is_answered_to_the_end(
+async fn a_message_is_answered_after_its_caller_half_closes_the_stream(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;

@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::support::tools::{self, root, said};
+use crate::support::tools::{self, output_of, root};
 use crate::support::{Daemon, Embedded, PATIENCE, eventually, secs};
 
 /// The language of a worker.
@@ -101,7 +101,7 @@ impl Language {
             }
             Self::Node => {
                 let example = tools::copy("examples/node", |folder| {
-                    said(tools::npm()?.args(["ci", "--no-audit", "--no-fund"]).current_dir(folder))
+                    output_of(tools::npm()?.args(["ci", "--no-audit", "--no-fund"]).current_dir(folder))
                 });
                 let mut node = tools::node()?;
                 node.arg(example?.join("worker.mjs"));
@@ -122,7 +122,7 @@ fn python_example() -> Result<PathBuf> {
         std::fs::create_dir(folder.join("build"))?;
         let generate =
             ["-m", "grpc_tools.protoc", "-I", "../../proto", "--python_out=build", "--grpc_python_out=build"];
-        said(python()?.args(generate).arg("leased/v1/lease.proto").current_dir(folder))
+        output_of(python()?.args(generate).arg("leased/v1/lease.proto").current_dir(folder))
     })
 }
 
@@ -138,7 +138,7 @@ async fn until_queued(client: &Client, waiters: usize) {
 
 /// The README promises this: kill the worker that holds the lease, and the next one takes over.
 #[tokio::test]
-async fn workers_in_any_language_follow_each_other_on_one_key() {
+async fn workers_in_any_language_take_over_one_key_from_each_other() {
     let daemon = Daemon::start(Embedded).await;
     let client = client(&daemon).await;
     let mut last = 0;
@@ -193,7 +193,7 @@ async fn a_worker_keeps_the_time_contract(#[values(Python, Node)] language: Lang
     worker.token().await;
     let silent = Instant::now();
     daemon.stop().await;
-    assert_eq!(worker.line().await, "lost: no word from a daemon in time");
+    assert_eq!(worker.line().await, "lost: no answer from a daemon in time");
     assert!(silent.elapsed() < secs(2), "within the TTL");
     assert_eq!(worker.code().await, Some(73));
 }
@@ -213,7 +213,7 @@ async fn a_signal_makes_a_worker_leave_the_queue(#[values(Python, Node)] languag
 
 #[rstest]
 #[tokio::test]
-async fn a_worker_that_finds_no_daemon_says_where(#[values(Python, Node)] language: Language) {
+async fn a_worker_that_reaches_no_daemon_names_the_endpoint(#[values(Python, Node)] language: Language) {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut worker = Worker::start_at(language, closed, &[]).await;
     assert_eq!(worker.line().await, format!("failed: no daemon answers at {closed}"));
@@ -228,8 +228,8 @@ async fn a_worker_accepts_the_url_that_leasectl_accepts(#[values(Python, Node)] 
     Worker::start(language, &daemon, &["--endpoint", &url]).await.token().await;
 }
 
-/// A daemon that never answers Acquire. For each call it reports the number of earlier attempts
-/// that the caller says it made.
+/// A daemon that never answers Acquire. It reports each call, with the number of earlier attempts
+/// in the call's metadata.
 struct Silent(UnboundedSender<(&'static str, Option<String>)>);
 
 impl Silent {
@@ -279,7 +279,9 @@ impl LeaseService for Silent {
 
 #[rstest]
 #[tokio::test]
-async fn a_worker_marks_its_release_if_the_acquire_had_no_answer(#[values(Python, Node)] language: Language) {
+async fn a_worker_sends_its_release_as_a_retry_if_the_acquire_had_no_answer(
+    #[values(Python, Node)] language: Language,
+) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (address, (calls, mut noted)) = (listener.local_addr().unwrap(), unbounded_channel());
     let server = Server::builder().add_service(LeaseServiceServer::new(Silent(calls)));
@@ -332,17 +334,17 @@ async fn a_worker_keeps_its_lease_while_its_daemon_restarts(#[values(Python, Nod
 }
 
 #[tokio::test]
-async fn the_service_config_repeats_calls_that_found_no_daemon() {
+async fn the_service_config_retries_calls_that_are_unavailable() {
     let tried = spawn_blocking(|| {
         let stubs = python_example()?.join("build");
         let mut retry = python()?;
         retry.args(["tests/languages/retry.py", "docs/service-config.json"]).arg(stubs);
-        said(retry.current_dir(root()))
+        output_of(retry.current_dir(root()))
     });
     println!("{}", tried.await.unwrap().unwrap());
 }
 
-/// Users of mongolock only change an import. One scenario runs through both libraries; a few others
+/// Users of mongolock only change an import. One scenario runs with both libraries. A few others
 /// show the intended differences.
 #[tokio::test]
 async fn the_drop_in_for_mongolock_behaves_like_mongolock() {
@@ -354,13 +356,13 @@ async fn the_drop_in_for_mongolock_behaves_like_mongolock() {
         let drop_in = tools::copy("python/leased_mongolock", |folder| {
             let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"];
             let install = install.into_iter().chain(["--no-build-isolation", "--target", "installed", "."]);
-            said(python()?.args(install).current_dir(folder))
+            output_of(python()?.args(install).current_dir(folder))
         });
         let mut compare = python()?;
         let packages = compare.get_envs().find_map(|(name, value)| value.filter(|_| name == "PYTHONPATH"));
         let paths = [drop_in?.join("installed").into(), packages.unwrap_or_default().to_owned()];
         compare.env("PYTHONPATH", std::env::join_paths(paths)?);
-        said(compare.arg(root().join("tests/languages/mongolock_comparison.py")).args([uri, &endpoint]))
+        output_of(compare.arg(root().join("tests/languages/mongolock_comparison.py")).args([uri, &endpoint]))
     });
     println!("{}", compared.await.unwrap().unwrap());
 }

@@ -31,7 +31,7 @@ fn list_request(prefix: &str) -> ListRequest {
 }
 
 /// Opens a connection whose client answers pings, but reads no part of any answer.
-async fn reading_nothing(daemon: &Daemon) -> SendRequest<Bytes> {
+async fn connect_without_reading(daemon: &Daemon) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(daemon.grpc).await.unwrap();
     let (calls, connection) =
         h2::client::Builder::new().initial_window_size(0).handshake(stream).await.unwrap();
@@ -51,14 +51,14 @@ async fn list(calls: &SendRequest<Bytes>, prefix: &str) -> h2::client::ResponseF
     answer
 }
 
-/// Starts lists on eight connections, and reads none of the answers. They are as many as may be
-/// answered at once, on each connection and in the whole daemon.
+/// Starts lists on eight connections, and reads none of the answers. These are as many lists as may
+/// be answered at once: four on each connection, 32 in the whole daemon.
 async fn unread_lists(daemon: &Daemon, prefix: &str) -> Vec<RecvStream> {
-    let on_one = async || {
-        let calls = reading_nothing(daemon).await;
+    let on_one_connection = async || {
+        let calls = connect_without_reading(daemon).await;
         join_all((0..4).map(async |_| list(&calls, prefix).await.await.unwrap().into_body())).await
     };
-    join_all((0..8).map(|_| on_one())).await.into_iter().flatten().collect()
+    join_all((0..8).map(|_| on_one_connection())).await.into_iter().flatten().collect()
 }
 
 fn was_reset(body: &mut RecvStream) -> bool {
@@ -68,7 +68,7 @@ fn was_reset(body: &mut RecvStream) -> bool {
 
 #[rstest]
 #[tokio::test]
-async fn few_unread_answers_are_sent_at_once_and_each_of_them_ends(
+async fn a_connection_has_at_most_four_unread_answers_and_each_is_reset_in_time(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -76,7 +76,7 @@ async fn few_unread_answers_are_sent_at_once_and_each_of_them_ends(
     let held = (0..KEYS).map(async |key| client.clone().get_lease(large(&key.to_string())).await);
     join_all(held).await.into_iter().for_each(|held| drop(held.unwrap()));
 
-    let calls = reading_nothing(&daemon).await;
+    let calls = connect_without_reading(&daemon).await;
     let mut heads = FuturesUnordered::new();
     for _ in 0..6 {
         heads.push(list(&calls, "").await);
@@ -139,12 +139,12 @@ async fn a_list_does_not_wait_for_callers_that_read_nothing(#[values(Embedded, M
 
 #[rstest]
 #[tokio::test]
-async fn a_key_with_many_holders_is_shown_whole(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn get_shows_all_holders_of_a_large_record(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let client = daemon.client().await;
     let holds = (0..KEYS).map(async |_| client.clone().get_lease(large("crowded").shared(0)).await);
     join_all(holds).await.into_iter().for_each(|held| drop(held.unwrap()));
-    // These are more calls than are answered at once.
+    // These are more calls than a connection may have answered at once.
     for lease in join_all((0..12).map(async |_| client.clone().inspect("crowded").await)).await {
         let holders = lease.unwrap().holders;
         assert_eq!(holders.len(), KEYS);

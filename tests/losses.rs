@@ -1,4 +1,4 @@
-//! Losses that a keepalive stream reports without being asked.
+//! Losses that a keepalive stream reports unasked.
 
 use std::collections::HashSet;
 
@@ -54,7 +54,7 @@ async fn of_many_leases_only_the_revoked_one_is_reported_lost(#[values(Embedded,
 
 #[rstest]
 #[tokio::test]
-async fn a_holder_that_stopped_renewing_is_told_that_it_was_displaced(
+async fn a_holder_that_stopped_renewing_receives_the_loss_displaced(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -89,7 +89,7 @@ async fn every_stream_that_tracks_the_lease_reports_its_loss(#[values(Embedded, 
     let (mut one, leases) = tracked(&mut client, &["job"]).await;
     let mut other = KeepAlive::open(&mut daemon.client().await).await;
     kept(&other.touch(&leases).await[0].1);
-    // A stream that has ended must not keep the loss from the others.
+    // A stream that has ended must not keep the other streams from reporting the loss.
     let mut ended = KeepAlive::open(&mut client).await;
     kept(&ended.touch(&leases).await[0].1);
     drop(ended);

@@ -1,17 +1,17 @@
-//! Integration tests: what leased promises, tried over real gRPC on the embedded store and on a
-//! real MongoDB. One binary, with a module for each behaviour. Each test has a data folder or a
-//! database of its own.
+//! Integration tests: what leased promises, tested over real gRPC on the embedded store and on a
+//! real MongoDB. One binary, with a module for each behaviour. Each test has its own data folder or
+//! database.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 
 /// Daemons in this process, requests, and the tools that several tests use.
 mod support;
 
-/// Acquire: one exclusive holder, rising fencing tokens, calls that may be repeated.
+/// Acquire: one exclusive holder, rising fencing tokens, and calls that may be repeated.
 mod acquire;
 /// Coalescing: a touch that follows another closely is answered without a write.
 mod coalescing;
-/// The connections of the client crate: many calls, silent peers, restarts.
+/// The connections of the client crate: many calls, silent connections, host names, long timeouts.
 mod connections;
 /// How many database commands an operation takes.
 mod cost;
@@ -39,13 +39,13 @@ mod keepalive;
 mod languages;
 /// Large answers to Get and List, and callers that do not read them.
 mod large;
-/// Losses that a keepalive stream reports without being asked.
+/// Losses that a keepalive stream reports unasked.
 mod losses;
 /// Limits of messages: the spelling of ids, sizes, and the refusal of single leases.
 mod messages;
 /// The daemon's metrics.
 mod metrics;
-/// Calls that fail during an outage of the store leave no lease behind.
+/// Calls that fail during an outage of the store leave no lease.
 mod outages;
 /// Peers that are silent, slow, too fast, or too many.
 mod peers;
@@ -53,7 +53,7 @@ mod peers;
 mod prose;
 /// Proxies between callers and daemons.
 mod proxies;
-/// Removal of records whose key has been free for long.
+/// Purges records of keys that have been free for long.
 mod purge;
 /// Waiting in the queue of a key, with one daemon and with two.
 mod queue;
@@ -71,11 +71,11 @@ mod shared;
 mod simulation;
 /// Renewing one lease with a Touch call.
 mod touch;
-/// Answers on streams whose caller does not read.
+/// Streams whose callers do not read the answers.
 mod unread_answers;
 /// A damaged record among healthy ones.
 mod unreadable;
 /// Watching keys.
 mod watch;
-/// The API stays compatible with its last release.
+/// The API's compatibility with its last release.
 mod wire_contract;

@@ -38,8 +38,8 @@ async fn held(client: &mut Leases, keys: &[&str]) -> Vec<LeaseRef> {
     leases
 }
 
-/// Acquires one of very many leases that are requested at once. On a busy machine a call may exceed
-/// its deadline, so it is repeated.
+/// Acquires one of very many leases that are requested at once. On a busy machine the call may
+/// exceed its deadline, and is repeated.
 async fn granted(mut client: Leases, request: AcquireRequest) -> LeaseRef {
     for _ in 0..10 {
         match client.get_lease(request.clone()).await {
@@ -52,7 +52,7 @@ async fn granted(mut client: Leases, request: AcquireRequest) -> LeaseRef {
 
 /// Returns spellings of `id` that the API does not accept, a text that is no UUID, and the nil
 /// UUID.
-fn misspelt(id: Uuid) -> [String; 6] {
+fn invalid_ids(id: Uuid) -> [String; 6] {
     [
         id.hyphenated().to_string().to_uppercase(),
         id.simple().to_string(),
@@ -65,12 +65,12 @@ fn misspelt(id: Uuid) -> [String; 6] {
 
 #[rstest]
 #[tokio::test]
-async fn an_id_has_one_spelling_and_is_not_nil(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn ids_in_another_spelling_and_the_nil_id_are_refused(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let lease = held(&mut client, &["job"]).await.remove(0);
     let mut stream = KeepAlive::open(&mut client).await;
-    for lease_id in misspelt(lease.lease_id.parse().unwrap()) {
+    for lease_id in invalid_ids(lease.lease_id.parse().unwrap()) {
         let malformed = LeaseRef { lease_id: lease_id.clone(), ..lease.clone() };
         let request = AcquireRequest { lease_id: lease_id.clone(), ..acquire("other") };
         let status = client.get_lease(request).await.unwrap_err();
@@ -128,7 +128,7 @@ async fn of_too_many_leases_the_first_are_kept_and_the_rest_is_refused(
     let daemon = Daemon::start_with(backend, |config| config.limits.stream_leases = 3).await;
     let mut client = daemon.client().await;
     let leases = held(&mut client, &["a", "b", "c", "d", "e"]).await;
-    // A caller that opens another stream and sends the same message keeps the same leases.
+    // A caller that sends the same message on another stream keeps the same leases.
     for _ in 0..2 {
         let mut stream = KeepAlive::open(&mut client).await;
         for _ in 0..2 {
@@ -158,7 +158,9 @@ async fn of_too_many_leases_the_first_are_kept_and_the_rest_is_refused(
 
 #[rstest]
 #[tokio::test]
-async fn leases_past_the_size_limit_of_a_message_are_refused(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn leases_beyond_the_size_limit_of_a_message_are_refused(
+    #[values(Embedded, MongoDb)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let held = held(&mut client, &["first", "last"]).await;
@@ -179,7 +181,7 @@ async fn leases_past_the_size_limit_of_a_message_are_refused(#[values(Embedded, 
         message.iter().filter(|lease| !matches!(results[*lease], Outcome::Refused(_))).cloned().collect();
     let size = KeepAliveRequest { leases: looked_up, sequence: 0 }.encoded_len();
     assert!((511 * 1024..=512 * 1024).contains(&size), "{size}");
-    // In a message of its own, on the same stream, the refused lease is kept.
+    // In a separate message on the same stream, the refused lease is kept.
     kept(&stream.touch(&held[1..]).await[0].1);
 
     // The touches of both leases could be coalesced now, and the limit applies all the same.
@@ -190,7 +192,7 @@ async fn leases_past_the_size_limit_of_a_message_are_refused(#[values(Embedded, 
 
 #[rstest]
 #[tokio::test]
-async fn a_message_too_large_to_be_read_ends_its_stream_and_says_so(
+async fn a_message_too_large_to_be_read_ends_its_stream_with_the_limit(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -233,7 +235,7 @@ async fn a_message_without_a_sequence_is_refused_and_touches_nothing(
 /// The stream tracks so many leases on the longest keys that their results do not fit into one
 /// message.
 #[tokio::test]
-async fn an_answer_that_does_not_fit_into_one_message_comes_in_parts() {
+async fn an_answer_that_does_not_fit_into_one_message_is_split() {
     let daemon = Daemon::start(Embedded).await;
     let mut client = daemon.client().await;
     let mut calls = JoinSet::new();

@@ -30,11 +30,11 @@ pub(crate) async fn scrape(daemon: &Daemon) -> Exposition {
     Exposition::parse(&body).unwrap_or_else(|why| panic!("{why}\n{body}"))
 }
 
-/// A sample's name, its labels, and by how much its value must have changed.
+/// A metric's name, labels, and the expected change of its value.
 type Change<'a> = (&'a str, &'a [(&'a str, &'a str)], f64);
 
-/// Waits until one scrape shows all of these changes. It waits because the daemon may count a call
-/// after it has answered.
+/// Waits until one scrape shows all of these changes. The daemon may count a call only after it has
+/// answered.
 async fn until_changed(daemon: &Daemon, before: &Exposition, changes: &[Change<'_>]) {
     let mut last = String::new();
     eventually(async || {
@@ -60,7 +60,7 @@ async fn until_value(daemon: &Daemon, name: &str, labels: &[(&str, &str)], value
     eventually(async || (scrape(daemon).await.value(name, labels) == value).then_some(())).await;
 }
 
-/// The type and the labels of each metric, by its name.
+/// The type and the labels of each metric, by name.
 type Table = BTreeMap<String, (String, BTreeSet<String>)>;
 
 /// Reads the table of metrics in the documentation.
@@ -167,7 +167,7 @@ async fn calls_that_are_granted_and_refused_are_counted(#[values(Embedded, Mongo
 
 #[rstest]
 #[tokio::test]
-async fn waits_are_counted_by_how_they_end(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn waits_are_counted_by_outcome(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(acquire("job").ttl(secs(LONG))).await.unwrap().lease.unwrap();
@@ -259,7 +259,7 @@ async fn touches_and_losses_on_streams_are_counted(#[values(Embedded, MongoDb)] 
 
 #[rstest]
 #[tokio::test]
-async fn displacing_a_silent_holder_counts_a_takeover_and_a_loss(
+async fn displacing_a_silent_holder_is_counted_as_a_takeover_and_a_loss(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -303,7 +303,7 @@ async fn watches_are_counted_while_they_are_open_and_when_they_end(
 /// The status of a stream that has begun is sent in trailers, so it must be counted from there.
 #[rstest]
 #[tokio::test]
-async fn a_stream_that_fails_after_it_began_counts_with_its_code(
+async fn a_stream_that_fails_after_it_began_is_counted_with_its_code(
     #[values(Embedded, MongoDb)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -338,7 +338,7 @@ async fn two_daemons_in_one_process_have_their_own_counts_and_feed_states() {
         .await;
 }
 
-/// The test starts a MongoDB of its own, since fail points affect the whole server.
+/// The test starts its own MongoDB, since fail points affect the whole server.
 #[tokio::test]
 async fn failures_of_the_store_are_counted_by_kind() {
     let mongod = Mongod::start().await.unwrap();
@@ -369,7 +369,7 @@ async fn failures_of_the_store_are_counted_by_kind() {
 
 #[rstest]
 #[tokio::test]
-async fn readiness_is_also_a_metric(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn a_draining_daemon_exports_that_it_is_not_ready(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start_with(backend, |config| config.drain_timeout = secs(LONG)).await;
     until_value(&daemon, "leased_ready", &[], 1.0).await;
     // An open stream keeps the draining daemon running until its metrics have been read.
@@ -381,7 +381,7 @@ async fn readiness_is_also_a_metric(#[values(Embedded, MongoDb)] backend: Backen
 }
 
 #[tokio::test]
-async fn limits_are_also_metrics() {
+async fn the_configured_limits_are_exported() {
     let daemon = Daemon::start_with(Embedded, |config| {
         config.limits.connections = 11;
         config.limits.bounds.waiting_calls = 12;
@@ -408,7 +408,7 @@ async fn the_process_metrics_describe_this_process() {
     );
     assert!(now.value("process_open_fds", &[]) > 3.0);
     assert!(now.value("process_max_fds", &[]) >= now.value("process_open_fds", &[]));
-    // In seconds since 1970. This test was written later than that.
+    // In seconds since 1970. This bound is in 2023, before this test was written.
     assert!(now.value("process_start_time_seconds", &[]) > 1_700_000_000.0);
     let later = eventually(async || {
         let later = scrape(&daemon).await.value("process_cpu_seconds_total", &[]);

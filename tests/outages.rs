@@ -1,4 +1,4 @@
-//! Calls that fail during an outage of the store leave no lease behind.
+//! Calls that fail during an outage of the store leave no lease.
 
 use leased_client::Reason;
 use leased_client::v1::LeaseState;
@@ -10,19 +10,19 @@ use crate::metrics::scrape;
 use crate::support::{AcquireBuilder, Calls, Daemon, acquire, eventually, refusal, secs};
 
 /// Calls may take only one second here, so a short outage already outlasts a call and its cleanup.
-/// The test starts a MongoDB of its own, since fail points affect the whole server.
+/// The test starts its own MongoDB, since fail points affect the whole server.
 #[tokio::test]
-async fn a_lease_of_a_call_without_an_answer_is_released_after_a_long_outage() {
+async fn a_lease_that_was_granted_to_a_failed_call_is_released_after_the_outage() {
     let mut mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |config| config.limits.bounds.call = secs(1)).await;
     let mut client = daemon.client().await;
     let admin = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
-    // Reads with majority concern only return what survives a crash of the server.
+    // Reads with majority concern return only writes that survive a crash of the server.
     let lasting = CollectionOptions::builder().read_concern(ReadConcern::majority()).build();
     let name = &daemon.location().collection;
     let records = daemon.database().await.collection_with_options::<Document>(name, lasting);
 
-    // The grant takes effect without being acknowledged, and then the server is killed.
+    // The grant takes effect, but is not acknowledged. Then the server is killed.
     let data = doc! {
         "failCommands": ["findAndModify", "update"],
         "namespace": records.namespace().to_string(),

@@ -1,5 +1,5 @@
 //! Peers that are silent, slow, too fast, or too many. Other callers are served, and honest callers
-//! are not mistaken for such peers.
+//! are not taken for attackers.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -28,8 +28,8 @@ use crate::support::{
 /// The connection preface of an HTTP/2 client.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Reads until the other side closes the connection.
-async fn closed(stream: &mut TcpStream) {
+/// Reads until the daemon closes the connection.
+async fn until_closed(stream: &mut TcpStream) {
     let mut rest = Vec::new();
     // The result is ignored, since the daemon may close or reset the connection.
     let _ = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("the connection stays open");
@@ -42,7 +42,7 @@ async fn refused(daemon: &Daemon, port: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
+async fn silent_connections_are_closed_in_time_and_surplus_ones_at_once() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.connections = 8).await;
     let mut silent = Vec::new();
     for _ in 0..8 {
@@ -56,10 +56,10 @@ async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
         silent.push(stream);
     }
     let mut one_too_many = TcpStream::connect(daemon.grpc).await.unwrap();
-    closed(&mut one_too_many).await;
+    until_closed(&mut one_too_many).await;
     assert!(refused(&daemon, "grpc").await >= 1.0);
     for stream in &mut silent {
-        closed(stream).await;
+        until_closed(stream).await;
     }
     eventually(async || {
         let client = LeaseServiceClient::connect(format!("http://{}", daemon.grpc));
@@ -69,7 +69,7 @@ async fn silent_connections_are_closed_and_one_too_many_is_closed_at_once() {
 }
 
 #[tokio::test]
-async fn connections_without_calls_do_not_hold_up_a_drain() {
+async fn connections_without_calls_do_not_delay_a_drain() {
     let daemon = Daemon::start_with(Embedded, |config| config.drain_timeout = secs(300)).await;
     let mut peers = Vec::new();
     for said in [&[][..], &PREFACE[..16], PREFACE, &[PREFACE, &frame(4, 0, 0, &[])].concat()] {
@@ -91,10 +91,10 @@ async fn the_http_port_closes_silent_connections_and_surplus_ones() {
         stream.write_all(b"GET /livez HTTP/1.1\r\nHost:").await.unwrap();
         silent.push(stream);
     }
-    // There may be room for one more until the daemon has accepted all of them.
+    // One more connection may fit until the daemon has accepted all of these.
     eventually(async || http(daemon.http, "/livez").await.is_none().then_some(())).await;
     for stream in &mut silent {
-        closed(stream).await;
+        until_closed(stream).await;
     }
     eventually(async || http(daemon.http, "/livez").await).await;
     assert!(refused(&daemon, "http").await >= 1.0);
@@ -152,7 +152,8 @@ async fn read_until(stream: &mut TcpStream, kind: u8) -> Vec<u8> {
             let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
             stream.read_exact(&mut payload).await.unwrap();
             assert!(head[3] != GOAWAY, "{:?}", payload.escape_ascii().to_string());
-            // Only an acknowledgement (flag 1) counts; the daemon also sends pings of its own.
+            // Of pings, only an acknowledgement (flag 1) counts. The daemon also sends pings
+            // itself.
             if head[3] == kind && (kind != PING || head[4] == 1) {
                 return payload;
             }
@@ -198,7 +199,7 @@ async fn a_burst_of_cancelled_calls_is_tolerated_and_a_flood_ends_the_connection
 }
 
 /// A client may send more of a request before it reads the refusal. Then h2 resets the stream, and
-/// counts its resets.
+/// counts these resets against a limit.
 #[tokio::test]
 async fn requests_that_are_too_large_do_not_end_their_connection() {
     let daemon = Daemon::start(Embedded).await;
@@ -241,8 +242,8 @@ async fn a_stream_of_a_thousand_messages_a_second_is_answered_completely(
             if sequence % 20 == 0 {
                 ticks.tick().await;
             }
-            // A message names 1, 2, 3 or no leases, in turn. Each message has a frame of its own,
-            // as if a client sent them one by one.
+            // A message names 1, 2, 3 or no leases, in turn. Each message is sent in a separate
+            // frame, as if a client sent them one by one.
             let leases = named.iter().take((sequence % 4) as usize).cloned().collect();
             let message = framed(&KeepAliveRequest { leases, sequence }.encode_to_vec());
             messages.send_data(message.into(), false).unwrap();
@@ -334,7 +335,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&[0][..], &length, message].concat()
 }
 
-/// Returns a framed message of so many zero bytes.
+/// Returns a framed message of this many zero bytes.
 fn message(bytes: usize) -> Vec<u8> {
     framed(&vec![0; bytes])
 }
@@ -359,7 +360,9 @@ fn unfinished() -> Vec<u8> {
 
 /// Begins a message on a stream of each connection, and returns the status message of the first
 /// stream that ends.
-async fn hold_back<const N: usize>(connections: [&SendRequest<Bytes>; N]) -> (JoinSet<HeaderMap>, String) {
+async fn begin_messages<const N: usize>(
+    connections: [&SendRequest<Bytes>; N],
+) -> (JoinSet<HeaderMap>, String) {
     let mut holding = JoinSet::new();
     for calls in connections.map(SendRequest::clone) {
         holding.spawn(async move { status(&calls, "KeepAlive", None, unfinished(), false).await });
@@ -378,10 +381,10 @@ async fn assert_served(daemon: &Daemon) {
 }
 
 #[tokio::test]
-async fn one_connection_with_incomplete_messages_leaves_room_for_others() {
+async fn incomplete_messages_on_one_connection_leave_room_for_other_connections() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.receiving_bytes = 6 << 20).await;
     let calls = connection(&daemon).await;
-    let (_holding, refused) = hold_back([&calls; 3]).await;
+    let (_holding, refused) = begin_messages([&calls; 3]).await;
     assert!(refused.contains("connection_receiving_bytes"), "{refused}");
     assert_served(&daemon).await;
     // The same connection can still make small calls.
@@ -392,7 +395,7 @@ async fn one_connection_with_incomplete_messages_leaves_room_for_others() {
 async fn incomplete_messages_on_many_connections_have_a_common_limit() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.receiving_bytes = 6 << 20).await;
     let (one, other) = (connection(&daemon).await, connection(&daemon).await);
-    let (_holding, refused) = hold_back([&one, &other]).await;
+    let (_holding, refused) = begin_messages([&one, &other]).await;
     assert!(refused.contains("receiving_bytes") && !refused.contains("connection"), "{refused}");
     assert_served(&daemon).await;
 }
@@ -403,7 +406,7 @@ async fn a_missed_deadline_is_never_reported_as_another_failure() {
     let calls = connection(&daemon).await;
     for number in 0..200 {
         let timeout = format!("{}u", 1 + 50 * number);
-        // Every other message is incomplete, so only its deadline can end that call in time.
+        // Every second message is incomplete, so only the deadline can end its call in time.
         let is_complete = number % 2 == 0;
         let status = status(&calls, "Get", Some(&timeout), message(0), is_complete).await;
         match status["grpc-status"].to_str().unwrap() {

@@ -1,4 +1,4 @@
-//! The prose of the repository: its links lead somewhere, and its words are spelled right.
+//! The prose of the repository: its links are not broken, and its words are spelled right.
 
 use std::collections::HashSet;
 use std::fs;
@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 
 use crate::support::tools;
 
-/// Returns the Markdown files below a folder of the repository, without build results.
-fn pages(folder: &Path, found: &mut Vec<PathBuf>) {
+/// Adds the Markdown files below a folder to `found`, except build results and dependencies.
+fn add_pages(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let entry = entry.unwrap();
         let (path, name) = (entry.path(), entry.file_name());
         let name = name.to_string_lossy();
         if entry.file_type().unwrap().is_dir() {
             if !name.starts_with('.') && name != "target" && name != "node_modules" {
-                pages(&path, found);
+                add_pages(&path, found);
             }
         } else if name.ends_with(".md") {
             found.push(path);
@@ -44,35 +44,35 @@ fn anchors(page: &str) -> HashSet<String> {
 }
 
 /// Returns the targets of the links `[text](target)` of a page.
-fn targets(page: &str) -> Vec<String> {
+fn link_targets(page: &str) -> Vec<String> {
     let text = prose(page).collect::<Vec<_>>().join("\n");
     let parts = text.split("](").skip(1);
     parts.filter_map(|part| Some(part.split_once(')')?.0.trim().to_owned())).collect()
 }
 
 #[test]
-fn every_link_within_the_repository_leads_somewhere() {
+fn no_link_within_the_repository_is_broken() {
     let mut all = Vec::new();
-    pages(tools::root(), &mut all);
+    add_pages(tools::root(), &mut all);
     assert!(all.len() > 10, "{all:?}");
     let mut broken = Vec::new();
     for page in &all {
         let text = fs::read_to_string(page).unwrap();
-        for target in targets(&text) {
+        for target in link_targets(&text) {
             if target.contains("://") || target.starts_with("mailto:") {
                 continue;
             }
             let (path, anchor) = target.split_once('#').unwrap_or((&target, ""));
             let file = if path.is_empty() { page.clone() } else { page.parent().unwrap().join(path) };
-            let leads_somewhere = file.exists()
+            let is_valid = file.exists()
                 && (anchor.is_empty()
                     || anchors(&fs::read_to_string(&file).unwrap_or_default()).contains(anchor));
-            if !leads_somewhere {
+            if !is_valid {
                 broken.push(format!("{}: {target}", page.display()));
             }
         }
     }
-    assert!(broken.is_empty(), "these links lead nowhere:\n{}", broken.join("\n"));
+    assert!(broken.is_empty(), "broken links:\n{}", broken.join("\n"));
 }
 
 #[tokio::test]

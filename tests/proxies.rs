@@ -1,5 +1,5 @@
-//! leased behind proxies, with the configurations of docs/proxies.md. Only ports and folders are
-//! changed.
+//! leased behind proxies, with the configurations of docs/proxies.md. The tests change only ports
+//! and folders.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -67,7 +67,7 @@ impl Proxy {
     }
 }
 
-/// A proxy as a process, which ends with the test.
+/// A proxy process, which ends when this value is dropped.
 struct Running {
     child: Child,
     address: SocketAddr,
@@ -113,14 +113,13 @@ impl Drop for Running {
     }
 }
 
-/// The proxies are tried at the same time, since each test mostly waits.
+/// The proxies run at the same time, since each test mostly waits.
 #[tokio::test]
 async fn a_long_wait_and_a_long_stream_pass_each_proxy() {
-    tokio::join!(passes(Nginx), passes(Haproxy), passes(Envoy));
+    tokio::join!(assert_passes(Nginx), assert_passes(Haproxy), assert_passes(Envoy));
 }
 
-/// The test makes more calls than nginx (512 connections) and envoy (1,024 calls) let through by
-/// default.
+/// The test makes more calls than nginx (512 connections) and envoy (1,024 calls) allow by default.
 #[rstest]
 #[case::nginx(Nginx, 3)]
 #[case::haproxy(Haproxy, 6)]
@@ -147,9 +146,9 @@ async fn many_calls_that_wait_pass_each_proxy(#[case] proxy: Proxy, #[case] conn
     }
 }
 
-/// Checks that a call may wait for longer than a minute, after which nginx gives up by default. A
-/// stream first transfers more than 1 MB, and then stays silent for the same time.
-async fn passes(proxy: Proxy) {
+/// Checks that a call may wait through the proxy for longer than a minute, after which nginx gives
+/// up by default. Meanwhile a stream that has transferred more than 1 MB stays silent.
+async fn assert_passes(proxy: Proxy) {
     let daemon = Daemon::start(Embedded).await;
     let running = Running::start(proxy, &daemon).await;
     let mut client = running.client().await;
@@ -169,7 +168,7 @@ async fn passes(proxy: Proxy) {
     let (id, asked) = (Uuid::new_v4(), acquire(&key).wait(secs(600)));
     let wait = tokio::spawn(async move { waiting.get_lease(asked.id(id)).await });
     until_queued(&mut client, &key, 1).await;
-    // The sleep is the test itself: for 62 s nothing passes the proxy.
+    // The sleep is the test itself: no message passes the proxy for 62 s.
     sleep(secs(62)).await;
     assert_eq!(stream.touch(lease).await.len(), 1, "the stream goes on");
     client.give_back(&held).await.unwrap();

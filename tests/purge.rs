@@ -1,4 +1,4 @@
-//! Removal of records whose key has been free for long.
+//! Purges records of keys that have been free for long.
 
 use leased::store::Store;
 use leased::store::mongo::MongoStore;

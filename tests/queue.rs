@@ -20,7 +20,7 @@ async fn wait_as(client: &mut Leases, owner: &str, waiters: usize) -> Acquiring 
 }
 
 #[tokio::test]
-async fn first_come_first_served_over_two_daemons() {
+async fn waiters_at_two_daemons_are_granted_the_key_in_the_order_of_their_calls() {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
@@ -51,10 +51,10 @@ async fn first_come_first_served_over_two_daemons() {
     }
 }
 
-/// Notifications between daemons are only hints. Even without one, a daemon finds the release,
-/// since it polls the record every 2 s.
+/// Notifications between daemons are only hints. Without one, a daemon still learns of the release,
+/// since it polls the record every 1 to 2 s.
 #[tokio::test]
-async fn a_release_at_another_daemon_is_noticed_after_about_two_seconds() {
+async fn a_waiter_learns_of_a_release_at_another_daemon_even_without_a_notification() {
     let one = Daemon::start(MongoDb).await;
     let two = one.sibling().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
@@ -74,7 +74,7 @@ async fn a_release_at_another_daemon_is_noticed_after_about_two_seconds() {
 
 #[rstest]
 #[tokio::test]
-async fn when_its_wait_is_over_the_caller_learns_the_holder_and_leaves_the_queue(
+async fn a_call_whose_wait_is_over_names_the_holder_and_leaves_the_queue(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -89,9 +89,9 @@ async fn when_its_wait_is_over_the_caller_learns_the_holder_and_leaves_the_queue
     first.abort();
 }
 
-/// A caller whose wait is over must not leave a waiter entry behind, since the key would then be
-/// granted to nobody. The daemon may be refreshing its queue at that moment, because of another
-/// daemon's change.
+/// A caller whose wait is over must leave no waiter entry, since an entry without a caller may
+/// still be granted the key. The daemon may be refreshing its queue at that moment, because of
+/// another daemon's change.
 #[rstest]
 #[tokio::test]
 async fn a_wait_that_is_over_leaves_no_waiter_behind(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
@@ -156,9 +156,9 @@ async fn waits(daemon: &Daemon, outcome: &str) -> f64 {
     waits
 }
 
-/// If the daemon picked the lease id and the answer is lost, nobody knows the id and nobody can
-/// release the lease. So the daemon releases it. A lease is left to expire only if its answer left
-/// the daemon before the daemon noticed that the caller was gone.
+/// If the daemon picked the lease id and the answer is lost, no caller knows the id or can release
+/// the lease. So the daemon releases it. The lease is left to expire only if the daemon sent the
+/// answer before it noticed that the caller had hung up.
 #[rstest]
 #[tokio::test]
 async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease(
@@ -169,21 +169,21 @@ async fn callers_that_hang_up_at_the_moment_of_a_grant_leave_no_lease(
     for _ in 0..20 {
         let lease = client.get_lease(acquire("job").ttl(secs(60))).await.unwrap().lease.unwrap();
         let granted_before = waits(&daemon, "granted").await;
-        let gone = wait_as(&mut client, "gone", 1).await;
+        let leaving = wait_as(&mut client, "gone", 1).await;
         let mut releasing = client.clone();
         let release = tokio::spawn(async move { releasing.give_back(&lease).await });
         tokio::task::yield_now().await;
-        gone.abort();
+        leaving.abort();
         release.await.unwrap().unwrap();
         // The answer may have arrived before the call was aborted.
-        if let Ok(Ok(granted)) = gone.await {
+        if let Ok(Ok(granted)) = leaving.await {
             client.give_back(&granted.lease.unwrap()).await.unwrap();
         }
         let next = match client.get_lease(acquire("job").wait(secs(20))).await {
             Ok(next) => next,
             Err(_) => {
                 let granted = waits(&daemon, "granted").await - granted_before;
-                assert!(granted == 1.0, "the key is held, although nobody was answered");
+                assert!(granted == 1.0, "the key is held, although no call was answered");
                 client.get_lease(acquire("job").wait(secs(60))).await.unwrap()
             }
         };
@@ -227,10 +227,10 @@ async fn a_waiter_entry_does_not_lapse_while_its_call_is_open(
     second.await.unwrap().unwrap();
 }
 
-/// After the drain of its daemon, the entry of a waiter that does not call again lapses. It is
-/// skipped when its turn comes.
+/// If a waiter does not call again after the drain of its daemon, its entry lapses, and the next
+/// waiter is granted the key.
 #[tokio::test]
-async fn waiters_of_a_daemon_that_is_gone_are_skipped() {
+async fn waiters_of_a_drained_daemon_are_skipped_once_their_entries_have_lapsed() {
     let daemon = Daemon::start_with(MongoDb, |config| config.rules.waiter_ttl = ms(1500)).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(acquire("job").ttl(secs(60))).await.unwrap().lease.unwrap();
@@ -273,11 +273,11 @@ async fn a_caller_of_a_draining_daemon_keeps_its_position_at_another() {
     other.abort();
 }
 
-/// A client that reconnects may repeat its call before the daemon notices that the first one has
+/// A client that reconnects may repeat its call before the daemon notices that the first call has
 /// ended.
 #[rstest]
 #[tokio::test]
-async fn a_repeated_wait_keeps_the_position_of_the_first(
+async fn a_repeated_call_keeps_the_position_of_the_first(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -304,7 +304,7 @@ async fn a_repeated_wait_keeps_the_position_of_the_first(
 
 #[rstest]
 #[tokio::test]
-async fn a_full_queue_accepts_no_more_waiters(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn a_full_queue_refuses_further_waiters(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     client.get_lease(acquire("job").ttl(secs(60))).await.unwrap();

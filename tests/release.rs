@@ -28,7 +28,7 @@ async fn a_release_frees_the_key_and_may_be_repeated(#[values(Embedded, MongoDb,
 
 #[rstest]
 #[tokio::test]
-async fn an_id_that_never_held_cannot_release_and_changes_nothing(
+async fn an_id_that_never_held_a_lease_releases_nothing(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -47,7 +47,9 @@ async fn an_id_that_never_held_cannot_release_and_changes_nothing(
 
 #[rstest]
 #[tokio::test]
-async fn the_next_waiter_holds_when_a_release_returns(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn the_next_waiter_holds_the_key_when_a_release_returns(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(acquire("job")).await.unwrap().lease.unwrap();

@@ -10,7 +10,8 @@ use crate::support::{
     AcquireBuilder, Backend, Calls, Daemon, Embedded, Fleet, MongoDb, acquire, enqueue, refusal, secs,
 };
 
-/// Revokes a lease by its token, or all leases of `key` if the token is 0. Returns how many.
+/// Revokes a lease by its token, or all leases of `key` if the token is 0. Returns how many were
+/// revoked.
 pub(crate) async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i32 {
     let request = RevokeRequest { key: key.to_owned(), fencing_token, reason: "a test".to_owned() };
     daemon.admin().await.revoke(request).await.unwrap().into_inner().revoked
@@ -18,7 +19,7 @@ pub(crate) async fn revoke(daemon: &Daemon, key: &str, fencing_token: i64) -> i3
 
 #[rstest]
 #[tokio::test]
-async fn a_revoked_holder_is_told_and_the_next_waiter_holds_the_key(
+async fn a_revoked_holder_receives_the_loss_and_the_next_waiter_holds_the_key(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -57,7 +58,7 @@ async fn without_a_token_all_holders_are_revoked_and_no_later_one(
 
 #[rstest]
 #[tokio::test]
-async fn there_is_nothing_to_revoke_on_a_free_or_unknown_key(
+async fn a_revocation_of_a_free_or_unknown_key_revokes_nothing(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;

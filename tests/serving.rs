@@ -40,7 +40,7 @@ async fn a_daemon_whose_store_answers_is_serving_and_ready(#[values(Embedded, Mo
 }
 
 #[tokio::test]
-async fn with_two_daemons_readiness_shows_the_lag_of_the_change_feed() {
+async fn with_a_second_daemon_readiness_shows_the_lag_of_the_change_feed() {
     let daemon = Daemon::start(MongoDb).await;
     let other = daemon.sibling().await;
     for daemon in [&daemon, &other] {
@@ -55,12 +55,13 @@ async fn with_two_daemons_readiness_shows_the_lag_of_the_change_feed() {
     }
 }
 
-/// The test starts a MongoDB of its own, since fail points affect the whole server.
+/// The test starts its own MongoDB, since fail points affect the whole server.
 #[tokio::test]
-async fn a_daemon_whose_change_feed_is_broken_is_ready_and_says_so() {
+async fn a_daemon_whose_change_feed_is_broken_is_ready_and_reports_it() {
     let mongod = Mongod::start().await.unwrap();
     let daemon = Daemon::over(mongod.uri(), |_| {}).await;
     let _other = daemon.sibling().await;
+    // The change feed fails with ChangeStreamHistoryLost (286).
     let data = doc! { "failCommands": ["aggregate", "getMore"], "errorCode": 286 };
     let fail = doc! { "configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data };
     let client = mongodb::Client::with_uri_str(mongod.uri()).await.unwrap();
@@ -120,7 +121,7 @@ async fn reflection_shows_the_api_in_both_versions(#[values(Embedded, MongoDb)] 
 }
 
 #[tokio::test]
-async fn a_draining_daemon_sends_all_callers_elsewhere_and_ends() {
+async fn a_drain_ends_all_calls_with_the_reason_shutting_down() {
     let daemon = Daemon::start(MongoDb).await;
     let other = daemon.sibling().await;
     let mut client = daemon.client().await;
@@ -152,7 +153,7 @@ async fn a_draining_daemon_sends_all_callers_elsewhere_and_ends() {
         }
         false
     };
-    assert!(told.await, "watchers of the health service are told");
+    assert!(told.await, "watchers of the health service are not told");
     let started = tokio::time::Instant::now();
     daemon.stop().await;
     assert!(
@@ -165,8 +166,8 @@ async fn a_draining_daemon_sends_all_callers_elsewhere_and_ends() {
     let mut client = other.client().await;
     let mut stream = KeepAlive::open(&mut client).await;
     kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
-    // The waiter whose caller chose the lease id keeps its position. The other one is removed,
-    // since nobody knows its id.
+    // The waiter whose caller chose the lease id keeps its position. The other waiter is removed,
+    // since no caller knows its id.
     assert_eq!(client.inspect("job").await.unwrap().waiters.len(), 1);
 }
 

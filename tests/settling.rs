@@ -1,4 +1,4 @@
-//! Lease ids that are settled: released while they wait, released before their acquire arrives,
+//! Lease ids that are released while their call waits, released before their acquire arrives,
 //! repeated, or used for a different request.
 
 use std::net::SocketAddr;
@@ -35,7 +35,7 @@ fn assert_lost(status: &Status) {
 
 #[rstest]
 #[tokio::test]
-async fn releasing_the_id_of_a_waiter_ends_the_wait_and_leaves_nothing(
+async fn releasing_the_id_of_a_waiter_ends_its_call_and_removes_its_entry(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -77,7 +77,7 @@ async fn a_waiter_of_a_drained_daemon_can_be_released_at_another() {
 
 #[rstest]
 #[tokio::test]
-async fn an_acquire_that_arrives_after_its_release_is_lost(
+async fn an_acquire_that_arrives_after_its_release_is_granted_nothing(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -106,7 +106,8 @@ async fn an_acquire_that_arrives_after_its_release_is_lost(
     assert_eq!(client.inspect("job").await.unwrap().state(), LeaseState::Free);
 }
 
-/// Marks a call as a retry. gRPC does so for its own retries, and callers do so for theirs.
+/// Adds the header that says that a call is a retry. gRPC adds it to its own retries, and callers
+/// add it to theirs.
 fn again<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("grpc-previous-rpc-attempts", "1".parse().unwrap());
@@ -115,7 +116,7 @@ fn again<T>(message: T) -> Request<T> {
 
 #[rstest]
 #[tokio::test]
-async fn a_repeated_id_is_remembered_although_many_leases_followed(
+async fn a_repeated_id_is_remembered_even_after_many_later_leases(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -138,8 +139,8 @@ async fn a_repeated_id_is_remembered_although_many_leases_followed(
     }
 }
 
-/// The command takes effect, but MongoDB reports an unknown outcome. So the daemon repeats the
-/// command, although all its releases are done.
+/// MongoDB applies the command, but reports an unknown outcome. So the daemon repeats the command,
+/// although all its releases are done.
 #[tokio::test]
 async fn shared_holders_are_all_released_although_the_first_reply_is_lost() {
     let mongod = Mongod::start().await.unwrap();
@@ -175,8 +176,8 @@ async fn shared_holders_are_all_released_although_the_first_reply_is_lost() {
     assert_eq!(client.inspect("pool").await.unwrap().state(), LeaseState::Free);
 }
 
-/// The daemon sends the command of the acquire on a connection that stalls. It sends the command
-/// again, and the key turns out to be held. The first command arrives when the key is free.
+/// The daemon sends the acquire's command on a connection that stalls, and then repeats the
+/// command. The repetition finds the key held. The first command arrives when the key is free.
 #[tokio::test]
 async fn a_refused_acquire_holds_nothing_when_its_first_command_arrives_late() {
     let mongod = Mongod::start().await.unwrap();
@@ -196,13 +197,13 @@ async fn a_refused_acquire_holds_nothing_when_its_first_command_arrives_late() {
     assert_eq!(
         client.inspect("job").await.unwrap().state(),
         LeaseState::Free,
-        "the late command must not grant a lease"
+        "the late command granted a lease"
     );
 }
 
 #[rstest]
 #[tokio::test]
-async fn an_id_in_use_with_another_mode_or_limit_is_refused_without_effect(
+async fn an_id_in_use_cannot_be_reused_with_another_mode_or_limit(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -234,7 +235,7 @@ async fn an_id_in_use_with_another_mode_or_limit_is_refused_without_effect(
 
 #[rstest]
 #[tokio::test]
-async fn a_grant_that_is_older_than_the_call_is_marked_and_renewed(
+async fn a_grant_that_is_older_than_the_call_says_waited_and_is_renewed(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;
@@ -299,7 +300,7 @@ async fn a_refusal_says_what_blocks_the_key(#[values(Embedded, MongoDb, Fleet)] 
 
 #[rstest]
 #[tokio::test]
-async fn a_revocation_ends_the_block_of_a_min_hold(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn a_revocation_ends_a_min_hold(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let revoke = async |fencing_token| {

@@ -52,7 +52,7 @@ async fn exclusive_and_shared_leases_exclude_each_other(
 
 #[rstest]
 #[tokio::test]
-async fn a_shared_request_does_not_overtake_an_earlier_exclusive_one(
+async fn a_shared_request_does_not_overtake_an_exclusive_waiter(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;

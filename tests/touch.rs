@@ -39,7 +39,7 @@ async fn a_lapsed_lease_can_be_touched_until_another_holds_the_key(
 
 #[rstest]
 #[tokio::test]
-async fn a_displaced_lease_stays_lost_and_its_holder_is_told_why(
+async fn a_displaced_lease_stays_lost_and_its_holder_receives_the_reason(
     #[values(Embedded, MongoDb, Fleet)] backend: Backend,
 ) {
     let daemon = Daemon::start(backend).await;

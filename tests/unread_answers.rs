@@ -1,4 +1,4 @@
-//! Callers that do not read the answers on their streams, beside others that do.
+//! Streams whose callers do not read the answers, beside streams whose callers do.
 
 use std::future::poll_fn;
 
@@ -20,14 +20,14 @@ use crate::keepalive::KeepAlive;
 use crate::support::exposition::Exposition;
 use crate::support::{Daemon, Embedded, PATIENCE, http, named};
 
-/// How many leases a large message names. A connection may have three answers of this size unread,
-/// and no fourth.
+/// How many leases a large message names. A connection may have at most three unread answers of
+/// this size.
 const LEASES: usize = 8000;
-/// How many streams read nothing: more than may wait for their answers.
+/// How many streams do not read: more than may wait until their answers are sent.
 const STREAMS: usize = 30;
 
 /// Opens a connection that answers pings. It receives the first 64 KiB of each answer, and more
-/// only if the test releases flow control.
+/// only if the test releases flow-control capacity.
 async fn connection(daemon: &Daemon) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(daemon.grpc).await.unwrap();
     let (calls, connection) = h2::client::Builder::new()
@@ -65,7 +65,7 @@ enum End {
     Status(String),
 }
 
-/// Waits for the end of a stream without releasing flow control.
+/// Waits for the end of a stream without releasing flow-control capacity.
 async fn end(mut body: RecvStream) -> End {
     loop {
         match body.data().await {
@@ -90,15 +90,15 @@ async fn losses(daemon: &Daemon) -> f64 {
 }
 
 #[tokio::test]
-async fn unread_keepalive_answers_are_few_and_end_while_others_are_answered() {
+async fn unread_keepalive_answers_are_limited_and_reset_while_other_streams_are_answered() {
     let daemon = Daemon::start(Embedded).await;
     let calls = connection(&daemon).await;
     let mut ends = FuturesUnordered::new();
     let mut messages = Vec::new();
     for _ in 0..STREAMS {
         let (answer, mut message) = open(&calls, "leased.v1.LeaseService/KeepAlive").await;
-        // The messages are sent one after the other, since incomplete messages have a limit of
-        // their own.
+        // The messages are sent one after the other, since incomplete messages have a separate
+        // limit.
         let named = framed(&naming(LEASES));
         message.reserve_capacity(named.len());
         while message.capacity() < named.len() {
@@ -108,7 +108,7 @@ async fn unread_keepalive_answers_are_few_and_end_while_others_are_answered() {
         messages.push(message);
         ends.push(async { end(answer.await.unwrap().into_body()).await });
     }
-    // The first stream ends because too many wait until their answers may be sent.
+    // The first stream ends because too many other streams wait until their answers may be sent.
     let first = timeout(PATIENCE, ends.next()).await.unwrap().unwrap();
     assert!(matches!(&first, End::Status(why) if why.contains("connection_waiting_bytes")), "{first:?}");
 
@@ -141,8 +141,7 @@ async fn the_daemon_ends_an_idle_reflection_stream() {
     let calls = connection(&daemon).await;
     let symbol = MessageRequest::FileContainingSymbol("leased.v1.LeaseService".to_owned());
     let request = framed(&ServerReflectionRequest { host: String::new(), message_request: Some(symbol) });
-    // Both streams send no further request. The single answer fits into 64 KiB; the eight answers
-    // do not.
+    // Neither stream sends a further request. One answer fits into 64 KiB. Eight answers do not.
     for requests in [1, 8] {
         let (answer, mut message) =
             open(&calls, "grpc.reflection.v1.ServerReflection/ServerReflectionInfo").await;

@@ -97,7 +97,7 @@ async fn a_damaged_record_fails_only_its_own_key(#[values(0, 1, 2, 3, 4, 5)] dam
 }
 
 #[tokio::test]
-async fn waiters_of_other_keys_are_refreshed_although_one_record_is_damaged() {
+async fn waiters_of_other_keys_are_refreshed_although_a_record_is_damaged() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let held = client.get_lease(acquire("a").ttl(secs(600))).await.unwrap().lease.unwrap();

@@ -109,7 +109,9 @@ async fn a_watch_shows_a_snapshot_and_then_every_change(
 
 #[rstest]
 #[tokio::test]
-async fn a_waiter_that_gives_up_leaves_the_queue(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn a_waiter_that_hangs_up_is_reported_as_left_queue(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     client.get_lease(acquire("job").ttl(secs(60))).await.unwrap();
@@ -122,7 +124,7 @@ async fn a_waiter_that_gives_up_leaves_the_queue(#[values(Embedded, MongoDb, Fle
     assert_eq!(watch.kinds("job", 1).await, [ChangeKind::LeftQueue]);
 }
 
-/// Nothing is written when a lease lapses, so no write tells the daemon of it.
+/// A lapse writes nothing, so the daemon cannot learn of it from a write.
 #[rstest]
 #[tokio::test]
 async fn a_lapse_is_reported_when_it_happens_and_not_before(
@@ -149,7 +151,9 @@ async fn a_lapse_is_reported_when_it_happens_and_not_before(
 
 #[rstest]
 #[tokio::test]
-async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn a_lease_that_is_kept_alive_is_not_reported_as_lapsed(
+    #[values(Embedded, MongoDb, Fleet)] backend: Backend,
+) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let lease = client.get_lease(acquire("kept").ttl(ms(600))).await.unwrap().lease.unwrap();
@@ -170,11 +174,11 @@ async fn a_lease_that_is_kept_alive_does_not_lapse(#[values(Embedded, MongoDb, F
     );
 }
 
-/// A lease must lapse before another displaces it, so a takeover is always reported as a lapse and
-/// a grant.
+/// A lease lapses before another displaces it, so a takeover is always reported as a lapse and a
+/// grant.
 #[rstest]
 #[tokio::test]
-async fn a_takeover_is_a_lapse_and_a_grant(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
+async fn a_takeover_is_reported_as_a_lapse_and_a_grant(#[values(Embedded, MongoDb, Fleet)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let mut client = daemon.client().await;
     let mut watch = Watch::changes_only(&mut daemon.client().await, "").await;
@@ -211,8 +215,8 @@ async fn every_change_of_a_busy_key_is_reported_in_order(
     }
 }
 
-/// The caller reads nothing while many changes happen. The daemon drops changes for it, and sends a
-/// new snapshot instead.
+/// The caller reads nothing while many changes happen. The daemon drops changes of this watch, and
+/// sends a new snapshot instead.
 #[rstest]
 #[tokio::test]
 async fn a_watcher_that_falls_behind_gets_a_new_snapshot(
@@ -241,7 +245,7 @@ async fn a_watcher_that_falls_behind_gets_a_new_snapshot(
     }
     calls.join_all().await;
 
-    // The changes that were buffered come first, and then the new snapshot.
+    // The buffered changes arrive first, and then the new snapshot.
     let first = loop {
         match watch.event().await.unwrap() {
             Event::Change(_) => {}
@@ -273,7 +277,7 @@ async fn a_watch_shows_no_lease_id(#[values(Embedded, MongoDb, Fleet)] backend: 
 
 #[rstest]
 #[tokio::test]
-async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, MongoDb)] backend: Backend) {
+async fn a_drain_ends_a_watch_with_the_reason_shutting_down(#[values(Embedded, MongoDb)] backend: Backend) {
     let daemon = Daemon::start(backend).await;
     let (mut watch, _) = Watch::open(&mut daemon.client().await, "").await;
     daemon.drain();
@@ -282,7 +286,7 @@ async fn a_drain_ends_a_watch_and_sends_its_caller_elsewhere(#[values(Embedded, 
 }
 
 #[tokio::test]
-async fn watches_are_limited_and_an_invalid_prefix_is_refused() {
+async fn watches_are_limited_in_number_and_an_invalid_prefix_is_refused() {
     let daemon = Daemon::start_with(Embedded, |config| config.limits.bounds.watches = 2).await;
     let mut client = daemon.client().await;
     let one = Watch::changes_only(&mut client, "").await;

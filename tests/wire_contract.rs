@@ -1,4 +1,4 @@
-//! The API stays compatible: a program built against the last release also works with the next.
+//! The API's compatibility: a program built against the last release also works with the next.
 //!
 //! The folder `wire_contract/` has the API of the last release; `buf.yaml` has the rules.
 
@@ -9,7 +9,8 @@ use crate::support::tools;
 
 const API: &str = "proto/leased/v1/lease.proto";
 
-/// Returns what `buf` complains of in the repository, or in another folder with the same layout.
+/// Returns the complaints of a `buf` check in the repository, or in another folder with the same
+/// layout.
 async fn complaints(folder: &Path, check: &[&str]) -> String {
     let mut buf = tools::buf().unwrap();
     buf.args(check).current_dir(folder);
@@ -36,7 +37,7 @@ async fn the_api_is_compatible_with_the_last_release() {
 }
 
 #[tokio::test]
-async fn a_removed_field_and_a_badly_spelt_name_are_noticed() {
+async fn a_removed_field_and_a_badly_spelt_name_are_reported() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join(API);
     fs::create_dir_all(file.parent().unwrap()).unwrap();

@@ -1,9 +1,9 @@
-//! The most that MongoDB allows a service that writes a record for each change, and writes the
-//! changes of many keys by one command.
+//! The highest rate that MongoDB allows a service that writes a record for each change, and the
+//! changes of many keys with one command.
 //!
-//! Each command is the cheapest such write, `$inc` of one field of many documents, followed by a
-//! read of them. There are no calls and no rules: this program sends the commands itself. Two
-//! commands are in flight at once, as in leased.
+//! Each command is the cheapest write of this kind, `$inc` of one field of many documents, followed
+//! by a read of these documents. This program sends the commands itself, without calls or lease
+//! rules. Two commands are in flight at once, as in leased.
 
 use anyhow::{Result, ensure};
 use futures_util::TryStreamExt;
@@ -12,14 +12,15 @@ use mongodb::options::{ClientOptions, ReadConcern, WriteConcern};
 use mongodb::{Client, Collection};
 
 use crate::closed_loop;
-use crate::peer::Turn;
+use crate::connection::Turn;
 use crate::sample::Sample;
 use crate::trial::Trial;
 use crate::workload::Workload;
 
 /// The number of commands in flight.
 const IN_FLIGHT: usize = 2;
-/// The bytes of a record without its key and the field that changes: about those of a lease.
+/// The size of a record in bytes, without its key and the field that changes. A lease's record has
+/// about the same size.
 const RECORD_BYTES: usize = 300;
 
 pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {

@@ -5,20 +5,20 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::connection::Connection;
 use crate::open_loop::OpenLoop;
-use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::search::Search;
 use crate::trial::Trial;
 
 /// The number with which the search begins.
 const FIRST: usize = 10_000;
-/// The largest number that is tried, because the load generator has its limits as well.
+/// The largest number that is tried, because the load generator has a limit too.
 const MOST: usize = 1_280_000;
 /// The leases of a stream.
 const LEASES_PER_STREAM: usize = 1000;
 
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let ttl = Duration::from_secs(u64::try_from(trial.scale)?);
     // Earlier than the limit of the trial, so that the search ends with a result.
     let give_up = Instant::now() + 50 * trial.time;
@@ -41,11 +41,15 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample)
 }
 
-/// Keeps `count` leases alive for a while, and measures. `None` if more than 1 % are lost.
-async fn hold<P: Peer>(load: &mut OpenLoop<P>, count: usize, trial: &Trial<'_>) -> Result<Option<Sample>> {
+/// Keeps `count` leases alive for a while, and measures. Returns `None` if more than 1 % are lost.
+async fn hold<P: Connection>(
+    load: &mut OpenLoop<P>,
+    count: usize,
+    trial: &Trial<'_>,
+) -> Result<Option<Sample>> {
     if load.len() > count {
-        // Closes streams that have lost leases, gives the others time to catch up, and closes those
-        // that do not.
+        // The first call closes streams that have lost leases. The second closes streams that have
+        // not caught up meanwhile.
         load.shrink(count);
         sleep(load.interval()).await;
         load.shrink(count);

@@ -1,14 +1,14 @@
-//! Calls of the daemon that need no store, as a peer: the most that its gRPC stack and this load
-//! generator allow. Health checks take the place of unary calls. A reflection stream, which answers
-//! each message, takes the place of keepalives.
+//! Calls of the daemon that need no store, as a contender. Their rate is the highest that the
+//! daemon's gRPC stack and this load generator allow. Health checks take the place of unary calls.
+//! A reflection stream, which answers each message, takes the place of keepalives.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
+use crate::connection::{Connection, Turn};
 use crate::grpc::{Client, Stream};
-use crate::peer::{Peer, Turn};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Ceiling(Client);
@@ -21,7 +21,7 @@ impl Ceiling {
     }
 }
 
-impl Peer for Ceiling {
+impl Connection for Ceiling {
     type Held = ();
     type Stream = Echo;
 

@@ -1,4 +1,4 @@
-//! This host's clock, which all servers share. Only the ends of leases are measured by it.
+//! This host's clock, which all servers share. The benchmark uses it only for the ends of leases.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

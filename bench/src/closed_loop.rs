@@ -7,12 +7,12 @@ use anyhow::Result;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use crate::connection::Turn;
 use crate::cpu::{Cpu, Processes};
-use crate::peer::Turn;
 use crate::sample::Sample;
 use crate::tally::Shared;
 
-/// How long the last turns of callers may take. A turn that is cut off may leave its key taken.
+/// How long the last turns of callers may take. A turn that is cut off may leave its key held.
 const LAST_TURN: Duration = Duration::from_secs(10);
 /// How long a caller waits after a failure, so that refusals do not make it call without pause.
 const AFTER_FAILURE: Duration = Duration::from_millis(10);
@@ -47,8 +47,7 @@ pub(crate) async fn run<T: Turn>(
     let cpu = Cpu::now(processes);
     sleep_until(end).await;
     let spent = cpu.spent();
-    // Turns that take longer are cut off. They end outside of the span, so they would not count
-    // anyway.
+    // Turns that take longer are cut off. They would end after the measured span, and not count.
     let _ = timeout(LAST_TURN, async { while running.join_next().await.is_some() {} }).await;
     Ok(tally.sample(rate)?.spending(&spent, time))
 }

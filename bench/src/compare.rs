@@ -1,5 +1,4 @@
-//! The comparison: all contenders that are installed do the same workloads, in turn and for several
-//! rounds.
+//! The comparison: all installed contenders run the same workloads, in turn and for several rounds.
 
 use std::io::{Write, stderr, stdout};
 use std::path::{Path, PathBuf};
@@ -22,7 +21,7 @@ use crate::{svg, table};
 /// How long a contender may take to start. The first time, a mongod is downloaded.
 const READY: Duration = Duration::from_secs(300);
 
-/// Measures leased and what it is compared with by the same workloads, in turn.
+/// Measures leased and other services with the same workloads, in turn.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The workloads [default: all].
@@ -34,10 +33,10 @@ pub(crate) struct Args {
     /// The scales: how many callers, streams or leases [default: those of each workload].
     #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     at: Vec<u32>,
-    /// Run small scales, and one round of a second, which takes some minutes in all.
+    /// Run small scales and one round of one second, which takes a few minutes in all.
     #[arg(long)]
     quick: bool,
-    /// The number of rounds; the medians count [default: 3].
+    /// The number of rounds; the results are their medians [default: 3].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: Option<u32>,
     /// How long a rate is measured; other durations follow from this [default: 5].
@@ -51,7 +50,7 @@ pub(crate) struct Args {
     daemon: Option<PathBuf>,
 }
 
-/// What to measure, and by which contenders.
+/// Which workloads to measure, with which contenders.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) workloads: Vec<Workload>,
@@ -68,7 +67,7 @@ pub(crate) struct Plan {
 
 pub(crate) async fn run(args: Args) -> Result<()> {
     if let Some(folder) = &args.out {
-        // Now, so that an error does not show only after an hour.
+        // Created now, so that a wrong path fails at once and not after an hour.
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
     let all = |named: &[Contender]| match named {

@@ -1,11 +1,11 @@
-//! The contenders: their names, what they are compared with, and what they need to be installed.
+//! The contenders: their names, what each is compared with, and which programs each needs.
 
 use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::server::is_installed;
 
-/// A contender. The order is that of the table.
+/// A contender. The tables have this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Contender {
@@ -23,18 +23,19 @@ pub(crate) enum Contender {
     Redis,
     /// mongolock 1.3.4 on one mongod.
     Mongolock,
-    /// A conditional findOneAndUpdate for each call on one mongod, as a lock library would do it.
+    /// One conditional findOneAndUpdate for each call on one mongod, as in a lock library.
     Direct,
-    /// `$inc` of many records with each command on one mongod: the least that a write for each
-    /// change costs there.
+    /// `$inc` of many records with each command on one mongod: the lowest cost of a write for each
+    /// change.
     Batched,
     /// `$inc` of many records with each command on a replica set of three.
     BatchedThree,
     /// Calls of leased that need no store: what gRPC alone allows on this machine.
     Ceiling,
-    /// leased with its embedded store by the generated stub over tonic's channels; only on request.
+    /// leased with its embedded store, called with the generated stub over tonic's channels; only
+    /// on request.
     Stub,
-    /// leased with its embedded store by the client crate; only on request.
+    /// leased with its embedded store, called with the client crate; only on request.
     Client,
 }
 
@@ -75,7 +76,7 @@ impl Contender {
         }
     }
 
-    /// Says what is not installed and must be; `None` if nothing is missing.
+    /// Says which program is missing and how to install it. `None` if nothing is missing.
     pub(crate) fn missing(self) -> Option<&'static str> {
         let (program, advice) = match self {
             Self::Etcd | Self::EtcdThree => {

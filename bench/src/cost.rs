@@ -1,21 +1,21 @@
-//! The processor time of a touch, for more and more leases.
+//! The processor time of a touch, at rising numbers of leases.
 
 use anyhow::{Result, ensure};
 use tokio::time::sleep;
 
+use crate::connection::Connection;
 use crate::cpu::{Cpu, under_load};
 use crate::open_loop::OpenLoop;
-use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::trial::Trial;
 
 /// The leases of a stream.
 const LEASES_PER_STREAM: usize = 100;
 
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let processes = trial.deployment.processes();
     // Each lease is touched once in this time, because the TTL below is three times as long. With
-    // the default of five seconds that is the usual TTL of 30 s.
+    // the default of five seconds the TTL is the usual 30 s.
     let time = 2 * trial.time;
     let cpu = Cpu::now(&processes);
     sleep(time).await;

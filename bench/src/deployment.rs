@@ -1,5 +1,5 @@
-//! The processes of a contender. Each run starts new ones and no others, because idle processes
-//! would take a part of the processors, and data of an earlier run would slow the next one down.
+//! The processes of a contender. Each trial starts its own processes and no others. Idle processes
+//! would take processor time, and data of an earlier trial would slow the next one down.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::cpu::Processes;
 use crate::server::{Daemon, Server};
 use crate::workload::Workload;
 
-/// Running processes, which end when this is dropped.
+/// Running processes, which end when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Deployment {
     servers: Vec<Server>,
@@ -63,7 +63,7 @@ impl Deployment {
         }
         if count > 1 {
             for server in &mut self.servers {
-                server.follows().await?;
+                server.until_following().await?;
             }
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! The way of a lock library, as a peer: one conditional `findOneAndUpdate` for each call, by the
-//! driver in this program.
+//! MongoDB as a contender, used as a lock library does: one conditional `findOneAndUpdate` for each
+//! call, sent by the driver in this program.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use mongodb::{Client, Collection};
 use uuid::Uuid;
 
 use crate::clock;
-use crate::peer::{Peer, Turn};
+use crate::connection::{Connection, Turn};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Direct(Collection<Document>);
@@ -18,7 +18,7 @@ pub(crate) struct Direct(Collection<Document>);
 /// The key and its owner.
 pub(crate) type Held = (String, String);
 
-impl Peer for Direct {
+impl Connection for Direct {
     type Held = Held;
     type Stream = Touches;
 
@@ -56,8 +56,8 @@ impl Peer for Direct {
     }
 }
 
-/// Returns the time in `time` from now by this host's clock, because a lock library without a
-/// daemon has no other.
+/// Returns the instant that is `time` from now by this host's clock, which lock libraries like
+/// mongolock use.
 fn after(time: Duration) -> Result<DateTime> {
     Ok(DateTime::from_millis(i64::try_from((clock::now() + time).as_millis())?))
 }

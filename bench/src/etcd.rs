@@ -1,4 +1,4 @@
-//! etcd as a peer: its lock service, and the leases under which it locks.
+//! etcd as a contender: its lock service, and the leases under which it locks.
 
 use std::time::Duration;
 
@@ -6,18 +6,18 @@ use anyhow::{Context, Result, ensure};
 use tokio::time::timeout;
 
 use crate::clock;
+use crate::connection::{Connection, Turn};
 use crate::etcd_api::{
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LockRequest,
     LockResponse, PutRequest, PutResponse, RangeRequest, RangeResponse, StatusRequest, StatusResponse,
     UnlockRequest, UnlockResponse, WatchCreateRequest, WatchRequest, WatchResponse,
 };
 use crate::grpc::{self, Client};
-use crate::peer::{Peer, Turn};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Etcd {
     client: Client,
-    /// The lease of all locks of this caller; without it each lock gets its own.
+    /// The lease of all locks of this caller. If `None`, each lock has its own lease.
     lease: Option<Lease>,
 }
 
@@ -43,7 +43,7 @@ impl Etcd {
     }
 
     /// Waits until a key is deleted.
-    async fn gone(&mut self, key: Vec<u8>, start_revision: i64) -> Result<()> {
+    async fn until_deleted(&mut self, key: Vec<u8>, start_revision: i64) -> Result<()> {
         let mut watch = self.client.stream("/etcdserverpb.Watch/Watch").await?;
         watch.send([WatchRequest { create: Some(WatchCreateRequest { key, start_revision }) }])?;
         loop {
@@ -64,7 +64,7 @@ fn under(prefix: &str) -> Result<RangeRequest> {
     Ok(RangeRequest { key, range_end, ..RangeRequest::default() })
 }
 
-impl Peer for Etcd {
+impl Connection for Etcd {
     type Held = Held;
     type Stream = Stream;
 
@@ -107,9 +107,9 @@ impl Peer for Etcd {
         Ok(stream)
     }
 
-    /// Waits as etcd's own clients do: puts a key of its own, and watches the key before it. The
-    /// lock service does the same inside the server, but begins its watches one after the other,
-    /// and each takes up to 100 ms.
+    /// Waits as etcd's own clients do: puts a key for this waiter, and watches the key before it.
+    /// The lock service does the same inside the server, but begins its watches one after the
+    /// other, and each takes up to 100 ms.
     async fn acquire_waiting(&mut self, key: String, ttl: Duration) -> Result<Held> {
         let lease = self.grant(ttl).await?;
         let own = format!("{key}/{:x}", lease.id).into_bytes();
@@ -127,7 +127,7 @@ impl Peer for Etcd {
             let before: RangeResponse = self.client.call("/etcdserverpb.KV/Range", before).await?;
             let Some(last) = before.kvs.into_iter().next() else { return Ok(Held { key: own, lease }) };
             let seen = before.header.context("an answer without a header")?.revision;
-            self.gone(last.key, seen + 1).await?;
+            self.until_deleted(last.key, seen + 1).await?;
         }
     }
 
@@ -142,7 +142,7 @@ impl Peer for Etcd {
     }
 }
 
-/// A keepalive stream of etcd, where each lease needs a message of its own.
+/// A keepalive stream of etcd, on which each lease needs a separate message.
 #[derive(Debug)]
 pub(crate) struct Stream {
     stream: grpc::Stream<LeaseKeepAliveRequest, LeaseKeepAliveResponse>,

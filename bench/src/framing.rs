@@ -1,5 +1,5 @@
-//! gRPC's framing of messages in a stream of bytes: each follows a flag for compression, which is
-//! never set here, and its length.
+//! gRPC's framing of messages in a stream of bytes. Before each message there are a compression
+//! flag, which is never set here, and the message's length.
 
 use std::mem;
 
@@ -10,7 +10,7 @@ use prost::Message;
 /// The bytes of the flag and the length.
 const PREFIX: usize = 5;
 
-/// Encodes messages in one piece.
+/// Encodes messages into one piece of bytes.
 pub(crate) fn encode<M: Message>(messages: impl IntoIterator<Item = M>) -> Result<Bytes> {
     let mut bytes = Vec::new();
     for message in messages {
@@ -30,10 +30,10 @@ pub(crate) struct Received(Bytes);
 impl Received {
     pub(crate) fn push(&mut self, bytes: Bytes) {
         if self.0.is_empty() {
-            // The usual case, without a copy.
+            // The usual case needs no copy.
             self.0 = bytes;
         } else {
-            // Copied once. After that the buffer has one owner, and grows in place.
+            // This copies once. After that the buffer has one owner, and grows in place.
             let mut joined = BytesMut::from(mem::take(&mut self.0));
             joined.extend_from_slice(&bytes);
             self.0 = joined.freeze();

@@ -20,11 +20,11 @@ use tonic::Status;
 
 use crate::framing::{Received, encode};
 
-/// The flow-control window of a stream: enough for any answer, so that none is held up.
+/// The flow-control window of a stream: enough for any answer, so that none is delayed.
 const STREAM_WINDOW: u32 = 2 << 20;
 /// The flow-control window of a connection: enough for the answers on all its streams.
 const CONNECTION_WINDOW: u32 = 16 << 20;
-/// The most concurrent streams until the server has sent its own limit.
+/// The limit on concurrent streams until the server has sent its own.
 const FIRST_STREAMS: usize = 100;
 
 /// A connection to a gRPC server. Clones share the connection.
@@ -78,8 +78,8 @@ impl Client {
         Ok(Stream { messages, answers, types: PhantomData })
     }
 
-    /// Sends the head of a request, once the server allows one more stream. Data that is sent
-    /// before the caller next waits leaves in the same write.
+    /// Sends the head of a request, once the server allows one more stream. Data that the caller
+    /// sends before its next await is part of the same write.
     async fn open(&mut self, path: &'static str) -> Result<(SendStream<Bytes>, Answers)> {
         poll_fn(|context| self.requests.poll_ready(context)).await.context("the connection is lost")?;
         let mut parts = self.origin.clone().into_parts();
@@ -94,7 +94,7 @@ impl Client {
     }
 }
 
-/// A stream both ways. Dropping it resets the stream at the server.
+/// A bidirectional stream. Dropping this value resets the stream at the server.
 #[derive(Debug)]
 pub(crate) struct Stream<Q, A> {
     messages: SendStream<Bytes>,
@@ -125,7 +125,7 @@ enum Answers {
 }
 
 impl Answers {
-    /// Reads the next message. `None` once the call has ended successfully.
+    /// Reads the next message. Returns `None` once the call has ended successfully.
     async fn next<A: Message + Default>(&mut self) -> Result<Option<A>> {
         loop {
             match self {
@@ -140,7 +140,7 @@ impl Answers {
                     );
                     if ended {
                         // Without a body, the head holds the trailers.
-                        succeeded(&head.headers)?;
+                        check_status(&head.headers)?;
                         return Ok(None);
                     }
                 }
@@ -152,7 +152,7 @@ impl Answers {
                         body.flow_control().release_capacity(data.len())?;
                         received.push(data);
                     } else {
-                        succeeded(&body.trailers().await?.unwrap_or_default())?;
+                        check_status(&body.trailers().await?.unwrap_or_default())?;
                         ensure!(received.is_empty(), "a call ended within a message");
                         return Ok(None);
                     }
@@ -163,7 +163,7 @@ impl Answers {
 }
 
 /// Fails if the trailers say that the call has failed.
-fn succeeded(trailers: &HeaderMap) -> Result<()> {
+fn check_status(trailers: &HeaderMap) -> Result<()> {
     // Nearly all calls succeed, and this is cheaper than building a `Status`.
     if trailers.get("grpc-status").is_some_and(|code| code == "0") {
         return Ok(());
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_goes_both_ways_and_is_reset_when_dropped() {
+    async fn a_stream_is_bidirectional_and_is_reset_when_dropped() {
         let (mut client, mut server) = connected(9).await;
         let mut stream = client.stream::<String, String>("/a/b").await.expect("a stream");
         stream.send(["one".to_owned(), "two".to_owned()]).expect("short");

@@ -1,4 +1,4 @@
-//! Handoff: how long after the call of a release the next waiter is told.
+//! Handoff: the time from the call of a release until the next waiter is told.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
+use crate::connection::Connection;
 use crate::cpu::Cpu;
-use crate::peer::Peer;
 use crate::sample::Sample;
 use crate::tally::Latencies;
 use crate::trial::Trial;
@@ -24,11 +24,11 @@ const PATIENCE: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// A waiter that was told of its grant: when it was told, its connection, and what it holds.
-type Told<P> = Result<(Instant, P, <P as Peer>::Held)>;
+type Told<P> = Result<(Instant, P, <P as Connection>::Held)>;
 
-/// Runs the workload: the lease goes round. Its holder releases it and waits for it again, behind
-/// the others.
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+/// Runs the workload. All callers take turns: the holder releases the lease, and waits for it again
+/// behind the others.
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let other = match trial.workload {
         Workload::Relay => trial.deployment.other_address()?,
         _ => trial.deployment.address()?,
@@ -47,8 +47,8 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     while latencies.len() < HANDOFFS_PER_SECOND * trial.time.as_secs()
         && start.elapsed() < PATIENCE * trial.time
     {
-        // A waiter that has just joined the queue is not told at once yet: etcd's new watches take
-        // up to 100 ms.
+        // A waiter that has just joined the queue may be told late: etcd's new watches take up to
+        // 100 ms.
         sleep(PAUSE).await;
         let next = queue.pop_front().context("a waiter")?;
         let called = Instant::now();
@@ -66,8 +66,8 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample.spending(&spent, time))
 }
 
-/// Has a waiter wait for the key, in a task that ends with `tasks`.
-fn spawn_waiter<P: Peer>(
+/// Waits for the key in a task of `tasks`, and sends the grant through the returned channel.
+fn spawn_waiter<P: Connection>(
     tasks: &mut JoinSet<()>,
     mut waiter: P,
     key: String,
@@ -83,9 +83,9 @@ fn spawn_waiter<P: Peer>(
 }
 
 /// Waits until the queue has `waiters`, behind one holder.
-async fn until_queued<P: Peer>(peer: &mut P, key: &str, waiters: usize) -> Result<()> {
+async fn until_queued<P: Connection>(connection: &mut P, key: &str, waiters: usize) -> Result<()> {
     let start = Instant::now();
-    while peer.holders_and_waiters(key).await? != waiters + 1 {
+    while connection.holders_and_waiters(key).await? != waiters + 1 {
         ensure!(start.elapsed() < Duration::from_secs(30), "no waiter joins the queue");
         sleep(Duration::from_millis(1)).await;
     }

@@ -1,5 +1,5 @@
-//! What the client crate costs: pairs of acquire and release for the comparison with the stub, and
-//! the memory and processor time of leases that are held.
+//! The cost of the client crate: pairs of acquire and release for the comparison with the stub, and
+//! the memory and processor time of held leases.
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use leased_client::{Client, Lease};
 use tokio::time::sleep;
 
+use crate::connection::{Connection, NoStream, all};
 use crate::cpu::{Cpu, resident};
-use crate::peer::{NoStream, Peer, all};
 use crate::server::{Daemon, Server};
 
 /// Memory and processor time of a client that holds many leases of a daemon with the embedded
@@ -34,7 +34,7 @@ pub(crate) async fn hold(args: Args) -> Result<()> {
     let server = Server::leased(Daemon { program: args.daemon.as_deref(), ..Daemon::default() }).await?;
     let client = Client::connect([server.address()]).await?;
     let ttl = Duration::from_secs(args.ttl);
-    // Memory that many acquires at once need is allocated once, and must not count for the leases.
+    // The memory for many concurrent acquires is allocated once, and must not count for the leases.
     drop(acquire(&client, 1000, ttl).await?);
     client.settle().await;
     let before = own_memory()?;
@@ -73,11 +73,11 @@ fn own_memory() -> Result<u64> {
     resident(std::process::id()).context("the memory of the process is unknown")
 }
 
-/// A client of the client crate, as a peer.
+/// A connection by the client crate.
 #[derive(Debug, Clone)]
 pub(crate) struct Holder(Client);
 
-impl Peer for Holder {
+impl Connection for Holder {
     type Held = Lease;
     type Stream = NoStream;
 

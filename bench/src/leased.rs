@@ -1,4 +1,4 @@
-//! leased as a peer. Its calls are made by the load generator's own client, or by the stub.
+//! leased as a contender, called with the load generator's own client or with the stub.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use leased_client::v1::{
 };
 use uuid::{Builder, Uuid};
 
+use crate::connection::{Connection, Turn};
 use crate::grpc::{self, Client};
-use crate::peer::{Peer, Turn};
 
 /// How long a call waits at most.
 const WAIT: Duration = Duration::from_secs(600);
@@ -89,7 +89,7 @@ pub(crate) struct Held {
     end: Duration,
 }
 
-impl<C: Calls> Peer for Leased<C> {
+impl<C: Calls> Connection for Leased<C> {
     type Held = Held;
     type Stream = Stream<C::KeepAlives>;
 
@@ -159,7 +159,7 @@ fn new_id() -> Uuid {
 }
 
 /// A keepalive stream with one message in flight. Its messages after the first name no leases,
-/// which means all of them.
+/// which touches all leases of the stream.
 #[derive(Debug)]
 pub(crate) struct Stream<K> {
     messages: K,

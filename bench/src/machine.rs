@@ -1,4 +1,4 @@
-//! The machine and the programs on it, so that figures can be read later.
+//! Describes the machine and the programs on it, so that figures can be compared later.
 
 use std::fs::{self, File};
 use std::io::{Seek, Write};
@@ -33,20 +33,20 @@ impl Machine {
     pub(crate) fn inspect(contenders: &[Contender], daemon: Option<&Path>) -> Self {
         let mut versions = Vec::new();
         if let Ok(leased) = (Daemon { program: daemon, ..Daemon::default() }).program() {
-            versions.extend(says(Command::new(leased).arg("--version")));
+            versions.extend(first_line(Command::new(leased).arg("--version")));
         }
         if contenders.iter().any(|one| matches!(one, Contender::Etcd | Contender::EtcdThree)) {
             versions.extend(
-                says(Command::new("etcd").arg("--version")).map(|said| said.replace(" Version:", "")),
+                first_line(Command::new("etcd").arg("--version")).map(|said| said.replace(" Version:", "")),
             );
         }
         if contenders.contains(&Contender::Redis) {
-            let version = says(Command::new("redis-server").arg("--version"));
+            let version = first_line(Command::new("redis-server").arg("--version"));
             // Of "Redis server v=7.0.15 sha=.. malloc=..", only the version matters here.
             versions.extend(version.map(|said| said.split(" sha=").next().unwrap_or_default().to_owned()));
         }
         if contenders.contains(&Contender::Mongolock) {
-            versions.extend(says(Command::new("python3").arg("--version")));
+            versions.extend(first_line(Command::new("python3").arg("--version")));
         }
         Self {
             cpu: field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
@@ -87,7 +87,7 @@ impl Machine {
 }
 
 /// Returns the first line of a program's output.
-fn says(command: &mut Command) -> Option<String> {
+fn first_line(command: &mut Command) -> Option<String> {
     let output = command.output().ok()?;
     Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
 }

@@ -7,13 +7,13 @@
 
 // The comparison.
 
-/// Runs all workloads by all contenders in turn, for several rounds.
+/// Runs all workloads with all contenders in turn, for several rounds.
 mod compare;
-/// The contenders: leased with each store, and what it is compared with.
+/// The contenders: leased with each store, and the services it is compared with.
 mod contender;
 /// The workloads: what each measures, and at which scales.
 mod workload;
-/// One workload by one contender at one scale, once.
+/// One workload with one contender at one scale, once.
 mod trial;
 /// The processes of a contender.
 mod deployment;
@@ -22,7 +22,7 @@ mod server;
 
 // Workloads.
 
-/// Acquires and releases, as fast as they are answered.
+/// Pairs of acquire and release, as fast as they are answered.
 mod pairs;
 /// Keepalives, with one message in flight on each stream.
 mod keepalives;
@@ -30,18 +30,18 @@ mod keepalives;
 mod capacity;
 /// How soon the next waiter is told after a release.
 mod handoff;
-/// How soon the next waiter is told after a silent holder's lease may be taken.
+/// How soon the next waiter is told once a silent holder's lease may be taken.
 mod takeover;
 /// The memory of leases and streams.
 mod memory;
 /// The processor time of a touch.
 mod cost;
 
-// What workloads are made of.
+// Parts of workloads.
 
 /// Closed loops: each caller begins its next turn when the last one ends.
 mod closed_loop;
-/// An open loop: leases are touched when they are due, whether or not the last answer has come.
+/// An open loop: leases are touched when they are due, whether or not the last answer has arrived.
 mod open_loop;
 /// Finds the largest number that succeeds.
 mod search;
@@ -50,13 +50,13 @@ mod clock;
 
 // Contenders.
 
-/// What every contender is asked to do.
-mod peer;
+/// A connection to a contender, with the operations that all contenders share.
+mod connection;
 /// leased.
 mod leased;
-/// leased by its generated stub.
+/// leased, called with its generated stub.
 mod stub;
-/// leased by the client crate, and what that costs.
+/// leased, called with the client crate, and the cost of that crate.
 mod holder;
 /// etcd.
 mod etcd;
@@ -64,7 +64,7 @@ mod etcd;
 mod etcd_api;
 /// Redis.
 mod redis_lock;
-/// mongolock, which is driven by a program in Python.
+/// mongolock, called by a program in Python.
 mod mongolock;
 /// A conditional `findOneAndUpdate` for each call.
 mod direct;
@@ -82,7 +82,7 @@ mod framing;
 
 // Results.
 
-/// What callers have done in a span of time.
+/// Counts what callers do in a span of time.
 mod tally;
 /// The figures of one round.
 mod sample;
@@ -107,7 +107,7 @@ use clap::{Parser, Subcommand};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Measures leased, and what it is compared with, on this machine.
+/// Measures leased, and the services it is compared with, on this machine.
 #[derive(Debug, Parser)]
 struct Args {
     #[command(subcommand)]
@@ -121,7 +121,7 @@ enum Command {
     Holder(holder::Args),
 }
 
-// One thread: it spends nothing on waking others, which leaves more of the processors to the
+// A runtime with one thread wakes no other threads, which leaves more processor time to the
 // servers.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {

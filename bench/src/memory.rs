@@ -5,9 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tokio::time::sleep;
 
+use crate::connection::{Connection, Turn, all, connections};
 use crate::cpu::{Processes, resident};
 use crate::keepalives;
-use crate::peer::{Peer, Turn, all, connections};
 use crate::sample::Sample;
 use crate::trial::Trial;
 
@@ -17,14 +17,14 @@ const TTL: Duration = Duration::from_secs(600);
 const LEASES_PER_STREAM: usize = 1000;
 /// How many callers acquire leases at the same time.
 const CALLERS: usize = 512;
-/// How long to wait until the memory of the last answers has been freed. A server does not show
-/// when that is.
+/// How long to wait for a server to free the memory of its last answers. A server does not show
+/// when it has done so.
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// Measures the memory of leases on shared streams.
-pub(crate) async fn of_leases<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn of_leases<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let connections = connections::<P>(trial.deployment.address()?, CALLERS).await?;
-    // Memory that many acquires at once need is allocated once, and must not count for the leases.
+    // The memory for many concurrent acquires is allocated once, and must not count for the leases.
     let warm = acquire(&connections, trial.scale.div_ceil(5)).await?;
     let before = Memory::of(trial)?;
     let mut held = acquire(&connections, trial.scale).await?;
@@ -40,7 +40,7 @@ pub(crate) async fn of_leases<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
 }
 
 /// Measures the memory of streams with one lease each.
-pub(crate) async fn of_streams<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn of_streams<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let address = trial.deployment.address()?;
     let warm = keepalives::open::<P>(address, trial.scale.div_ceil(20), TTL).await?;
     let before = Memory::of(trial)?;
@@ -50,7 +50,7 @@ pub(crate) async fn of_streams<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     sample
 }
 
-async fn acquire<P: Peer>(connections: &[P], count: usize) -> Result<Vec<P::Held>> {
+async fn acquire<P: Connection>(connections: &[P], count: usize) -> Result<Vec<P::Held>> {
     let prefix = Trial::prefix();
     let acquired = connections.iter().cycle().zip(0..count).map(|(connection, number)| {
         let (mut connection, key) = (connection.clone(), format!("{prefix}/{number:06}"));

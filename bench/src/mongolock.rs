@@ -26,7 +26,7 @@ const REQUIREMENTS: &str = include_str!("../mongolock.txt");
 struct Said {
     done: u64,
     errors: u64,
-    /// How long it counted.
+    /// For how long the program counted.
     seconds: f64,
     p50_ms: f64,
     p99_ms: f64,
@@ -52,7 +52,7 @@ pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
     while guardian.is_running()? {
         sleep(Duration::from_millis(50)).await;
     }
-    // The database's processor time is that of the whole run, in which it has little else to do.
+    // The database's processor time covers the whole run, in which the database does little else.
     let (time, mut spent) = (start.elapsed(), cpu.spent());
     let output = fs::read_to_string(folder.join("output"))?;
     let last = output.trim().lines().last().context("the program in Python printed nothing")?;
@@ -69,8 +69,8 @@ pub(crate) async fn run(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample)
 }
 
-/// Returns a folder with the packages, and fetches them the first time. Not a virtual environment,
-/// which needs more parts of Python than pip.
+/// Returns a folder with the packages, and fetches them the first time. A virtual environment would
+/// need more parts of Python than pip.
 fn packages() -> Result<PathBuf> {
     let packages = beside("mongolock-1.3.4")?;
     if packages.is_dir() {
@@ -87,7 +87,7 @@ fn packages() -> Result<PathBuf> {
         let said = String::from_utf8_lossy(&output.stderr);
         bail!("pip printed: {}", said.trim().lines().last().unwrap_or_default());
     }
-    // The last step, so that the folder is either complete or missing.
+    // The rename is the last step, so the folder is either complete or missing.
     fs::rename(work.join("packages"), &packages)?;
     let _ = fs::remove_dir_all(work);
     Ok(packages)

@@ -1,5 +1,5 @@
 //! An open loop: leases that are kept alive on streams, each touched when it is due, whether or not
-//! the last answer has come.
+//! the last answer has arrived.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,24 +8,25 @@ use anyhow::Result;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::connection::{Connection, Turn, all, connections, hold};
 use crate::cpu::{Cpu, Processes};
 use crate::lock::lock;
-use crate::peer::{Peer, Turn, all, connections, hold};
 use crate::sample::Sample;
 use crate::tally::Shared;
 use crate::trial::Trial;
 
-/// How many leases are acquired before their streams are opened. Few, so that none runs out
+/// How many leases are acquired before their streams are opened. Few enough that none expires
 /// meanwhile.
 const BATCH: usize = 1000;
 /// The most streams on a connection.
 const STREAMS_PER_CONNECTION: usize = 200;
-/// How many callers acquire leases at the same time. They share connections of their own.
+/// How many callers acquire leases at the same time. They do not use the connections of the
+/// streams.
 const CALLERS: usize = 512;
 
 /// An open loop: streams with the same number of leases each, except the last of each batch.
 #[derive(Debug)]
-pub(crate) struct OpenLoop<P: Peer> {
+pub(crate) struct OpenLoop<P: Connection> {
     address: String,
     ttl: Duration,
     leases_per_stream: usize,
@@ -51,11 +52,11 @@ struct State {
     kept: usize,
     /// When the last confirmed touch was sent.
     confirmed: Instant,
-    /// Whether the holder has had to stop relying on the leases since this was last reset.
+    /// Whether the holder has had to stop relying on the leases since this flag was last reset.
     lapsed: bool,
 }
 
-impl<P: Peer> OpenLoop<P> {
+impl<P: Connection> OpenLoop<P> {
     pub(crate) async fn new(address: &str, ttl: Duration, leases_per_stream: usize) -> Result<Self> {
         let now = Instant::now();
         Ok(Self {
@@ -86,7 +87,7 @@ impl<P: Peer> OpenLoop<P> {
             let mut held = hold(&self.callers, &Trial::prefix(), leases, self.ttl).await?;
             let streams = held.len().div_ceil(self.leases_per_stream);
             let mut opening = Vec::with_capacity(streams);
-            for number in self.roomy(streams).await? {
+            for number in self.connections_for(streams).await? {
                 let some = held.split_off(held.len() - held.len().min(self.leases_per_stream));
                 let mut connection = self.connections[number].clone();
                 let (leases, ttl) = (some.len(), self.ttl);
@@ -104,9 +105,10 @@ impl<P: Peer> OpenLoop<P> {
         Ok(())
     }
 
-    /// Chooses the connections for more streams, and opens connections if needed. Never more than
-    /// [`STREAMS_PER_CONNECTION`] on one: a stream beyond the daemon's limit would wait for ever.
-    async fn roomy(&mut self, streams: usize) -> Result<Vec<usize>> {
+    /// Chooses the connections for more streams, and opens connections if needed. A connection gets
+    /// at most [`STREAMS_PER_CONNECTION`] streams, since a stream beyond the daemon's limit would
+    /// wait for ever.
+    async fn connections_for(&mut self, streams: usize) -> Result<Vec<usize>> {
         let mut counts = vec![0; self.connections.len()];
         self.streams.iter().for_each(|stream| counts[stream.connection] += 1);
         let mut chosen = Vec::with_capacity(streams);
@@ -204,7 +206,7 @@ mod tests {
     #[derive(Debug, Clone)]
     struct Narrow(Arc<AtomicUsize>);
 
-    impl Peer for Narrow {
+    impl Connection for Narrow {
         type Held = ();
         type Stream = Idle;
 

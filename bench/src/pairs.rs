@@ -1,4 +1,4 @@
-//! Acquire and release pairs: each caller acquires and releases a key of its own.
+//! Acquire and release pairs: each caller acquires and releases its own key.
 
 use std::io::{Write, stdout};
 use std::time::Duration;
@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::compare::Plan;
+use crate::connection::{Connection, Turn, connections};
 use crate::contender::Contender;
-use crate::peer::{Peer, Turn, connections};
 use crate::sample::Sample;
 use crate::trial::Trial;
 use crate::workload::Workload;
@@ -16,20 +16,20 @@ use crate::{closed_loop, table};
 /// The TTL: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
 
-/// Pairs by three ways to call leased: bare gRPC, the stub over tonic's channels, and the client
+/// Pairs with three ways to call leased: bare gRPC, the stub over tonic's channels, and the client
 /// crate.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The contenders [default: embedded stub client].
     #[arg(value_enum)]
     contenders: Vec<Contender>,
-    /// The number of concurrent callers, each with a key of its own.
+    /// The number of concurrent callers, each with its own key.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     callers: u32,
     /// The seconds of each round.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
-    /// The rounds of each contender, which alternate; the medians count.
+    /// The rounds of each contender, which alternate; the results are their medians.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
     /// The daemon to start [default: the one beside this program].
@@ -57,24 +57,24 @@ pub(crate) async fn command(args: Args) -> Result<()> {
 }
 
 struct Caller<P> {
-    peer: P,
+    connection: P,
     key: String,
 }
 
-impl<P: Peer> Turn for Caller<P> {
+impl<P: Connection> Turn for Caller<P> {
     async fn turn(&mut self) -> Result<u64> {
-        let held = self.peer.acquire(self.key.clone(), TTL).await?;
-        self.peer.release(held).await?;
+        let held = self.connection.acquire(self.key.clone(), TTL).await?;
+        self.connection.release(held).await?;
         Ok(1)
     }
 }
 
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let (connections, prefix) =
         (connections::<P>(trial.deployment.address()?, trial.scale).await?, Trial::prefix());
     let mut callers = Vec::with_capacity(trial.scale);
     for (connection, number) in connections.iter().cycle().zip(0..trial.scale) {
-        callers.push(Caller { peer: connection.caller(TTL).await?, key: format!("{prefix}/{number}") });
+        callers.push(Caller { connection: connection.caller(TTL).await?, key: format!("{prefix}/{number}") });
     }
     closed_loop::run(callers, trial.time, &trial.deployment.processes(), "pairs/s").await
 }

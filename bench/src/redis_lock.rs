@@ -1,5 +1,5 @@
-//! Redis as a peer, by the lock that its documentation describes: a key with an expiry, which
-//! scripts release and touch after they have compared its value.
+//! Redis as a contender, with the lock that its documentation describes: a key with an expiry,
+//! which scripts release and touch after they have compared its value.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, Cmd, Pipeline, cmd};
 use uuid::Uuid;
 
-use crate::peer::{Peer, Turn};
+use crate::connection::{Connection, Turn};
 
-/// The timeout of an answer. Longer than the crate's half a second, so that late answers are
-/// measured.
+/// The timeout of an answer. It is longer than the crate's default of half a second, so that late
+/// answers are measured.
 const PATIENCE: Duration = Duration::from_secs(30);
 const RELEASE: &str =
     r#"if redis.call("get", KEYS[1]) == ARGV[1] then return redis.call("del", KEYS[1]) else return 0 end"#;
@@ -31,7 +31,7 @@ pub(crate) struct Held {
     value: String,
 }
 
-impl Peer for Redis {
+impl Connection for Redis {
     type Held = Held;
     type Stream = Touches;
 

@@ -18,7 +18,7 @@ pub(crate) type Outcome = Result<Sample, String>;
 /// The results of a comparison.
 #[derive(Debug, Serialize)]
 pub(crate) struct Results {
-    /// The command that produces them.
+    /// The command that produced these results.
     pub(crate) command: String,
     pub(crate) machine: Machine,
     pub(crate) rounds: u32,
@@ -128,7 +128,7 @@ fn one_round(outcome: &Outcome) -> serde_json::Value {
 pub(crate) mod tests {
     use super::*;
 
-    /// Two workloads, one with three scales, one failure.
+    /// Returns outcomes of two workloads, one with three scales and one with a failure.
     pub(crate) fn some() -> Outcomes {
         let mut outcomes = Outcomes::default();
         for round in 0..3 {

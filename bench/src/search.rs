@@ -1,5 +1,5 @@
-//! Finds the largest number that succeeds, by doubling and then bisecting. Pure: it does not know
-//! what is counted.
+//! Finds the largest number that succeeds, by doubling and then bisecting. Pure, without knowledge
+//! of what is counted.
 
 /// A search, with what it has found so far.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +18,7 @@ impl Search {
         Self { first, most, good: 0, bad: None }
     }
 
-    /// The number to try next; `None` once the result is known to 1/8.
+    /// The number to try next; `None` once the result is known to an eighth.
     pub(crate) fn next(&self) -> Option<usize> {
         match self.bad {
             None if self.good == 0 => Some(self.first),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_is_enough() {
+    fn no_number_above_the_most_is_tried() {
         assert_eq!(search(usize::MAX, 6000).0, 6000);
     }
 

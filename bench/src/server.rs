@@ -1,5 +1,5 @@
-//! The servers under load, each in a process of its own. The processes and their data are removed
-//! when this program ends, whatever ends it.
+//! The servers under load, each in its own process. The processes and their data are removed when
+//! this program ends, for whatever reason.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -31,7 +31,7 @@ pub(crate) struct Server {
     folder: PathBuf,
 }
 
-/// How a daemon is started.
+/// How to start a daemon.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Daemon<'a> {
     /// The program to start; by default the one beside this program.
@@ -57,7 +57,7 @@ impl Server {
     pub(crate) async fn leased(daemon: Daemon<'_>) -> Result<Self> {
         let program = daemon.program()?;
         let mut server = Self::launch("leased", String::new(), |folder| {
-            // The settings of the caller's shell must not count.
+            // Settings in the caller's environment must not reach the daemon.
             let mut command = Command::new("env");
             command
                 .args(["-u", "LEASED_MONGODB_URI", "-u", "LEASED_GRACE", "-u", "LEASED_DEFAULT_TTL"])
@@ -76,7 +76,7 @@ impl Server {
         })?;
         let give_up = Instant::now() + PATIENCE;
         loop {
-            if let Some(address) = server.says("grpc=") {
+            if let Some(address) = server.ready_field("grpc=") {
                 server.address = format!("http://{address}");
                 return Ok(server);
             }
@@ -143,8 +143,8 @@ impl Server {
         Ok(Self { kind, address, guardian, folder })
     }
 
-    /// Waits before the next check whether the server is usable. Fails if its process has ended, or
-    /// after `give_up`.
+    /// Waits before the next check whether the server is usable. Fails if the server's process has
+    /// ended, or after `give_up`.
     async fn poll(&mut self, give_up: Instant) -> Result<()> {
         if !self.guardian.is_running()? || Instant::now() > give_up {
             let output = self.output();
@@ -160,7 +160,7 @@ impl Server {
     }
 
     /// Returns the value of a field on the daemon's ready line, once that line has been printed.
-    fn says(&self, name: &str) -> Option<String> {
+    fn ready_field(&self, name: &str) -> Option<String> {
         let output = self.output();
         // Whole lines only: the last one may be incomplete.
         let (whole, _) = output.rsplit_once('\n')?;
@@ -168,9 +168,9 @@ impl Server {
         ready.split_whitespace().find_map(|word| word.strip_prefix(name)).map(ToOwned::to_owned)
     }
 
-    /// Waits until a daemon follows the changes of others.
-    pub(crate) async fn follows(&mut self) -> Result<()> {
-        let http = self.says("http=").context("the daemon has no side port")?;
+    /// Waits until a daemon follows the change feed.
+    pub(crate) async fn until_following(&mut self) -> Result<()> {
+        let http = self.ready_field("http=").context("the daemon has no HTTP port")?;
         let give_up = Instant::now() + PATIENCE;
         while !readiness(&http).await?.contains("change feed") {
             self.poll(give_up).await?;
@@ -203,7 +203,7 @@ pub(crate) fn is_installed(name: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
-/// Returns a path beside this program: on the disk with the builds, and not in memory.
+/// Returns a path beside this program, which is on the disk with the builds and not in memory.
 pub(crate) fn beside(name: &str) -> Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name(name))
 }

@@ -1,4 +1,4 @@
-//! The calls of leased by the generated stub over tonic's channels, as users of the stub make them.
+//! Calls leased with the generated stub over tonic's channels, as users of the stub do.
 
 use anyhow::{Context, Result};
 use leased_client::v1::lease_service_client::LeaseServiceClient;
@@ -36,8 +36,8 @@ impl Calls for Stub {
 
     async fn keep_alive(&mut self, first: KeepAliveRequest) -> Result<Messages> {
         let (messages, receiver) = mpsc::channel(1);
-        // Before the stream is opened, because a server may send the response head only after the
-        // first message.
+        // The first message is sent before the stream is opened, because a server may wait for it
+        // before it sends the response head.
         messages.try_send(first)?;
         let answers = self.keep_alive(ReceiverStream::new(receiver)).await?.into_inner();
         Ok(Messages { messages, answers })

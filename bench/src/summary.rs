@@ -32,7 +32,7 @@ impl Summary {
         Self::of(both.filter(|ratio| ratio.is_finite()))
     }
 
-    /// Formats the median with its range, in as many digits as are significant.
+    /// Formats the median with its range, each with three significant digits.
     pub(crate) fn text(self) -> String {
         let [median, least, most] = [self.median, self.least, self.most].map(digits);
         if least == most { median } else { format!("{median} ({least} .. {most})") }
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn digits_are_few() {
+    fn values_have_three_significant_digits() {
         let shown = [0.0, 0.128, 9.996, 12.34, 99.96, 1234.5, 1_234_567.0, -123.0, -1234.0].map(digits);
         assert_eq!(shown, ["0.00", "0.13", "10.0", "12.3", "100", "1,234", "1,234,567", "-123", "-1,234"]);
         assert_eq!(Summary { median: 2.0, least: 2.0, most: 2.001 }.text(), "2.00");

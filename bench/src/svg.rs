@@ -148,8 +148,8 @@ fn round(value: f64) -> String {
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
-/// The colour and dashes of a contender. Colour-blind people can tell the colours apart (Okabe and
-/// Ito). Contenders other than leased are dashed.
+/// The colour and dashes of a contender. Colour-blind people can tell these colours apart (Okabe
+/// and Ito). Contenders other than leased are dashed.
 fn pen(contender: Contender) -> (&'static str, &'static str) {
     match contender {
         Contender::Embedded | Contender::Stub | Contender::Client => ("#0072b2", "none"),

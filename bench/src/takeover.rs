@@ -1,4 +1,4 @@
-//! Takeover: how long after a silent holder's lease may be taken the next waiter is told.
+//! Takeover: the time from when a silent holder's lease may be taken until the next waiter is told.
 
 use std::time::Duration;
 
@@ -7,9 +7,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::clock;
+use crate::connection::{Connection, all, connections};
 use crate::contender::Contender;
 use crate::cpu::Cpu;
-use crate::peer::{Peer, all, connections};
 use crate::sample::Sample;
 use crate::tally::Latencies;
 use crate::trial::Trial;
@@ -17,8 +17,8 @@ use crate::trial::Trial;
 /// The TTL of the waiters: longer than any run.
 const TTL: Duration = Duration::from_secs(600);
 
-/// Runs the workload: holders that fall silent together, each with one waiter.
-pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
+/// Runs the workload: holders that stop touching at the same time, each with one waiter.
+pub(crate) async fn run<P: Connection>(trial: &Trial<'_>) -> Result<Sample> {
     let grace = match trial.contender {
         Contender::Mongod | Contender::ReplicaSet => Duration::from_secs(1),
         _ => Duration::ZERO,
@@ -29,6 +29,7 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     let held = holders.iter().cycle().zip(0..trial.scale).map(|(holder, number)| {
         let (mut holder, key) = (holder.clone(), format!("{prefix}/{number:06}"));
         async move {
+            // A daemon accepts no TTL below 100 ms.
             let ttl = until.checked_sub(clock::now()).filter(|ttl| ttl.as_millis() >= 100);
             let held = holder.acquire(key.clone(), ttl.context("too slow to acquire all leases")?).await?;
             Ok((key, held))
@@ -49,7 +50,7 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
             break;
         }
         ensure!(clock::now() < until, "too slow: only {count} of {} hold or wait", 2 * trial.scale);
-        // Counting so many is work for the server, and must not slow down the calls that are
+        // Counting this many keys is work for the server, and must not slow down the calls that are
         // counted.
         sleep((4 * polled.elapsed()).max(Duration::from_millis(100))).await;
     }
@@ -70,8 +71,8 @@ pub(crate) async fn run<P: Peer>(trial: &Trial<'_>) -> Result<Sample> {
     Ok(sample.spending(&spent, time))
 }
 
-/// How long all holders and waiters may take until they hold and wait, by the keys a second that
-/// each contender always manages.
+/// How long it may take until all holders hold and all waiters wait, at a rate that each contender
+/// always reaches.
 fn allowed(trial: &Trial<'_>) -> Duration {
     let keys_per_second: u32 = match trial.contender {
         Contender::Embedded => 3000,
@@ -84,7 +85,7 @@ fn allowed(trial: &Trial<'_>) -> Duration {
 }
 
 /// Waits for the key, and returns how long after `due` the waiter was told.
-async fn take_over<P: Peer>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
+async fn take_over<P: Connection>(mut waiter: P, key: String, due: Duration) -> Result<Duration> {
     waiter.acquire_waiting(key, TTL).await?;
     let told = clock::now();
     // A server that counts in whole seconds may end a lease up to a second early.

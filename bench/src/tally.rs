@@ -1,4 +1,4 @@
-//! What callers have done in a span of time: how much, how long each turn took, and what failed.
+//! Counts what callers do in a span of time: how much, how long each turn takes, and what fails.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -54,7 +54,7 @@ impl Tally {
 }
 
 /// The tally that all callers share. A histogram for each of 10,000 callers would fill the memory,
-/// and on one thread sharing costs little.
+/// and sharing costs little on one thread.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared(Arc<Mutex<Tally>>);
 
@@ -63,7 +63,7 @@ impl Shared {
         Self(Arc::new(Mutex::new(Tally::new(from, to))))
     }
 
-    /// Starts over, with another span.
+    /// Clears the tally, and counts another span.
     pub(crate) fn restart(&self, from: Instant, to: Instant) {
         *self.lock() = Tally::new(from, to);
     }
@@ -97,7 +97,7 @@ impl Shared {
     /// Returns the rate and the latencies.
     ///
     /// # Errors
-    /// If nothing was done. This is the first error of a caller, if there is one.
+    /// If nothing was done. The error is the first one of a caller, if there is one.
     pub(crate) fn sample(&self, rate: &'static str) -> Result<Sample> {
         let mut tally = self.lock();
         if tally.done == 0 {

@@ -1,4 +1,4 @@
-//! One workload by one contender at one scale, once.
+//! One workload with one contender at one scale, once.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use tokio::time::timeout;
 
 use crate::ceiling::Ceiling;
+use crate::connection::Connection;
 use crate::contender::Contender;
 use crate::deployment::Deployment;
 use crate::direct::Direct;
@@ -14,7 +15,6 @@ use crate::etcd::Etcd;
 use crate::grpc::Client;
 use crate::holder::Holder;
 use crate::leased::Leased;
-use crate::peer::Peer;
 use crate::redis_lock::Redis;
 use crate::sample::Sample;
 use crate::stub::Stub;
@@ -66,7 +66,7 @@ impl Trial<'_> {
         }
     }
 
-    async fn by<P: Peer>(&self) -> Result<Sample> {
+    async fn by<P: Connection>(&self) -> Result<Sample> {
         // Boxed, because these futures are large and there are many of them.
         match self.workload {
             Workload::Pairs => Box::pin(pairs::run::<P>(self)).await,

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::contender::Contender;
 
-/// A workload. The order is that of the tables.
+/// A workload. The tables have this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Workload {
@@ -27,7 +27,7 @@ pub(crate) enum Workload {
     LeaseMemory,
     /// Memory of a stream with one lease.
     StreamMemory,
-    /// Processor time for a touch, for more and more leases.
+    /// Processor time for a touch, at rising numbers of leases.
     Cost,
     /// Processor time for a touch while a second daemon follows every change.
     SharedCost,

@@ -1,14 +1,13 @@
-// One lease and the contract about time that its holder keeps.
+// One lease, and the time contract that its holder keeps.
 //
-// A holder must stop before the daemon may let another holder in. So it counts by its own clock and
-// to its own disadvantage:
+// A holder must stop before the daemon may let another holder in. So the holder computes its
+// deadline by its own clock, and on the early side:
 //
 //     deadline = sentAt + remaining - margin
 //
-// `sentAt` is read just before a request is sent, and counts once that request has been confirmed.
-// The time of the answer does not count, since the answer may have been on its way for any time.
-// For the same reason a grant from the queue (`waited`) starts no belief: belief begins with the
-// first touch that is confirmed.
+// `sentAt` is read just before a request is sent, and is used once the daemon has confirmed that
+// request. The time of the answer is not used, since the answer may have been delayed. For the same
+// reason a holder does not rely on a grant from the queue (`waited`) before a touch is confirmed.
 //
 // No lease can stop a process that is paused in the middle of its work: send `lease.token` with
 // every write.
@@ -30,7 +29,7 @@ const proto = protoLoader.loadSync('leased/v1/lease.proto', {
 });
 const { LeaseService } = grpc.loadPackageDefinition(proto).leased.v1;
 
-// Notices a daemon that has gone, and connects again, well within a TTL.
+// Notices a dead connection and reconnects well within a TTL.
 const CHANNEL_OPTIONS = {
   'grpc.keepalive_time_ms': 5_000,
   'grpc.keepalive_timeout_ms': 2_000,
@@ -39,7 +38,7 @@ const CHANNEL_OPTIONS = {
 };
 
 const { status } = grpc;
-// Codes that leave open whether the call took effect. The call is repeated with the same lease id.
+// After these codes the outcome is unknown. The call is repeated with the same lease id.
 const UNKNOWN_OUTCOME = new Set([
   status.UNAVAILABLE,
   status.DEADLINE_EXCEEDED,
@@ -53,7 +52,7 @@ export function connect(endpoint) {
   return new LeaseService(endpoint, grpc.credentials.createInsecure(), CHANNEL_OPTIONS);
 }
 
-/** Another holds the key, also after the wait. */
+/** Another client holds the key, even after the wait. */
 export class Held extends Error {}
 
 /** The lease is over, or cannot be relied on. */
@@ -72,7 +71,7 @@ export class Lease {
   #wait;
   #margin;
   #id = null;
-  #unanswered = false; // an acquire with this id had no answer, and may still be on its way
+  #unanswered = false; // an acquire with this id had no answer, and may still arrive at a daemon
   #deadline = null;
   #lost = new AbortController();
   #confirm;
@@ -86,7 +85,7 @@ export class Lease {
     this.#request = { key, owner, ttl: duration(ttl) };
     this.#ttl = ttl;
     this.#wait = wait;
-    // Covers clocks that run at different rates, and the time that stopping takes.
+    // Covers the drift between two clocks, and the time that stopping takes.
     this.#margin = ttl / 10;
   }
 
@@ -95,7 +94,7 @@ export class Lease {
     return this.#lost.signal;
   }
 
-  /** For how many milliseconds the lease may be relied on; 0: do not act on the key. */
+  /** For how many milliseconds the lease may be relied on. If 0, do not act on the key. */
   get remaining() {
     const believed = this.#deadline !== null && !this.lost.aborted;
     return believed ? Math.max(0, this.#deadline - performance.now()) : 0;
@@ -103,23 +102,23 @@ export class Lease {
 
   /**
    * Waits for the lease, begins to keep it alive, and returns its fencing token. Throws `Held` if
-   * another holds the key for longer than `wait`, `Lost` if the lease was closed or lost meanwhile,
-   * and the error of gRPC if repeating does not mend it.
+   * another client holds the key for longer than `wait`, `Lost` if the lease was closed or lost
+   * meanwhile, and gRPC's error if a retry cannot help.
    */
   async acquire() {
-    const { sentAt, granted } = await this.#granted();
+    const { sentAt, granted } = await this.#requestGrant();
     this.token = BigInt(granted.fencingToken);
     if (!granted.waited) this.#believe(sentAt + milliseconds(granted.ttl));
-    this.#tasks = [this.#carry(), this.#watch()];
+    this.#tasks = [this.#keepAlive(), this.#watch()];
     await this.#confirmed;
     this.lost.throwIfAborted();
     return this.token;
   }
 
   /**
-   * Gives the lease back, or leaves the queue, and ends everything here. Returns false if the lease
-   * was not held any more, or if no daemon could be told; then the next waiter waits for the TTL at
-   * worst.
+   * Releases the lease, or leaves the queue, and ends all tasks of this object. Returns false if the
+   * lease was not held any more, or if no daemon answered. In the second case the next waiter waits
+   * until the lease expires.
    */
   async release() {
     this.close();
@@ -137,13 +136,13 @@ export class Lease {
     return false;
   }
 
-  /** Ends the work and every wait at once, without telling the daemon. */
+  /** Ends the work and every wait at once, without a call to the daemon. */
   close() {
-    this.#fall('closed');
+    this.#end('closed');
   }
 
-  /** Asks until there is an answer. All requests have one id, so they are one queue entry. */
-  async #granted() {
+  /** Repeats the acquire until it is answered. All requests share one id, and so one queue entry. */
+  async #requestGrant() {
     const giveUp = performance.now() + this.#wait;
     this.#id = randomUUID();
     for (let pause = 100; !this.lost.aborted; pause = Math.min(2 * pause, 1_000)) {
@@ -156,7 +155,7 @@ export class Lease {
         this.#unanswered ||= UNKNOWN_OUTCOME.has(error.code);
         if (this.lost.aborted) break;
         if (error.code === status.ALREADY_EXISTS) throw new Held(error.details);
-        // NOT_FOUND: it was granted, the answer got lost, and the lease is over: take a new id.
+        // NOT_FOUND: an earlier request was granted, and its lease has ended: use a new id.
         if (error.code === status.NOT_FOUND) [this.#id, this.#unanswered] = [randomUUID(), false];
         else if (!UNKNOWN_OUTCOME.has(error.code) || performance.now() > giveUp + this.#ttl) throw error;
       }
@@ -165,29 +164,29 @@ export class Lease {
     throw this.lost.reason;
   }
 
-  /** Opens one stream after the other, for as long as the lease lives. */
-  async #carry() {
+  /** Opens one keepalive stream after the other, until the lease ends. */
+  async #keepAlive() {
     while (!this.lost.aborted) {
       const call = this.#client.KeepAlive();
       this.#call = call;
-      await this.#beats(call);
+      await this.#touchOn(call);
       call.cancel();
       await nap(Math.min(500, this.#ttl / 20), this.lost);
     }
   }
 
-  /** Touches on one stream, until the stream ends or a message has no answer in time. */
-  async #beats(call) {
+  /** Touches the lease on one stream, until the stream ends or a message has no answer in time. */
+  async #touchOn(call) {
     const sent = new Map();
     const over = new AbortController();
     call.on('data', (answer) => {
       const sentAt = sent.get(answer.sequence);
       sent.delete(answer.sequence);
-      for (const result of answer.results) this.#hear(result, sentAt);
+      for (const result of answer.results) this.#receive(result, sentAt);
     });
     call.on('error', () => over.abort());
     call.on('end', () => over.abort());
-    // Ends when a message has no answer: this stream may be dead without notice, and another not.
+    // Ends when a message has no answer: this stream may be silently dead, and a new one may work.
     for (let sequence = 1; sent.size === 0 && !over.signal.aborted; sequence += 1) {
       sent.set(String(sequence), performance.now());
       call.write({ leases: [this.#ref()], sequence });
@@ -195,20 +194,20 @@ export class Lease {
     }
   }
 
-  #hear(result, sentAt) {
+  #receive(result, sentAt) {
     if (result.outcome === 'lost') {
-      this.#fall(result.lost.reason.replace('LOSS_REASON_', '').toLowerCase());
+      this.#end(result.lost.reason.replace('LOSS_REASON_', '').toLowerCase());
     } else if (result.outcome === 'kept' && sentAt !== undefined) {
       this.#believe(sentAt + milliseconds(result.kept.remaining));
     }
   }
 
-  /** Ends the belief at the deadline, whatever the network does. */
+  /** Aborts `lost` at the deadline, whatever the network does. */
   async #watch() {
     const confirmBy = performance.now() + this.#ttl;
     while (!this.lost.aborted) {
       const left = (this.#deadline ?? confirmBy) - performance.now();
-      if (left <= 0) this.#fall('no word from a daemon in time');
+      if (left <= 0) this.#end('no answer from a daemon in time');
       await nap(left, this.lost);
     }
   }
@@ -218,7 +217,7 @@ export class Lease {
     if (this.remaining > 0) this.#confirm();
   }
 
-  #fall(reason) {
+  #end(reason) {
     if (this.lost.aborted) return;
     this.#lost.abort(new Lost(reason));
     this.#confirm();

@@ -1,10 +1,10 @@
-// A worker: waits for a key, works while it holds the lease, and gives it back.
+// A worker: waits for a key, works while it holds the lease, and releases the lease.
 //
 // node worker.mjs KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
 //
 // Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease
-// was lost, and 75 if another holds the key. At the start it waits 5 s for a daemon; once it is in
-// the queue, it waits for daemons as long as for the key.
+// was lost, and 75 if another client holds the key. At the start it waits 5 s for a daemon. In the
+// queue it waits for a daemon as long as for the key.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
@@ -15,8 +15,8 @@ const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     seconds: { type: 'string', default: '15' }, // how long the work takes
-    endpoint: { type: 'string', default: '127.0.0.1:5327' }, // of the daemon
-    ttl: { type: 'string', default: '10' }, // of the lease, in seconds
+    endpoint: { type: 'string', default: '127.0.0.1:5327' }, // the daemon's address
+    ttl: { type: 'string', default: '10' }, // the lease's TTL in seconds
     wait: { type: 'string', default: '60' }, // how long to wait at most, in seconds
   },
 });
@@ -25,7 +25,7 @@ if (positionals.length !== 1) {
   process.exit(2);
 }
 
-// Accepts the URL that leasectl takes, too.
+// Also accepts a URL, as leasectl does.
 const endpoint = values.endpoint.replace(/^http:\/\/|\/$/g, '');
 const client = connect(endpoint);
 const lease = new Lease(client, positionals[0], {
@@ -44,14 +44,14 @@ for (const name of ['SIGINT', 'SIGTERM']) {
 
 const code = await run();
 client.close();
-// Ends the process at once: a timer of gRPC's that waits for a connection may be left.
+// Ends the process at once, even if gRPC still has a timer that waits for a connection.
 process.exit(code);
 
 async function run() {
   let code = 0;
   try {
-    // `acquire` goes on asking for as long as it may wait, so say now if there is no daemon.
-    await reached(5_000);
+    // `acquire` would try for as long as it may wait, so report a missing daemon now.
+    await connected(5_000);
     const token = await lease.acquire();
     console.log(`holding ${lease.key} with fencing token ${token}`);
     // The work goes here. It sends the token with every write, and stops when the lease is lost.
@@ -73,8 +73,8 @@ async function run() {
   return code;
 }
 
-/** Waits for a connection to a daemon. Throws if that takes too long, or the lease was closed. */
-function reached(timeout) {
+/** Waits for a connection to a daemon. Throws after `timeout`, or if the lease is closed. */
+function connected(timeout) {
   return new Promise((resolve, reject) => {
     lease.lost.addEventListener('abort', () => reject(lease.lost.reason));
     client.waitForReady(Date.now() + timeout, (error) => {

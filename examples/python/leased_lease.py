@@ -1,14 +1,13 @@
-"""One lease and the contract about time that its holder keeps.
+"""One lease, and the time contract that its holder keeps.
 
-A holder must stop before the daemon may let another holder in. So it counts by its own clock and to
-its own disadvantage:
+A holder must stop before the daemon may let another holder in. So the holder computes its deadline
+by its own clock, and on the early side:
 
     deadline = sent_at + remaining - margin
 
-`sent_at` is read just before a request is sent, and counts once that request has been confirmed.
-The time of the answer does not count, since the answer may have been on its way for any time.
-For the same reason a grant from the queue (`waited`) starts no belief: belief begins with the first
-touch that is confirmed.
+`sent_at` is read just before a request is sent, and is used once the daemon has confirmed that
+request. The time of the answer is not used, since the answer may have been delayed. For the same
+reason a holder does not rely on a grant from the queue (`waited`) before a touch is confirmed.
 
 No lease can stop a process that is paused in the middle of its work: send `lease.token` with every
 write.
@@ -23,7 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 from leased.v1 import lease_pb2 as pb
 from leased.v1 import lease_pb2_grpc
 
-# Codes that leave open whether the call took effect. The call is repeated with the same lease id.
+# After these codes the outcome is unknown. The call is repeated with the same lease id.
 UNKNOWN_OUTCOME = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -32,11 +31,11 @@ UNKNOWN_OUTCOME = {
     grpc.StatusCode.CANCELLED,
 }
 
-# Says, as gRPC's own retries do, that an acquire with the same id had no answer and may still be on
-# its way.
+# Says, as gRPC's own retries do, that an acquire with the same id had no answer and may still
+# arrive at a daemon.
 UNANSWERED = (("grpc-previous-rpc-attempts", "1"),)
 
-# Notices a daemon that has gone, and connects again, well within a TTL.
+# Notices a dead connection and reconnects well within a TTL.
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 2_000),
@@ -47,17 +46,17 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
 ]
 
-# The clock of this file: one that goes on while the machine sleeps, where there is such a clock.
+# A clock that also counts while the machine is suspended, if the system has one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def now() -> float:
-    """Returns seconds of a clock that nobody sets."""
+    """Returns the seconds of a clock that is never set."""
     return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
 class Held(Exception):
-    """Another holds the key, also after the wait."""
+    """Another client holds the key, even after the wait."""
 
 
 class Lost(Exception):
@@ -77,7 +76,7 @@ class Lease:
         self.reason = None
         self._leased = lease_pb2_grpc.LeaseServiceStub(channel)
         self._owner, self._ttl, self._wait = owner, ttl, wait
-        # Covers clocks that run at different rates, and the time that stopping takes.
+        # Covers the drift between two clocks, and the time that stopping takes.
         self._margin = ttl / 10
         self._id = None
         self._metadata = ()
@@ -91,31 +90,31 @@ class Lease:
     def acquire(self) -> int:
         """Waits for the lease, begins to keep it alive, and returns its fencing token.
 
-        Raises `Held` if another holds the key for longer than `wait`, `Lost` if the lease was
-        closed or lost meanwhile, and `grpc.RpcError` for what repeating does not mend.
+        Raises `Held` if another client holds the key for longer than `wait`, `Lost` if the lease
+        was closed or lost meanwhile, and `grpc.RpcError` if a retry cannot help.
         """
-        sent_at, granted = self._granted()
+        sent_at, granted = self._request_grant()
         self.token = granted.fencing_token
         if not granted.waited:
             self._believe(sent_at + granted.ttl.ToNanoseconds() / 1e9)
-        self._start(self._carry, self._watch)
+        self._start(self._keep_alive, self._watch)
         self._confirmed.wait()
         if self.lost.is_set():
             raise Lost(self.reason)
         return self.token
 
     def remaining(self) -> float:
-        """Returns for how many seconds the lease may be relied on; 0: do not act on the key."""
+        """Returns for how many seconds the lease may be relied on. If 0, do not act on the key."""
         with self._lock:
             believed = self._deadline is not None and not self.lost.is_set()
             return max(0.0, self._deadline - now()) if believed else 0.0
 
     def release(self) -> bool:
-        """Gives the lease back, or leaves the queue, and ends everything here.
+        """Releases the lease, or leaves the queue, and ends all threads of this object.
 
         May be called at any time, but not in a signal handler. Returns False if the lease was not
-        held any more, or if no daemon could be told; then the next waiter waits for the TTL at
-        worst.
+        held any more, or if no daemon answered. In the second case the next waiter waits until the
+        lease expires.
         """
         self.close()
         for thread in self._threads:
@@ -134,8 +133,8 @@ class Lease:
         return False
 
     def close(self):
-        """Ends the work and every wait at once, without telling the daemon. Never blocks long."""
-        self._fall("closed")
+        """Ends the work and every wait at once, without a call to the daemon. Never blocks long."""
+        self._end("closed")
 
     def __enter__(self):
         try:
@@ -148,8 +147,8 @@ class Lease:
     def __exit__(self, *_):
         self.release()
 
-    def _granted(self):
-        """Asks until there is an answer. All requests have one id, so they are one queue entry."""
+    def _request_grant(self):
+        """Repeats the acquire until it is answered. All requests share one id and one queue entry."""
         give_up = now() + self._wait
         pause = 0.1
         self._id = str(uuid.uuid4())
@@ -178,7 +177,7 @@ class Lease:
                 if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                     raise Held(error.details()) from None
                 if error.code() == grpc.StatusCode.NOT_FOUND:
-                    # It was granted, the answer got lost, and the lease is over: take a new id.
+                    # An earlier request was granted, and its lease has ended: use a new id.
                     self._id, self._metadata = str(uuid.uuid4()), ()
                 elif error.code() not in UNKNOWN_OUTCOME or now() > give_up + self._ttl:
                     raise
@@ -186,24 +185,24 @@ class Lease:
             pause = min(2 * pause, 1.0)
         raise Lost("closed")
 
-    def _carry(self):
-        """Opens one stream after the other, for as long as the lease lives."""
+    def _keep_alive(self):
+        """Opens one keepalive stream after the other, until the lease ends."""
         while not self._ended.is_set():
             sent, over = {}, threading.Event()
-            call = self._leased.KeepAlive(self._beats(sent, over))
+            call = self._leased.KeepAlive(self._messages(sent, over))
             self._cancel_when_closed(call)
             try:
                 for answer in call:
                     sent_at = sent.pop(answer.sequence, None)
                     for result in answer.results:
-                        self._hear(result, sent_at)
+                        self._receive(result, sent_at)
             except grpc.RpcError:
                 pass
             over.set()
             self._ended.wait(min(0.5, self._ttl / 20))
 
-    def _beats(self, sent, over):
-        """Yields the messages of one stream, on a thread of gRPC's. `over` ends it at once."""
+    def _messages(self, sent, over):
+        """Yields a stream's messages, on a thread of gRPC's. Ends at once when `over` is set."""
         sequence = 0
         while not sent:
             sequence += 1
@@ -211,23 +210,23 @@ class Lease:
             yield pb.KeepAliveRequest(leases=[self._ref()], sequence=sequence)
             if over.wait(self._ttl / 3):
                 return
-        # The last message has no answer. This stream may be dead without notice, and another not.
+        # The last message has no answer. This stream may be silently dead, and a new one may work.
         self._call.cancel()
 
-    def _hear(self, result, sent_at):
+    def _receive(self, result, sent_at):
         if result.HasField("lost"):
-            self._fall(pb.LossReason.Name(result.lost.reason).removeprefix("LOSS_REASON_").lower())
+            self._end(pb.LossReason.Name(result.lost.reason).removeprefix("LOSS_REASON_").lower())
         elif result.HasField("kept") and sent_at is not None:
             self._believe(sent_at + result.kept.remaining.ToNanoseconds() / 1e9)
 
     def _watch(self):
-        """Ends the belief at the deadline, whatever the network does."""
+        """Sets `lost` at the deadline, whatever the network does."""
         confirm_by = now() + self._ttl
         while not self._ended.is_set():
             with self._lock:
                 left = (self._deadline or confirm_by) - now()
             if left <= 0:
-                self._fall("no word from a daemon in time")
+                self._end("no answer from a daemon in time")
             # At most 1 s: a sleep may be counted by a clock that stands still during a suspension.
             self._ended.wait(min(left, 1.0))
 
@@ -237,7 +236,7 @@ class Lease:
         if self.remaining() > 0:
             self._confirmed.set()
 
-    def _fall(self, reason):
+    def _end(self, reason):
         with self._lock:
             first, self.reason = self.reason is None, self.reason or reason
             call = self._call

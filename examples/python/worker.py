@@ -1,10 +1,10 @@
-"""A worker: waits for a key, works while it holds the lease, and gives it back.
+"""A worker: waits for a key, works while it holds the lease, and releases the lease.
 
 python worker.py KEY [--seconds N] [--endpoint HOST:PORT] [--ttl SECONDS] [--wait SECONDS]
 
 Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease was
-lost, and 75 if another holds the key. At the start it waits 5 s for a daemon; once it is in the
-queue, it waits for daemons as long as for the key.
+lost, and 75 if another client holds the key. At the start it waits 5 s for a daemon. In the queue
+it waits for a daemon as long as for the key.
 """
 
 import argparse
@@ -26,25 +26,25 @@ def main():
     parser = argparse.ArgumentParser(description="Holds a lease while it works.")
     parser.add_argument("key")
     parser.add_argument("--seconds", type=float, default=15.0, help="how long the work takes")
-    parser.add_argument("--endpoint", default="127.0.0.1:5327", help="of the daemon")
-    parser.add_argument("--ttl", type=float, default=10.0, help="of the lease, in seconds")
-    parser.add_argument("--wait", type=float, default=60.0, help="for the key at most, in seconds")
+    parser.add_argument("--endpoint", default="127.0.0.1:5327", help="the address of the daemon")
+    parser.add_argument("--ttl", type=float, default=10.0, help="the TTL of the lease, in seconds")
+    parser.add_argument("--wait", type=float, default=60.0, help="how long to wait for the key at most, in seconds")
     options = parser.parse_args()
-    # Both raise KeyboardInterrupt, even where a background shell has SIGINT ignored.
+    # Both signals raise KeyboardInterrupt, even if the program was started with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    # Accepts the URL that leasectl takes, too.
+    # Also accepts a URL, as leasectl does.
     endpoint = options.endpoint.removeprefix("http://").rstrip("/")
     with grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
         lease = Lease(channel, options.key, f"worker.py:{os.getpid()}", options.ttl, options.wait)
         return run(lease, options.seconds, grpc.channel_ready_future(channel), endpoint)
 
 
-def run(lease, seconds, reached, endpoint):
+def run(lease, seconds, connected, endpoint):
     try:
-        # `acquire` goes on asking for as long as it may wait, so say now if there is no daemon.
-        reached.result(timeout=5)
+        # `acquire` would try for as long as it may wait, so report a missing daemon now.
+        connected.result(timeout=5)
         token = lease.acquire()
         print(f"holding {lease.key} with fencing token {token}", flush=True)
         # The work goes here. It sends the token with every write, and stops when the lease is lost.

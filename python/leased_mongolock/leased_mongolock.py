@@ -1,8 +1,8 @@
-"""The calls of mongolock on a leased daemon: `MongoLock`, with its signatures and other promises.
+"""The calls of mongolock on a leased daemon: `MongoLock` with its signatures, but other guarantees.
 
-A lease id that the object keeps to itself decides who holds a lock, never the owner's name. The
-daemon's store decides when a lock is over, never a clock of this machine. Threads may share an
-object; after a fork each process needs its own.
+A lease id that the object keeps secret decides who holds a lock, not the owner's name. The daemon's
+store decides when a lock expires, not this machine's clock. Threads may share an object. After a
+fork each process needs its own.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from google.protobuf.duration_pb2 import Duration
 from leased.v1 import lease_pb2 as pb
 from leased.v1 import lease_pb2_grpc
 
-# A lock without `expire` is touched while this process lives, and is over this many seconds after
-# the process has ended.
+# A lock without `expire` is touched while this process runs, and expires this many seconds after
+# the last touch.
 UNLIMITED_TTL = 30.0
 # What a daemon accepts by default.
 SHORTEST_TTL, LONGEST_TTL = 0.1, 24 * 3600.0
@@ -32,7 +32,7 @@ PORT = 5327
 # mongolock's own defaults, for whichever of `db` and `collection` is left out.
 DB, COLLECTION = "mongolock", "lock"
 
-# Notices a connection that dies in silence within 8 s, and replaces it before a call gives up.
+# Notices a silently dead connection within 8 s, and replaces it before a call gives up.
 # gRPC's core reads the timeout of a ping from the second option or the third, depending on its
 # version.
 _KEEPALIVE = [
@@ -42,7 +42,7 @@ _KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
-# Repeats are safe: a call with the same lease id is the same acquisition.
+# Retries are safe: a call with the same lease id is the same acquisition.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -61,14 +61,14 @@ _SERVICE_CONFIG = {
     ]
 }
 
-# Says with a release that its acquire had no answer and may still be on its way.
+# Says with a release that its acquire had no answer and may still arrive at the daemon.
 _UNANSWERED = (("grpc-previous-rpc-attempts", "1"),)
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def _now():
-    """Returns seconds of a clock that nobody sets, and that counts a suspension if it can."""
+    """Returns the seconds of a clock that is never set, and counts suspended time if it can."""
     return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
 
@@ -77,7 +77,7 @@ class MongoLockException(Exception):
 
 
 class MongoLockLocked(Exception):
-    """Another holds the lock, also after the timeout."""
+    """Another client holds the lock, even after the timeout."""
 
 
 class _Lock:
@@ -95,8 +95,8 @@ class MongoLock:
     """Locks at the daemon at `host`, an address like `localhost:5327`, or at that of `channel`.
 
     If `db` or `collection` is given, keys begin with `db/collection/`, apart from other keys.
-    `acquire_retry_step` is ignored, since nothing polls. A pymongo `client` leads to no daemon and
-    is refused.
+    `acquire_retry_step` is ignored, since nothing polls. A pymongo `client` is refused, since it
+    reaches no daemon.
     """
 
     def __init__(self, host="localhost", db=None, collection=None, client=None, acquire_retry_step=None, *, channel=None):
@@ -107,7 +107,7 @@ class MongoLock:
                 "daemon's address as `host`, and give `db` and `collection` as strings"
             )
         if "://" in host:
-            raise ValueError(f"`host` is the address of a leased daemon, like localhost:{PORT}, and no URI")
+            raise ValueError(f"`host` is the address of a leased daemon, like localhost:{PORT}, and not a URI")
         self._prefix = "" if db is None and collection is None else f"{db or DB}/{collection or COLLECTION}/"
         options = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
@@ -155,7 +155,7 @@ class MongoLock:
         return True
 
     def release(self, key, owner):
-        """Gives the lock back if this object holds it for this owner; else does nothing."""
+        """Releases the lock if this object holds it for this owner. Otherwise does nothing."""
         with self._changed:
             lock = self._held.pop((key, owner), None)
         if lock is not None:
@@ -176,15 +176,15 @@ class MongoLock:
             raise MongoLockException(f"{owner} does not hold {key} any more")
         if lock.expire:
             with self._changed:
-                # A touch lasts for the TTL of the grant, so a longer one takes several.
+                # A touch lasts for the TTL of the grant, so a longer `expire` takes several.
                 lock.touch_until = sent_at + (expire or lock.expire) - lock.ttl
                 self._wake()
 
     def get_lock_info(self, key):
         """Returns the lock as a dictionary, or None if there never was one.
 
-        Times are naive UTC, by the store's clock. A lock without `expire` shows when it would be
-        over if its process ended now.
+        Times are naive UTC, by the store's clock. A lock without `expire` shows when it would
+        expire without further touches.
         """
         try:
             seen = self._leased.Get(pb.GetRequest(key=self._prefix + key), timeout=PATIENCE).lease
@@ -201,7 +201,7 @@ class MongoLock:
         return info
 
     def is_locked(self, key):
-        """Returns whether the lock is held and not over."""
+        """Returns whether the lock is held and has not expired."""
         try:
             seen = self._leased.Get(pb.GetRequest(key=self._prefix + key), timeout=PATIENCE).lease
         except grpc.RpcError as error:
@@ -231,19 +231,19 @@ class MongoLock:
                 if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                     return False
                 if error.code() == grpc.StatusCode.NOT_FOUND:
-                    # Granted, the answer got lost, and the lease is over: take a new id.
+                    # An earlier attempt was granted, and its lease has ended: use a new id.
                     lock.id = str(uuid.uuid4())
                     return False
                 raise
             lock.token = granted.fencing_token
-            # A grant from the queue may be old by now.
+            # A grant from the queue may be old when its answer arrives.
             if granted.waited and not self._touch(key, owner, lock):
                 lock.id = str(uuid.uuid4())
                 return False
             return True
         except BaseException:
-            # The lease may be held all the same, and the caller goes away. If this release fails,
-            # the lease lapses in its time.
+            # The lease may have been granted, and the caller will not use it. If this release
+            # fails, the lease expires after its TTL.
             with contextlib.suppress(grpc.RpcError):
                 request = pb.ReleaseRequest(lease=self._ref(key, lock))
                 self._without_retries.Release(request, timeout=PATIENCE, metadata=_UNANSWERED)
@@ -265,7 +265,7 @@ class MongoLock:
         return pb.LeaseRef(key=self._prefix + key, lease_id=lock.id)
 
     def _wake(self):
-        """Wakes the thread that touches, and starts it when it is first needed."""
+        """Wakes the touching thread, and starts it when a lock first needs touches."""
         if self._toucher is None and any(lock.touch_until > _now() for lock in self._held.values()):
             self._toucher = threading.Thread(target=self._touch_on, daemon=True)
             self._toucher.start()
@@ -285,14 +285,14 @@ class MongoLock:
                     try:
                         self._touch(key, owner, lock, min(PATIENCE, lock.ttl / 3))
                     except grpc.RpcError:
-                        # The daemon is away, and the lock lives on meanwhile.
+                        # No daemon answers. The lock lasts for the rest of its TTL.
                         pause = min(0.5, lock.ttl / 10)
             time.sleep(pause)
 
 
 @contextlib.contextmanager
 def _losses():
-    """Yields a list, to which it adds an element if the daemon says that the lease is lost."""
+    """Yields a list, and adds an element to it if the daemon answers that the lease is lost."""
     lost = []
     try:
         yield lost

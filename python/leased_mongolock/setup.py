@@ -1,6 +1,6 @@
 """Builds the package and generates the stubs of the API, so that none are committed.
 
-Needs the whole repository, which has the definition of the API.
+Needs the whole repository, which contains the definition of the API.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ WELL_KNOWN = pathlib.Path(grpc_tools.__file__).parent / "_proto"
 
 
 class WithStubs(build_py):
-    """Adds the package `leased.v1`, which programs may also use directly."""
+    """Adds the package `leased.v1` of stubs, which programs may also use directly."""
 
     def run(self):
         super().run()

@@ -73,7 +73,7 @@ def same(make):
     two.release("plain", "b")
     seen.append(two.get_lock_info("plain"))
 
-    # Another owner takes a lock that has expired. The first owner learns this from its next touch.
+    # Another owner takes a lock that has expired. The first owner learns of it from its next touch.
     see(one.lock, "short", "a", expire=0.5)
     until(lambda: not two.is_locked("short"))
     seen.append(two.get_lock_info("short")["owner"])
@@ -82,7 +82,7 @@ def same(make):
     see(one.release, "short", "a")
     see(two.is_locked, "short")
 
-    # Waiting.
+    # A lock call that waits.
     see(one.lock, "waited", "a")
     later = threading.Timer(0.5, one.release, ("waited", "a"))
     later.start()
@@ -90,7 +90,7 @@ def same(make):
     later.join()
     see(two.release, "waited", "b")
 
-    # The context manager.
+    # The object as a context manager.
     with one("block", "a", expire=60):
         see(two.is_locked, "block")
         try:
@@ -172,7 +172,7 @@ def longer_touch(make):
 def touch_without_expiry(make):
     """Returns the outcome of a touch without expiry on a lock that has one.
 
-    mongolock 1.1.0 renewed the lock, and so says the example in mongolock's README.
+    mongolock 1.1.0 renewed the lock, as the example in mongolock's README says.
     """
     one = make()
     assert one.lock("renewed", "a", expire=60)
@@ -260,7 +260,7 @@ class Away(grpc.RpcError):
 
 
 def gives_back_what_it_cannot_touch(endpoint):
-    """After a wait, a lock counts as granted once it is touched. If the touch fails, it is released."""
+    """After a wait, a lock counts as granted once it is touched. If the touch fails, the lock is released."""
     one, two = leased_mongolock.MongoLock(endpoint), leased_mongolock.MongoLock(endpoint)
     for failure in (Away, KeyboardInterrupt):
         key = f"ended by {failure.__name__}"

@@ -1,4 +1,4 @@
-"""Tries docs/service-config.json: only with it, a client repeats calls that found no daemon.
+"""Checks that a client retries calls that are UNAVAILABLE only with docs/service-config.json.
 
 python retry.py SERVICE_CONFIG STUBS
 """
@@ -14,7 +14,7 @@ from leased.v1 import lease_pb2 as pb  # noqa: E402
 from leased.v1 import lease_pb2_grpc  # noqa: E402
 
 
-class Reluctant(lease_pb2_grpc.LeaseServiceServicer):
+class UnavailableTwice(lease_pb2_grpc.LeaseServiceServicer):
     """Fails the first two calls, and answers the third."""
 
     def __init__(self):
@@ -28,8 +28,8 @@ class Reluctant(lease_pb2_grpc.LeaseServiceServicer):
 
 
 def acquire(options):
-    """Makes one call. Returns its outcome, and the lease id of each attempt that has arrived."""
-    servicer, server = Reluctant(), grpc.server(futures.ThreadPoolExecutor(max_workers=1))
+    """Makes one call. Returns its outcome, and the lease id of each attempt that arrived."""
+    servicer, server = UnavailableTwice(), grpc.server(futures.ThreadPoolExecutor(max_workers=1))
     lease_pb2_grpc.add_LeaseServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -46,4 +46,4 @@ def acquire(options):
 config = pathlib.Path(sys.argv[1]).read_text()
 assert acquire([("grpc.service_config", config)]) == (7, ["one"] * 3)
 assert acquire([]) == (grpc.StatusCode.UNAVAILABLE, ["one"])
-print("with the config, the call is repeated with the same id; without it, it is not repeated")
+print("with the config, the call is retried with the same id; without the config, it is not")

@@ -1,4 +1,4 @@
-//! The faults of a simulation, and when each of them begins and ends. They follow from its seed.
+//! The faults of a simulation, and when each of them begins and ends. The seed decides both.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub(crate) enum Fault {
 pub(crate) struct Faults(Vec<(Duration, Fault)>);
 
 impl Faults {
-    /// Makes random faults of daemons, `holders`, links and the store. All of them end by `until`.
+    /// Draws random faults of daemons, `holders`, links and the store. All faults end by `until`.
     pub(crate) fn random(rng: &mut Rng, holders: &[String], until: Duration) -> Self {
         let mut faults = Self::default();
         let mean = rng.u64(200..2000);
@@ -81,8 +81,8 @@ impl Faults {
         Self(vec![(at, begin), (at + length, end)])
     }
 
-    /// Makes the same fault on the links between the holder and both daemons.
-    pub(crate) fn both(at: Duration, length: Duration, fault: fn(String, String) -> Fault) -> Self {
+    /// Makes the same fault on the links from the holder to both daemons.
+    pub(crate) fn on_both_links(at: Duration, length: Duration, fault: fn(String, String) -> Fault) -> Self {
         let of = |daemon: &str| {
             let (a, b) = ("holder".to_owned(), daemon.to_owned());
             Self::one(at, length, (fault(a.clone(), b.clone()), Fault::Repaired(a, b)))
@@ -90,7 +90,7 @@ impl Faults {
         of(DAEMONS[0]).and(of(DAEMONS[1]))
     }
 
-    /// Adds other faults, which may overlap with these.
+    /// Adds `others`, which may overlap with these faults.
     pub(crate) fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self.0.sort_by_key(|(at, _)| *at);

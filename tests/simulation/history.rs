@@ -1,4 +1,4 @@
-//! What holders believed and when, in simulated time, and the checks of it.
+//! Records which leases each holder believed in and when, in simulated time, and checks the record.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,7 +17,7 @@ pub(crate) fn now() -> Duration {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     Exclusive,
-    /// At most so many may hold at the same time.
+    /// At most this many may hold at the same time.
     Shared(u32),
 }
 
@@ -48,7 +48,7 @@ pub(crate) struct History {
 struct Resource {
     guard: FencingGuard,
     /// The accepted writes, in order.
-    done: Mutex<Vec<(&'static str, FencingToken)>>,
+    accepted: Mutex<Vec<(&'static str, FencingToken)>>,
     refused: AtomicUsize,
 }
 
@@ -67,7 +67,7 @@ impl History {
         Belief { history: self.clone(), position: spans.len() - 1 }
     }
 
-    /// Ends the beliefs of those holders whose name `which` accepts.
+    /// Ends the beliefs of the holders whose names `which` accepts.
     pub(crate) fn end(&self, which: impl Fn(&str) -> bool, at: Duration) {
         for span in self.spans.lock().unwrap().iter_mut().filter(|span| which(&span.holder)) {
             span.until.get_or_insert(at);
@@ -77,7 +77,7 @@ impl History {
     /// Writes to the resource with this token. The resource refuses a stale token.
     pub(crate) fn write(&self, key: &'static str, token: FencingToken) {
         match self.resource.guard.check(key, token) {
-            Ok(()) => self.resource.done.lock().unwrap().push((key, token)),
+            Ok(()) => self.resource.accepted.lock().unwrap().push((key, token)),
             Err(_) => drop(self.resource.refused.fetch_add(1, Ordering::Relaxed)),
         }
     }
@@ -89,9 +89,9 @@ impl History {
 
     /// Returns the first write that was accepted after a write with a greater token.
     pub(crate) fn stale(&self) -> Option<String> {
-        let done = self.resource.done.lock().unwrap();
-        done.iter().enumerate().find_map(|(position, (key, token))| {
-            let before = done[..position].iter().rfind(|(other, _)| other == key)?;
+        let accepted = self.resource.accepted.lock().unwrap();
+        accepted.iter().enumerate().find_map(|(position, (key, token))| {
+            let before = accepted[..position].iter().rfind(|(other, _)| other == key)?;
             (before.1 > *token).then(|| format!("{key} with {token} after {}", before.1))
         })
     }
@@ -130,8 +130,8 @@ impl History {
     /// it.
     pub(crate) fn overlap(&self, store: &SimulatedStore) -> Option<String> {
         let mut spans = self.spans.lock().unwrap().clone();
-        // A revoked holder may go on until it is told. The operator accepts that, so it is no
-        // overlap.
+        // A revoked holder may go on until it receives the loss. The operator accepts that, so it
+        // does not count as an overlap.
         for span in &mut spans {
             if let Some(revoked) = store.revoked_at(span.token.get()) {
                 span.until = Some(span.until.map_or(revoked, |until| until.min(revoked)));
@@ -150,9 +150,8 @@ impl History {
         })
     }
 
-    /// Returns the first exclusive holder whose token is not greater than that of an earlier
-    /// holder.
-    pub(crate) fn regress(&self) -> Option<String> {
+    /// Returns the first exclusive holder whose token is not greater than the previous holder's.
+    pub(crate) fn falling_token(&self) -> Option<String> {
         let mut spans = self.spans.lock().unwrap().clone();
         spans.retain(|span| span.mode == Mode::Exclusive);
         spans.sort_by_key(|span| span.from);
@@ -165,7 +164,8 @@ impl History {
 }
 
 impl Span {
-    /// Returns whether this period begins while another lease on the same key is still acted on.
+    /// Returns whether `earlier` belongs to another lease on the same key and has not ended when
+    /// this period begins.
     fn is_beside(&self, earlier: &Self) -> bool {
         self.key == earlier.key
             && self.token != earlier.token
@@ -177,8 +177,7 @@ impl Drop for Belief {
     fn drop(&mut self) {
         let mut spans = self.history.spans.lock().unwrap();
         let span = &mut spans[self.position];
-        // The beliefs of a crashed process have ended already, and there is no current time on its
-        // host.
+        // A crashed process has no beliefs left to end, and its host has no current time.
         if span.until.is_none() {
             span.until = Some(now());
             let (holder, key, token) = (span.holder.clone(), span.key, span.token);

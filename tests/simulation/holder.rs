@@ -10,7 +10,7 @@ use super::history::{History, Mode, now};
 use super::world::KEYS;
 use crate::support::ms;
 
-/// A program on a host of its own.
+/// A program on its own host.
 #[derive(Clone)]
 pub(crate) struct Holder {
     pub(crate) name: String,
@@ -18,7 +18,7 @@ pub(crate) struct Holder {
     pub(crate) history: History,
     /// Cancelled when all programs must end, whatever they are doing.
     pub(crate) over: CancellationToken,
-    /// Whether there are no faults, so that no lease may be lost.
+    /// Whether the run has no faults. Then no lease may be lost.
     pub(crate) is_faultless: bool,
 }
 
@@ -52,7 +52,7 @@ impl Holder {
             Ok(Ok(lease)) => self.hold(key, lease, mode).await,
             Ok(Err(Error::Held(_))) | Err(_) => {}
             Ok(Err(Error::Unavailable { .. } | Error::Lost(_))) if !self.is_faultless => {}
-            Ok(Err(error)) => self.history.fail(now(), format_args!("{} was told: {error}", self.name)),
+            Ok(Err(error)) => self.history.fail(now(), format_args!("{} received: {error}", self.name)),
         }
     }
 
@@ -65,7 +65,7 @@ impl Holder {
             match worked {
                 Ok(()) => break,
                 // A lease in jeopardy may be confirmed again.
-                Err(Error::Jeopardy { .. }) if self.comes_back(&lease, until).await => {}
+                Err(Error::Jeopardy { .. }) if self.is_confirmed_again(&lease, until).await => {}
                 Err(error) if self.is_faultless => {
                     self.history.fail(now(), format_args!("{} lost {key}: {error}", self.name));
                 }
@@ -79,7 +79,8 @@ impl Holder {
         }
     }
 
-    async fn comes_back(&self, lease: &Lease, until: Instant) -> bool {
+    /// Waits until a lease in jeopardy is held again. Returns `false` if it is lost, or at `until`.
+    async fn is_confirmed_again(&self, lease: &Lease, until: Instant) -> bool {
         let mut state = lease.state();
         let back = async {
             loop {

@@ -1,8 +1,8 @@
 //! The whole client against whole daemons, over a simulated network and in simulated time. Each
-//! test makes many runs, each from a seed.
+//! test makes many runs, one for each seed.
 //!
-//! `LEASED_SIMULATION_SEEDS=5000` makes so many runs. `LEASED_SIMULATION_SEED=17` runs only that
-//! seed, several times.
+//! `LEASED_SIMULATION_SEEDS=5000` makes 5,000 runs instead of the usual number.
+//! `LEASED_SIMULATION_SEED=17` runs only seed 17, several times.
 
 /// Faults, and when each of them begins and ends.
 mod faults;
@@ -37,14 +37,14 @@ use world::{DAEMONS, GRACE, KEYS, WAITER_TTL, World, client};
 const FAULT_PERIOD: Duration = secs(15);
 /// The longest TTL of a lease in a run.
 const TTL: Duration = secs(3);
-/// The time for everything that is not a TTL, the grace, or a wait for an entry to lapse.
+/// The time allowed for everything except TTLs, the grace, and the lapse of waiter entries.
 const SLACK: Duration = secs(2);
 
 fn holders() -> Vec<String> {
     (0..4).map(|number| format!("holder-{number}")).collect()
 }
 
-/// Runs programs of the client that acquire and release leases while `faults` occur. If
+/// Runs programs that acquire and release leases through the client while `faults` occur. If
 /// `is_faultless` is set, no lease may be lost.
 fn crowd(seed: u64, faults: Faults, is_faultless: bool) -> World {
     let mut world = World::new(seed);
@@ -60,9 +60,9 @@ fn crowd(seed: u64, faults: Faults, is_faultless: bool) -> World {
 }
 
 #[test]
-fn no_two_holders_believe_at_the_same_time_and_everything_recovers() {
+fn beliefs_of_two_holders_never_overlap_and_every_key_recovers() {
     let refused = AtomicUsize::new(0);
-    seeds::each("no_two_holders", 50, |seed| {
+    seeds::each("beliefs_of_two_holders", 50, |seed| {
         let mut world =
             crowd(seed, Faults::random(&mut Rng::with_seed(seed), &holders(), FAULT_PERIOD), false);
         world.over.cancel();
@@ -70,8 +70,8 @@ fn no_two_holders_believe_at_the_same_time_and_everything_recovers() {
         world.run(FAULT_PERIOD + secs(1), Faults::default(), |_| false);
         world.check()?;
         for key in KEYS {
-            // Nobody waits any more for the entries that are queued now: their holders or daemons
-            // crashed. Each of them may still be granted the lease until it lapses.
+            // No call waits for the entries that are still queued: their callers or daemons have
+            // crashed. Until an entry lapses, it may still be granted the lease.
             let turns = 1 + world.store.queue_length(key);
             let within = ((TTL + GRACE) * turns).min(WAITER_TTL + TTL + GRACE) + SLACK;
             let history = world.history.clone();
@@ -86,16 +86,16 @@ fn no_two_holders_believe_at_the_same_time_and_everything_recovers() {
         refused.fetch_add(world.history.refused(), Ordering::Relaxed);
         world.check()
     });
-    assert!(refused.into_inner() > 0, "no write was stale in any run, so the fencing was not tried");
+    assert!(refused.into_inner() > 0, "no write was stale in any run, so fencing was not tested");
 }
 
 #[test]
-fn nothing_is_lost_while_nothing_fails() {
-    seeds::each("nothing_is_lost", 5, |seed| crowd(seed, Faults::default(), true).check());
+fn no_lease_is_lost_while_nothing_fails() {
+    seeds::each("no_lease_is_lost", 5, |seed| crowd(seed, Faults::default(), true).check());
 }
 
-/// Runs programs without the client under random faults. Returns two that believed at the same
-/// time, if there are any.
+/// Runs programs without the client under random faults. Returns two beliefs that overlapped, if
+/// there are any.
 fn naive_crowd(seed: u64, counting: Counting) -> Option<String> {
     let mut world = World::new(seed);
     for name in holders() {
@@ -108,8 +108,8 @@ fn naive_crowd(seed: u64, counting: Counting) -> Option<String> {
     world.history.overlap(&world.store)
 }
 
-/// This checks the simulation itself: if its faults were too weak to break this program, they would
-/// prove nothing about the client.
+/// Checks the simulation itself: faults too weak to break this program would prove nothing about
+/// the client.
 #[test]
 fn a_program_that_counts_from_the_answer_believes_too_long() {
     let shown = (0..60).find_map(|seed| naive_crowd(seed, Counting::FromAnswer));
@@ -138,7 +138,7 @@ fn some_time(rng: &mut Rng) -> Duration {
 }
 
 #[test]
-fn an_outage_of_half_the_ttl_loses_nothing() {
+fn an_outage_of_half_the_ttl_loses_no_lease() {
     seeds::each("an_outage", 20, |seed| {
         let rng = &mut Rng::with_seed(seed);
         let at = some_time(rng);
@@ -146,22 +146,22 @@ fn an_outage_of_half_the_ttl_loses_nothing() {
         let faults = match seed % 3 {
             0 => one((Fault::Store(StoreFault::Unavailable), Fault::Store(StoreFault::None))),
             1 => one(crash_and_restart(DAEMONS[0])).and(one(crash_and_restart(DAEMONS[1]))),
-            _ => Faults::both(at, TTL / 2, Fault::Hold),
+            _ => Faults::on_both_links(at, TTL / 2, Fault::Hold),
         };
         steady(seed, TTL, faults)
     });
 }
 
 #[test]
-fn connections_that_die_silently_lose_no_lease_of_thirty_seconds() {
+fn connections_that_die_silently_lose_no_lease_with_a_ttl_of_thirty_seconds() {
     seeds::each("connections_that_die", 3, |seed| {
         let at = some_time(&mut Rng::with_seed(seed));
-        steady(seed, secs(30), Faults::both(at, secs(15), Fault::Partition))
+        steady(seed, secs(30), Faults::on_both_links(at, secs(15), Fault::Partition))
     });
 }
 
 #[test]
-fn a_stream_moves_before_its_leases_are_in_jeopardy() {
+fn a_stream_moves_to_the_other_daemon_before_its_leases_are_in_jeopardy() {
     seeds::each("a_stream_moves", 16, |seed| {
         let rng = &mut Rng::with_seed(seed);
         let (at, daemon) = (some_time(rng), DAEMONS[rng.usize(..2)].to_owned());
@@ -178,11 +178,11 @@ fn a_stream_moves_before_its_leases_are_in_jeopardy() {
 }
 
 #[test]
-fn a_revocation_is_reported() {
+fn a_revocation_is_reported_in_time() {
     seeds::each("a_revocation_is_reported", 8, |seed| {
         let mut world = World::new(seed);
         let history = world.history.clone();
-        // Without a change feed, the holder learns of it with its next touch.
+        // Without a change feed, the holder learns of the revocation from its next touch.
         let within = if world.store.has_feed() { ms(600) } else { secs(11) };
         // The first seed revokes a lease that is only 5 ms old.
         let at = ms(5 + 700 * seed);

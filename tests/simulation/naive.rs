@@ -1,4 +1,4 @@
-//! Programs that call a daemon with the generated stubs, and count the time of a lease by
+//! Programs that call a daemon with the generated stubs, and compute the deadlines of their leases
 //! themselves.
 
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub(crate) enum Counting {
     FromRequest,
 }
 
-/// A program on a host of its own.
+/// A program on its own host.
 pub(crate) struct Naive {
     pub(crate) name: String,
     pub(crate) history: History,
@@ -82,6 +82,7 @@ impl Naive {
     fn deadline(&self, sent_at: Instant, remaining: Duration) -> Instant {
         match self.counting {
             Counting::FromAnswer => Instant::now() + remaining,
+            // The margin covers the difference between two hosts' clocks: less than a tick.
             Counting::FromRequest => sent_at + remaining - ms(10),
         }
     }

@@ -1,4 +1,4 @@
-//! The seeds of a test, and the report of a failed one.
+//! Runs a simulation with many seeds, and reports the first seed that fails.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const REPETITIONS: usize = 20;
 
 /// Runs `simulate` on all cores, with the first `usual` seeds or with those that the environment
-/// names.
+/// names. `name` is the beginning of the test's name, which the report of a failure shows.
 ///
 /// # Panics
 /// If a run fails, with its seed and its history.

@@ -9,20 +9,20 @@ use super::history::{History, Mode, now};
 use super::world::KEYS;
 use crate::support::secs;
 
-/// Holds the first key for as long as it can. Losing the lease is a failure.
+/// Holds the first key for as long as it can. Fails if it loses the lease.
 pub(crate) async fn keep(client: Client, history: History, ttl: Duration) {
     let lease = client.acquire(KEYS[0]).ttl(ttl).wait(secs(10)).await.unwrap();
     let belief = history.believe("holder", KEYS[0], lease.token(), Mode::Exclusive);
     let end = lease.run(std::future::pending::<()>()).await;
     drop(belief);
     if let Err(error) = end {
-        history.fail(now(), format_args!("stopped: {error}"));
+        history.fail(now(), format_args!("the holder had to stop: {error}"));
     }
     std::future::pending::<()>().await;
 }
 
-/// Holds the first key until another client revokes the lease, which happens after the time `at`.
-/// It is a failure if the holder is told later than `within` after the revocation.
+/// Holds the first key until another client revokes the lease, after the time `at`. Fails if the
+/// holder receives the loss later than `within` after the revocation.
 pub(crate) async fn be_revoked(
     holder: Client,
     operator: Client,
@@ -47,7 +47,7 @@ pub(crate) async fn be_revoked(
     std::future::pending::<()>().await;
 }
 
-/// Acquires `key`. It is a failure if that takes longer than `within`.
+/// Acquires `key`. Fails if that takes longer than `within`.
 pub(crate) async fn probe(client: Client, history: History, key: &'static str, within: Duration) {
     let start = now();
     let lease = client.acquire(key).ttl(secs(1)).wait(secs(600)).await.unwrap();

@@ -39,9 +39,10 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Starts two daemons. All randomness on this thread follows from `seed`, except for lease ids,
-    /// the order of hash maps, and the order of tasks that are ready at the same time.
+    /// Starts two daemons. `seed` decides all randomness on this thread, except lease ids, the
+    /// order of hash maps, and the order of tasks that are ready at the same time.
     pub(crate) fn new(seed: u64) -> Self {
+        // Otherwise the client would count the real machine's suspended time.
         run_on_timers_alone();
         fastrand::seed(seed);
         let mut sim = turmoil::Builder::new()
@@ -55,7 +56,8 @@ impl World {
             .build();
         let history = History::default();
         let rules = Rules { grace: GRACE, waiter_ttl: WAITER_TTL };
-        let store = SimulatedStore::new(rules, fastrand::u8(..4) > 0, history.clone());
+        let has_feed = fastrand::u8(..4) > 0;
+        let store = SimulatedStore::new(rules, has_feed, history.clone());
         for daemon in DAEMONS {
             let store = store.clone();
             sim.host(daemon, move || daemon_over(store.clone()));
@@ -82,23 +84,23 @@ impl World {
         self.sim.elapsed()
     }
 
-    /// Checks everything that must be true so far.
+    /// Checks all rules so far.
     ///
     /// # Errors
-    /// What is not true, after a list of all that happened.
+    /// The rule that was broken, after a list of all events.
     pub(crate) fn check(&self) -> Result<(), String> {
         let history = &self.history;
         let overlap = history.overlap(&self.store).map(|overlap| format!("two believed at once: {overlap}"));
-        let regress = history.regress().map(|regress| format!("a token does not rise: {regress}"));
+        let falling = history.falling_token().map(|holder| format!("a token does not rise: {holder}"));
         let stale = history.stale().map(|stale| format!("a stale write was accepted: {stale}"));
-        match history.failure().or_else(|| self.store.violation()).or(overlap).or(regress).or(stale) {
+        match history.failure().or_else(|| self.store.violation()).or(overlap).or(falling).or(stale) {
             Some(violation) => Err(format!("{}\n{violation}", history.log())),
             None => Ok(()),
         }
     }
 
-    /// Lets time pass until `done` is true or the time `until` has come, and injects the faults
-    /// that become due. Returns whether `done` is true.
+    /// Runs the simulation until `done` is true or the time `until` has come, and injects the
+    /// faults that become due. Returns whether `done` is true.
     pub(crate) fn run(
         &mut self,
         until: Duration,
@@ -132,7 +134,7 @@ impl World {
             Fault::Lossy(a, b, rate) => sim.set_link_fail_rate(a.as_str(), b.as_str(), *rate),
             Fault::Repaired(a, b) => {
                 sim.set_link_fail_rate(a.as_str(), b.as_str(), 0.0);
-                // Messages that were held arrive now.
+                // Held messages arrive now.
                 sim.release(a.as_str(), b.as_str());
             }
             Fault::Crash(host) => {

@@ -1,4 +1,4 @@
-//! Daemons that crash. Each has a runtime of its own. Shutting that runtime down ends all tasks of
+//! Daemons that crash. Each has its own tokio runtime. Shutting that runtime down ends all tasks of
 //! the daemon at once: nothing is drained, answered or written.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -17,8 +17,7 @@ pub(crate) struct CrashingDaemon {
 }
 
 impl CrashingDaemon {
-    /// Starts a daemon. It blocks the calling thread, which must not be a worker thread of a
-    /// runtime.
+    /// Starts a daemon. Blocks the calling thread, which must not be a worker thread of a runtime.
     fn start_blocking(config: Config) -> Self {
         let runtime = Runtime::new().unwrap();
         let daemon = runtime.block_on(Daemon::with(config, None));
@@ -37,7 +36,8 @@ impl CrashingDaemon {
         self.daemon.own_client().await
     }
 
-    /// Ends the daemon at once, without a drain, an answer, or a last write to the database.
+    /// Ends the daemon at once. It drains nothing, answers no call, and writes nothing more to the
+    /// database.
     pub(crate) fn kill(mut self) {
         self.end();
     }

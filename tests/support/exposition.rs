@@ -1,4 +1,4 @@
-//! A strict parser of metrics in Prometheus' text format, version 0.0.4. It refuses whatever the
+//! A strict parser of metrics in Prometheus' text format, version 0.0.4. Rejects whatever the
 //! format or the naming conventions of Prometheus do not allow.
 //!
 //! <https://prometheus.io/docs/instrumenting/exposition_formats/>,
@@ -29,7 +29,7 @@ struct Sample {
 
 impl Exposition {
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        let text = text.strip_suffix('\n').ok_or("the last line has no end")?;
+        let text = text.strip_suffix('\n').ok_or("the text does not end with a newline")?;
         let mut families = BTreeMap::new();
         let mut lines = text.split('\n').peekable();
         while let Some(line) = lines.next() {
@@ -41,7 +41,7 @@ impl Exposition {
                 kind.and_then(|kind| kind.strip_prefix(' ')).ok_or_else(|| format!("no type: {line}"))?;
             let mut samples = Vec::new();
             while let Some(line) = lines.next_if(|line| !line.starts_with('#')) {
-                samples.push(sample(line)?);
+                samples.push(parse_sample(line)?);
             }
             let family = Family::new(name, help, kind, samples).map_err(|why| format!("{name}: {why}"))?;
             if families.insert(name.to_owned(), family).is_some() {
@@ -51,7 +51,7 @@ impl Exposition {
         Ok(Self(families))
     }
 
-    /// Returns the sum of all samples with this name and these labels.
+    /// Returns the sum of all samples with this name whose labels include these.
     pub(crate) fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let bare = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
         let family = self.0.get(name).or_else(|| self.0.get(bare?));
@@ -90,7 +90,7 @@ impl Family {
             )?;
         }
         if kind == "histogram" {
-            histograms(name, &samples)?;
+            check_histograms(name, &samples)?;
         }
         Ok(Self { kind: kind.to_owned(), labels: labels.unwrap_or_default(), samples })
     }
@@ -98,13 +98,13 @@ impl Family {
 
 /// Checks that each histogram of a family is complete: rising buckets, then the sum, then the
 /// count.
-fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
+fn check_histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
     let mut samples = samples.iter().peekable();
     while samples.peek().is_some() {
         let mut last: Option<(f64, f64, Labels)> = None;
         while let Some(sample) = samples.next_if(|sample| sample.name.ends_with("_bucket")) {
             let mut labels = sample.labels.clone();
-            let bound = number(&labels.remove("le").unwrap_or_default())?;
+            let bound = parse_number(&labels.remove("le").unwrap_or_default())?;
             if let Some((lower, fewer, others)) = &last {
                 ensure(*lower < bound, "bounds do not rise")?;
                 ensure(*fewer <= sample.value, "a bucket holds less than the one before")?;
@@ -118,7 +118,7 @@ fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
             let sample = samples.next().ok_or("a histogram breaks off")?;
             ensure(
                 sample.name == format!("{name}{suffix}") && sample.labels == labels,
-                "not of the buckets",
+                "a sum or count does not belong to the buckets before it",
             )?;
             ensure(value.is_none_or(|value| value == sample.value), "the last bucket is not the count")?;
         }
@@ -126,8 +126,8 @@ fn histograms(name: &str, samples: &[Sample]) -> Result<(), String> {
     Ok(())
 }
 
-/// `name{label="value",…} number`
-fn sample(line: &str) -> Result<Sample, String> {
+/// Parses `name{label="value",…} number`.
+fn parse_sample(line: &str) -> Result<Sample, String> {
     let error = || format!("not a sample: {line}");
     let end = line.find(['{', ' ']).ok_or_else(error)?;
     let (name, mut rest) = line.split_at(end);
@@ -136,7 +136,7 @@ fn sample(line: &str) -> Result<Sample, String> {
         rest = inner;
         loop {
             let (label, quoted) = rest.split_once("=\"").ok_or_else(error)?;
-            let (value, after) = unquote(quoted).ok_or_else(error)?;
+            let (value, after) = split_quoted(quoted).ok_or_else(error)?;
             ensure(is_name(label) && !label.contains(':'), &error())?;
             ensure(labels.insert(label.to_owned(), value).is_none(), &error())?;
             match after.strip_prefix(',') {
@@ -148,13 +148,13 @@ fn sample(line: &str) -> Result<Sample, String> {
             }
         }
     }
-    let value = number(rest.strip_prefix(' ').ok_or_else(error)?)?;
+    let value = parse_number(rest.strip_prefix(' ').ok_or_else(error)?)?;
     Ok(Sample { name: name.to_owned(), labels, value })
 }
 
 /// Splits a quoted label value, whose opening quotation mark is already read, from the text after
 /// it.
-fn unquote(text: &str) -> Option<(String, &str)> {
+fn split_quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut rest = text.chars();
     loop {
@@ -171,7 +171,7 @@ fn unquote(text: &str) -> Option<(String, &str)> {
 }
 
 /// Parses a number as Go writes it. A timestamp after it is an error.
-fn number(text: &str) -> Result<f64, String> {
+fn parse_number(text: &str) -> Result<f64, String> {
     let error = || format!("not a number: {text}");
     match text {
         "+Inf" => Ok(f64::INFINITY),
@@ -217,7 +217,7 @@ fn a_valid_exposition_is_parsed() {
 }
 
 #[test]
-fn an_invalid_exposition_is_refused() {
+fn an_invalid_exposition_is_rejected() {
     for (valid, invalid) in [
         ("c NaN\n", "c NaN"),
         ("c NaN", "c nan"),

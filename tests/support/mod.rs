@@ -1,4 +1,4 @@
-//! Daemons that run in this process over a store of their own, and short forms of requests and
+//! Runs daemons in this process, each daemon or fleet with its own store, and shortens requests and
 //! calls.
 
 /// Daemons that crash.
@@ -37,12 +37,12 @@ use uuid::Uuid;
 
 pub(crate) type Leases = LeaseServiceClient<Channel>;
 
-/// How long a test waits for a condition before it fails. Nothing in a test takes this long.
+/// How long a test waits for a condition before it fails. Far longer than any condition takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// The grace of the daemons in tests.
 pub(crate) const GRACE: Duration = Duration::from_millis(200);
 
-/// The store in which leases are kept, and how many daemons use it.
+/// The store that keeps the leases, and how many daemons use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Backend {
     Embedded,
@@ -76,8 +76,9 @@ struct Others {
 }
 
 impl Daemon {
-    /// Starts over a new folder, or over a new database of the MongoDB that all tests share. No
-    /// test makes that store fail, so calls have a long time: a busy machine makes it slow.
+    /// Starts a daemon with a new data folder, or with a new database on the MongoDB that all tests
+    /// share. Its calls have a deadline of [`PATIENCE`], since a busy machine may slow the store
+    /// down. No test makes this store fail.
     pub(crate) async fn start(backend: Backend) -> Self {
         Self::start_with(backend, |_| {}).await
     }
@@ -108,7 +109,7 @@ impl Daemon {
         }
     }
 
-    /// Starts over a new database of the MongoDB at `uri`.
+    /// Starts a daemon with a new database on the MongoDB at `uri`.
     pub(crate) async fn over(uri: &str, change: impl FnOnce(&mut Config)) -> Self {
         let database = format!("leased-test-{}", Uuid::new_v4());
         let mut config = config(&["--mongodb-uri", uri, "--mongodb-database", &database]);
@@ -121,7 +122,7 @@ impl Daemon {
         Self::with(self.config.clone(), None).await
     }
 
-    /// Drains the daemon, waits for its end, and starts a new one over the same leases.
+    /// Drains the daemon, waits for its end, and starts a new one with the same leases.
     pub(crate) async fn restart(self) -> Self {
         let (config, folder) = (self.config.clone(), self.folder.clone());
         self.stop().await;
@@ -141,7 +142,7 @@ impl Daemon {
         let shutdown = CancellationToken::new();
         let task = match &config.location {
             StoreLocation::Folder(folder) => {
-                // A daemon that has just ended may still be about to close its file.
+                // A daemon that has just ended may not have closed its file yet.
                 let store = eventually(async || match EmbeddedStore::open(folder, config.rules).await {
                     Err(OpenError::InUse(_)) => None,
                     opened => Some(opened.unwrap()),
@@ -160,16 +161,17 @@ impl Daemon {
     pub(crate) async fn channel(&self) -> Channel {
         let sibling = self.fleet.as_ref().map(|others| &others.sibling).filter(|_| fastrand::bool());
         let daemon = sibling.unwrap_or(self);
+        // If the test fails, its output shows which daemon of a fleet the client used.
         println!("a client at {}", daemon.grpc);
         daemon.endpoint.connect().await.unwrap()
     }
 
-    /// Returns a client with a connection of its own.
+    /// Returns a client with its own connection.
     pub(crate) async fn client(&self) -> Leases {
         LeaseServiceClient::new(self.channel().await)
     }
 
-    /// Returns this daemon and those of its fleet that do not crash.
+    /// Returns this daemon, and its sibling if it has a fleet.
     pub(crate) fn members(&self) -> impl Iterator<Item = &Daemon> {
         std::iter::once(self).chain(self.fleet.as_ref().map(|others| &others.sibling))
     }
@@ -184,7 +186,7 @@ impl Daemon {
         Client::connect(self.urls()).await.unwrap()
     }
 
-    /// Returns a client of this daemon, never of another one of its fleet.
+    /// Returns a client of this daemon, never of its sibling.
     async fn own_client(&self) -> Leases {
         LeaseServiceClient::new(self.endpoint.connect().await.unwrap())
     }
@@ -193,7 +195,8 @@ impl Daemon {
         AdminServiceClient::new(self.channel().await)
     }
 
-    /// Waits until the daemon follows the change feed, and so learns what other daemons do.
+    /// Waits until the daemon follows the change feed, which names the keys that other daemons
+    /// change.
     pub(crate) async fn until_following(&self) {
         eventually(async || {
             http(self.http, "/readyz").await.filter(|answer| answer.1.contains("change feed"))
@@ -252,7 +255,7 @@ pub(crate) fn acquire(key: &str) -> AcquireRequest {
     AcquireRequest { key: key.to_owned(), owner: "test".to_owned(), ..AcquireRequest::default() }
 }
 
-/// The options of a request that [`acquire`] has begun.
+/// Sets the options of a request that [`acquire`] has built.
 pub(crate) trait AcquireBuilder {
     fn id(self, id: Uuid) -> Self;
     fn owner(self, owner: &str) -> Self;
@@ -288,8 +291,8 @@ impl AcquireBuilder for AcquireRequest {
     }
 }
 
-/// Calls with a key or a lease as their only argument, and with the essential part of the answer as
-/// their result.
+/// Short forms of the calls, which return only the essential part of the answer. Their names differ
+/// from those of the generated client, whose inherent methods would take precedence.
 pub(crate) trait Calls {
     async fn get_lease(&mut self, request: AcquireRequest) -> Result<AcquireResponse, Status>;
     async fn give_back(&mut self, lease: &LeaseRef) -> Result<(), Status>;
@@ -321,7 +324,8 @@ pub(crate) fn named(key: &str, id: Uuid) -> LeaseRef {
     LeaseRef { key: key.to_owned(), lease_id: id.to_string() }
 }
 
-/// Returns the reason of a refusal and one entry of its metadata, which is empty if absent.
+/// Returns the reason of a refusal, and the value of one entry of its metadata. The value is empty
+/// if the entry is absent.
 pub(crate) fn refusal(status: &Status, entry: &str) -> (Option<Reason>, String) {
     let info = status.get_details_error_info();
     (Reason::of(status), info.and_then(|info| info.metadata.get(entry).cloned()).unwrap_or_default())

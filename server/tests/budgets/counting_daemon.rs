@@ -1,5 +1,5 @@
-//! A daemon that counts its allocations. It is this program, run again as a child process. For each
-//! line of its standard input it prints its counts, and it ends with its input.
+//! A daemon that counts its allocations: this program, run again as a child process. The daemon
+//! prints its counts for each line of its standard input, and ends when that input ends.
 
 use std::io::{BufRead, BufReader, Write, stdin};
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 /// The argument that makes this program run as the daemon.
 pub(crate) const ROLE: &str = "--as-counting-daemon";
-/// The environment variable that names a folder for heap profiles, one file for each daemon.
+/// The environment variable that names a folder for heap profiles. Each daemon writes one file.
 const PROFILE: &str = "LEASED_HEAP_PROFILE";
 
 /// What a daemon has allocated so far.
@@ -28,7 +28,7 @@ pub(crate) struct Heap {
     pub(crate) kept: u64,
 }
 
-/// A daemon with data of its own. Dropping this value ends the daemon and removes the data.
+/// A daemon with its own data folder. Dropping this value ends the daemon and removes the folder.
 pub(crate) struct CountingDaemon {
     child: Child,
     stdin: Option<ChildStdin>,

@@ -1,5 +1,5 @@
-//! The calls of the budgets. They are made one after the other, so that the counts do not depend on
-//! which calls meet.
+//! The calls that the budgets limit. They are made one after the other, so that the counts do not
+//! depend on which calls share a batch.
 
 use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use leased_proto::v1::{
@@ -13,10 +13,10 @@ use tonic::transport::{Channel, Endpoint};
 
 /// How many operations of a kind are counted.
 const TIMES: u32 = 500;
-/// How many leases a message with many leases names.
+/// How many leases a large message names.
 const CROWD: u32 = 1000;
 const STREAMS: u32 = 1000;
-const STREAMS_A_CONNECTION: u32 = 100;
+const STREAMS_PER_CONNECTION: u32 = 100;
 
 /// Calls to one daemon.
 pub(crate) struct Load {
@@ -88,9 +88,9 @@ impl Load {
 
     /// Opens many streams that track no lease.
     pub(crate) fn open(&mut self) -> u32 {
-        for _ in 0..STREAMS / STREAMS_A_CONNECTION {
+        for _ in 0..STREAMS / STREAMS_PER_CONNECTION {
             let client = self.runtime.block_on(connect(&self.address));
-            for _ in 0..STREAMS_A_CONNECTION {
+            for _ in 0..STREAMS_PER_CONNECTION {
                 let stream = self.runtime.block_on(Stream::open(client.clone()));
                 self.idle.push(stream);
             }

@@ -1,7 +1,7 @@
-//! Budgets for the allocations of the hot paths. A budget that is exceeded fails the build.
-//! Allocations are counted and not timed, so the result is the same on every machine.
+//! Budgets for the allocations of the hot paths. An exceeded budget fails the test run. Allocations
+//! are counted and not timed, so the result is the same on every machine.
 //!
-//! The daemon runs with its embedded store in a process of its own, under an allocator that counts.
+//! The daemon runs with its embedded store in a separate process, under an allocator that counts.
 //! Its callers run in this process. With `LEASED_HEAP_PROFILE=FOLDER` the daemon also writes
 //! profiles for DHAT's viewer, which show what code allocates.
 
@@ -25,7 +25,7 @@ static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 /// little above the actual figure.
 struct Budget {
     what: &'static str,
-    /// Does the operation many times, and returns how often.
+    /// Repeats the operation, and returns how many times.
     run: fn(&mut Load) -> u32,
     coalesces: bool,
     allocations: f64,
@@ -70,7 +70,7 @@ const SPENT: [Budget; 5] = [
     },
 ];
 
-/// How many bytes one thing may keep allocated in the daemon.
+/// How many bytes one lease or stream may keep allocated in the daemon.
 struct Size {
     what: &'static str,
     prepare: fn(&mut Load) -> u32,

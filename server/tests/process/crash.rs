@@ -1,5 +1,5 @@
-//! A daemon that is killed at any moment under load, or has no room on its disk. Everything that it
-//! acknowledged is there afterwards.
+//! A daemon that is killed at any moment under load, or whose disk is full. Everything that it
+//! acknowledged survives.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ type Leases = LeaseServiceClient<Channel>;
 
 /// How often the daemon is killed.
 const KILLS: u64 = 12;
-/// How many callers work at the same time, each with a key of its own.
+/// How many callers work at the same time, each with its own key.
 const CALLERS: u64 = 16;
 /// A TTL longer than the test.
 const TTL: Duration = Duration::from_secs(3600);
@@ -71,7 +71,7 @@ impl Caller {
         Ok(())
     }
 
-    /// Acquires and releases until the daemon is gone.
+    /// Acquires and releases until the connection breaks.
     async fn work(mut self, mut client: Leases) -> Self {
         loop {
             let done = match self.state.clone() {
@@ -80,8 +80,8 @@ impl Caller {
             };
             match done {
                 Ok(()) => self.acknowledged.fetch_add(1, Ordering::Relaxed),
-                // A broken connection is reported with one of these codes. A refusal has another
-                // code.
+                // A broken connection is reported with one of these codes. A refusal has a
+                // different code.
                 Err(status)
                     if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) =>
                 {
@@ -92,7 +92,8 @@ impl Caller {
         }
     }
 
-    /// Checks that what was acknowledged is there, and repeats the call that was not answered.
+    /// Checks that everything acknowledged has survived, and repeats the call that was not
+    /// answered.
     async fn check(mut self, mut client: Leases) -> Self {
         match self.state.clone() {
             State::Free(None) => {}
@@ -137,7 +138,7 @@ where
 }
 
 #[tokio::test]
-async fn a_daemon_killed_at_any_moment_has_everything_it_acknowledged() {
+async fn a_kill_at_any_moment_loses_nothing_that_was_acknowledged() {
     let folder = tempfile::tempdir().unwrap();
     let acknowledged = Arc::new(AtomicU64::new(0));
     let caller = |number| Caller {
@@ -166,7 +167,7 @@ async fn a_daemon_killed_at_any_moment_has_everything_it_acknowledged() {
 }
 
 /// Limits the size of the files that a process may write, or removes the limit.
-fn bound_file_size(process: u32, bytes: Option<u64>) {
+fn limit_file_size(process: u32, bytes: Option<u64>) {
     let process = Pid::from_raw(i32::try_from(process).unwrap());
     prlimit(process, Resource::Fsize, Rlimit { current: bytes, maximum: None }).unwrap();
 }
@@ -186,7 +187,7 @@ async fn without_disk_space_nothing_is_acknowledged_and_nothing_is_lost() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::start_in(folder.path(), &[]);
     let mut client = running.client().await;
-    bound_file_size(running.child.id(), Some(1024 * 1024));
+    limit_file_size(running.child.id(), Some(1024 * 1024));
 
     let mut granted = Vec::new();
     let status = loop {
@@ -199,7 +200,7 @@ async fn without_disk_space_nothing_is_acknowledged_and_nothing_is_lost() {
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
     assert!(granted.len() > 20, "{} granted", granted.len());
 
-    bound_file_size(running.child.id(), None);
+    limit_file_size(running.child.id(), None);
     for number in granted.len()..granted.len() + 50 {
         client.acquire(bulky(number)).await.unwrap();
     }

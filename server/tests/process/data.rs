@@ -1,5 +1,5 @@
-//! The data file of the embedded store. A file that is in use, damaged, foreign or from a newer
-//! version ends the start with exit code 2 and one sentence, and is not changed.
+//! The data file of the embedded store. If the file is in use, damaged, foreign or from a newer
+//! version, the daemon prints one sentence, exits with code 2, and leaves the file unchanged.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,7 +10,7 @@ use redb::{Database, TableDefinition};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use crate::support::{Running, end_in};
+use crate::support::{Running, run_to_end_in};
 
 /// Returns a folder in which a daemon has granted 100 leases.
 fn folder_with_leases() -> TempDir {
@@ -33,11 +33,11 @@ fn file(folder: &Path) -> PathBuf {
     folder.join("leased-data/leases.redb")
 }
 
-/// Checks that a daemon in this folder ends with exit code 2 and a sentence that contains
-/// `sentence`, and does not change the file.
-fn refused(folder: &Path, sentence: &str) {
+/// Checks that a daemon in this folder exits with code 2 and one line that contains `sentence`, and
+/// leaves the file unchanged.
+fn assert_refused(folder: &Path, sentence: &str) {
     let before = fs::read(file(folder)).unwrap();
-    let (code, stderr) = end_in(folder, &[]);
+    let (code, stderr) = run_to_end_in(folder, &[]);
     assert_eq!(code, Some(2), "{stderr}");
     let said: Vec<&str> = stderr.lines().collect();
     assert!(said.len() == 1 && said[0].starts_with("leased: ") && said[0].contains(sentence), "{stderr}");
@@ -45,7 +45,7 @@ fn refused(folder: &Path, sentence: &str) {
 }
 
 #[test]
-fn a_first_start_creates_its_data_folder() {
+fn a_first_start_creates_a_data_folder_that_only_its_user_can_read() {
     let folder = tempfile::tempdir().unwrap();
     let running = Running::start_in(folder.path(), &[]);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -60,7 +60,7 @@ fn a_first_start_creates_its_data_folder() {
 }
 
 #[test]
-fn leases_outlast_their_daemon() {
+fn leases_survive_a_restart() {
     let folder = folder_with_leases();
     let running = Running::start_in(folder.path(), &[]);
     Runtime::new().unwrap().block_on(async {
@@ -73,12 +73,12 @@ fn leases_outlast_their_daemon() {
 }
 
 #[tokio::test]
-async fn a_second_daemon_on_the_same_data_is_refused_and_the_first_goes_on() {
+async fn a_second_daemon_on_the_same_data_is_refused_and_the_first_still_serves() {
     let folder = tempfile::tempdir().unwrap();
     let first = Running::start_in(folder.path(), &[]);
     let mut client = first.client().await;
     client.acquire(AcquireRequest { key: "job".to_owned(), ..AcquireRequest::default() }).await.unwrap();
-    refused(folder.path(), "is in use by another daemon");
+    assert_refused(folder.path(), "is in use by another daemon");
     client.get(GetRequest { key: "job".to_owned() }).await.unwrap();
 }
 
@@ -92,13 +92,13 @@ fn a_damaged_file_is_refused() {
         fs::write(file(folder.path()), bytes).unwrap();
     };
     with(&|bytes| bytes.truncate(bytes.len() / 2));
-    refused(folder.path(), "is damaged");
+    assert_refused(folder.path(), "is damaged");
     // One bit of a stored key is flipped.
     with(&|bytes| {
         let at = bytes.windows(6).position(|window| window == b"key/42").unwrap();
         bytes[at] ^= 1;
     });
-    refused(folder.path(), "is damaged");
+    assert_refused(folder.path(), "is damaged");
     with(&|_| {});
     Running::start_in(folder.path(), &[]);
 }
@@ -109,18 +109,18 @@ fn a_foreign_file_is_refused() {
     fs::create_dir(folder.path().join("leased-data")).unwrap();
     for text in ["hello, world\n".to_owned(), "x".repeat(100_000)] {
         fs::write(file(folder.path()), text).unwrap();
-        refused(folder.path(), "holds something other than leases");
+        assert_refused(folder.path(), "holds something other than leases");
     }
     fs::remove_file(file(folder.path())).unwrap();
     write_table(folder.path(), TableDefinition::new("somebody's"), "x", 1);
-    refused(folder.path(), "holds something other than leases");
+    assert_refused(folder.path(), "holds something other than leases");
 }
 
 #[test]
 fn a_file_from_a_newer_version_is_refused() {
     let folder = folder_with_leases();
     write_table(folder.path(), TableDefinition::new("leased"), "format", 2);
-    refused(folder.path(), "was written by a newer version");
+    assert_refused(folder.path(), "was written by a newer version");
     write_table(folder.path(), TableDefinition::new("leased"), "format", 1);
     Running::start_in(folder.path(), &[]);
 }
@@ -136,11 +136,11 @@ fn a_folder_that_cannot_be_used_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("file"), "a file").unwrap();
     for data_dir in ["file", "file/below", "/proc/leased"] {
-        let (code, stderr) = end_in(folder.path(), &["--data-dir", data_dir]);
+        let (code, stderr) = run_to_end_in(folder.path(), &["--data-dir", data_dir]);
         assert_eq!(code, Some(2), "{stderr}");
         assert!(stderr.contains("cannot be used") && stderr.contains("--data-dir"), "{stderr}");
     }
     fs::create_dir_all(file(folder.path())).unwrap();
-    let (code, stderr) = end_in(folder.path(), &[]);
+    let (code, stderr) = run_to_end_in(folder.path(), &[]);
     assert_eq!(code, Some(2), "{stderr}");
 }

@@ -1,4 +1,4 @@
-//! The end of a daemon on MongoDB, and of the MongoDB driver within it.
+//! How a daemon on MongoDB and its MongoDB driver end.
 
 use std::io::Read;
 
@@ -20,7 +20,7 @@ async fn ended_sessions(admin: &mongodb::Database) -> i64 {
 }
 
 #[tokio::test]
-async fn every_client_of_the_driver_ends_before_the_process() {
+async fn every_client_of_the_driver_is_shut_down_before_the_process_ends() {
     let mongod = Mongod::start().await.unwrap();
     let admin = Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     let before = ended_sessions(&admin).await;

@@ -9,7 +9,7 @@ use throwaway_mongodb::Mongod;
 use tonic::transport::Channel;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 
-use crate::support::{Running, daemon, end};
+use crate::support::{Running, daemon, run_to_end};
 
 async fn uri() -> &'static str {
     throwaway_mongodb::shared().await.unwrap()
@@ -17,7 +17,7 @@ async fn uri() -> &'static str {
 
 #[rstest]
 #[tokio::test]
-async fn the_ready_line_names_the_ports_and_signals_drain(
+async fn the_ready_line_names_the_ports_and_a_signal_drains_the_daemon(
     #[values("embedded", "mongodb")] store: &str,
     #[values("TERM", "INT", "QUIT")] signal: &str,
 ) {
@@ -25,10 +25,10 @@ async fn the_ready_line_names_the_ports_and_signals_drain(
     let mut running = Running::start(if store == "mongodb" { &options } else { &[] });
     assert!(running.ready.starts_with("leased ready grpc=127.0.0.1:"), "{}", running.ready);
     assert!(running.ready.contains(&format!(" store={store} id=")), "{}", running.ready);
-    assert_eq!(running.address("id=").len(), 36, "{}", running.ready);
+    assert_eq!(running.field("id=").len(), 36, "{}", running.ready);
     let answer = running.http("/livez");
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    TcpStream::connect(running.address("grpc=")).unwrap();
+    TcpStream::connect(running.field("grpc=")).unwrap();
     running.signal(signal);
     assert_eq!(running.code(), Some(0));
     let mut rest = String::new();
@@ -43,7 +43,7 @@ async fn a_second_signal_ends_the_daemon_at_once() {
     command.current_dir(folder.path());
     let mut running = Running::spawn(command).ready();
     // An open stream keeps the drain from ending before the second signal.
-    let url = format!("http://{}", running.address("grpc="));
+    let url = format!("http://{}", running.field("grpc="));
     let channel = Channel::from_shared(url).unwrap().connect().await.unwrap();
     let mut client = ServerReflectionClient::new(channel);
     let _open = client.server_reflection_info(tokio_stream::pending()).await.unwrap();
@@ -59,7 +59,7 @@ async fn a_second_signal_ends_the_daemon_at_once() {
 }
 
 #[test]
-fn wrong_usage_is_exit_code_2_and_a_sentence() {
+fn wrong_usage_ends_with_exit_code_2_and_names_the_option() {
     for (options, named) in [
         (&["--nonsense"][..], "--nonsense"),
         (&["--default-ttl=soon"], "--default-ttl"),
@@ -69,40 +69,42 @@ fn wrong_usage_is_exit_code_2_and_a_sentence() {
         (&["--log-level=a=b=c"], "--log-level"),
         (&["--mongodb-uri=nonsense"], "URI"),
     ] {
-        let (code, stderr) = end(options);
+        let (code, stderr) = run_to_end(options);
         assert_eq!(code, Some(2), "{options:?}: {stderr}");
         assert!(stderr.contains(named) && !stderr.contains("panicked"), "{options:?}: {stderr}");
     }
 }
 
 #[tokio::test]
-async fn an_unusable_store_is_exit_code_2_and_says_what_to_do() {
+async fn an_unusable_store_ends_with_exit_code_2_and_advice() {
     let standalone = Mongod::standalone().await.unwrap();
-    let (code, stderr) = end(&["--mongodb-uri", standalone.uri()]);
+    let (code, stderr) = run_to_end(&["--mongodb-uri", standalone.uri()]);
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("--replSet"), "{stderr}");
 }
 
 #[test]
-fn a_port_in_use_is_exit_code_2() {
+fn a_port_in_use_ends_with_exit_code_2_and_is_named() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let (code, stderr) = end(&["--listen", &address]);
+    let (code, stderr) = run_to_end(&["--listen", &address]);
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains(&address), "{stderr}");
 }
 
 #[test]
-fn an_unreachable_store_is_tried_until_the_store_timeout() {
-    let (code, stderr) =
-        end(&["--mongodb-uri=mongodb://user:secret@127.0.0.1:1/?replicaSet=rs0", "--store-timeout=4s"]);
+fn connecting_to_an_unreachable_store_is_retried_until_the_store_timeout() {
+    let (code, stderr) = run_to_end(&[
+        "--mongodb-uri=mongodb://user:secret@127.0.0.1:1/?replicaSet=rs0",
+        "--store-timeout=4s",
+    ]);
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains("trying again"), "{stderr}");
     assert!(!stderr.contains("secret"), "a password in the log: {stderr}");
 }
 
 #[test]
-fn a_daemon_that_waits_for_its_store_can_be_stopped() {
+fn a_signal_ends_a_daemon_that_waits_for_its_store() {
     let mut running = Running::spawn(daemon(&["--mongodb-uri=mongodb://127.0.0.1:1/?replicaSet=rs0"]));
     let mut stderr = BufReader::new(running.child.stderr.take().unwrap());
     let mut line = String::new();

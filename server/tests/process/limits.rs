@@ -1,4 +1,4 @@
-//! Signals without a meaning, and limits of the system on open files and threads.
+//! Signals that do not end the daemon, and the system's limits on open files and threads.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -30,7 +30,7 @@ fn pid(running: &Running) -> Pid {
 }
 
 #[tokio::test]
-async fn signals_without_a_meaning_do_not_end_the_daemon() {
+async fn signals_such_as_hup_usr1_and_xcpu_do_not_end_the_daemon() {
     let mut running = Running::start(&[]);
     let mut client = running.client().await;
     for signal in [
@@ -75,33 +75,33 @@ fn the_limit_on_open_files_is_raised_and_a_low_one_is_reported() {
 
 /// Makes a command run as an ordinary user. The limit on processes counts all processes of a user,
 /// and does not bind root.
-fn bound(command: &mut Command) -> &mut Command {
+fn as_ordinary_user(command: &mut Command) -> &mut Command {
     if geteuid().is_root() { command.uid(NOBODY).gid(NOBODY) } else { command }
 }
 
 /// Limits the number of threads of the daemon's user, or sets the original limit again.
-fn bound_threads(running: &Running, count: Option<u64>) {
+fn limit_threads(running: &Running, count: Option<u64>) {
     let count = count
         .or(getrlimit(Resource::Nproc).current)
         .map_or("unlimited".to_owned(), |count| count.to_string());
     // In a container, not even root may change the limits of another user's process.
     let mut prlimit = Command::new("prlimit");
     prlimit.args([format!("--pid={}", running.child.id()), format!("--nproc={count}:")]);
-    assert!(bound(&mut prlimit).status().unwrap().success());
+    assert!(as_ordinary_user(&mut prlimit).status().unwrap().success());
 }
 
 fn threads(running: &Running) -> usize {
     fs::read_dir(format!("/proc/{}/task", running.child.id())).unwrap().count()
 }
 
-/// Makes so many calls at the same time that the MongoDB driver opens more connections, and so
-/// resolves more host names.
-async fn crowd(running: &Running, name: &str) {
+/// Makes enough calls at the same time for the MongoDB driver to open more connections, and so to
+/// resolve host names again.
+async fn make_many_calls(running: &Running, name: &str) {
     let mut calls = JoinSet::new();
     for number in 0..40 {
         let (mut client, key) = (running.client().await, format!("{name}/{number}"));
         let mut admin =
-            AdminServiceClient::connect(format!("http://{}", running.address("grpc="))).await.unwrap();
+            AdminServiceClient::connect(format!("http://{}", running.field("grpc="))).await.unwrap();
         calls.spawn(async move {
             acquire(&mut client, &key).await;
             client.get(GetRequest { key: key.clone() }).await.unwrap();
@@ -125,15 +125,15 @@ async fn calls_are_served_while_no_new_thread_can_be_started(#[values("embedded"
     if geteuid().is_root() {
         chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     }
-    bound(&mut command);
+    as_ordinary_user(&mut command);
     let mut running = Running::spawn(command).ready();
     let before = threads(&running);
     assert!(before > 16, "{before} threads: those for blocking work must exist from the start");
-    bound_threads(&running, Some(1));
-    crowd(&running, "without").await;
+    limit_threads(&running, Some(1));
+    make_many_calls(&running, "without").await;
     eventually(async || running.is_ready().then_some(())).await;
-    bound_threads(&running, None);
-    crowd(&running, "with").await;
+    limit_threads(&running, None);
+    make_many_calls(&running, "with").await;
     running.signal("TERM");
     assert_eq!(running.code(), Some(0));
 }

@@ -1,5 +1,5 @@
-//! Standard error and standard output that nobody reads: the daemon keeps serving, and ends in good
-//! order.
+//! Standard error and standard output that nobody reads. The daemon keeps serving, and ends with
+//! exit code 0.
 
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Write, pipe};
@@ -79,7 +79,7 @@ async fn log_lines_that_nobody_reads_are_dropped_and_calls_are_served(
 
 #[rstest]
 #[tokio::test]
-async fn a_ready_line_that_nobody_reads_harms_nothing(
+async fn a_ready_line_that_nobody_reads_does_not_stop_the_daemon(
     #[values("broken", "full pipe", "full disk")] stdout: &str,
 ) {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Text of callers in the log: it cannot break out of its log line.
+//! Callers' text in the log cannot break out of its log line.
 
 use std::io::Read;
 
@@ -10,12 +10,14 @@ use crate::support::{Running, daemon};
 
 #[rstest]
 #[tokio::test]
-async fn one_revoke_makes_one_log_line_whatever_its_reason_contains(#[values("text", "json")] format: &str) {
+async fn a_revocation_makes_one_log_line_whatever_its_reason_contains(
+    #[values("text", "json")] format: &str,
+) {
     let folder = tempfile::tempdir().unwrap();
     let mut command = daemon(&["--log-format", format]);
     command.current_dir(folder.path());
     let mut running = Running::spawn(command).ready();
-    let address = format!("http://{}", running.address("grpc="));
+    let address = format!("http://{}", running.field("grpc="));
     let mut admin = AdminServiceClient::connect(address).await.unwrap();
     let reason = "maintenance\n2026-01-01T00:00:00Z  INFO leased: forged\r\u{1b}[2K\u{9b}1m\u{2028}\u{202e}\" revoked=9";
     let request =

@@ -6,6 +6,7 @@
     reason = "processes are watched from a plain thread, by the host's clock"
 )]
 
+/// Daemons as processes, and calls to them.
 mod support;
 
 /// The ready line, the exit codes, and the signals that drain or end the daemon.
@@ -14,26 +15,26 @@ mod lifecycle;
 /// Settings and stores that the daemon refuses at its start.
 mod start;
 
-/// The end of a daemon on MongoDB, and of the MongoDB driver within it.
+/// How a daemon on MongoDB and its MongoDB driver end.
 mod endings;
 
 /// Log lines and a ready line that nobody reads.
 mod logging;
 
-/// Signals without a meaning, and limits of the system on open files and threads.
+/// Signals that do not end the daemon, and the system's limits on open files and threads.
 mod limits;
 
-/// Panics.
+/// Panics outside of calls.
 mod panics;
 
 /// The data file of the embedded store: in use, damaged, foreign, or from a newer version.
 mod data;
 
-/// A daemon that is killed at any moment, or has no room on its disk.
+/// A daemon that is killed at any moment, or whose disk is full.
 mod crash;
 
 /// A data folder that is removed, replaced, unmounted or incomplete.
 mod volume;
 
-/// Text of callers in the log.
+/// Callers' text in the log.
 mod logs;

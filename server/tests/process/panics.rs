@@ -35,7 +35,7 @@ fn in_child(place: &str) -> Output {
 }
 
 #[rstest]
-fn a_panic_outside_of_calls_ends_the_process_and_says_so(#[values("task", "thread")] place: &str) {
+fn a_panic_outside_of_calls_ends_the_process_and_is_reported(#[values("task", "thread")] place: &str) {
     if let Ok(place) = env::var(IN_CHILD) {
         return panic_in(&place);
     }
@@ -50,7 +50,7 @@ fn a_panic_outside_of_calls_ends_the_process_and_says_so(#[values("task", "threa
 #[case::driver_before("driver", false, 1)]
 #[case::driver_after("driver", true, 0)]
 #[case::ours_after("task", true, 1)]
-fn a_panic_in_a_library_ends_nothing_once_the_daemon_has_ended(
+fn a_panic_in_a_library_is_ignored_once_the_daemon_has_ended(
     #[case] place: &str,
     #[case] has_ended: bool,
     #[case] code: i32,

@@ -1,5 +1,5 @@
-//! Settings and stores that the daemon refuses at its start, with exit code 2 and one sentence that
-//! says what to do. They run on a real MongoDB.
+//! Settings and stores that the daemon refuses at its start. It exits with code 2 and one sentence
+//! that says what to do. The tests use a real MongoDB.
 
 use std::fs;
 use std::io::Read;
@@ -13,9 +13,9 @@ use tempfile::TempDir;
 use throwaway_mongodb::{Mongod, ReplicaSet};
 use uuid::Uuid;
 
-use crate::support::{Running, daemon, end, eventually};
+use crate::support::{Running, daemon, eventually, run_to_end};
 
-/// A database of the test's own.
+/// A database for one test.
 struct TestDatabase {
     uri: String,
     name: String,
@@ -48,8 +48,8 @@ impl TestDatabase {
         daemons.count_documents(doc! { "seen_at": { "$exists": true } }).await.unwrap()
     }
 
-    /// Writes a heartbeat of a daemon that does not exist. It started a day ago, and its last
-    /// heartbeat was `seconds` ago.
+    /// Writes the heartbeat of a daemon that does not exist, as if that daemon had started a day
+    /// ago and had last written it `seconds` ago.
     async fn insert_heartbeat(&self, grace_ms: i64, seconds: i64) {
         let ago = |seconds: i64| doc! { "$subtract": ["$$NOW", seconds * 1000] };
         let set = doc! {
@@ -60,9 +60,9 @@ impl TestDatabase {
     }
 }
 
-/// Checks that a daemon ends with exit code 2 and one sentence that contains all of `said`.
-fn is_refused(options: &[&str], said: &[&str]) {
-    let (code, stderr) = end(options);
+/// Checks that a daemon exits with code 2 and one sentence that contains all of `said`.
+fn assert_refused(options: &[&str], said: &[&str]) {
+    let (code, stderr) = run_to_end(options);
     assert_eq!(code, Some(2), "{options:?}: {stderr}");
     let sentence = stderr.lines().find(|line| line.starts_with("leased: ")).unwrap_or_default();
     for said in said {
@@ -83,18 +83,18 @@ fn is_refused(options: &[&str], said: &[&str]) {
 #[case::tagged("w=nearby", "say w=majority")]
 #[case::unjournaled("journal=false", "say journal=true")]
 #[tokio::test]
-async fn a_uri_that_asks_for_less_than_a_majority_is_refused_by_name(
+async fn a_uri_option_that_weakens_reads_or_writes_is_refused_and_named(
     #[case] option: &str,
     #[case] advice: &str,
 ) {
     let database = TestDatabase::new().await;
     let uri = format!("{}&{option}", database.uri);
     let name = option.split('=').next().unwrap();
-    is_refused(&database.options(&["--mongodb-uri", &uri]), &[name, advice]);
+    assert_refused(&database.options(&["--mongodb-uri", &uri]), &[name, advice]);
 }
 
 #[tokio::test]
-async fn a_uri_may_say_primary_and_majority() {
+async fn a_uri_may_name_primary_and_majority() {
     let database = TestDatabase::new().await;
     let said = "readPreference=primary&readConcernLevel=majority&w=majority&journal=true";
     let uri = format!("{}&{said}", database.uri);
@@ -124,7 +124,7 @@ async fn a_uri_may_say_primary_and_majority() {
 async fn a_collection_on_which_leases_are_not_safe_is_refused(#[case] made: Document, #[case] said: &str) {
     let database = TestDatabase::new().await;
     database.run(made).await;
-    is_refused(&database.options(&["--mongodb-collection=odd"]), &["the collection", said]);
+    assert_refused(&database.options(&["--mongodb-collection=odd"]), &["the collection", said]);
 }
 
 #[rstest]
@@ -144,15 +144,15 @@ async fn a_collection_on_which_leases_are_safe_is_used(#[case] made: Document) {
 #[tokio::test]
 async fn a_system_database_and_an_invalid_collection_name_are_refused() {
     let database = TestDatabase::new().await;
-    is_refused(&database.options(&["--mongodb-database=local"]), &["\"local\"", "--mongodb-database"]);
-    is_refused(&database.options(&["--mongodb-collection=a$b"]), &["a$b", "would do so again"]);
+    assert_refused(&database.options(&["--mongodb-database=local"]), &["\"local\"", "--mongodb-database"]);
+    assert_refused(&database.options(&["--mongodb-collection=a$b"]), &["a$b", "would do so again"]);
 }
 
 #[tokio::test]
 async fn a_wrong_password_is_named_as_the_cause_and_not_shown() {
     let database = TestDatabase::new().await;
     let uri = database.uri.replace("mongodb://", "mongodb://app:S3cretWord@");
-    let (code, stderr) = end(&database.options(&["--mongodb-uri", &uri]));
+    let (code, stderr) = run_to_end(&database.options(&["--mongodb-uri", &uri]));
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("MongoDB refused the user or the password"), "{stderr}");
     assert!(!stderr.contains("S3cretWord"), "{stderr}");
@@ -161,7 +161,7 @@ async fn a_wrong_password_is_named_as_the_cause_and_not_shown() {
 #[test]
 fn no_part_of_the_password_of_a_malformed_uri_is_printed() {
     for uri in ["mongodb://app:S3cret?x@127.0.0.1/", "mongodb://app:27017?S3cret@127.0.0.1/"] {
-        let (code, stderr) = end(&["--mongodb-uri", uri, "--log-level=trace"]);
+        let (code, stderr) = run_to_end(&["--mongodb-uri", uri, "--log-level=trace"]);
         assert_eq!(code, Some(2), "{stderr}");
         assert!(stderr.contains("%3F") && !stderr.to_lowercase().contains("s3cret"), "{stderr}");
     }
@@ -177,7 +177,7 @@ async fn a_direct_connection_is_refused_unless_the_set_has_one_member() {
     let set = ReplicaSet::start().await.unwrap();
     for node in 0..3 {
         let uri = set.node_uri(node).unwrap();
-        is_refused(&["--mongodb-uri", &uri], &["directConnection=true", "replicaSet"]);
+        assert_refused(&["--mongodb-uri", &uri], &["directConnection=true", "replicaSet"]);
     }
 }
 
@@ -185,18 +185,21 @@ async fn a_direct_connection_is_refused_unless_the_set_has_one_member() {
 async fn a_wrong_replica_set_name_is_suggested_as_the_cause() {
     let database = TestDatabase::new().await;
     let uri = database.uri.replace("replicaSet=rs0", "replicaSet=rs7");
-    let (code, stderr) = end(&database.options(&["--mongodb-uri", &uri, "--store-timeout=1s"]));
+    let (code, stderr) = run_to_end(&database.options(&["--mongodb-uri", &uri, "--store-timeout=1s"]));
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains("belongs to the set that its replicaSet names"), "{stderr}");
 }
 
 #[tokio::test]
-async fn a_daemon_with_another_grace_is_refused_and_the_first_goes_on() {
+async fn a_daemon_with_another_grace_is_refused_and_the_first_still_serves() {
     let database = TestDatabase::new().await;
     let mut first = Running::start(&database.options(&["--grace=1s"]));
     let pid = format!("pid {}", first.child.id());
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    is_refused(&database.options(&["--grace=2500ms"]), &["--grace is 2s 500ms here and 1s at", &pid, &host]);
+    assert_refused(
+        &database.options(&["--grace=2500ms"]),
+        &["--grace is 2s 500ms here and 1s at", &pid, &host],
+    );
     let same = Running::start(&database.options(&["--grace=1s"]));
     assert!(same.ready.contains("store=mongodb"), "{}", same.ready);
     assert_eq!(database.heartbeats().await, 2, "the refused daemon leaves no heartbeat");
@@ -238,12 +241,12 @@ async fn a_daemon_ends_when_the_identity_of_its_store_changes() {
     let mut running = Running::start(&database.options(&[]));
     let daemons = database.handle.collection::<Document>("leases.daemons");
     let identity = daemons.find_one(doc! { "_id": "store" }).await.unwrap().unwrap();
-    assert_eq!(identity.get_str("store_id").unwrap(), running.address("id="));
-    // If somebody drops the collection, the daemon writes the identity again.
+    assert_eq!(identity.get_str("store_id").unwrap(), running.field("id="));
+    // If the collection is dropped, the daemon writes the identity again.
     daemons.drop().await.unwrap();
     eventually(async || daemons.find_one(doc! { "_id": "store" }).await.unwrap()).await;
     let again = Running::start(&database.options(&[]));
-    assert_eq!(again.address("id="), running.address("id="));
+    assert_eq!(again.field("id="), running.field("id="));
     drop(again);
     // A changed identity means that the records belong to another store.
     let other = doc! { "$set": { "store_id": Uuid::new_v4().to_string() } };
@@ -251,13 +254,13 @@ async fn a_daemon_ends_when_the_identity_of_its_store_changes() {
     assert_eq!(running.code(), Some(2));
 }
 
-/// Daemons are stopped at different moments after their start, four of them at a time.
+/// Four daemons at a time are stopped at different moments after their start.
 #[tokio::test]
 async fn daemons_that_start_and_stop_quickly_leave_no_heartbeat_and_no_panic() {
     let database = TestDatabase::new().await;
     let options = database.options(&[]);
     std::thread::scope(|scope| {
-        for lane in 0..4_u64 {
+        for thread in 0..4_u64 {
             let options = &options;
             scope.spawn(move || {
                 for round in 0..10 {
@@ -266,7 +269,7 @@ async fn daemons_that_start_and_stop_quickly_leave_no_heartbeat_and_no_panic() {
                     command.current_dir(folder.path());
                     let mut running = Running::spawn(command).ready();
                     // The sleep chooses the moment of the stop, which is what this test varies.
-                    std::thread::sleep(Duration::from_millis((lane * 10 + round) * 37 % 400));
+                    std::thread::sleep(Duration::from_millis((thread * 10 + round) * 37 % 400));
                     running.signal("TERM");
                     assert_eq!(running.code(), Some(0));
                     let mut stderr = String::new();
@@ -317,6 +320,7 @@ async fn a_tls_mismatch_with_mongodb_is_named_as_the_cause() {
         "--tlsAllowConnectionsWithoutCertificates",
     ];
     let mongod = Mongod::start_with(&options).await.unwrap();
+    // `Mongod` needs plain connections to start. MongoDB raises the mode one step at a time.
     let admin = Client::with_uri_str(mongod.uri()).await.unwrap().database("admin");
     for mode in ["preferTLS", "requireTLS"] {
         admin.run_command(doc! { "setParameter": 1, "tlsMode": mode }).await.unwrap();
@@ -327,7 +331,7 @@ async fn a_tls_mismatch_with_mongodb_is_named_as_the_cause() {
         (format!("{plain}&tls=true&tlsCAFile={ca}"), "MongoDB may not speak TLS there"),
         (format!("{}&tls=true", mongod.uri()), "see the host's name and tlsCAFile"),
     ] {
-        let (code, stderr) = end(&["--mongodb-uri", &uri, "--store-timeout=1s"]);
+        let (code, stderr) = run_to_end(&["--mongodb-uri", &uri, "--store-timeout=1s"]);
         assert_eq!(code, Some(1), "{uri}: {stderr}");
         assert!(stderr.contains(said), "{uri}: {stderr}");
     }
@@ -335,5 +339,5 @@ async fn a_tls_mismatch_with_mongodb_is_named_as_the_cause() {
     let running = Running::start(&["--mongodb-uri", &uri]);
     assert!(running.ready.contains("store=mongodb"), "{}", running.ready);
     let missing = format!("{}&tls=true&tlsCAFile=/nowhere/ca.pem", mongod.uri());
-    is_refused(&["--mongodb-uri", &missing], &["/nowhere/ca.pem"]);
+    assert_refused(&["--mongodb-uri", &missing], &["/nowhere/ca.pem"]);
 }

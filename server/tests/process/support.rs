@@ -1,4 +1,4 @@
-//! Daemons as processes, each in a folder of its own, and calls to them.
+//! Daemons as processes, and calls to them.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -10,13 +10,13 @@ use leased_proto::v1::lease_service_client::LeaseServiceClient;
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
-/// How long a test waits for a condition before it fails. Nothing here takes this long.
+/// How long a test waits for a condition before it fails. Far longer than any condition takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Returns the daemon's command with these options, in the current folder.
 pub(crate) fn daemon(options: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_leased"));
-    // If an option is given twice, its last value counts.
+    // The last value of an option counts, so `options` can replace these.
     command.args(["--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0"]).args(options);
     command.env_remove("LEASED_MONGODB_URI");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -90,14 +90,14 @@ impl Running {
         }
     }
 
-    /// Returns the value of a field of the ready line, such as `grpc=`.
-    pub(crate) fn address(&self, name: &str) -> &str {
+    /// Returns the value of a field of the ready line. `name` includes the `=`, as in `grpc=`.
+    pub(crate) fn field(&self, name: &str) -> &str {
         self.ready.split_whitespace().find_map(|word| word.strip_prefix(name)).unwrap()
     }
 
     /// Sends a GET to the HTTP port, and returns the whole answer.
     pub(crate) fn http(&self, path: &str) -> String {
-        let mut http = TcpStream::connect(self.address("http=")).unwrap();
+        let mut http = TcpStream::connect(self.field("http=")).unwrap();
         write!(http, "GET {path} HTTP/1.1\r\nHost: l\r\n\r\n").unwrap();
         let mut answer = String::new();
         http.read_to_string(&mut answer).unwrap();
@@ -117,7 +117,7 @@ impl Running {
     }
 
     pub(crate) async fn client(&self) -> LeaseServiceClient<Channel> {
-        LeaseServiceClient::connect(format!("http://{}", self.address("grpc="))).await.unwrap()
+        LeaseServiceClient::connect(format!("http://{}", self.field("grpc="))).await.unwrap()
     }
 }
 
@@ -140,14 +140,14 @@ pub(crate) async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T 
     }
 }
 
-/// Runs a daemon that must end without a signal, in an empty folder. Returns its exit code and its
+/// Runs a daemon that must end by itself, in an empty folder. Returns its exit code and its
 /// standard error.
-pub(crate) fn end(options: &[&str]) -> (Option<i32>, String) {
-    end_in(tempfile::tempdir().unwrap().path(), options)
+pub(crate) fn run_to_end(options: &[&str]) -> (Option<i32>, String) {
+    run_to_end_in(tempfile::tempdir().unwrap().path(), options)
 }
 
-/// Runs a daemon as [`end`] does, in this folder.
-pub(crate) fn end_in(folder: &Path, options: &[&str]) -> (Option<i32>, String) {
+/// Runs a daemon as [`run_to_end`] does, in this folder.
+pub(crate) fn run_to_end_in(folder: &Path, options: &[&str]) -> (Option<i32>, String) {
     let Output { status, stderr, .. } = daemon(options).current_dir(folder).output().unwrap();
     (status.code(), String::from_utf8(stderr).unwrap())
 }

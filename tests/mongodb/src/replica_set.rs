@@ -53,9 +53,8 @@ impl ReplicaSet {
         self.nodes.iter().filter_map(Node::pid).collect()
     }
 
-    /// Returns the node that reports itself as the primary, if there is one. If an old primary has
-    /// not yet heard of a new one, this is the one that was elected later. A paused node has two
-    /// seconds to answer.
+    /// Returns the node that reports itself as the primary, if there is one. Of an old primary and
+    /// its successor, returns the successor. A paused node has two seconds to answer.
     pub async fn primary(&self) -> Option<usize> {
         let [first, second, third] = &self.nodes;
         let hellos: [Document; 3] = tokio::join!(first.hello(), second.hello(), third.hello()).into();
@@ -88,8 +87,7 @@ impl ReplicaSet {
         Ok(())
     }
 
-    /// Makes the primary step down in good order, and returns the next primary when it accepts
-    /// writes.
+    /// Makes the primary step down, and returns the next primary when it accepts writes.
     ///
     /// # Errors
     /// If no other node can be elected.
@@ -118,7 +116,7 @@ impl ReplicaSet {
     /// Kills the process of a node. Its data stays for [`Self::restart`].
     ///
     /// # Errors
-    /// If there is no such node, or if somebody else has ended its guardian.
+    /// If there is no such node, or if its guardian has been killed.
     pub fn kill(&mut self, node: usize) -> Result<()> {
         self.node_mut(node)?.kill()
     }
@@ -134,7 +132,8 @@ impl ReplicaSet {
         node.until("a member in good health", is_well).await
     }
 
-    /// Stops the process of a node without ending it: connections stay open, and nothing answers.
+    /// Suspends the process of a node with SIGSTOP. Its connections stay open, and it answers no
+    /// command.
     ///
     /// # Errors
     /// If there is no such node or process.
@@ -143,7 +142,7 @@ impl ReplicaSet {
     }
 
     /// Continues a paused node. If it was the primary, it still reports itself as the primary until
-    /// it hears of a new one.
+    /// it learns of the new one.
     ///
     /// # Errors
     /// If there is no such node or process.
@@ -151,7 +150,7 @@ impl ReplicaSet {
         self.node(node)?.resume()
     }
 
-    /// Ends all nodes, and returns when their data is gone.
+    /// Ends all nodes, and returns when their data is removed.
     ///
     /// # Errors
     /// If some data could not be removed.
@@ -189,8 +188,8 @@ fn settings() -> Document {
     doc! {
         "electionTimeoutMillis": 1000,
         "heartbeatIntervalMillis": 250,
-        // A new primary first fetches what other nodes have and it lacks. It waits for a hanging
-        // node until this timeout, and no longer than the catch-up timeout.
+        // A new primary first fetches the writes that it lacks from other nodes. It waits for a
+        // hanging node until this timeout, and no longer than the catch-up timeout.
         "heartbeatTimeoutSecs": 1,
         "catchUpTimeoutMillis": 1000,
     }
@@ -209,8 +208,8 @@ async fn leads(node: &Node) {
     }
 }
 
-/// Returns whether so many nodes acknowledge a write to this node. The write is a note in the
-/// oplog, and does not change data.
+/// Returns whether a write to this node is acknowledged by `nodes`: a number of nodes, or
+/// `majority`. The write is a note in the oplog, and does not change data.
 async fn acknowledges(node: &Node, nodes: impl Into<Bson>) -> bool {
     let enough = doc! { "w": nodes.into(), "wtimeout": 1000 };
     let note =

@@ -1,5 +1,5 @@
-//! One server that a whole process shares: all tests of a binary use it, each with a database of
-//! its own.
+//! One server that a whole process shares: all tests of a binary use it, each with its own
+//! database.
 
 use std::env;
 use std::sync::OnceLock;
@@ -20,14 +20,14 @@ static SHARED: OnceLock<Result<String, String>> = OnceLock::new();
 pub async fn shared() -> Result<&'static str> {
     let shared = match SHARED.get() {
         Some(shared) => shared,
-        None => first().await?,
+        None => start_on_thread().await?,
     };
     shared.as_deref().map_err(|error| anyhow!("{error}"))
 }
 
-/// Starts the server on a thread of its own, since the runtime of the first caller may end long
-/// before other callers do.
-async fn first() -> Result<&'static Result<String, String>> {
+/// Starts the server on its own thread and runtime, since the first caller's runtime may end long
+/// before those of other callers.
+async fn start_on_thread() -> Result<&'static Result<String, String>> {
     let (sender, receiver) = oneshot::channel();
     thread::spawn(move || sender.send(SHARED.get_or_init(start)));
     Ok(receiver.await?)

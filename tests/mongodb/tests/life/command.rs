@@ -1,5 +1,5 @@
-//! The command `throwaway-mongodb`: its server ends with it, whatever ends it, and it wraps another
-//! command faithfully.
+//! The command `throwaway-mongodb`. Its server ends when the command ends, for whatever reason.
+//! Signals, output and exit codes of a wrapped command are passed on.
 
 use std::io::{BufRead, BufReader, Write, pipe};
 use std::process::{Child, Command, Stdio};
@@ -15,7 +15,7 @@ fn throwaway(arguments: &[&str]) -> Command {
 }
 
 /// Returns the first line that the process prints.
-fn line(child: &mut Child) -> String {
+fn first_line(child: &mut Child) -> String {
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
     line.trim().to_owned()
@@ -30,29 +30,29 @@ fn code(child: &mut Child) -> Option<i32> {
 }
 
 #[tokio::test]
-async fn a_server_ends_with_its_parent_even_if_the_parent_is_killed() {
+async fn a_server_ends_when_its_parent_is_killed() {
     let mut parent = throwaway(&[]).spawn().unwrap();
-    let traces = Traces::of(&line(&mut parent)).await;
+    let traces = Traces::of(&first_line(&mut parent)).await;
     parent.kill().unwrap();
     parent.wait().unwrap();
-    traces.gone().await;
+    traces.until_gone().await;
 }
 
 #[tokio::test]
-async fn a_paused_server_ends_with_its_killed_parent_too() {
+async fn a_paused_server_also_ends_when_its_parent_is_killed() {
     let mut parent = throwaway(&[]).spawn().unwrap();
-    let traces = Traces::of(&line(&mut parent)).await;
+    let traces = Traces::of(&first_line(&mut parent)).await;
     traces.pause_and_hang_up();
     parent.kill().unwrap();
     parent.wait().unwrap();
-    traces.gone().await;
+    traces.until_gone().await;
 }
 
 #[tokio::test]
-async fn ctrl_c_and_sigterm_end_the_command_cleanly() {
+async fn ctrl_c_and_sigterm_end_the_command_and_remove_the_folder() {
     for end in [Signal::INT, Signal::TERM] {
         let mut parent = throwaway(&[]).spawn().unwrap();
-        let traces = Traces::of(&line(&mut parent)).await;
+        let traces = Traces::of(&first_line(&mut parent)).await;
         signal(&parent, end);
         assert_eq!(code(&mut parent), Some(0));
         assert!(!traces.folder.exists());
@@ -78,7 +78,7 @@ fn a_signal_that_ended_the_command_is_reported_as_by_a_shell() {
 fn sigterm_is_passed_on_and_the_command_is_waited_for() {
     let script = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.02; done";
     let mut parent = throwaway(&["sh", "-c", script]).spawn().unwrap();
-    assert_eq!(line(&mut parent), "ready");
+    assert_eq!(first_line(&mut parent), "ready");
     signal(&parent, Signal::TERM);
     assert_eq!(code(&mut parent), Some(9));
 }
@@ -87,7 +87,7 @@ fn sigterm_is_passed_on_and_the_command_is_waited_for() {
 fn ctrl_c_is_left_to_the_command_and_the_command_is_waited_for() {
     let script = "echo ready; read -r word; exit \"$word\"";
     let mut parent = throwaway(&["sh", "-c", script]).spawn().unwrap();
-    assert_eq!(line(&mut parent), "ready");
+    assert_eq!(first_line(&mut parent), "ready");
     signal(&parent, Signal::INT);
     parent.stdin.take().unwrap().write_all(b"5\n").unwrap();
     assert_eq!(code(&mut parent), Some(5));

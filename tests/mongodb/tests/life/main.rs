@@ -1,5 +1,5 @@
-//! A throwaway server lives exactly as long as it should. The tests need a `mongod`, and fetch one
-//! if there is none.
+//! Tests that a throwaway server lives exactly as long as the process that started it. They need a
+//! `mongod`, and fetch one if there is none.
 
 #![expect(clippy::unwrap_used, reason = "a test that meets an unexpected failure should stop there")]
 
@@ -11,5 +11,5 @@ mod replica_set;
 
 /// The command that runs another command with a server.
 mod command;
-/// The process, the port and the folder of a server, which must all be gone when it is.
+/// The process, the port and the folder of a server, none of which may outlive it.
 mod traces;

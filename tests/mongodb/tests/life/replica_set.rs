@@ -1,5 +1,4 @@
-//! Three servers as a test of failovers uses them: the primary steps down, is killed or paused, and
-//! comes back.
+//! Failovers in a set of three servers: the primary steps down, is killed or paused, and returns.
 
 use std::time::Duration;
 
@@ -11,8 +10,8 @@ use tokio::time::timeout;
 
 use crate::traces::{Traces, hello};
 
-/// How long an election may take. It is ten times what an election takes here, and a third of the
-/// time for which a primary that stepped down cannot be elected again.
+/// How long an election may take. Ten times what an election takes here, and a third of the minute
+/// in which a primary that stepped down cannot be elected again.
 const BOUND: Duration = Duration::from_secs(20);
 
 async fn things(uri: &str) -> Collection<Document> {
@@ -32,7 +31,7 @@ async fn is_secondary(set: &ReplicaSet, node: usize) -> bool {
 }
 
 #[tokio::test]
-async fn every_primary_that_steps_down_is_followed_by_another() {
+async fn every_primary_that_steps_down_has_a_successor() {
     let mut set = ReplicaSet::start().await.unwrap();
     let seen = hello(set.uri()).await;
     let hosts = seen.get_array("hosts").unwrap();
@@ -50,7 +49,7 @@ async fn every_primary_that_steps_down_is_followed_by_another() {
 }
 
 #[tokio::test]
-async fn a_killed_primary_is_followed_by_another_and_returns_with_all_data() {
+async fn a_killed_primary_has_a_successor_and_returns_with_all_data() {
     let mut set = ReplicaSet::start().await.unwrap();
     let before = things(set.uri()).await;
     insert(&before, 1).await;
@@ -62,12 +61,12 @@ async fn a_killed_primary_is_followed_by_another_and_returns_with_all_data() {
     set.restart(killed).await.unwrap();
     set.wait_for_all().await.unwrap();
     assert!(is_secondary(&set, killed).await);
-    let there = things(&set.node_uri(killed).unwrap()).await;
-    assert_eq!(there.count_documents(doc! {}).await.unwrap(), 2);
+    let copy = things(&set.node_uri(killed).unwrap()).await;
+    assert_eq!(copy.count_documents(doc! {}).await.unwrap(), 2);
 }
 
 #[tokio::test]
-async fn a_paused_primary_is_followed_and_is_a_secondary_when_resumed() {
+async fn a_paused_primary_has_a_successor_and_is_a_secondary_when_resumed() {
     let set = ReplicaSet::start().await.unwrap();
     let paused = set.primary().await.unwrap();
     set.pause(paused).unwrap();
@@ -79,13 +78,13 @@ async fn a_paused_primary_is_followed_and_is_a_secondary_when_resumed() {
     set.resume(paused).unwrap();
     set.wait_for_all().await.unwrap();
     assert!(is_secondary(&set, paused).await);
-    let there = things(&set.node_uri(paused).unwrap()).await;
-    assert_eq!(there.count_documents(doc! {}).await.unwrap(), 1);
+    let copy = things(&set.node_uri(paused).unwrap()).await;
+    assert_eq!(copy.count_documents(doc! {}).await.unwrap(), 1);
     set.stop().await.unwrap();
 }
 
 #[tokio::test]
-async fn a_dropped_set_leaves_nothing_even_of_paused_and_killed_nodes() {
+async fn a_dropped_set_leaves_no_process_and_no_folder_even_of_paused_and_killed_nodes() {
     let mut set = ReplicaSet::start().await.unwrap();
     let mut traces = Vec::new();
     for node in 0..3 {
@@ -96,6 +95,6 @@ async fn a_dropped_set_leaves_nothing_even_of_paused_and_killed_nodes() {
     assert!(traces.iter().all(|traces| traces.folder.exists()));
     drop(set);
     for traces in traces {
-        traces.gone().await;
+        traces.until_gone().await;
     }
 }

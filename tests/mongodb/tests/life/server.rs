@@ -9,10 +9,10 @@ use throwaway_mongodb::{Mongod, shared};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::traces::{Traces, address, hello, refused};
+use crate::traces::{Traces, address, hello, until_refused};
 
 #[tokio::test]
-async fn a_replica_set_is_a_primary_and_a_standalone_is_no_set() {
+async fn a_set_of_one_node_has_a_primary_and_a_standalone_has_no_set_name() {
     let (set, standalone) = tokio::try_join!(Mongod::start(), Mongod::standalone()).unwrap();
     assert_eq!(address(set.uri()), format!("127.0.0.1:{}", set.port()));
     let set = hello(set.uri()).await;
@@ -32,31 +32,31 @@ async fn a_paused_server_answers_only_when_it_is_resumed() {
 }
 
 #[tokio::test]
-async fn a_stopped_server_leaves_nothing() {
+async fn a_stopped_server_leaves_no_process_and_no_folder() {
     let mongod = Mongod::start().await.unwrap();
     let traces = Traces::of(mongod.uri()).await;
     mongod.stop().await.unwrap();
     assert!(!traces.folder.exists());
-    traces.gone().await;
+    traces.until_gone().await;
 }
 
 #[tokio::test]
-async fn a_dropped_server_leaves_nothing_even_if_it_is_paused() {
+async fn a_server_that_is_dropped_while_paused_leaves_no_process_and_no_folder() {
     let mongod = Mongod::start().await.unwrap();
     let traces = Traces::of(mongod.uri()).await;
     mongod.pause().unwrap();
     drop(mongod);
-    traces.gone().await;
+    traces.until_gone().await;
 }
 
 #[tokio::test]
-async fn a_server_that_is_dropped_after_it_was_killed_leaves_nothing() {
+async fn a_server_that_is_dropped_after_it_was_killed_leaves_no_folder() {
     let mut mongod = Mongod::start().await.unwrap();
     let traces = Traces::of(mongod.uri()).await;
     mongod.kill().unwrap();
     assert!(mongod.pid().is_none() && traces.folder.exists());
     drop(mongod);
-    traces.gone().await;
+    traces.until_gone().await;
 }
 
 #[tokio::test]
@@ -84,8 +84,7 @@ fn a_shared_server_outlives_the_runtimes_that_ask_for_it() {
     println!("shared {}", uris[0]);
 }
 
-/// Runs the test of a shared server in a process of its own, and returns the URI that the test
-/// prints.
+/// Runs the test of a shared server in another process, and returns the URI that the test prints.
 fn shared_elsewhere(named: Option<&str>) -> String {
     let mut tests = Command::new(std::env::current_exe().unwrap());
     tests.args(["--exact", "server::a_shared_server_outlives_the_runtimes_that_ask_for_it", "--nocapture"]);
@@ -97,7 +96,7 @@ fn shared_elsewhere(named: Option<&str>) -> String {
 
 #[tokio::test]
 async fn a_shared_server_ends_with_its_process_although_nothing_drops_it() {
-    refused(&shared_elsewhere(None)).await;
+    until_refused(&shared_elsewhere(None)).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! The process, the port and the folder of a server. They exist while it runs, and must be gone
-//! when it has ended.
+//! The process, the port and the folder of a server. They exist while it runs, and none of them may
+//! outlive it.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -37,8 +37,8 @@ impl Traces {
     }
 
     /// Waits until no trace is left.
-    pub(crate) async fn gone(&self) {
-        refused(&format!("mongodb://{}/", self.address)).await;
+    pub(crate) async fn until_gone(&self) {
+        until_refused(&format!("mongodb://{}/", self.address)).await;
         until(&self.folder.display().to_string(), async || {
             test_kill_process(self.process).is_err() && !self.folder.exists()
         })
@@ -47,7 +47,7 @@ impl Traces {
 }
 
 /// Waits until no server listens at the URI.
-pub(crate) async fn refused(uri: &str) {
+pub(crate) async fn until_refused(uri: &str) {
     until(uri, async || TcpStream::connect(address(uri)).await.is_err()).await;
 }
 

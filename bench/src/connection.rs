@@ -1,5 +1,6 @@
-//! What every contender is asked to do: acquire and release keys, wait for them, and keep leases
-//! alive. Workloads are written once, for this trait. Knows no contender.
+//! A connection to a contender, with the operations that all contenders share: acquire and release
+//! keys, wait for them, and keep leases alive. Workloads are written once, for this trait. This
+//! module knows no contender.
 
 use std::time::Duration;
 
@@ -7,8 +8,8 @@ use anyhow::{Result, bail};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// The most calls in flight when many leases are acquired. A store that cannot keep up would refuse
-/// more.
+/// The limit on calls in flight when many leases are acquired. With more, a store that cannot keep
+/// up would refuse calls.
 const MAX_IN_FLIGHT: usize = 512;
 /// The most streams and waiting calls on one connection; a daemon allows 256.
 const STREAMS_PER_CONNECTION: usize = 200;
@@ -16,7 +17,7 @@ const STREAMS_PER_CONNECTION: usize = 200;
 const MIN_CONNECTIONS: usize = 4;
 
 /// A connection to a contender. Clones share the connection.
-pub(crate) trait Peer: Clone + Send + Sync + 'static {
+pub(crate) trait Connection: Clone + Send + Sync + 'static {
     /// What a holder needs to touch or release its key.
     type Held: Send + Sync + 'static;
     /// Leases that are kept alive together. A turn touches all of them, and counts those that were
@@ -25,7 +26,7 @@ pub(crate) trait Peer: Clone + Send + Sync + 'static {
 
     fn connect(address: &str) -> impl Future<Output = Result<Self>> + Send;
 
-    /// Returns the connection for one of many callers, which may need something of its own.
+    /// Returns the connection for one of many callers. A caller of etcd has its own lease.
     fn caller(&self, _ttl: Duration) -> impl Future<Output = Result<Self>> + Send {
         let caller = self.clone();
         async { Ok(caller) }
@@ -64,16 +65,16 @@ pub(crate) trait Peer: Clone + Send + Sync + 'static {
         async { bail!("has no queue") }
     }
 
-    /// When the lease may be taken by another unless it is touched, as the time since 1970 by this
-    /// host's clock.
+    /// Returns when the lease ends unless it is touched, as the time since 1970 by this host's
+    /// clock.
     fn end(_held: &Self::Held) -> Duration {
         Duration::ZERO
     }
 }
 
-/// What a caller does over and over.
+/// The operation that a caller repeats.
 pub(crate) trait Turn: Send + 'static {
-    /// Does it once, and returns how much was done.
+    /// Runs the operation once, and returns how much was done.
     fn turn(&mut self) -> impl Future<Output = Result<u64>> + Send;
 }
 
@@ -88,7 +89,7 @@ impl Turn for NoStream {
 }
 
 /// Opens as many connections as this number of callers or streams needs.
-pub(crate) async fn connections<P: Peer>(address: &str, callers: usize) -> Result<Vec<P>> {
+pub(crate) async fn connections<P: Connection>(address: &str, callers: usize) -> Result<Vec<P>> {
     let count = callers.div_ceil(STREAMS_PER_CONNECTION).max(MIN_CONNECTIONS.min(callers));
     let mut connections = Vec::with_capacity(count);
     for _ in 0..count {
@@ -97,8 +98,8 @@ pub(crate) async fn connections<P: Peer>(address: &str, callers: usize) -> Resul
     Ok(connections)
 }
 
-/// Does all the work, up to [`MAX_IN_FLIGHT`] pieces at the same time, and returns the results in
-/// any order.
+/// Runs all futures, up to [`MAX_IN_FLIGHT`] at the same time, and returns their results in any
+/// order.
 pub(crate) async fn all<T, F>(work: impl IntoIterator<Item = F>) -> Result<Vec<T>>
 where
     T: Send + 'static,
@@ -118,8 +119,8 @@ where
     Ok(done)
 }
 
-/// Acquires leases to keep alive, and returns each with the time at which it was asked for.
-pub(crate) async fn hold<P: Peer>(
+/// Acquires leases to keep alive, and returns each with the time of its request.
+pub(crate) async fn hold<P: Connection>(
     connections: &[P],
     prefix: &str,
     count: usize,
