@@ -1,4 +1,4 @@
-//! The file under the database, with two features that a plain file lacks.
+//! The file under the database, with two guarantees that a plain file lacks:
 //!
 //! - No write reaches the file before [`Disk::accept`]. redb writes to a file as it opens it, and a
 //!   file that turns out to be damaged, foreign or newer than this program must stay as it is.
@@ -23,7 +23,7 @@ pub(super) struct Disk {
 }
 
 /// The ranges written since the last successful sync. They outlive a [`Disk`]: after a failure the
-/// database is opened again on a new one.
+/// database is opened again on a new `Disk`.
 pub(super) type Unsynced = Arc<Mutex<Ranges>>;
 
 #[derive(Debug, Default)]
@@ -78,7 +78,7 @@ impl Disk {
         self.sync_data()
     }
 
-    /// Writes the ranges again, with the bytes that the file shows.
+    /// Writes the ranges again, with the bytes that a read of the file returns.
     fn rewrite(&self, ranges: &mut Ranges) -> Result<()> {
         ranges.tidy();
         let end = self.file.len()?;

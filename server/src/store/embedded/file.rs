@@ -2,8 +2,8 @@
 //! intact.
 //!
 //! Only the start of a daemon creates files. A running daemon accepts no file but the one it
-//! opened. An empty file in its place, for example below the mount point of a volume that is gone,
-//! would grant leases that are still held.
+//! opened. With an empty file in its place, for example below the mount point of a volume that is
+//! no longer mounted, it would grant leases that are still held.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Write};
@@ -23,8 +23,7 @@ use crate::lease::Timestamp;
 pub(super) const FILE: &str = "leases.redb";
 /// The name of a new file until it is complete.
 const NEW_FILE: &str = "leases.redb.new";
-/// How much of the file redb may cache, in bytes. The page cache of the operating system comes on
-/// top.
+/// How much of the file redb may cache, in bytes, besides the operating system's page cache.
 const CACHE: usize = 64 * 1024 * 1024;
 
 /// Why a data folder cannot be used. The message says what to do.
@@ -66,8 +65,8 @@ impl OpenError {
     fn io(path: &Path, error: &Error) -> Self {
         let what = error.to_string();
         match error.kind() {
-            // The daemon creates what is missing. `NotFound` in spite of that means that nothing
-            // can be created there.
+            // The daemon creates missing folders and files. If it gets `NotFound` nevertheless,
+            // nothing can be created there.
             ErrorKind::NotFound
             | ErrorKind::PermissionDenied
             | ErrorKind::NotADirectory
@@ -179,7 +178,7 @@ impl DataFile {
     /// is killed leaves no incomplete file under the real name. The next start overwrites or
     /// removes the temporary file.
     ///
-    /// A lock on the temporary file keeps two first starts apart.
+    /// A lock on the temporary file makes sure that only one of two first starts creates it.
     fn create_file(&self) -> Result<(), OpenError> {
         let fail = |error: Error| OpenError::io(&self.path, &error);
         let mut file = open_options().create(true).truncate(false).open(&self.new).map_err(fail)?;
@@ -238,6 +237,7 @@ impl Medium for DataFile {
             Ok(identity) => Ok(identity.is_some()),
             Err(error) => Err(OpenError::io(path, &error)),
         };
+        // `create_file` may have lost a race to another start, so this looks again.
         while !exists(&self.path)? || exists(&self.new)? {
             self.create_file()?;
         }
@@ -266,8 +266,8 @@ impl Medium for DataFile {
         Ok(Arc::new(FileBackend::new(file).map_err(|error| OpenError::database(&self.path, error))?))
     }
 
-    /// Compares the numbers of the file at the path. While the mounted file is open no other file
-    /// can have its numbers.
+    /// Compares the device and inode numbers of the file at the path. While the mounted file is
+    /// open no other file can have them.
     fn check_path(&self) -> Result<(), OpenError> {
         let there = fs::metadata(&self.path).map_err(|error| self.missing(&error))?;
         if *self.mounted() == Some(Identity::of(&there)) { Ok(()) } else { Err(self.gone(REPLACED)) }
@@ -304,8 +304,8 @@ pub(super) fn open(
         FactsError::Failed(error) => OpenError::redb(path, error),
     })?;
     if let Some(expected) = expected {
-        // The numbers of a file do not suffice: they are used again, and a volume may have been set
-        // back to a snapshot.
+        // The device and inode numbers do not suffice: they are used again, and a volume may have
+        // been set back to a snapshot.
         if facts.store != Some(expected.store) {
             return Err(OpenError::Gone(path.to_owned(), REPLACED));
         }

@@ -1,6 +1,6 @@
-//! Tests of the store's time on a simulated machine. Its wall clock is set, it is suspended and
-//! rebooted, and daemons on it start and end. The store's time must follow the boot clock alone,
-//! and setting a clock must end no lease.
+//! Tests of the store's time on a simulated machine. The machine's wall clock is set, it is
+//! suspended and rebooted, and its daemons start and end. The store's time must follow the boot
+//! clock alone, and setting a clock must end no lease.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -118,14 +118,14 @@ enum Event {
     Suspend(i64),
     SetWall(i64),
     Commit,
-    /// The daemon ends and starts again after so many milliseconds.
+    /// The daemon ends and starts again after this many milliseconds.
     Restart(i64),
     Boot {
         off: i64,
         set_wall: i64,
     },
-    /// The daemon opens its file again. Another daemon has made the latest commit, so many
-    /// milliseconds later.
+    /// The daemon opens its file again. Another daemon has committed to it, this many milliseconds
+    /// after the latest commit.
     Reopen(i64),
 }
 
@@ -189,7 +189,7 @@ fn keeps_time(events: &[Event], mutant: Option<ClockMutant>) -> Result<(), TestC
                 machine.boot(off);
                 machine.set_wall(set_wall);
                 // No answer contained a time after the latest commit, so the time may go back to
-                // that.
+                // that commit.
                 before = kept.latest;
                 clock = kept.start(&machine);
                 let wall = Timestamp(machine.state().wall);
