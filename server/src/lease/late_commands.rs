@@ -51,7 +51,7 @@ enum Event {
     Revoke(usize),
     /// This many other ids acquire a lease and release it, one after the other.
     Others(u8),
-    /// This many hundreds of ids are released that nobody asks for.
+    /// This many hundreds of unused ids are released.
     Flood(u8),
     /// The clock moves by this many milliseconds.
     Pass(i64),

@@ -56,7 +56,8 @@ impl StoreMetrics {
         let [purged] = registry.by_label(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));
-        let errors = ("leased_store_errors", "Failed operations of the store, by what is known of the outcome");
+        let errors =
+            ("leased_store_errors", "Failed operations of the store, by what is known of the outcome");
         let errors = registry.by_labels(errors, labels, Counter::default);
         Self { batches, keys, durations, repetitions, purged, errors }
     }

@@ -50,7 +50,7 @@ pub enum OpenError {
     /// The operating system denies access to the path.
     #[error("{0} cannot be used: {1}; see that the daemon may write there, or name another --data-dir")]
     Forbidden(PathBuf, String),
-    /// The file that a running daemon opened is gone, or another one is in its place.
+    /// The file that a running daemon opened was removed, or another one is in its place.
     #[error(
         "{0} is not the file that this daemon opened ({1}): put that file back, or mount its volume again; to begin \
          with what is there now, restart the daemon"
@@ -216,8 +216,8 @@ impl DataFile {
         OpenError::Gone(self.path.clone(), why)
     }
 
-    /// Converts an error about a path that led to the mounted file before: if nothing is there, the
-    /// file is gone.
+    /// Converts an error about a path that led to the mounted file before. If the path leads
+    /// nowhere, the file was removed.
     fn missing(&self, error: &Error) -> OpenError {
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => self.gone(REMOVED),

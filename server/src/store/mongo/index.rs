@@ -59,12 +59,12 @@ impl Index {
         self.is_there.load(Ordering::Relaxed)
     }
 
-    /// Notes that the index does not exist.
+    /// Notes that the index no longer exists.
     pub(super) fn lose(&self) {
         self.is_there.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the caller must start a build. If so, returns false to all others for [`PAUSE`].
+    /// Returns true if the caller must start a build, and then false to all callers for [`PAUSE`].
     fn must_build(&self) -> bool {
         let mut due_at = self.due_at.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -121,6 +121,7 @@ impl MongoStore {
     }
 
     async fn create_index(&self) -> Result<(), Failure> {
+        // MongoDB allows no partial index on `_id` alone.
         let index = doc! {
             "key": { "_id": 1, IN_USE: 1 },
             "name": IN_USE,
@@ -139,12 +140,12 @@ impl MongoStore {
         let (database, index) = (self.database.clone(), Arc::clone(&self.index));
         let create = async move {
             database.run_command(create).await?;
-            // Set here, because nobody may be waiting any more when the build ends.
+            // Set here, because the caller may have stopped waiting by the time the build ends.
             index.is_there.store(true, Ordering::Relaxed);
             Ok(())
         };
         match self.index.build_runner.run(create).await {
-            // An administrator has built the index for a user without that right.
+            // The index exists, and the user lacks the right to build it.
             Err(Failure::Refused(_)) if is_listed => {
                 self.index.is_there.store(true, Ordering::Relaxed);
                 Ok(())

@@ -116,7 +116,7 @@ async fn examined(uri: &str, store: &MongoStore) -> (i64, i64) {
     (sum("docsExamined"), sum("keysExamined"))
 }
 
-/// The server's profiler tells what a listing reads.
+/// The server's profiler shows what a listing reads.
 #[tokio::test]
 async fn a_listing_reads_no_more_than_it_shows() {
     let uri = throwaway_mongodb::shared().await.expect("a MongoDB for tests");
