@@ -29,7 +29,7 @@ pub struct Acquisition {
     pub min_hold: Duration,
     /// Whether the acquisition enters the queue if it cannot be granted at once.
     pub wait: bool,
-    /// An earlier command asked for the same lease and may still be under way.
+    /// Whether an earlier command that asked for the same lease may still be under way.
     pub repeated: bool,
 }
 
@@ -64,7 +64,7 @@ impl Acquisition {
     }
 }
 
-/// All operations of a batch on one key, as lists of ids without duplicates.
+/// All operations of a batch on one key, as lists without duplicates.
 ///
 /// The operations are concurrent with each other, because none has been answered.
 /// [`step`](super::step) applies them in a fixed order, which is part of the rules.

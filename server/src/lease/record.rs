@@ -62,7 +62,7 @@ pub struct Holder {
     pub min_hold: Duration,
     /// For shared leases: at most this many hold the key while this one does.
     pub shared_limit: u32,
-    /// The lease was asked for more than once, so a late command may still ask for it.
+    /// Whether the lease was asked for more than once, so that a late command may still ask for it.
     pub repeated: bool,
 }
 
@@ -86,8 +86,8 @@ pub struct Departure {
     pub reason: Reason,
     /// When the id ended.
     pub at: Timestamp,
-    /// The departure is remembered for [`MEMORY`](super::MEMORY), because a command that asks for
-    /// the id may still be under way.
+    /// Whether the departure is remembered for [`MEMORY`](super::MEMORY), because a command that
+    /// asks for the id may still be under way.
     pub lasting: bool,
 }
 

@@ -126,7 +126,7 @@ pub trait Store: Send + Sync + 'static {
     /// The kind of store, as one word.
     fn name(&self) -> &'static str;
 
-    /// How often the store's clock was set, or this host's, by more than the grace.
+    /// How often the store's clock or this host's was set by more than the grace.
     fn clock_steps(&self) -> u64 {
         0
     }
@@ -152,8 +152,8 @@ pub trait Store: Send + Sync + 'static {
 pub struct Committed {
     /// The records after the batch, in the order of its keys. A record may show later edits too.
     pub records: Vec<ForKey>,
-    /// Whether an earlier attempt at the batch failed. Its commands may still be on their way, and
-    /// take effect later.
+    /// Whether an earlier attempt at the batch failed. The commands of that attempt may still be
+    /// under way, and take effect later.
     pub is_repeated: bool,
 }
 
@@ -242,7 +242,7 @@ pub enum StoreError {
     },
     /// The record of this key cannot be read, or the edit cannot be applied to it. Other keys are
     /// not affected. Trying again will not help until an operator has mended or deleted the record.
-    /// The edit may have taken effect: a record that cannot be read may have been written before.
+    /// The edit may have taken effect, if only the read after it failed.
     #[error("the record of {key:?} cannot be read or written: {cause}")]
     Unreadable {
         /// The key of the record.
@@ -275,7 +275,7 @@ pub enum Outcome {
 }
 
 impl Committed {
-    /// The records after a batch that was tried once.
+    /// Returns the result of a batch that was tried once.
     pub fn at_once(records: Vec<ForKey>) -> Self {
         Self { records, is_repeated: false }
     }

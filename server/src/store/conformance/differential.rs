@@ -35,9 +35,9 @@ enum Op {
     Release(u8),
     GiveUp(u8),
     KeepOut(u8),
-    /// The first id, and how many follow each other.
+    /// The first id, and how many consecutive ids.
     ReleaseMany(u8, u8),
-    /// The position among the holders. Past the last one: an id that nobody has.
+    /// The position among the holders. Past the last holder: an unused id.
     Revoke(usize),
     RevokeAll,
     /// Whether the edit names the block of the key, or another one.
@@ -64,7 +64,7 @@ struct Arrival {
 struct TimedBatch {
     /// The milliseconds since the batch before. The clock may step back.
     passed: i64,
-    /// By key.
+    /// The operations by key.
     edits: BTreeMap<usize, Vec<Op>>,
     /// Replaces the edit of one key by an earlier one, as when a command is repeated or arrives
     /// late.

@@ -28,7 +28,7 @@ pub(super) type Unsynced = Arc<Mutex<Ranges>>;
 
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
-    /// Offset and length of each.
+    /// The offset and length of each range.
     written: Vec<(u64, usize)>,
     /// Whether a sync has failed since the last successful one.
     failed: bool,
@@ -41,14 +41,14 @@ struct WriteBuffer {
     length: u64,
     /// The file's own bytes are visible up to this offset.
     visible_until: u64,
-    /// In the order in which they were made.
+    /// The operations, in the order in which they were made.
     ops: Vec<BufferedOp>,
 }
 
 #[derive(Debug)]
 enum BufferedOp {
     SetLen(u64),
-    /// At an offset.
+    /// Writes at an offset.
     Write(u64, Vec<u8>),
     Sync,
 }
@@ -211,6 +211,7 @@ impl StorageBackend for Disk {
             }
             return Ok(());
         }
+        // Listed even if the write fails, which may have written a part of the data.
         self.unsynced().written.push((offset, data.len()));
         self.file.write(offset, data)
     }

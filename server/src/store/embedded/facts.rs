@@ -104,8 +104,8 @@ impl Facts {
     /// the identity.
     ///
     /// If the anchor is new, the holders are renewed. A new anchor comes from the wall clock, which
-    /// may have been set forward since the latest commit. That must not end the lease of a holder
-    /// that still relies on it.
+    /// may have been set forward since the latest commit. A clock that was set must not end a lease
+    /// on which its holder still relies.
     pub(super) fn persist(
         &self,
         database: &Database,

@@ -181,6 +181,7 @@ impl DataFile {
     /// A lock on the temporary file makes sure that only one of two first starts creates it.
     fn create_file(&self) -> Result<(), OpenError> {
         let fail = |error: Error| OpenError::io(&self.path, &error);
+        // Not truncated before the lock is held: another start may be writing the file.
         let mut file = open_options().create(true).truncate(false).open(&self.new).map_err(fail)?;
         match file.try_lock() {
             Ok(()) => {}
@@ -459,7 +460,7 @@ mod tests {
         assert!(matches!(OpenError::redb(path, full.into()), OpenError::Failed(..)), "a full disk may pass");
     }
 
-    /// The file keeps its number, as when a file system uses the number of a deleted file again.
+    /// The file keeps its inode number, as when a file system uses that of a deleted file again.
     #[test]
     fn another_store_under_the_same_file_number_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");

@@ -330,7 +330,7 @@ async fn a_boot_renews_leases_that_were_held_and_no_others() {
     machine.pass(30_000);
     apply(&store, "free", acquire(released)).await;
     let free = apply(&store, "free", Edit::default().release(released)).await;
-    // More records than one chunk has.
+    // There are more records than one chunk has.
     let crowd = (0..2_500).map(|number| (key(&format!("crowd/{number}")), acquire(LeaseId::random())));
     store.commit(Arc::new(crowd.collect()), Duration::from_secs(60)).await.expect("a commit");
     let before = apply(&store, "held", acquire(held)).await;

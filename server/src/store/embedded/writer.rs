@@ -337,6 +337,7 @@ impl OpenStore {
             }
             Ok(((snapshots, freed), changed))
         })?;
+        // After the commit, because a commit that failed may have freed no key.
         self.in_use.remove(freed);
         Ok(snapshots)
     }
@@ -386,6 +387,7 @@ impl OpenStore {
         if self.database().is_ok() {
             return Ok(());
         }
+        // A commit proves that the file can be written again.
         self.transact(|_| Ok(((), Changed::Something)))
     }
 }
@@ -458,6 +460,7 @@ impl Writer {
         request: impl FnOnce(Reply<T>) -> Request,
     ) -> Result<T, Failure> {
         let (reply, answer) = oneshot::channel();
+        // `send` would block a thread of the runtime.
         self.requests.try_send(request(reply)).map_err(|error| match error {
             TrySendError::Full(_) => {
                 Failure::not_applied("the disk is slow and the writer has too much to do")

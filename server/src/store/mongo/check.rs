@@ -116,6 +116,7 @@ pub(super) async fn database(store: &MongoStore, options: &ClientOptions) -> Res
         return Err(Unusable::Database(name.to_owned()).into());
     }
     let hello = command(store, doc! { "hello": 1 }).await?;
+    // Only a router of a sharded cluster answers with this text.
     let sharded = hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid");
     if !sharded && !hello.contains_key("setName") {
         return Err(Unusable::Standalone.into());

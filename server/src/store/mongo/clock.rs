@@ -60,8 +60,8 @@ impl Estimate {
         }
     }
 
-    /// Combines the estimate with a reading. Returns the gap between the two, which is zero if they
-    /// overlap, and their overlap, or else the reading alone.
+    /// Combines the estimate with a reading. If the two overlap, returns zero and their overlap.
+    /// Otherwise returns the gap between them, and the reading alone.
     fn with(self, reading: Self) -> (Duration, Self) {
         let at = self.at.max(reading.at);
         let (known, read) = (self.advanced(at), reading.advanced(at));

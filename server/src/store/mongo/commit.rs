@@ -215,6 +215,8 @@ impl MongoStore {
         let mut left = left(batch, &found);
         let blanks = blanks(&left, &found);
         if !blanks.is_empty() {
+            // Unordered, because a record that another daemon inserted first must not stop the
+            // others.
             let insert = doc! { "insert": self.collection.name(), "documents": blanks, "ordered": false };
             effects.note(self.runner.write(&self.database, insert, &self.concern).await, |written| {
                 written.matched > 0
@@ -286,6 +288,7 @@ impl MongoStore {
         } else {
             None
         };
+        // The tag is random, so that commands of different daemons have different ones.
         Ok(Commands { store: self, tag: fastrand::i64(..), limit })
     }
 
@@ -322,7 +325,9 @@ pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, Sto
 fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
     match found.get(key) {
         Some(Ok(found)) => !found.is_ours,
+        // Another attempt could not read the record either.
         Some(Err(_)) => false,
+        // Without a record, no other edit changes anything.
         None => makes_record(edit),
     }
 }

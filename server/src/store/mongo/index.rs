@@ -60,12 +60,12 @@ impl Index {
     }
 
     /// Notes that the index no longer exists.
-    pub(super) fn lose(&self) {
+    pub(super) fn note_missing(&self) {
         self.is_there.store(false, Ordering::Relaxed);
     }
 
     /// Returns true if the caller must start a build, and then false to all callers for [`PAUSE`].
-    fn must_build(&self) -> bool {
+    fn claim_build(&self) -> bool {
         let mut due_at = self.due_at.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let is_due = !self.is_there() && due_at.is_none_or(|due_at| due_at <= now);
@@ -80,7 +80,7 @@ impl Index {
     }
 
     /// Logs why a build failed, and decides when a listing may start the next one.
-    pub(super) fn failed(&self, failure: Failure) {
+    pub(super) fn note_failure(&self, failure: Failure) {
         if let Failure::Refused(cause) = failure {
             self.postpone(LONG_PAUSE);
             if !self.has_warned.swap(true, Ordering::Relaxed) {
@@ -108,13 +108,13 @@ impl MongoStore {
         if !self.index.is_there()
             && let Err(failure) = self.create_index().await
         {
-            self.index.failed(failure);
+            self.index.note_failure(failure);
         }
     }
 
     /// Starts a build in the background if the index is missing and no build was started recently.
     pub(super) fn restore_index(&self) {
-        if self.index.must_build() {
+        if self.index.claim_build() {
             let store = self.clone();
             tokio::spawn(async move { store.make_index().await });
         }

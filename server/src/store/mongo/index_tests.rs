@@ -197,7 +197,7 @@ async fn an_index_that_takes_long_to_build_is_used_once_it_exists() {
 fn logged(failure: Failure) -> String {
     let mut file = tempfile::tempfile().expect("a file");
     let log = tracing_subscriber::fmt().with_writer(file.try_clone().expect("a file")).finish();
-    tracing::subscriber::with_default(log, || Index::default().failed(failure));
+    tracing::subscriber::with_default(log, || Index::default().note_failure(failure));
     let mut text = String::new();
     file.rewind().expect("a file");
     file.read_to_string(&mut text).expect("text");

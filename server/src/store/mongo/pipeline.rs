@@ -283,7 +283,7 @@ struct HolderChanges {
     stay: Bson,
     /// The departures of this edit, newest first. `None` if no edit of the batch can end a lease.
     gone: Option<Bson>,
-    /// `None` if no edit of the batch can change it.
+    /// The block after the edit. `None` if no edit of the batch can change it.
     blocked_until: Option<Bson>,
 }
 

@@ -139,7 +139,7 @@ impl MongoStore {
                     return Ok(found);
                 }
                 tracing::debug!("the index {IN_USE} was dropped: listing without it");
-                self.index.lose();
+                self.index.note_missing();
             }
             // Starts before the read below, which may run out of time without the index.
             self.restore_index();
@@ -265,7 +265,7 @@ struct Documents {
     documents: Vec<RawDocumentBuf>,
     /// Whether the read stopped at the limit on bytes, so that there may be more documents.
     cut: bool,
-    /// The index to use does not exist, so nothing was read.
+    /// Whether the index to use is missing, so that nothing was read.
     lacks_index: bool,
 }
 
