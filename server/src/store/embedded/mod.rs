@@ -213,7 +213,7 @@ impl From<OpenError> for StartError {
 
 fn list(shared: &OpenStore, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
-    let mut page = Filling { query, shared, page: Page::default(), bytes: 0 };
+    let mut page = PageBuilder { query, shared, page: Page::default(), bytes: 0 };
     if query.include_free {
         for entry in records.range(start..)? {
             let (name, value) = entry?;
@@ -232,14 +232,14 @@ fn list(shared: &OpenStore, records: &Records, query: &ListQuery) -> Result<Page
 }
 
 /// A page that is being filled.
-struct Filling<'a> {
+struct PageBuilder<'a> {
     query: &'a ListQuery,
     shared: &'a OpenStore,
     page: Page,
     bytes: usize,
 }
 
-impl Filling<'_> {
+impl PageBuilder<'_> {
     /// Adds the next record if it belongs on the page. Returns whether more records may belong on
     /// it.
     fn take(&mut self, name: &str, value: &[u8]) -> bool {
@@ -293,8 +293,8 @@ fn purgeable(
             return Ok((keys, Some(key)));
         }
         let Some(Snapshot { record, now }) = readable(shared, &key, value.value()) else { continue };
-        let may_go = record.is_forgettable(now, free_for, shared.rules().grace);
-        if may_go || (record.is_free(now) && shared.in_use().contains(&key)) {
+        let is_forgettable = record.is_forgettable(now, free_for, shared.rules().grace);
+        if is_forgettable || (record.is_free(now) && shared.in_use().contains(&key)) {
             keys.push(key);
         }
     }

@@ -46,7 +46,7 @@ pub(super) struct OpenStore {
     /// `None` after a failure, until the file is opened again.
     database: Mutex<Option<Arc<Database>>>,
     /// Whether the latest write failed.
-    fails: AtomicBool,
+    is_failing: AtomicBool,
     /// How many stored records readers have looked at.
     #[cfg(test)]
     pub(super) looked_at: AtomicI64,
@@ -130,7 +130,7 @@ impl OpenStore {
             unsynced,
             acknowledged: AtomicI64::new(facts.latest.0),
             database: Mutex::new(Some(Arc::new(database))),
-            fails: AtomicBool::new(false),
+            is_failing: AtomicBool::new(false),
             #[cfg(test)]
             looked_at: AtomicI64::default(),
         })
@@ -260,7 +260,7 @@ impl OpenStore {
         drop(database);
         match &done {
             Err(failure) => self.close(failure),
-            Ok(_) if self.fails.swap(false, Ordering::Relaxed) => {
+            Ok(_) if self.is_failing.swap(false, Ordering::Relaxed) => {
                 tracing::info!("the file can be written again")
             }
             Ok(_) => {}
@@ -273,7 +273,7 @@ impl OpenStore {
         let database = self.slot().take();
         // A database in which a write panicked may panic again as it closes.
         let _ = contained(|| drop(database));
-        if !self.fails.swap(true, Ordering::Relaxed) {
+        if !self.is_failing.swap(true, Ordering::Relaxed) {
             tracing::error!(?failure, "the file cannot be written; trying again with every commit");
         }
     }

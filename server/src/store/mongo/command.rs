@@ -116,20 +116,20 @@ impl Runner {
     /// Waits until all commands have ended, including those whose caller has stopped waiting. Gives
     /// up after the time that one command may take.
     pub(super) async fn settled(&self) {
-        let _ = self.all().await;
+        let _ = self.take_all().await;
     }
 
     /// Lets no further command begin, and waits as [`Self::settled`] does. Returns whether all
     /// commands have ended.
     pub(super) async fn end(&self) -> bool {
-        let turns = self.all().await;
+        let turns = self.take_all().await;
         // Closed before the turns are given back: otherwise a waiting command would begin.
         self.tasks.close();
         turns.is_some()
     }
 
     /// Takes all turns, and gives up after the time that one command may take.
-    async fn all(&self) -> Option<SemaphorePermit<'_>> {
+    async fn take_all(&self) -> Option<SemaphorePermit<'_>> {
         let all = u32::try_from(self.most).unwrap_or(u32::MAX);
         timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await.ok()?.ok()
     }

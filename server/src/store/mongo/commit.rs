@@ -212,7 +212,7 @@ impl MongoStore {
     async fn apply_many(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<ForKey>, Failure> {
         let (quick, others) = self.keys_with_waiters.split(batch);
         let mut found = self.round(&quick, &others, effects).await?;
-        let mut left = left(batch, &found);
+        let mut left = unapplied(batch, &found);
         let blanks = blanks(&left, &found);
         if !blanks.is_empty() {
             // Unordered, because a record that another daemon inserted first must not stop the
@@ -224,7 +224,7 @@ impl MongoStore {
         }
         if left.len() > ALONE {
             found.extend(self.round(&[], &left, effects).await?);
-            left.retain(|(key, edit)| is_left(key, edit, &found));
+            left.retain(|(key, edit)| is_unapplied(key, edit, &found));
         }
         // Another daemon may write to these records between the two commands of a round. A single
         // command that edits and returns a record leaves no doubt.
@@ -318,11 +318,11 @@ impl Found {
 }
 
 /// Returns the edits that are not known to have been applied, of keys whose records can be read.
-pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
-    batch.iter().filter(|(key, edit)| is_left(key, edit, found)).cloned().collect()
+pub(super) fn unapplied(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
+    batch.iter().filter(|(key, edit)| is_unapplied(key, edit, found)).cloned().collect()
 }
 
-fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
+fn is_unapplied(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
     match found.get(key) {
         Some(Ok(found)) => !found.is_ours,
         // Another attempt could not read the record either.
@@ -349,8 +349,8 @@ impl Commands<'_> {
     fn stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
         let MongoStore { rules, clock, .. } = self.store;
         let mut stages = self.store.with_mutant(pipeline::pipeline(batch, rules, clock, self.tag));
-        stages.push(index::note_use(clock));
-        self.limited(stages)
+        stages.push(index::in_use_stage(clock));
+        self.with_limit(stages)
     }
 
     fn quick_stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
@@ -358,12 +358,12 @@ impl Commands<'_> {
         let mut stages = self.store.with_mutant(pipeline::without_waiters(batch, clock, self.tag));
         // A touch neither takes nor frees a key, so the hot path need not maintain the index.
         if !batch.iter().all(|(_, edit)| edit.only_touches()) {
-            stages.push(index::note_use(clock));
+            stages.push(index::in_use_stage(clock));
         }
-        self.limited(stages)
+        self.with_limit(stages)
     }
 
-    fn limited(&self, mut stages: Vec<Document>) -> Vec<Document> {
+    fn with_limit(&self, mut stages: Vec<Document>) -> Vec<Document> {
         stages.splice(0..0, self.limit.map(Limit::stage));
         stages
     }

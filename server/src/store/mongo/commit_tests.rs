@@ -9,7 +9,7 @@ use mongodb::bson::{Document, doc};
 use rstest::rstest;
 use throwaway_mongodb::Mongod;
 
-use super::commit::{Found, left};
+use super::commit::{Found, unapplied};
 use super::document::Edited;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
@@ -212,9 +212,9 @@ async fn an_edit_counts_as_made_only_by_the_commit_tag_in_its_record() {
         let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, tag));
         edited.into_iter().map(|(key, edited)| (key, found(edited))).collect()
     };
-    assert_eq!(left(&batch, &found(edited().await, tag)), []);
+    assert_eq!(unapplied(&batch, &found(edited().await, tag)), []);
     let other = tag.wrapping_add(1);
-    assert_eq!(left(&batch, &found(edited().await, other)), batch, "another command was the latest one");
+    assert_eq!(unapplied(&batch, &found(edited().await, other)), batch, "another command was the latest one");
 }
 
 #[tokio::test]

@@ -181,7 +181,7 @@ impl MongoStore {
 }
 
 /// The last stage of an edit that may take or free a key: sets or removes the field.
-pub(super) fn note_use(now: &Bson) -> Document {
+pub(super) fn in_use_stage(now: &Bson) -> Document {
     doc! { "$set": { IN_USE: in_use(now) } }
 }
 

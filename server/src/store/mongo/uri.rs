@@ -47,7 +47,7 @@ pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectEr
     options.read_concern = Some(ReadConcern::majority());
     options.write_concern = Some(write_concern());
     options.app_name.get_or_insert_with(|| "leased".to_owned());
-    // As many as commands may run at once. The driver's default is 10.
+    // A runner runs up to 64 commands at once, and the driver's default is 10.
     options.max_pool_size.get_or_insert(64);
     options.max_connecting.get_or_insert(8);
     options.connect_timeout.get_or_insert(Duration::from_secs(2));
