@@ -1,7 +1,7 @@
-//! The boot clock, which goes on while the machine is suspended.
+//! The boot clock, which runs on while the machine is suspended.
 //!
 //! The monotonic clock, on which timers and `tokio::time::Instant` run, stops while a virtual
-//! machine is paused or a host sleeps. Leases lapse all the same. So the age of a touch is measured
+//! machine is paused or a host sleeps. Leases lapse nevertheless. So the age of a touch is measured
 //! on this clock.
 //!
 //! On Linux and Android the difference between `CLOCK_BOOTTIME` and `CLOCK_MONOTONIC` is the time
@@ -53,6 +53,7 @@ pub(crate) fn since_boot() -> Duration {
 }
 
 fn read(clock: ClockId) -> Duration {
+    // Only a negative reading would fail, and these clocks start at zero.
     Duration::try_from(clock_gettime(clock)).unwrap_or_default()
 }
 

@@ -49,6 +49,7 @@ pub fn end_the_process() {
         }
         tracing::error!(message, place, "a panic ends the daemon");
         telemetry::say(&format!("ended by a panic at {place}: {message}"));
+        // A thread writes the log, and `exit` does not wait for it.
         telemetry::flush();
         std::process::exit(1);
     }));
@@ -58,8 +59,8 @@ pub fn end_the_process() {
 /// crate is logged but does not change the exit code.
 ///
 /// The end of the runtime drops all tasks in no particular order. A task of the MongoDB driver
-/// panics if a task that it relies on was dropped first. Such tasks are left if the driver could
-/// not be shut down in time.
+/// panics if a task that it relies on was dropped first. Tasks of the driver remain if it could not
+/// be shut down in time.
 pub fn daemon_has_ended() {
     ENDED.store(true, Ordering::Relaxed);
 }

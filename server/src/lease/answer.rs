@@ -1,5 +1,5 @@
-//! What a record says: the answer to each command, the state that people see, and when the head of
-//! the queue may be admitted.
+//! What a record says: the standing of an id, the obstacle to an acquisition, the state of the key,
+//! and when the head of the queue may be admitted.
 
 use std::time::Duration;
 
@@ -15,18 +15,18 @@ pub struct Snapshot {
     pub now: Timestamp,
 }
 
-/// What a record says of one lease id. Every command is answered by the standing of its id after
-/// the commit.
+/// What a record says about one lease id. Every command is answered from the standing of its id
+/// after the commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing<'a> {
     /// The id holds a lease.
     Holder(&'a Holder),
-    /// The id is in the queue, behind this many others whose entries have not lapsed.
+    /// The id is in the queue, behind this many waiters whose entries have not lapsed.
     Waiter(usize),
     /// The id has ended, for this reason.
     Departed(Reason),
-    /// The record does not know the id: it was refused, is no longer remembered, or was never
-    /// there.
+    /// The record does not have the id: it was refused, is no longer remembered, or was never asked
+    /// for.
     Unknown,
 }
 
@@ -37,10 +37,10 @@ pub enum Obstacle<'a> {
     MinHold(Timestamp),
     /// The key is held, and the holder or the acquisition is exclusive.
     Holder,
-    /// As many hold the key as the smallest `shared_limit` allows, of the holders' and the
-    /// acquisition's own.
+    /// The key has as many holders as the smallest `shared_limit` allows, among those of the
+    /// holders and of the acquisition.
     Limit {
-        /// How many holders there are, without those that may be displaced.
+        /// How many holders there are, not counting those that may be displaced.
         holders: usize,
         /// The smallest limit.
         limit: u32,
@@ -49,7 +49,7 @@ pub enum Obstacle<'a> {
     Waiter(&'a Waiter),
 }
 
-/// The state of a key as people see it.
+/// The state of a key, as callers see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// The key has no holder.
@@ -61,7 +61,7 @@ pub enum State {
 }
 
 impl Snapshot {
-    /// Returns what the record says of `id`.
+    /// Returns what the record says about `id`.
     #[must_use]
     pub fn standing(&self, id: LeaseId) -> Standing<'_> {
         let record = &self.record;
@@ -90,7 +90,7 @@ impl Snapshot {
         same_id.any(|(_, mode, shared_limit)| !asked.is_same(mode, shared_limit))
     }
 
-    /// Returns why `asked` is not granted, or `None` if nothing keeps it from being granted.
+    /// Returns why `asked` is not granted, or `None` if it could be granted now.
     #[must_use]
     pub fn obstacle(&self, asked: &Acquisition, rules: &Rules) -> Option<Obstacle<'_>> {
         let record = &self.record;
@@ -110,7 +110,7 @@ impl Snapshot {
         self.queue().find(|waiter| waiter.acquisition.id != asked.id).map(Obstacle::Waiter)
     }
 
-    /// Returns the state of the key as people see it.
+    /// Returns the state of the key, as callers see it.
     #[must_use]
     pub fn state(&self) -> State {
         if self.record.holders.is_empty() {

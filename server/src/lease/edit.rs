@@ -17,19 +17,19 @@ pub struct Acquisition {
     pub owner: String,
     /// More labels, chosen by the caller.
     pub metadata: BTreeMap<String, String>,
-    /// Whether the lease excludes others.
+    /// Whether the lease is exclusive or shared.
     pub mode: Mode,
     /// For shared leases: at most this many hold the key while this one does. 1 to
     /// [`MAX_SHARED_HOLDERS`](super::MAX_SHARED_HOLDERS).
     pub shared_limit: u32,
     /// How long the lease lasts after its grant and after each touch.
     pub ttl: Ttl,
-    /// If the lease is released early, no lease is granted on the key until this long after its
-    /// grant. Whole milliseconds.
+    /// How long after the grant the key stays blocked if the lease is released earlier. Whole
+    /// milliseconds.
     pub min_hold: Duration,
     /// Whether the acquisition enters the queue if it cannot be granted at once.
     pub wait: bool,
-    /// An earlier command asked for the same lease and may still be under way.
+    /// Whether an earlier command that asked for the same lease may still be under way.
     pub repeated: bool,
 }
 
@@ -64,16 +64,16 @@ impl Acquisition {
     }
 }
 
-/// All operations of a batch on one key, as lists of ids without duplicates.
+/// All operations of a batch on one key, as lists without duplicates.
 ///
 /// The operations are concurrent with each other, because none has been answered.
-/// [`step`](super::step) applies them in an order of its own, which is part of the rules.
+/// [`step`](super::step) applies them in a fixed order, which is part of the rules.
 ///
 /// An edit is idempotent: applied again, it gives the same answers. So an edit must not ask for an
 /// id that it also releases or cancels. The code that merges operations puts the second of the two
 /// into the next edit.
 ///
-/// An empty edit is a *nudge*: it only grants the leases whose turn has come.
+/// An empty edit is a *nudge*: it only admits the waiters that may be admitted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edit {
     touch: UniqueList<LeaseId>,
@@ -112,8 +112,8 @@ impl Edit {
         self.release(id)
     }
 
-    /// Ends the id before a command asks for it, so that a late command changes nothing. An id that
-    /// holds or waits by now is left alone.
+    /// Adds an id to keep out: ends the id, so that a late command that asks for it changes
+    /// nothing. An id that holds or waits by now is left alone.
     #[must_use]
     pub fn keep_out(mut self, id: LeaseId) -> Self {
         self.keep_out.add(id);
@@ -130,37 +130,39 @@ impl Edit {
         self
     }
 
-    /// Ends the block of a `min_hold`, if it lasts until exactly this instant.
+    /// Adds the end of a `min_hold` block. Only a block that lasts until exactly `until` is ended:
+    /// repeated, the edit must not end a later block.
     #[must_use]
     pub fn unblock(mut self, until: Timestamp) -> Self {
         self.unblock.add(until);
         self
     }
 
-    /// Takes a waiter out of the queue.
+    /// Adds a cancellation, which removes a waiter from the queue.
     #[must_use]
     pub fn cancel(mut self, id: LeaseId) -> Self {
         self.cancel.add(id);
         self
     }
 
-    /// Renews a waiter's entry. Never makes an entry, because a late refresh would make one that
-    /// nobody waits for. A call whose entry is gone asks again, as a repetition.
+    /// Adds a refresh, which renews a waiter's entry. A refresh never makes an entry, because a
+    /// late one would make an entry for which no call waits. A call whose entry is missing asks
+    /// again, as a repetition.
     #[must_use]
     pub fn refresh(mut self, id: LeaseId) -> Self {
         self.refresh.add(id);
         self
     }
 
-    /// Adds an acquisition: enters the queue, or renews the entry or the lease that the id has
-    /// already.
+    /// Adds an acquisition, which enters the queue, or renews the lease or the entry that its id
+    /// already has.
     #[must_use]
     pub fn enqueue(mut self, acquisition: Arc<Acquisition>) -> Self {
         if let Some(existing) = self.enqueue.add(Arc::clone(&acquisition))
             && acquisition.is_same(existing.mode, existing.shared_limit)
         {
             // If one of two calls for the same acquisition waits, the acquisition waits. Otherwise
-            // the call that does not wait would take the other one out of the queue.
+            // the call that does not wait would remove the other one from the queue.
             let existing = Arc::make_mut(existing);
             existing.wait |= acquisition.wait;
             existing.repeated = true;
@@ -168,8 +170,8 @@ impl Edit {
         self
     }
 
-    /// Returns the edit as it is sent again after a failure. The first attempt may still be under
-    /// way, so its acquisitions count as repeated.
+    /// Returns the edit to send again after a failure. The earlier command may still be under way,
+    /// so the acquisitions count as repeated.
     #[must_use]
     pub fn repeated(mut self) -> Self {
         self.enqueue.change(|acquisition| Arc::make_mut(acquisition).repeated = true);
@@ -221,7 +223,7 @@ impl Edit {
         self.unblock.has(until)
     }
 
-    /// Returns true if the edit takes this waiter out of the queue.
+    /// Returns true if the edit removes this waiter from the queue.
     #[must_use]
     pub fn cancels(&self, id: LeaseId) -> bool {
         self.cancel.has(id)
@@ -233,7 +235,7 @@ impl Edit {
         self.refresh.has(id)
     }
 
-    /// Returns true if the edit asks for this id, with whatever mode and limit.
+    /// Returns true if the edit asks for this id, with any mode and limit.
     #[must_use]
     pub fn enqueues(&self, id: LeaseId) -> bool {
         self.enqueue.has(id)
@@ -266,18 +268,18 @@ impl Edit {
         &self.release
     }
 
-    /// The ids to keep out: later commands may not ask for them.
+    /// The ids to keep out: later commands that ask for them change nothing.
     #[must_use]
     pub fn kept_out(&self) -> &[LeaseId] {
         &self.keep_out
     }
 
-    /// The released ids whose departures are remembered for long, even if they held and were asked
-    /// for once.
+    /// The released ids whose departures are lasting even if the id held and was asked for only
+    /// once.
     #[must_use]
     pub(crate) fn lasting(&self) -> &UniqueList<LeaseId> {
-        // The edit may be sent again after other edits. By then the record may have forgotten
-        // departures that are not lasting, except for the newest few.
+        // The edit may be sent again after other edits. By then the record may have forgotten all
+        // departures that are not lasting, except the newest ones.
         if self.release.len() > REMEMBERED_DEPARTURES { &self.release } else { &self.given_up }
     }
 
@@ -287,13 +289,13 @@ impl Edit {
         &self.revoke
     }
 
-    /// The ends of the `min_hold` blocks to end.
+    /// The `min_hold` blocks to end, each named by the instant until which it would last.
     #[must_use]
     pub fn unblocked(&self) -> &[Timestamp] {
         &self.unblock
     }
 
-    /// The waiters to take out of the queue.
+    /// The waiters to remove from the queue.
     #[must_use]
     pub fn cancelled(&self) -> &[LeaseId] {
         &self.cancel

@@ -5,8 +5,7 @@ use std::fmt;
 
 use uuid::Uuid;
 
-/// Names one acquisition. A bearer secret, which the daemon reveals only to the caller that
-/// acquired.
+/// Names one acquisition. A bearer secret, which the daemon reveals only to the acquirer.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseId(Uuid);
 
@@ -54,6 +53,7 @@ impl TryFrom<&str> for LeaseId {
     /// everywhere.
     fn try_from(text: &str) -> Result<Self, InvalidLeaseId> {
         const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
+        // `try_parse` would also accept upper case, braces, a URN and a spelling without hyphens.
         if text.len() != HYPHENATED || text.bytes().any(|byte| byte.is_ascii_uppercase()) {
             return Err(InvalidLeaseId::Spelling);
         }

@@ -35,7 +35,7 @@ impl Key {
     }
 }
 
-/// Sound because keys are ordered, compared and hashed like their text.
+/// `Borrow` is sound because keys are ordered, compared and hashed like their text.
 impl Borrow<str> for Key {
     fn borrow(&self) -> &str {
         &self.0

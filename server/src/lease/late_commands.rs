@@ -4,13 +4,12 @@
 //! - A lease id gets at most one token, and a released id never holds or waits again.
 //! - A caller that knows of its lease loses it only by its own release, by a revocation, or to a
 //!   waiter after the lease and the grace are over.
-//! - In the end an id holds or waits only if its caller may still want it.
+//! - At the end of a history an id holds or waits only if its caller may still want it.
 //!
-//! The callers follow docs/semantics.md. They choose an id for each acquisition, repeat an
-//! unanswered call as a repetition, and release an acquire that they gave up as given up. The
-//! network and the store delay and lose commands at will. But no command takes effect later than
-//! [`MAX_COMMAND_DELAY`] after it was sent, and no call reaches a daemon later than
-//! [`MAX_CALL_DELAY`].
+//! The callers follow docs/semantics.md. They choose an id for each acquisition, mark a repeated
+//! call as a repetition, and mark the release of an acquire that they gave up as given up. Any
+//! command may be delayed or lost. But no command takes effect later than [`MAX_COMMAND_DELAY`]
+//! after it was sent, and no call reaches a daemon later than [`MAX_CALL_DELAY`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -23,7 +22,7 @@ use super::*;
 
 const RULES: Rules = Rules { grace: Duration::from_millis(300), waiter_ttl: Duration::from_millis(900) };
 const START: i64 = 1_000_000;
-/// How many callers there are, each with an id. The ids of [`Event::Others`] come on top.
+/// How many callers there are, each with an id. The ids of [`Event::Others`] are further ones.
 const IDS: u8 = 30;
 /// How long a command may be under way to the store, in milliseconds.
 const MAX_COMMAND_DELAY: i64 = 10_000;
@@ -37,7 +36,7 @@ type NewSimulation = fn() -> Simulation;
 enum Event {
     /// A caller begins an acquire. The call may reach a daemon later.
     Call(u8),
-    /// The call reaches a daemon, which sends a command. Another such event for the same call means
+    /// The call reaches a daemon, which sends a command. A second `Ask` for the same call means
     /// that this daemon or another one sends the command again.
     Ask(u8),
     /// One of the commands under way takes effect.
@@ -45,20 +44,20 @@ enum Event {
     Touch(u8),
     /// The caller releases its lease, or gives up its acquire.
     Release(u8),
-    /// The wait of the call is over.
+    /// The time that the call may wait is over.
     Cancel(u8),
     /// The daemon finds that the call is not in the queue, and asks again.
     Rejoin(u8),
     Revoke(usize),
     /// This many other ids acquire a lease and release it, one after the other.
     Others(u8),
-    /// This many hundreds of ids are released that nobody asks for.
+    /// This many hundreds of unused ids are released.
     Flood(u8),
     /// The clock moves by this many milliseconds.
     Pass(i64),
 }
 
-/// What becomes of the answer to a command.
+/// Whether the answer to a command reaches the caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Answer {
     Delivered,
@@ -114,8 +113,8 @@ fn id(number: u8) -> LeaseId {
     LeaseId::from([number + 1; 16])
 }
 
-/// Returns the acquisition of a caller, always the same one. Most are shared, so that many hold at
-/// once.
+/// Returns the acquisition of a caller, always the same one. Most are shared, so that many callers
+/// hold at once.
 fn acquisition(number: u8, repeated: bool) -> Arc<Acquisition> {
     Arc::new(Acquisition {
         mode: if number.is_multiple_of(5) { Mode::Exclusive } else { Mode::Shared },
@@ -211,15 +210,15 @@ impl Simulation {
                 let Caller { state, called_at, asks, .. } = *self.caller(who);
                 // The first call of a caller that gave up may still arrive. A caller that gave up
                 // repeats no call.
-                let comes =
+                let may_arrive =
                     state == Knowledge::Asks || (state == Knowledge::Over && asks == 0 && called_at > 0);
-                if comes && now <= called_at + MAX_CALL_DELAY {
+                if may_arrive && now <= called_at + MAX_CALL_DELAY {
                     self.ask(who);
                 }
             }
             Event::Arrive(which, answer) if !self.under_way.is_empty() => {
                 let Command { edit, sent_at, answers } = self.under_way.remove(which % self.under_way.len());
-                // Releases are sent until they are answered, so they have no last moment.
+                // A release is sent until it is answered, so it may arrive at any time.
                 if answers.is_none() || now <= sent_at + MAX_COMMAND_DELAY {
                     self.apply(&edit)?;
                     if let Some((who, number)) = answers.filter(|_| answer == Answer::Delivered) {
@@ -291,8 +290,8 @@ impl Simulation {
         LeaseId::from(bytes)
     }
 
-    /// The daemon reads the answer off the record and passes it to the caller. But it asks again if
-    /// an id that it wanted to keep out holds, and it may commit something before it refuses.
+    /// Answers the caller from the record. If an id that the daemon wanted to keep out holds, the
+    /// daemon asks again instead. Before it refuses, it may commit an edit.
     fn receive_answer(&mut self, who: u8, number: u32, was_kept_out: bool) {
         let snapshot = Snapshot { record: self.record.clone(), now: Timestamp(self.now) };
         let asks_again = was_kept_out && self.asks_again;
@@ -308,8 +307,8 @@ impl Simulation {
         }
     }
 
-    /// Refuses the call. If earlier commands for the id may still arrive, the daemon commits
-    /// something first, and the caller is not told yet.
+    /// Refuses the call. If earlier commands for the id may still arrive, the daemon first commits
+    /// an edit, and answers the caller after that.
     fn refuse(&mut self, who: u8) {
         let (now, refusal) = (self.now, self.refusal);
         let caller = self.caller(who);
@@ -323,7 +322,7 @@ impl Simulation {
     }
 
     /// Applies all commands that can still take effect, and the releases last, since they are sent
-    /// until they are answered. Then no id holds or waits whose caller is done with it.
+    /// until they are answered. Then checks that no id of a caller that is done holds or waits.
     fn end(&mut self) -> Result<(), TestCaseError> {
         let under_way = std::mem::take(&mut self.under_way);
         let (asks, others): (Vec<_>, Vec<_>) =
@@ -348,12 +347,13 @@ impl Simulation {
     }
 }
 
-/// Returns callers, mostly one of four, so that each of them has a long history.
+/// Generates callers: mostly one of four, so that these have long histories.
 fn many() -> BoxedStrategy<u8> {
     prop_oneof![3 => 0_u8..4, 1 => 0..IDS].boxed()
 }
 
-/// Two callers that do not share and do not wait: one is refused while the other holds.
+/// Generates one of two callers that exclude each other and do not wait: one is refused while the
+/// other holds.
 fn rivals() -> BoxedStrategy<u8> {
     prop::sample::select(vec![0, 3]).boxed()
 }
@@ -413,7 +413,7 @@ fn random_histories_find_the_faults_of_mutants() {
                 step(record, edit, now, rules)
             })
         }),
-        ("a release that finds nothing settles nothing", many(), || {
+        ("a release of an unknown id settles nothing", many(), || {
             Simulation::new(|record, edit, now, rules| {
                 let mut after = step(record, edit, now, rules);
                 after.departures.retain(|departure| departure.reason != Reason::Settled);
@@ -440,15 +440,15 @@ fn each_part_of_the_rules_is_needed() {
     use Answer::{Delivered, Lost};
     use Event::{Arrive, Ask, Call, Flood, Others, Pass, Release, Revoke};
     const WHO: u8 = 1;
-    // The first of two commands is granted the lease. The second one arrives after many others have
-    // come and gone.
+    // The first of two commands is granted the lease. The second one arrives after many other ids
+    // have held and ended.
     let twice = |between: &[Event]| {
         let begin = [Call(WHO), Ask(WHO), Ask(WHO), Arrive(0, Lost)];
         [&begin, between, &[Others(10), Arrive(0, Lost)]].concat()
     };
     let given_up = twice(&[Release(WHO), Arrive(1, Lost)]);
     let asked_again = twice(&[Ask(WHO), Arrive(1, Delivered), Release(WHO), Arrive(1, Lost)]);
-    let before_it_comes = vec![Call(WHO), Release(WHO), Arrive(0, Lost), Ask(WHO), Arrive(0, Lost)];
+    let released_first = vec![Call(WHO), Release(WHO), Arrive(0, Lost), Ask(WHO), Arrive(0, Lost)];
     let mutants: [(&str, Vec<Event>, Step); 8] = [
         ("departures are remembered", given_up.clone(), |mut record, edit, now, rules| {
             record.departures.clear();
@@ -499,7 +499,7 @@ fn each_part_of_the_rules_is_needed() {
             }
             after
         }),
-        ("a release of an unknown id is remembered", before_it_comes, |record, edit, now, rules| {
+        ("a release of an unknown id is remembered", released_first, |record, edit, now, rules| {
             let mut after = step(record, edit, now, rules);
             after.departures.retain(|departure| departure.reason != Reason::Settled);
             after
@@ -519,8 +519,8 @@ fn each_part_of_the_rules_is_needed() {
     let without_keep_out = Simulation { refusal: None, ..Simulation::new(step) };
     assert!(without_keep_out.play(&history).is_err(), "no property needs that refused ids are kept out");
 
-    // The refusal does not arrive. The caller asks again at another daemon and is granted the
-    // lease. Then the command arrives that the daemon commits before a refusal.
+    // The refusal is lost. The caller asks again at another daemon and is granted the lease. Then
+    // the command arrives that the first daemon commits before a refusal.
     let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, Delivered)];
     let granted = [Ask(TRY), Release(HOLDER), Arrive(3, Lost), Arrive(2, Delivered)];
     let history = [&holds[..], &refused, &granted, &[Arrive(1, Lost)]].concat();

@@ -3,8 +3,8 @@
 //! This module uses no runtime, network, database or clock. `now` is always an argument, which the
 //! caller reads from the store's clock.
 //!
-//! [`step`] is the specification. The embedded store runs `step` itself. The MongoDB store says the
-//! same as an aggregation pipeline, and a differential test compares the two.
+//! [`step`] is the specification. The embedded store runs `step` itself. The MongoDB store has the
+//! same rules as an aggregation pipeline, and a differential test compares the two.
 
 /// The key that is leased.
 mod key;
@@ -22,7 +22,7 @@ mod edit;
 mod unique_list;
 /// The specification: how an edit changes a record.
 mod step;
-/// What a record says: the answers to commands, and the state that people see.
+/// What a record says: the standing of an id, the obstacle to an acquisition, the state of the key.
 mod answer;
 
 /// Invariants of the rules over random histories.

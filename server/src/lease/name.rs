@@ -2,7 +2,7 @@
 
 use super::{Key, LeaseId};
 
-/// Names one lease. The id alone is not enough: the same id on another key is another lease.
+/// Names one lease. The id alone does not: the same id on another key names another lease.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct LeaseName {
     /// The key that is leased.

@@ -1,4 +1,4 @@
-//! The record of a key: everything that the store keeps of it.
+//! The record of a key: everything that is stored about it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,15 +18,16 @@ pub struct Record {
     pub holders: Vec<Holder>,
     /// The queue, the head first.
     pub waiters: Vec<Waiter>,
-    /// The ids that ended lately and how, the newest first.
+    /// The ids that ended recently and how, the newest first.
     pub departures: Vec<Departure>,
-    /// No lease is granted before this instant. `None` if no holder has asked for a `min_hold`.
+    /// No lease is granted before this instant. `None` if no lease with a `min_hold` was released,
+    /// or if an operator ended the block.
     pub blocked_until: Option<Timestamp>,
     /// Rises with every edit, so that an edit which changes nothing else is a write as well.
     pub rev: i64,
 }
 
-/// A record without a grant is kept for this long, and then until the next purge.
+/// A record without a grant may be purged once it has been unused for this long.
 pub const NEVER_GRANTED: Duration = Duration::from_secs(3600);
 
 /// Whether a lease excludes others.
@@ -57,12 +58,11 @@ pub struct Holder {
     pub acquired_at: Timestamp,
     /// When the lease lapses unless it is touched before.
     pub expires_at: Timestamp,
-    /// If the lease is released early, no lease is granted on the key until this long after its
-    /// grant.
+    /// How long after the grant the key stays blocked if the lease is released earlier.
     pub min_hold: Duration,
     /// For shared leases: at most this many hold the key while this one does.
     pub shared_limit: u32,
-    /// The lease was asked for more than once, so a late command may still ask for it.
+    /// Whether the lease was asked for more than once, so that a late command may still ask for it.
     pub repeated: bool,
 }
 
@@ -86,8 +86,8 @@ pub struct Departure {
     pub reason: Reason,
     /// When the id ended.
     pub at: Timestamp,
-    /// The departure is remembered for [`MEMORY`](super::MEMORY), because a command that asks for
-    /// the id may still be under way.
+    /// Whether the departure is remembered for [`MEMORY`](super::MEMORY), because a command that
+    /// asks for the id may still be under way.
     pub lasting: bool,
 }
 
@@ -96,14 +96,14 @@ pub struct Departure {
 pub enum Reason {
     /// The holder released it.
     Released,
-    /// The lease lapsed, and another lease was granted in its stead.
+    /// The lease lapsed, and the grant of another lease displaced it.
     Displaced,
     /// An operator took the lease away.
     Revoked,
     /// The id was released while it was in the queue.
     Withdrawn,
-    /// The id was released while it neither held nor waited: before an acquisition asked for it, or
-    /// long after it had ended.
+    /// The id was kept out, or was released while it neither held nor waited: before an acquisition
+    /// asked for it, or long after it had ended.
     Settled,
 }
 
@@ -125,6 +125,7 @@ impl Record {
     /// Returns true if the key has no holder and no waiter, and no `min_hold` blocks it.
     #[must_use]
     pub fn is_free(&self, now: Timestamp) -> bool {
+        // `None` is less than any instant, so a key without a block passes.
         !self.is_taken() && self.blocked_until <= Some(now)
     }
 
@@ -153,8 +154,8 @@ impl Record {
         used.chain([Timestamp(self.token.0)]).all(|last| last + unused_for < now)
     }
 
-    /// Returns a version that orders the states of a key. Revisions begin anew when a purged record
-    /// is made again, but tokens go on rising, so the token comes first.
+    /// Returns a version that orders the states of a key. The token comes first: revisions start
+    /// again when a purged record is made again, but tokens keep rising.
     #[must_use]
     pub fn version(&self) -> (FencingToken, i64) {
         (self.token, self.rev)

@@ -1,6 +1,6 @@
 //! The specification: how an edit changes a record at one instant.
 //!
-//! The MongoDB store's pipeline says the same, so a rule changes here first and then there.
+//! The MongoDB store's pipeline has the same rules. A rule changes here first and then there.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,16 +9,16 @@ use super::{
     Acquisition, Departure, Edit, FencingToken, Holder, LeaseId, Mode, Reason, Record, Timestamp, Waiter,
 };
 
-/// How many departures a record remembers at least: the newest ones.
+/// A record remembers at least this many departures, the newest ones.
 pub const REMEMBERED_DEPARTURES: usize = 8;
-/// How long a record remembers a lasting departure: longer than any command may be under way.
+/// How long a record remembers a lasting departure: longer than any command can be under way.
 pub const MEMORY: Duration = Duration::from_secs(60);
-/// A record with this many lasting departures notes further ones as not lasting. The departures are
-/// counted once for each edit, so a single large edit may exceed this.
+/// A record with this many lasting departures notes further ones as not lasting. They are counted
+/// once, before the edit, so a single large edit may exceed this number and [`SETTLED_DEPARTURES`].
 pub const LASTING_DEPARTURES: usize = 1024;
-/// How many of the lasting departures may be [`Reason::Settled`]. Anyone can release ids that
-/// nobody uses. The rest is kept for leases that were revoked or displaced, which a late command
-/// could bring back.
+/// At most this many of the lasting departures are [`Reason::Settled`], because anyone can release
+/// unused ids. The other half is left to leases that were revoked or displaced: if such a departure
+/// were forgotten, a late command could be granted the lease again.
 pub const SETTLED_DEPARTURES: usize = LASTING_DEPARTURES / 2;
 /// A queue with this many waiters accepts no more.
 pub const MAX_WAITERS: usize = 1024;
@@ -30,10 +30,10 @@ pub const MAX_SHARED_HOLDERS: u32 = 1024;
 /// The durations that an operator or a store chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rules {
-    /// How long after a lease has lapsed its holder may be displaced. Covers the difference between
-    /// the clocks of the store's nodes.
+    /// How long a lapsed lease stays safe from displacement. Covers the difference between the
+    /// clocks of the store's nodes.
     pub grace: Duration,
-    /// How long after the last refresh a waiter's entry lapses.
+    /// How long a waiter's entry lasts after it entered the queue and after each refresh.
     pub waiter_ttl: Duration,
 }
 
@@ -52,12 +52,13 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
     record.waiters.retain(|waiter| !edit.cancels(waiter.acquisition.id));
     enqueue(&mut record, edit, &departed, now, rules.waiter_ttl);
 
+    // The newest first. The order must be the pipeline's, because the differential test compares
+    // whole records.
     departed.splice(0..0, admit(&mut record, now, rules.grace, capacity));
     departed.extend(kept_out(&record, edit, &departed, now, capacity));
 
     remember(&mut record, edit, departed, now);
-    // Only now: an acquisition that does not wait still had to pass through the queue to be
-    // granted.
+    // Last: even an acquisition that does not wait is granted from the queue.
     record.waiters.retain(|waiter| waiter.acquisition.wait);
     record.rev += 1;
     record
@@ -66,9 +67,9 @@ pub fn step(mut record: Record, edit: &Edit, now: Timestamp, rules: &Rules) -> R
 /// How many more lasting departures a record can note.
 #[derive(Debug, Clone, Copy)]
 struct Capacity {
-    /// Of any reason.
+    /// Departures of any reason.
     all: usize,
-    /// Of the reason [`Reason::Settled`].
+    /// Departures of the reason [`Reason::Settled`].
     settled: usize,
 }
 
@@ -108,8 +109,9 @@ fn depart(record: &mut Record, edit: &Edit, now: Timestamp, capacity: Capacity) 
     let revoked = extract(&mut record.holders, |holder| edit.revokes(holder.id));
     let is_withdrawn = |waiter: &mut Waiter| edit.releases(waiter.acquisition.id);
     let withdrawn: Vec<Waiter> = record.waiters.extract_if(.., is_withdrawn).collect();
-    // An early release does not end the `min_hold`. A holder without a `min_hold` must not block at
-    // all: after the clock stepped back, even its `acquired_at` may lie in the future.
+    // An early release does not end the `min_hold`; a revocation does. A holder without a
+    // `min_hold` must not block at all: after the clock stepped back, even its `acquired_at` may
+    // lie in the future.
     let held_for = released.iter().filter(|holder| !holder.min_hold.is_zero());
     let held_for = held_for.map(|holder| Some(holder.acquired_at + holder.min_hold));
     record.blocked_until = held_for.chain([record.blocked_until]).max().flatten();
@@ -118,8 +120,8 @@ fn depart(record: &mut Record, edit: &Edit, now: Timestamp, capacity: Capacity) 
     let departure = |id, reason| Departure { id, reason, at: now, lasting: can_last };
     let mut departed: Vec<Departure> =
         revoked.iter().map(|holder| departure(holder.id, Reason::Revoked)).collect();
-    // The most common departure is not lasting, which keeps records small: a holder that was asked
-    // for once releases its lease, and no command under way can ask for its id.
+    // The most common departure is not lasting, which keeps records small: if the lease was asked
+    // for only once, no command under way can still ask for its id.
     departed.extend(released.iter().map(|Holder { id, repeated, .. }| {
         let lasting = can_last && (*repeated || edit.lasting().has(*id));
         Departure { lasting, ..departure(*id, Reason::Released) }
@@ -176,15 +178,14 @@ fn enqueue(record: &mut Record, edit: &Edit, departed: &[Departure], now: Timest
     if record.waiters.len() < MAX_WAITERS && record.size() < MAX_RECORD_BYTES {
         record.waiters.extend(arrivals);
     } else {
-        // A full record accepts nobody. It loses its lapsed entries, so that the waiters of dead
+        // A full record accepts no waiter. It drops its lapsed entries, so that the waiters of dead
         // daemons cannot keep it full for good.
         record.waiters.retain(|waiter| now < waiter.expires_at);
     }
 }
 
-/// Grants the lease of the head of the queue, again and again while the head fits. Returns the
-/// departures of the holders that were displaced. A head that fits but has lapsed leaves the queue
-/// without a grant.
+/// Grants leases from the head of the queue while the head fits. A head that fits but has lapsed
+/// leaves the queue without a grant. Returns the departures of the holders that were displaced.
 fn admit(record: &mut Record, now: Timestamp, grace: Duration, capacity: Capacity) -> Vec<Departure> {
     let mut left_queue = 0;
     let mut displaced = Vec::new();
@@ -196,10 +197,10 @@ fn admit(record: &mut Record, now: Timestamp, grace: Duration, capacity: Capacit
         if waiter.expires_at <= now {
             continue;
         }
-        // Every holder that may be displaced is, shared ones too: if they were touched back to life
-        // later, there could be more holders than the limit.
+        // Displaces every holder whose grace is over, shared ones too: a later touch could revive
+        // them, and there would be more holders than the limit.
         displaced.extend(extract(&mut record.holders, |holder| !is_live(holder, now, grace)));
-        // A token is at least the time of its grant, so that tokens go on rising after a purge of
+        // A token is at least the time of its grant, so that tokens keep rising after a purge of
         // the record.
         record.token = FencingToken(record.token.0.saturating_add(1).max(now.0));
         record.holders.push(grant(&waiter.acquisition, record.token, now));
@@ -234,8 +235,8 @@ fn remember(record: &mut Record, edit: &Edit, departed: Vec<Departure>, now: Tim
     if departed.is_empty() {
         return;
     }
-    // Each departure makes the record larger and its commits slower. So a record remembers only
-    // what a retry may ask about.
+    // Each departure makes the record larger and its commits slower. So a record remembers only the
+    // ids that a retry may ask for.
     let newest = departed.len().max(REMEMBERED_DEPARTURES);
     record.departures.splice(0..0, departed);
     let mut position = 0;
@@ -265,7 +266,7 @@ fn grant(acquisition: &Acquisition, token: FencingToken, now: Timestamp) -> Hold
     }
 }
 
-/// Returns true if the head of the queue may hold beside the present holders.
+/// Returns true if the head of the queue may hold the key together with the present holders.
 pub(super) fn fits(
     head: &Acquisition,
     holders: &[Holder],
@@ -274,6 +275,7 @@ pub(super) fn fits(
     grace: Duration,
 ) -> bool {
     let mut live = holders.iter().filter(|holder| is_live(holder, now, grace));
+    // `None` is less than any instant, so without a block this is true.
     blocked_until <= Some(now)
         && match head.mode {
             Mode::Exclusive => live.next().is_none(),

@@ -62,17 +62,17 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Mostly one of six ids, so that commands meet on the same id. The others are enough for a record
-/// to forget departures.
+/// Generates mostly one of six ids, so that commands meet on the same id. With the other ids there
+/// are enough for a record to forget departures.
 fn ids() -> impl Strategy<Value = u8> {
     prop_oneof![4 => 0_u8..6, 1 => 0..IDS]
 }
 
-/// Returns histories: for each step, by how much the clock moves, sometimes backwards, and the
+/// Generates histories: for each step, by how much the clock moves, sometimes backwards, and the
 /// operations that follow.
 fn histories() -> impl Strategy<Value = Vec<(i64, Vec<Op>)>> {
-    let passes = prop_oneof![6 => 0_i64..700, 1 => -400_i64..0, 1 => 700_i64..3000];
-    prop::collection::vec((passes, prop::collection::vec(ops(), 0..4)), 1..25)
+    let elapsed = prop_oneof![6 => 0_i64..700, 1 => -400_i64..0, 1 => 700_i64..3000];
+    prop::collection::vec((elapsed, prop::collection::vec(ops(), 0..4)), 1..25)
 }
 
 fn id(number: u8) -> LeaseId {
@@ -110,8 +110,8 @@ fn play(history: &[(i64, Vec<Op>)], step: Step, check: Check) -> Result<(), Test
     let mut record = Record::vacant(Key::try_from("key").expect("a key"));
     let mut past = Past { highest: START, ..Past::default() };
     let mut now = START;
-    for (passes, ops) in history {
-        now += passes;
+    for (elapsed, ops) in history {
+        now += elapsed;
         past.highest = past.highest.max(now);
         let edit = edit(ops, &record);
         let after = step(record.clone(), &edit, Timestamp(now), &RULES);
@@ -140,7 +140,7 @@ fn find_counter_example(cases: u32, step: Step, check: Check) -> Option<String> 
 }
 
 /// Asserts that the check holds for the rules, and that it fails for the mutant.
-fn holds(check: Check, mutant: Step) {
+fn assert_invariant(check: Check, mutant: Step) {
     if let Some(counter_example) = find_counter_example(2000, super::step, check) {
         panic!("{counter_example}");
     }
@@ -170,7 +170,7 @@ fn tokens_strictly_increase_and_a_lease_has_one() {
         past.tokens.retain(|id, _| transition.after.holders.iter().any(|holder| holder.id == *id));
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         record.token = FencingToken(0);
         step(record, edit, now, rules)
     });
@@ -184,7 +184,7 @@ fn never_two_live_exclusive_holders_nor_one_beside_shared_ones() {
         prop_assert!(exclusive.len() <= 1 && (exclusive.is_empty() || shared.is_empty()));
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         let holders = std::mem::take(&mut record.holders);
         let mut after = step(record, edit, now, rules);
         after.holders.extend(holders);
@@ -205,7 +205,7 @@ fn no_holder_is_displaced_before_its_lease_and_the_grace_are_over() {
         }
         Ok(())
     };
-    holds(check, |record, edit, now, rules| {
+    assert_invariant(check, |record, edit, now, rules| {
         let early = Timestamp(now.0 + 50);
         step(record, edit, early, rules)
     });
@@ -231,7 +231,7 @@ fn no_waiter_overtakes_another() {
         prop_assert!(!(newcomer && still_waits), "a newcomer overtakes a waiter");
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         record.waiters.reverse();
         step(record, edit, now, rules)
     });
@@ -244,8 +244,8 @@ fn applying_an_edit_again_at_once_gives_the_same_answers() {
         let (first, second) = [transition.after, &again]
             .map(|record| Snapshot { record: record.clone(), now: transition.now })
             .into();
-        // An entry that has lapsed may leave the queue in this step, so a conflict before may be
-        // none later.
+        // Skips an id whose acquisition conflicted before the step: the step may remove the lapsed
+        // entry that caused the conflict, and then the second answer differs.
         let before = Snapshot { record: transition.before.clone(), now: transition.now };
         let conflicts =
             |id| transition.edit.enqueued().iter().any(|asked| asked.id == id && before.conflicts(asked));
@@ -256,7 +256,7 @@ fn applying_an_edit_again_at_once_gives_the_same_answers() {
                 (Standing::Waiter(_), Standing::Waiter(_) | Standing::Holder(_)) => {}
                 (Standing::Holder(holder), Standing::Departed(Reason::Displaced))
                     if !live(holder, transition.now) => {}
-                // The record notes that the id was asked for twice, but no answer shows that.
+                // `repeated` may differ, but no answer shows it.
                 (Standing::Holder(first), Standing::Holder(second)) => {
                     prop_assert_eq!(first, &Holder { repeated: first.repeated, ..second.clone() });
                 }
@@ -265,7 +265,7 @@ fn applying_an_edit_again_at_once_gives_the_same_answers() {
         }
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         record.departures.clear();
         step(record, edit, now, rules)
     });
@@ -291,7 +291,7 @@ fn applying_an_edit_again_later_contradicts_no_answer() {
         }
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         let revoked = record.holders.iter().fold(edit.clone(), |edit, holder| edit.revoke(holder.id));
         record.rev += 1;
         step(record, &revoked, now, rules)
@@ -317,7 +317,7 @@ fn a_late_duplicate_acquires_nothing() {
         }
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         let departures = std::mem::take(&mut record.departures);
         let mut after = step(record, edit, now, rules);
         after.departures.extend(departures);
@@ -342,7 +342,7 @@ fn nothing_is_shortened_by_a_clock_that_steps_back() {
         }
         Ok(())
     };
-    holds(check, |record, edit, now, rules| {
+    assert_invariant(check, |record, edit, now, rules| {
         let mut after = step(record, edit, now, rules);
         for holder in after.holders.iter_mut().filter(|holder| edit.touched().contains(&holder.id)) {
             holder.expires_at = now + holder.ttl.get();
@@ -361,7 +361,7 @@ fn an_id_holds_or_waits_at_most_once() {
         prop_assert_eq!(ids.len(), distinct.len());
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         let holders = std::mem::take(&mut record.holders);
         let mut after = step(record, edit, now, rules);
         after.holders.extend(holders);
@@ -385,7 +385,7 @@ fn a_stale_id_changes_no_more_than_an_empty_edit() {
         );
         Ok(())
     };
-    holds(check, |mut record, edit, now, rules| {
+    assert_invariant(check, |mut record, edit, now, rules| {
         if !edit.released().is_empty() {
             record.holders.clear();
         }
@@ -412,7 +412,7 @@ fn keeping_an_id_out_changes_no_lease_and_ends_every_unknown_id() {
         }
         Ok(())
     };
-    holds(check, |record, edit, now, rules| {
+    assert_invariant(check, |record, edit, now, rules| {
         let released = edit.kept_out().iter().fold(edit.clone(), |edit, id| edit.give_up(*id));
         step(record, &released, now, rules)
     });
@@ -424,7 +424,7 @@ fn every_edit_raises_the_revision() {
         prop_assert_eq!(transition.after.rev, transition.before.rev + 1);
         Ok(())
     };
-    holds(check, |record, edit, now, rules| {
+    assert_invariant(check, |record, edit, now, rules| {
         let before = record.clone();
         let after = step(record, edit, now, rules);
         if (Record { rev: before.rev, ..after.clone() }) == before { before } else { after }

@@ -12,6 +12,7 @@ impl Add<Duration> for Timestamp {
     type Output = Self;
 
     fn add(self, duration: Duration) -> Self {
+        // With a huge duration the result is the last instant, not one in the past.
         Self(self.0.saturating_add(millis(duration)))
     }
 }

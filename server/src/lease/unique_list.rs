@@ -55,7 +55,8 @@ pub(crate) struct UniqueList<T: Named> {
 }
 
 impl<T: Named> UniqueList<T> {
-    /// Adds an entry. If the list has one of the same name, adds nothing and returns that one.
+    /// Adds an entry. If the list has an entry of the same name, adds nothing and returns that
+    /// entry.
     pub(super) fn add(&mut self, entry: T) -> Option<&mut T> {
         let name = entry.name();
         if let Some(position) = self.position(name) {

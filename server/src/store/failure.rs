@@ -63,13 +63,15 @@ impl From<Failure> for StoreError {
 }
 
 /// Whether any command of an attempt at a batch may have changed something. An attempt may take
-/// several commands, so no single failure can say that nothing was changed.
+/// several commands, so the failure of one does not prove that nothing was changed.
+///
+/// Atomic only because the future of an attempt must be `Send`.
 #[derive(Debug, Default)]
 pub(super) struct Effects(AtomicBool);
 
 impl Effects {
-    /// Notes the reply to a command. `is_change` says of a successful reply whether the command
-    /// changed something.
+    /// Notes the reply to a command. `is_change` returns whether a successful command changed
+    /// something.
     pub(super) fn note<T>(
         &self,
         reply: Result<T, Failure>,
@@ -89,7 +91,7 @@ impl Effects {
         if self.0.load(Ordering::Relaxed) { Outcome::Unknown } else { Outcome::NotApplied }
     }
 
-    /// The error of an attempt that ended with `failure`.
+    /// Returns the error of an attempt that ended with `failure`.
     pub(super) fn conclude(&self, failure: Failure) -> StoreError {
         StoreError::from(failure).after(self.outcome())
     }

@@ -22,7 +22,7 @@ pub(super) struct StoreMetrics {
     pub(super) durations: Histogram,
     pub(super) repetitions: Counter,
     pub(super) purged: Counter,
-    /// By operation and kind.
+    /// Failures by operation and kind.
     errors: [[Counter; KINDS.len()]; OPERATIONS.len()],
 }
 
@@ -56,7 +56,8 @@ impl StoreMetrics {
         let [purged] = registry.by_label(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));
-        let errors = ("leased_store_errors", "What the store did not do, by what is known of the outcome");
+        let errors =
+            ("leased_store_errors", "Failed operations of the store, by what is known of the outcome");
         let errors = registry.by_labels(errors, labels, Counter::default);
         Self { batches, keys, durations, repetitions, purged, errors }
     }
@@ -77,8 +78,9 @@ impl StoreMetrics {
         }
     }
 
-    /// Counts a failure. Logs those about single records, up to a rate.
+    /// Counts a failure. Logs a failure of a single record, up to a rate.
     fn count(&self, operation: Operation, error: &StoreError) {
+        // A position in `KINDS`.
         let kind = match error {
             StoreError::Unavailable { outcome: Outcome::NotApplied, .. } => 0,
             StoreError::Unavailable { outcome: Outcome::Unknown, .. } => 1,

@@ -1,19 +1,19 @@
 //! Where records live: the trait that the engine uses, and the two stores that implement it.
 
-/// Repeats failed batches, and counts what a store does.
+/// Wraps a store: repeats failed batches and records metrics.
 mod retrying;
 /// The metrics of a store.
 mod metrics;
 /// What is known of a failed attempt, and whether to repeat it.
 mod failure;
-/// One file, one daemon.
+/// The store of a single daemon, in one file.
 pub mod embedded;
-/// MongoDB, any number of daemons.
+/// The store on MongoDB, for any number of daemons.
 pub mod mongo;
 /// Logs records that cannot be read.
 mod unreadable;
 
-/// Tests that hold both stores to the specification.
+/// Tests that compare both stores with the specification.
 #[cfg(test)]
 mod conformance;
 
@@ -35,8 +35,8 @@ pub trait Store: Send + Sync + 'static {
     /// Applies each key's edit to its record and returns the records. The keys must be different.
     ///
     /// Tries once, for at most `deadline`. After [`StoreError::Unavailable`] the batch can be
-    /// repeated, since edits are idempotent. The caller must not drop the future before its end and
-    /// then use the same keys.
+    /// repeated, since edits are idempotent. A caller that drops the future before it completes
+    /// must not use its keys again, because the batch may still be under way.
     ///
     /// If a record cannot be read, or its edit cannot be applied, the result for its key is
     /// [`StoreError::Unreadable`]. The other edits of the batch are applied.
@@ -50,14 +50,14 @@ pub trait Store: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
 
     /// How many batches should be in flight at once. With one, the store is idle between two
-    /// batches. With each more, batches get smaller, and most of the cost of a small batch is
-    /// overhead.
+    /// batches. With each further one, batches get smaller, and most of the cost of a small batch
+    /// is overhead.
     fn batches(&self) -> usize;
 
     /// Reads the records of `keys`, in any order. Keys without a record are left out. A record that
     /// cannot be read is returned as [`StoreError::Unreadable`], which names its key.
     ///
-    /// For the engine's own work: these reads do not wait for callers who read or list.
+    /// For the engine's own work: these reads do not wait for listings.
     ///
     /// # Errors
     /// [`StoreError`] if the store does not answer in time.
@@ -93,28 +93,29 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError`] if it cannot.
     fn check(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// The identity of the records: the same for every daemon on them and after restarts, and
-    /// different for any other records. Clients compare the ids of their daemons, so that they
-    /// never mix two stores.
+    /// The identity of the store: the same for every daemon on these records and after restarts,
+    /// and different for any other records. Clients compare the ids that their daemons report, so
+    /// that they never mix two stores.
     fn id(&self) -> Uuid;
 
-    /// Announces this daemon to its peers on the same records. Must be called before anyone is
-    /// served.
+    /// Announces this daemon to its peers on the same records. Must be called before the daemon
+    /// serves calls.
     ///
     /// # Errors
-    /// [`StartError::Unusable`] if it must not run beside its peers; [`StartError::Unreachable`] if the store does not answer.
+    /// [`StartError::Unusable`] if it must not run beside its peers; [`StartError::Unreachable`] if
+    /// the store does not answer.
     fn join(&self) -> impl Future<Output = Result<(), StartError>> + Send {
         async { Ok(()) }
     }
 
-    /// Waits until this daemon must stop serving, because of its peers or because the store is
-    /// gone. Returns the reason.
+    /// Waits until this daemon must stop serving, because an earlier peer has another grace or the
+    /// records were replaced. Returns the reason.
     fn objection(&self) -> impl Future<Output = String> + Send {
         std::future::pending()
     }
 
-    /// Ends the store's background work and tells the peers that this daemon is gone. Bounded in
-    /// time. The store must not be used afterwards.
+    /// Ends the store's background work and removes this daemon from the list that its peers read.
+    /// Bounded in time. The store must not be used afterwards.
     fn leave(&self) -> impl Future<Output = ()> + Send {
         async {}
     }
@@ -125,14 +126,14 @@ pub trait Store: Send + Sync + 'static {
     /// The kind of store, as one word.
     fn name(&self) -> &'static str;
 
-    /// How often the store's clock was set, or this host's, by more than the grace.
+    /// How often the store's clock or this host's was set by more than the grace.
     fn clock_steps(&self) -> u64 {
         0
     }
 
-    /// Sends news of changes by other daemons until `draining` is cancelled or the receiver is
-    /// dropped. Returns at once if no other daemon can change the records. News of this daemon's
-    /// own changes may be among them.
+    /// Reports changes by other daemons until `draining` is cancelled or the receiver is dropped.
+    /// Returns at once if no other daemon can change the records. May report this daemon's own
+    /// changes too.
     fn feed(
         &self,
         events: mpsc::Sender<FeedEvent>,
@@ -149,39 +150,41 @@ pub trait Store: Send + Sync + 'static {
 /// The result of a batch.
 #[derive(Debug)]
 pub struct Committed {
-    /// The records after the batch, in its order. A record may show later edits too.
+    /// The records after the batch, in the order of its keys. A record may show later edits too.
     pub records: Vec<ForKey>,
-    /// Whether an earlier attempt at the batch failed. Its commands may still be on their way, and
-    /// take effect later.
+    /// Whether an earlier attempt at the batch failed. The commands of that attempt may still be
+    /// under way, and take effect later.
     pub is_repeated: bool,
 }
 
-/// The record of one key among many, or why it cannot be had. The other records are not affected.
+/// The record of one key among many, or why it cannot be read or written. The other keys are not
+/// affected.
 pub type ForKey = Result<Snapshot, StoreError>;
 
-/// News of changes. A hint: it may be late or doubled, and a gap is announced.
+/// An event of the feed. A hint: it may be late or duplicated, and missed events are reported as a
+/// gap.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FeedEvent {
-    /// Somebody entered the key, left it or was admitted. A touch alone is no news.
+    /// The holders or the queue of the key may have changed. Touches alone are not reported.
     Changed {
         /// The key of the record.
         key: Key,
-        /// The revision after the change; `None` if it is not known or the record is gone.
+        /// The revision after the change. `None` if it is not known or the record was deleted.
         rev: Option<i64>,
     },
-    /// Earlier news may have been missed. Sent first of all, and after every failure.
+    /// Earlier changes may have been missed. Sent before the first change, and after every failure.
     Gap,
 }
 
 /// The state of a feed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum FeedState {
-    /// There is no feed: no other daemon changes the records.
+    /// There is no feed, because no other daemon changes the records.
     #[default]
     Off,
-    /// The feed runs, and may be behind by this much.
+    /// The feed is running, and may be behind by this much.
     Behind(Duration),
-    /// Other daemons change the records, and the feed does not run at present.
+    /// Other daemons change the records, and the feed is not running.
     Broken,
 }
 
@@ -194,7 +197,7 @@ pub struct ListQuery {
     pub after: Option<Key>,
     /// The most records on the page.
     pub limit: usize,
-    /// Also keys that nobody holds, waits for or keeps blocked.
+    /// Whether to list free keys too: neither held, waited for nor blocked.
     pub include_free: bool,
 }
 
@@ -203,15 +206,15 @@ pub struct ListQuery {
 pub struct Page {
     /// The records.
     pub snapshots: Vec<Snapshot>,
-    /// Whether more records follow. Then the page has at least one record, whose key the next page
-    /// begins after.
+    /// Whether more records follow. If so, the page is not empty, and the next page begins after
+    /// its last key.
     pub more: bool,
 }
 
 /// Why a daemon cannot start on a store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StartError {
-    /// The store answers and cannot be used. The sentence says what to do.
+    /// The store answers but cannot be used. The message says what to do.
     #[error("{0}")]
     Unusable(String),
     /// The store cannot be reached. Trying again later may help.
@@ -231,16 +234,15 @@ pub enum StoreError {
         /// The last failure, for logs.
         cause: String,
     },
-    /// The store answered that it will not do this, and changed nothing. Trying again will not
-    /// help.
+    /// The store refused the operation and changed nothing. Trying again will not help.
     #[error("the store refused: {cause}")]
     Refused {
         /// The refusal, for logs.
         cause: String,
     },
     /// The record of this key cannot be read, or the edit cannot be applied to it. Other keys are
-    /// not affected. Trying again will not help until somebody has mended or deleted the record.
-    /// The edit may have taken effect: a record that cannot be read may have been written before.
+    /// not affected. Trying again will not help until an operator has mended or deleted the record.
+    /// The edit may have taken effect, if only the read after it failed.
     #[error("the record of {key:?} cannot be read or written: {cause}")]
     Unreadable {
         /// The key of the record.
@@ -251,8 +253,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// The error of edits that failed with this error after a command or an attempt with the outcome
-    /// `earlier`.
+    /// Returns the error of edits that failed with this error after an earlier command or attempt
+    /// with the outcome `earlier`. Once an outcome is unknown, it stays unknown.
     fn after(self, earlier: Outcome) -> Self {
         match (earlier, self) {
             (Outcome::Unknown, Self::Unavailable { cause, .. } | Self::Refused { cause }) => {
@@ -273,7 +275,7 @@ pub enum Outcome {
 }
 
 impl Committed {
-    /// The records after a batch that was tried once.
+    /// Returns the result of a batch that was tried once.
     pub fn at_once(records: Vec<ForKey>) -> Self {
         Self { records, is_repeated: false }
     }
@@ -288,14 +290,15 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-/// Whether an edit makes a record where there is none: a new waiter does, and an id that must be
-/// remembered as released or kept out. Touching a key that nobody ever leased leaves no trace.
+/// Returns true if an edit makes a record where there is none: it enqueues a waiter, or names an id
+/// that must be remembered as released or kept out. So a touch of a key that was never leased
+/// leaves no record.
 fn makes_record(edit: &Edit) -> bool {
     !edit.enqueued().is_empty() || !edit.released().is_empty() || !edit.kept_out().is_empty()
 }
 
-/// The answer for a key without a record. Its instant does not matter, since nothing in it can run
-/// out.
+/// The answer for a key without a record. Its time does not matter, since nothing in the record can
+/// lapse.
 fn vacant(key: &Key) -> Snapshot {
     Snapshot { record: Record::vacant(key.clone()), now: Timestamp(0) }
 }

@@ -1,5 +1,4 @@
-//! The store as the daemon uses it: failed batches are repeated, and all that the store does is
-//! counted.
+//! The store as the daemon uses it: with repetition of failed batches, and with metrics.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -18,11 +17,10 @@ use super::{
 use crate::lease::{Edit, Key, Rules, Snapshot};
 use crate::metrics::registry::{GaugeGuard, MetricsRegistry};
 
-/// The pause before a batch is repeated for the first time. It doubles with each repetition, up to
-/// eight times this.
+/// The pause before the first repetition of a batch. It doubles with each repetition, up to 200 ms.
 const BACK_OFF: Duration = Duration::from_millis(25);
 
-/// Repeats the failed batches of the store inside, and counts what that store does.
+/// Wraps a store: repeats failed batches and records metrics.
 #[derive(Debug)]
 pub(crate) struct Retrying<S> {
     store: S,
@@ -124,11 +122,11 @@ impl<S: Store> Store for Retrying<S> {
 }
 
 /// Repeats `attempt` until it succeeds, is refused, or `deadline` has passed, and counts the
-/// repetitions. An attempt is given the time that is left until the deadline.
+/// repetitions. Each attempt receives the time that is left until the deadline.
 ///
 /// From the second attempt on the edits are marked as repeated, because the commands of an earlier
-/// attempt may still be on their way. For the same reason the outcome of the batch is unknown as
-/// soon as the outcome of one attempt is.
+/// attempt may still be under way. For this reason the outcome of the batch is unknown as soon as
+/// the outcome of one attempt is.
 pub(super) async fn repeat<F>(
     mut batch: Arc<Vec<(Key, Edit)>>,
     deadline: Duration,
@@ -147,6 +145,7 @@ where
             Err(error) => error,
         };
         let again = Instant::now() + pause;
+        // Repeating does not help after a refusal. An attempt at the deadline would have no time.
         let is_final = !matches!(failed, StoreError::Unavailable { .. }) || again >= until;
         let error = failed.after(earlier);
         if is_final {
@@ -180,7 +179,7 @@ mod tests {
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Reply {
         Changed,
-        FoundNothing,
+        MatchedNone,
         NotApplied,
         Late,
         Refused,
@@ -196,7 +195,7 @@ mod tests {
         fn result(self) -> Result<bool, Failure> {
             match self {
                 Self::Changed => Ok(true),
-                Self::FoundNothing => Ok(false),
+                Self::MatchedNone => Ok(false),
                 Self::NotApplied => Err(Failure::not_applied("not applied")),
                 Self::Late => Err(Failure::Late("late".to_owned())),
                 Self::Refused => Err(Failure::refused("refused")),
@@ -206,11 +205,12 @@ mod tests {
         }
     }
 
-    /// Attempts, each with the replies to its commands; an attempt ends with the first failure.
+    /// Generates attempts, each with the replies to its commands. An attempt ends with the first
+    /// failure.
     fn attempts() -> impl Strategy<Value = Vec<Vec<Reply>>> {
         let reply = prop::sample::select(vec![
             Reply::Changed,
-            Reply::FoundNothing,
+            Reply::MatchedNone,
             Reply::NotApplied,
             Reply::Late,
             Reply::Refused,
@@ -221,7 +221,7 @@ mod tests {
     }
 
     /// Commits a batch with these attempts, after which no command reaches the store. Returns
-    /// whether the batch was repeated, and the replies that the commands received.
+    /// whether the batch was repeated, and the replies to its commands.
     async fn commit(attempts: Vec<Vec<Reply>>, is_noted: bool) -> (Result<bool, StoreError>, Vec<Reply>) {
         let state = Mutex::new((VecDeque::from(attempts), Vec::new()));
         let attempt = async |_, _| {

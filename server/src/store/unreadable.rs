@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::StoreError;
 
-/// The least time between two log lines. Anyone may ask for the key of a damaged record as often as
-/// they like, so the log must not grow with the calls.
+/// The least time between two log lines. A caller may ask for the key of a damaged record any
+/// number of times, so the log must not grow with the calls.
 const PAUSE: Duration = Duration::from_secs(10);
 
 static LOG: Mutex<Log> = Mutex::new(Log { next: None, left_out: 0 });

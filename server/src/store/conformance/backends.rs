@@ -42,7 +42,8 @@ pub(super) struct Unanswered(pub(super) StoreError);
 
 impl Unanswered {
     /// Whether an edit left a record that cannot be read, as a mutant may do. Other failures do not
-    /// show a mutant: the store may be away, or the database may be unable to run the pipeline.
+    /// show a mutant: the store may be unreachable, or the database may be unable to run the
+    /// pipeline.
     pub(super) fn is_of_a_record(&self) -> bool {
         let Self(error) = self;
         matches!(error, StoreError::Unreadable { cause, .. } if cause.ends_with("is missing or of another type"))

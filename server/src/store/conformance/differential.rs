@@ -35,9 +35,9 @@ enum Op {
     Release(u8),
     GiveUp(u8),
     KeepOut(u8),
-    /// The first id, and how many follow each other.
+    /// The first id, and how many consecutive ids.
     ReleaseMany(u8, u8),
-    /// The position among the holders. Past the last one: an id that nobody has.
+    /// The position among the holders. Past the last holder: an unused id.
     Revoke(usize),
     RevokeAll,
     /// Whether the edit names the block of the key, or another one.
@@ -64,7 +64,7 @@ struct Arrival {
 struct TimedBatch {
     /// The milliseconds since the batch before. The clock may step back.
     passed: i64,
-    /// By key.
+    /// The operations by key.
     edits: BTreeMap<usize, Vec<Op>>,
     /// Replaces the edit of one key by an earlier one, as when a command is repeated or arrives
     /// late.
@@ -154,8 +154,8 @@ fn arrivals() -> impl Strategy<Value = Arrival> {
     )
 }
 
-/// Most ids are one of six, so that edits often concern the same id. The others are enough for a
-/// record to forget some.
+/// Generates mostly one of six ids, so that edits often concern the same id. With the other ids
+/// there are enough for a record to forget departures.
 fn ids() -> impl Strategy<Value = u8> {
     prop_oneof![5 => 0_u8..6, 1 => 0..IDS]
 }
@@ -181,9 +181,9 @@ fn sequences() -> impl Strategy<Value = Sequence> {
         0.3,
         replay.prop_map(|(key, which, repeated)| Replay { key, which, repeated }),
     );
-    let passes = prop_oneof![15 => -400_i64..1200, 1 => 58_000_i64..62_000];
+    let passed = prop_oneof![15 => -400_i64..1200, 1 => 58_000_i64..62_000];
     let batch =
-        (passes, edits, replay).prop_map(|(passed, edits, replay)| TimedBatch { passed, edits, replay });
+        (passed, edits, replay).prop_map(|(passed, edits, replay)| TimedBatch { passed, edits, replay });
     prop::collection::vec(batch, 1..14).prop_map(Sequence)
 }
 
@@ -343,7 +343,7 @@ fn a_store_does_what_step_does(#[values(Backend::Embedded, Backend::MongoDb)] ba
     assert!(found.is_empty(), "{}", found.join("\n\n"));
 }
 
-/// Queues and memories longer than random edits make them.
+/// The queues are longer, and the departures more, than random edits make them.
 #[rstest]
 fn long_queues_and_many_departures_are_the_same(
     #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,

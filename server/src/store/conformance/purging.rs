@@ -55,8 +55,8 @@ fn a_key_that_is_held_or_blocked_is_not_purged(
     }
 }
 
-/// The TTL is 1 s and the grace 100 ms. Others can take the lease over after both, and the key
-/// counts as free from then on.
+/// The TTL is 1 s and the grace 100 ms. The lease can be taken over after both, and the key counts
+/// as free from then on.
 fn purge_a_lapsed_lease(mut store: TestStore) {
     store.set_clock(NOW);
     commit(&store, vec![(key("lapsed"), ask(asking(LeaseId::random())))]);

@@ -82,8 +82,8 @@ fn an_edit_that_would_make_a_document_too_large_fails_alone() {
     assert_eq!(commit(&store, keys.iter().zip(&ids).map(touch).collect()).len(), keys.len());
 }
 
-/// MongoDB does not say which record it could not write, so the store searches for it. The search
-/// must end, because other batches wait for the keys.
+/// MongoDB does not say which record it could not write, so the store searches for the record. The
+/// search must end, because other batches wait for the keys.
 #[test]
 fn the_search_for_edits_that_cannot_be_applied_ends_at_the_deadline_of_the_batch() {
     let store = empty(Backend::MongoDb);

@@ -1,10 +1,10 @@
 //! The clock of the embedded store. It follows the machine's boot clock, which runs on during a
 //! suspension and cannot be set.
 //!
-//! An [`Anchor`] places the store's time on the boot clock. It is made from the host's wall clock,
+//! An [`Anchor`] maps the boot clock to the store's time. It is made from the host's wall clock,
 //! once for each boot of the machine, and kept in the file. A daemon that starts again during the
-//! same boot goes on with the same anchor. So setting the wall clock while the machine is up,
-//! forward or back, moves no lease.
+//! same boot uses the same anchor. So setting the wall clock while the machine is up, forward or
+//! back, moves no lease.
 //!
 //! The store's time never goes back: a new anchor is never earlier than the latest commit.
 
@@ -82,6 +82,7 @@ impl Anchor {
 pub(super) struct Clock {
     readings: Arc<dyn Readings>,
     anchor: Anchor,
+    /// The latest time that was shown, or that of the latest commit.
     shown: Timestamp,
     #[cfg(test)]
     set: Option<Timestamp>,

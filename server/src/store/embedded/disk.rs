@@ -1,4 +1,4 @@
-//! The file under the database, with two features that a plain file lacks.
+//! The file under the database, with two guarantees that a plain file lacks:
 //!
 //! - No write reaches the file before [`Disk::accept`]. redb writes to a file as it opens it, and a
 //!   file that turns out to be damaged, foreign or newer than this program must stay as it is.
@@ -23,12 +23,12 @@ pub(super) struct Disk {
 }
 
 /// The ranges written since the last successful sync. They outlive a [`Disk`]: after a failure the
-/// database is opened again on a new one.
+/// database is opened again on a new `Disk`.
 pub(super) type Unsynced = Arc<Mutex<Ranges>>;
 
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
-    /// Offset and length of each.
+    /// The offset and length of each range.
     written: Vec<(u64, usize)>,
     /// Whether a sync has failed since the last successful one.
     failed: bool,
@@ -41,14 +41,14 @@ struct WriteBuffer {
     length: u64,
     /// The file's own bytes are visible up to this offset.
     visible_until: u64,
-    /// In the order in which they were made.
+    /// The operations, in the order in which they were made.
     ops: Vec<BufferedOp>,
 }
 
 #[derive(Debug)]
 enum BufferedOp {
     SetLen(u64),
-    /// At an offset.
+    /// Writes at an offset.
     Write(u64, Vec<u8>),
     Sync,
 }
@@ -78,7 +78,7 @@ impl Disk {
         self.sync_data()
     }
 
-    /// Writes the ranges again, with the bytes that the file shows.
+    /// Writes the ranges again, with the bytes that a read of the file returns.
     fn rewrite(&self, ranges: &mut Ranges) -> Result<()> {
         ranges.tidy();
         let end = self.file.len()?;
@@ -211,6 +211,7 @@ impl StorageBackend for Disk {
             }
             return Ok(());
         }
+        // Listed even if the write fails, which may have written a part of the data.
         self.unsynced().written.push((offset, data.len()));
         self.file.write(offset, data)
     }

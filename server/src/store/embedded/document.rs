@@ -112,6 +112,7 @@ struct StoredDeparture {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enumeration)]
 enum StoredMode {
+    /// What an absent field decodes to.
     Unknown = 0,
     Exclusive = 1,
     Shared = 2,
@@ -119,6 +120,7 @@ enum StoredMode {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enumeration)]
 enum StoredReason {
+    /// What an absent field decodes to.
     Unknown = 0,
     Released = 1,
     Displaced = 2,
@@ -127,7 +129,7 @@ enum StoredReason {
     Settled = 5,
 }
 
-/// Appends the encoded record to `bytes`. The key is not part of them: the table stores it.
+/// Appends the encoded record to `bytes`, without its key: the table stores that.
 pub(super) fn encode(record: &Record, bytes: &mut Vec<u8>) {
     let stored = StoredRecord {
         token: record.token.0,

@@ -37,7 +37,7 @@ const ANCHOR_TIME: &str = "anchor_time";
 const ANCHOR_BOOT: &str = "anchor_boot";
 /// The identity of the store.
 const STORE: &str = "store";
-/// How many records are read before the renewed ones are written.
+/// How many records are read before the renewed ones are written. Bounds the memory of a renewal.
 const CHUNK: usize = 1000;
 
 /// What a file says about itself.
@@ -47,6 +47,7 @@ pub(super) struct Facts {
     pub(super) store: Option<Uuid>,
     /// The store's time at the latest commit.
     pub(super) latest: Timestamp,
+    /// The clock's anchor. `None` in a file of an earlier version.
     pub(super) anchor: Option<Anchor>,
 }
 
@@ -103,8 +104,8 @@ impl Facts {
     /// the identity.
     ///
     /// If the anchor is new, the holders are renewed. A new anchor comes from the wall clock, which
-    /// may have been set forward since the latest commit. That must not end the lease of a holder
-    /// that still relies on it.
+    /// may have been set forward since the latest commit. A clock that was set must not end a lease
+    /// on which its holder still relies.
     pub(super) fn persist(
         &self,
         database: &Database,
@@ -172,8 +173,8 @@ fn fill(memory: &Arc<dyn StorageBackend>) -> Result<(), redb::Error> {
 }
 
 /// Extends the leases of all holders and the entries of all waiters, except those that had lapsed
-/// by the latest commit. Nobody relies on a lapsed lease, and a lease that ended long ago must not
-/// take its key again. Each `min_hold` keeps the time that was left of it at the latest commit.
+/// by the latest commit. No holder relies on a lapsed lease, and a lease that lapsed long ago must
+/// not take its key again. Each `min_hold` keeps the time that was left of it at the latest commit.
 fn renew(
     transaction: &WriteTransaction,
     latest: Timestamp,

@@ -1,6 +1,6 @@
-//! Tests with faults of disks: a loss of power in the middle of a write, a full disk, a sync that
-//! fails, damaged bytes. The store runs on a disk in memory that has these faults on demand.
-//! Whatever the store has acknowledged must survive them.
+//! Tests with disk faults: a loss of power in the middle of a write, a full disk, a sync that
+//! fails, damaged bytes. The store runs on a disk in memory that has these faults on demand. Every
+//! acknowledged commit must survive them.
 
 use std::collections::HashMap;
 use std::io::{Error, ErrorKind, Result};
@@ -23,7 +23,7 @@ use crate::store::failure::Failure;
 
 const RULES: Rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
 
-/// A disk in memory, with a cache that is lost when the power fails. All clones are one disk.
+/// A disk in memory, with a cache that is lost when the power fails. All clones share one disk.
 #[derive(Debug, Clone, Default)]
 struct FaultyDisk(Arc<Mutex<State>>);
 
@@ -461,9 +461,9 @@ struct Image {
 }
 
 impl Image {
-    /// Whether the damaged file is refused and left unchanged, or shows the right records. Damage
-    /// to the latest commit looks like a loss of power during that commit, so the records before it
-    /// are right too.
+    /// Returns true if the damaged file is refused and left unchanged, or shows the right records.
+    /// Damage to the latest commit looks like a loss of power during that commit, so the records
+    /// before it are right too.
     fn is_noticed_or_harmless(&self, damage: &Damage) -> bool {
         let mut bytes = self.bytes.clone();
         match damage {

@@ -2,8 +2,8 @@
 //! intact.
 //!
 //! Only the start of a daemon creates files. A running daemon accepts no file but the one it
-//! opened. An empty file in its place, for example below the mount point of a volume that is gone,
-//! would grant leases that are still held.
+//! opened. With an empty file in its place, for example below the mount point of a volume that is
+//! no longer mounted, it would grant leases that are still held.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Write};
@@ -23,8 +23,7 @@ use crate::lease::Timestamp;
 pub(super) const FILE: &str = "leases.redb";
 /// The name of a new file until it is complete.
 const NEW_FILE: &str = "leases.redb.new";
-/// How much of the file redb may cache, in bytes. The page cache of the operating system comes on
-/// top.
+/// How much of the file redb may cache, in bytes, besides the operating system's page cache.
 const CACHE: usize = 64 * 1024 * 1024;
 
 /// Why a data folder cannot be used. The message says what to do.
@@ -51,7 +50,7 @@ pub enum OpenError {
     /// The operating system denies access to the path.
     #[error("{0} cannot be used: {1}; see that the daemon may write there, or name another --data-dir")]
     Forbidden(PathBuf, String),
-    /// The file that a running daemon opened is gone, or another one is in its place.
+    /// The file that a running daemon opened was removed, or another one is in its place.
     #[error(
         "{0} is not the file that this daemon opened ({1}): put that file back, or mount its volume again; to begin \
          with what is there now, restart the daemon"
@@ -66,8 +65,8 @@ impl OpenError {
     fn io(path: &Path, error: &Error) -> Self {
         let what = error.to_string();
         match error.kind() {
-            // The daemon creates what is missing. `NotFound` in spite of that means that nothing
-            // can be created there.
+            // The daemon creates missing folders and files. If it gets `NotFound` nevertheless,
+            // nothing can be created there.
             ErrorKind::NotFound
             | ErrorKind::PermissionDenied
             | ErrorKind::NotADirectory
@@ -179,9 +178,10 @@ impl DataFile {
     /// is killed leaves no incomplete file under the real name. The next start overwrites or
     /// removes the temporary file.
     ///
-    /// A lock on the temporary file keeps two first starts apart.
+    /// A lock on the temporary file makes sure that only one of two first starts creates it.
     fn create_file(&self) -> Result<(), OpenError> {
         let fail = |error: Error| OpenError::io(&self.path, &error);
+        // Not truncated before the lock is held: another start may be writing the file.
         let mut file = open_options().create(true).truncate(false).open(&self.new).map_err(fail)?;
         match file.try_lock() {
             Ok(()) => {}
@@ -217,8 +217,8 @@ impl DataFile {
         OpenError::Gone(self.path.clone(), why)
     }
 
-    /// Converts an error about a path that led to the mounted file before: if nothing is there, the
-    /// file is gone.
+    /// Converts an error about a path that led to the mounted file before. If the path leads
+    /// nowhere, the file was removed.
     fn missing(&self, error: &Error) -> OpenError {
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => self.gone(REMOVED),
@@ -238,6 +238,7 @@ impl Medium for DataFile {
             Ok(identity) => Ok(identity.is_some()),
             Err(error) => Err(OpenError::io(path, &error)),
         };
+        // `create_file` may have lost a race to another start, so this looks again.
         while !exists(&self.path)? || exists(&self.new)? {
             self.create_file()?;
         }
@@ -266,8 +267,8 @@ impl Medium for DataFile {
         Ok(Arc::new(FileBackend::new(file).map_err(|error| OpenError::database(&self.path, error))?))
     }
 
-    /// Compares the numbers of the file at the path. While the mounted file is open no other file
-    /// can have its numbers.
+    /// Compares the device and inode numbers of the file at the path. While the mounted file is
+    /// open no other file can have them.
     fn check_path(&self) -> Result<(), OpenError> {
         let there = fs::metadata(&self.path).map_err(|error| self.missing(&error))?;
         if *self.mounted() == Some(Identity::of(&there)) { Ok(()) } else { Err(self.gone(REPLACED)) }
@@ -304,8 +305,8 @@ pub(super) fn open(
         FactsError::Failed(error) => OpenError::redb(path, error),
     })?;
     if let Some(expected) = expected {
-        // The numbers of a file do not suffice: they are used again, and a volume may have been set
-        // back to a snapshot.
+        // The device and inode numbers do not suffice: they are used again, and a volume may have
+        // been set back to a snapshot.
         if facts.store != Some(expected.store) {
             return Err(OpenError::Gone(path.to_owned(), REPLACED));
         }
@@ -459,7 +460,7 @@ mod tests {
         assert!(matches!(OpenError::redb(path, full.into()), OpenError::Failed(..)), "a full disk may pass");
     }
 
-    /// The file keeps its number, as when a file system uses the number of a deleted file again.
+    /// The file keeps its inode number, as when a file system uses that of a deleted file again.
     #[test]
     fn another_store_under_the_same_file_number_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");

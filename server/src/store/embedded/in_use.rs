@@ -33,7 +33,8 @@ impl InUse {
             let (name, bytes) = entry?;
             let Ok(key) = Key::try_from(name.value()) else { continue };
             let record = document::decode(&key, bytes.value());
-            // A record that cannot be read counts as in use, so that a listing reports it.
+            // A record that cannot be read counts as in use, so that a listing reports it. At the
+            // earliest instant no block is over, so every blocked key is in the set.
             if record.map_or(true, |record| !record.is_free(Timestamp(i64::MIN))) {
                 keys.insert(key);
             }
@@ -83,7 +84,7 @@ impl InUse {
     }
 
     fn keys(&self) -> MutexGuard<'_, BTreeSet<Key>> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change of the set, so a poisoned lock is harmless.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

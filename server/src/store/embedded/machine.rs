@@ -1,6 +1,6 @@
-//! Tests of the store's time on a simulated machine. Its wall clock is set, it is suspended and
-//! rebooted, and daemons on it start and end. The store's time must follow the boot clock alone,
-//! and setting a clock must end no lease.
+//! Tests of the store's time on a simulated machine. The machine's wall clock is set, it is
+//! suspended and rebooted, and its daemons start and end. The store's time must follow the boot
+//! clock alone, and setting a clock must end no lease.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -118,14 +118,14 @@ enum Event {
     Suspend(i64),
     SetWall(i64),
     Commit,
-    /// The daemon ends and starts again after so many milliseconds.
+    /// The daemon ends and starts again after this many milliseconds.
     Restart(i64),
     Boot {
         off: i64,
         set_wall: i64,
     },
-    /// The daemon opens its file again. Another daemon has made the latest commit, so many
-    /// milliseconds later.
+    /// The daemon opens its file again. Another daemon has committed to it, this many milliseconds
+    /// after the latest commit.
     Reopen(i64),
 }
 
@@ -189,7 +189,7 @@ fn keeps_time(events: &[Event], mutant: Option<ClockMutant>) -> Result<(), TestC
                 machine.boot(off);
                 machine.set_wall(set_wall);
                 // No answer contained a time after the latest commit, so the time may go back to
-                // that.
+                // that commit.
                 before = kept.latest;
                 clock = kept.start(&machine);
                 let wall = Timestamp(machine.state().wall);
@@ -330,7 +330,7 @@ async fn a_boot_renews_leases_that_were_held_and_no_others() {
     machine.pass(30_000);
     apply(&store, "free", acquire(released)).await;
     let free = apply(&store, "free", Edit::default().release(released)).await;
-    // More records than one chunk has.
+    // There are more records than one chunk has.
     let crowd = (0..2_500).map(|number| (key(&format!("crowd/{number}")), acquire(LeaseId::random())));
     store.commit(Arc::new(crowd.collect()), Duration::from_secs(60)).await.expect("a commit");
     let before = apply(&store, "held", acquire(held)).await;

@@ -1,14 +1,14 @@
 //! The store of a single daemon: one file. Only the files in here use redb.
 //!
-//! A thread of its own applies the rules, in one write transaction for all batches that wait. A
-//! commit that has been answered is on the disk. All threads are made when the store opens, because
-//! the system may have none to give later.
+//! A single thread applies the rules, in one write transaction for all waiting batches. A commit is
+//! answered when it is on the disk. All threads start when the store opens, because the system may
+//! refuse a thread later.
 
 /// The thread that writes, and what writer and readers share.
 mod writer;
 /// The threads that read.
 mod readers;
-/// The file: opening, checking, and noticing that it is gone.
+/// The file: opening it, checking it, and noticing that it was removed.
 mod file;
 /// Holds writes back until the file is known to be usable.
 mod disk;
@@ -16,7 +16,7 @@ mod disk;
 mod facts;
 /// Records as bytes.
 mod document;
-/// Keys that are in use, in memory.
+/// The keys in use, in memory.
 mod in_use;
 /// The store's clock.
 mod clock;
@@ -48,11 +48,11 @@ use super::{
 };
 use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 
-/// The writer groups all waiting batches into one transaction, so more batches in flight do not
-/// shrink its writes.
+/// How many batches are in flight at once. The writer groups all waiting batches into one
+/// transaction, so more batches in flight do not shrink its writes.
 const BATCHES: usize = 4;
-/// How many threads read keys, and how many read pages. A page can take long where there are many
-/// free keys, and the engine must not wait for that when it reads keys.
+/// How many threads read keys, and how many read pages. A page takes long if it passes many free
+/// keys, and the engine must not wait for that when it reads keys.
 const KEY_READERS: usize = 4;
 const PAGE_READERS: usize = 4;
 /// A page ends when it has more bytes than this.
@@ -67,10 +67,11 @@ pub struct EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Opens the data in `folder`, or makes it, and checks that it is whole.
+    /// Opens the data in `folder`, or creates it, and checks that it is intact.
     ///
     /// # Errors
-    /// [`OpenError`]: another daemon uses the data, it is damaged or not of leased, or the system does not allow it.
+    /// [`OpenError`]: another daemon uses the data, it is damaged or another program's, or the
+    /// system denies access.
     pub async fn open(folder: &Path, rules: Rules) -> Result<Self, OpenError> {
         Self::open_on(Box::new(DataFile::in_folder(folder)), rules, Arc::new(Host)).await
     }
@@ -82,7 +83,7 @@ impl EmbeddedStore {
     ) -> Result<Self, OpenError> {
         let path = medium.path().to_owned();
         let failed = |why: String| OpenError::Failed(path.clone(), why);
-        let thread = |error| failed(format!("the system gives no thread ({error})"));
+        let thread = |error| failed(format!("the system refuses a thread ({error})"));
         let writer = Writer::start(move || OpenStore::open(medium, rules, readings)).await;
         let writer = writer.map_err(|unstarted| match unstarted {
             Unstarted::Thread(error) => thread(error),
@@ -212,7 +213,7 @@ impl From<OpenError> for StartError {
 
 fn list(shared: &OpenStore, records: &Records, query: &ListQuery) -> Result<Page, Failure> {
     let start = query.after.as_ref().map_or("", Key::as_str).max(query.prefix.as_str());
-    let mut page = Filling { query, shared, page: Page::default(), bytes: 0 };
+    let mut page = PageBuilder { query, shared, page: Page::default(), bytes: 0 };
     if query.include_free {
         for entry in records.range(start..)? {
             let (name, value) = entry?;
@@ -222,6 +223,7 @@ fn list(shared: &OpenStore, records: &Records, query: &ListQuery) -> Result<Page
         }
     } else {
         shared.in_use().walk(start, |key| {
+            // A key enters the set before its commit, so its record may not be there yet.
             let Some(value) = records.get(key.as_str())? else { return Ok(true) };
             Ok(page.take(key.as_str(), value.value()))
         })?;
@@ -230,27 +232,29 @@ fn list(shared: &OpenStore, records: &Records, query: &ListQuery) -> Result<Page
 }
 
 /// A page that is being filled.
-struct Filling<'a> {
+struct PageBuilder<'a> {
     query: &'a ListQuery,
     shared: &'a OpenStore,
     page: Page,
     bytes: usize,
 }
 
-impl Filling<'_> {
-    /// Adds the next record if it belongs on the page. Returns whether there can be more.
+impl PageBuilder<'_> {
+    /// Adds the next record if it belongs on the page. Returns whether more records may belong on
+    /// it.
     fn take(&mut self, name: &str, value: &[u8]) -> bool {
         let Self { query, page, .. } = self;
         if !name.starts_with(&query.prefix) {
             return false;
         }
-        // No call can name such a key, so nobody misses it.
+        // A name that is not a valid key is left out: no call can ask for it.
         let Ok(key) = Key::try_from(name) else { return true };
         if query.after.as_ref() == Some(&key) {
             return true;
         }
         let Some(snapshot) = readable(self.shared, &key, value) else { return true };
         let record = &snapshot.record;
+        // A key that was never granted has a record only to keep ids out. Listings do not show it.
         if record.token == FencingToken::default() || (!query.include_free && record.is_free(snapshot.now)) {
             return true;
         }
@@ -264,16 +268,16 @@ impl Filling<'_> {
     }
 }
 
-/// The record of `key`. A record that cannot be read is reported and left out.
+/// Decodes the record of `key`. A record that cannot be read is logged and left out.
 fn readable(shared: &OpenStore, key: &Key, bytes: &[u8]) -> Option<Snapshot> {
     shared.snapshot(key, bytes).inspect_err(|unreadable| report(&unreadable.clone().into())).ok()
 }
 
-/// How many keys are read, and deleted, at once.
+/// How many keys are read, and deleted, at once. So commits wait for one page of a purge at most.
 const PURGE_PAGE: usize = 1000;
 
-/// Some keys whose records may be deleted or that are not in use any more, and the key to go on
-/// with.
+/// Returns the keys of a page whose records may be deleted or that are no longer in use, and the
+/// key at which the next page begins.
 fn purgeable(
     shared: &OpenStore,
     records: &Records,
@@ -283,14 +287,14 @@ fn purgeable(
     let mut keys = Vec::new();
     for (seen, entry) in records.range(from.as_ref().map_or("", Key::as_str)..)?.enumerate() {
         let (name, value) = entry?;
-        // No call can name such a key, so nobody misses it.
+        // A name that is not a valid key is left alone: no call can ask for it.
         let Ok(key) = Key::try_from(name.value()) else { continue };
         if seen >= PURGE_PAGE {
             return Ok((keys, Some(key)));
         }
         let Some(Snapshot { record, now }) = readable(shared, &key, value.value()) else { continue };
-        let may_go = record.is_forgettable(now, free_for, shared.rules().grace);
-        if may_go || (record.is_free(now) && shared.in_use().contains(&key)) {
+        let is_forgettable = record.is_forgettable(now, free_for, shared.rules().grace);
+        if is_forgettable || (record.is_free(now) && shared.in_use().contains(&key)) {
             keys.push(key);
         }
     }
@@ -308,11 +312,11 @@ mod tests {
 
     const RULES: Rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
     const DAY: Duration = Duration::from_secs(24 * 3600);
-    /// Keys leased, freed and forgotten in one round.
+    /// Keys leased, freed and purged in one round.
     const KEYS: usize = 20_000;
     const ROUNDS: usize = 5;
 
-    /// Leases and frees new keys, and forgets them a while later.
+    /// Leases and frees new keys, and purges them an hour later.
     async fn round(store: &mut EmbeddedStore, number: usize, keys: usize) {
         let mut now = Timestamp(1_700_000_000_000) + DAY * u32::try_from(number).expect("a few rounds");
         store.set_clock(now);
@@ -372,7 +376,7 @@ mod tests {
         assert!(*most <= sizes[0] * 2, "{sizes:?}");
     }
 
-    /// Twenty thousand keys, all free but for two of them.
+    /// All of the 20,000 keys are free except two.
     #[tokio::test]
     async fn a_listing_reads_no_more_than_the_keys_in_use() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -443,7 +447,7 @@ mod tests {
         let settled = vec![(key("free"), Edit::default().release(LeaseId::random()))];
         store.commit(Arc::new(settled), DAY).await.expect("a commit");
         drop(store);
-        // The file is closed some time after the last clone has gone.
+        // The file is closed some time after the last clone is dropped.
         let store = loop {
             match EmbeddedStore::open(folder.path(), RULES).await {
                 Ok(store) => break store,

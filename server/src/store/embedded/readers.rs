@@ -1,5 +1,5 @@
-//! Threads that read the database. All of them start with the store, because the system may have no
-//! thread to give later. They serve requests in the order of arrival.
+//! Threads that read the database. All of them start with the store, because the system may refuse
+//! a thread later. They serve requests in the order of arrival.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, io, thread};
@@ -14,7 +14,7 @@ const QUEUE: usize = 64;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A pool of threads that share one queue. They end with the last clone.
+/// A pool of threads that share one queue. They end when the last clone is dropped.
 #[derive(Clone)]
 pub(super) struct Readers(mpsc::Sender<Job>);
 
@@ -35,7 +35,8 @@ impl Readers {
         Ok(Self(sender))
     }
 
-    /// Runs `work` on one of the threads. Work whose caller has gone before it starts is skipped.
+    /// Runs `work` on one of the threads. Skips the work if the caller has given up before it
+    /// starts.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
@@ -46,7 +47,7 @@ impl Readers {
                 // redb panics on some kinds of damage. A panic fails this read alone.
                 let done = contained(work);
                 let panicked = |_| Err(Failure::not_applied("the store panicked while it read"));
-                // The caller may have gone meanwhile.
+                // The caller may have given up meanwhile.
                 let _ = reply.send(done.unwrap_or_else(panicked));
             }
         };
@@ -80,7 +81,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_read_whose_caller_has_gone_is_skipped() {
+    async fn a_read_whose_caller_has_given_up_is_skipped() {
         let readers = Readers::start("test", 1).expect("a thread");
         let (begun, begins) = oneshot::channel();
         let (go, gate) = channel::<()>();

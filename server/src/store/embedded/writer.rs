@@ -46,13 +46,13 @@ pub(super) struct OpenStore {
     /// `None` after a failure, until the file is opened again.
     database: Mutex<Option<Arc<Database>>>,
     /// Whether the latest write failed.
-    fails: AtomicBool,
+    is_failing: AtomicBool,
     /// How many stored records readers have looked at.
     #[cfg(test)]
     pub(super) looked_at: AtomicI64,
 }
 
-/// A handle to the writer thread. The thread ends with the last clone.
+/// A handle to the writer thread. The thread ends when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub(super) struct Writer {
     // Declared first, so dropped first: then the thread drops the last reference and closes the
@@ -72,8 +72,8 @@ enum Request {
 #[derive(Debug)]
 pub(super) struct Commit {
     pub(super) batch: Arc<Vec<(Key, Edit)>>,
-    /// The latest instant at which the writer may begin the batch. On the boot clock, because
-    /// nobody waits for the batch any more after a suspension.
+    /// The latest instant at which the writer may begin the batch. On the boot clock, because after
+    /// a suspension no call waits for the batch any more.
     pub(super) until: Duration,
     pub(super) reply: Reply<Vec<ForKey>>,
 }
@@ -101,6 +101,7 @@ not_applied!(redb::TransactionError, redb::TableError, redb::StorageError);
 
 impl From<redb::CommitError> for Failure {
     fn from(error: redb::CommitError) -> Self {
+        // A commit may fail after it has reached the disk.
         Self::Unknown(error.to_string())
     }
 }
@@ -129,7 +130,7 @@ impl OpenStore {
             unsynced,
             acknowledged: AtomicI64::new(facts.latest.0),
             database: Mutex::new(Some(Arc::new(database))),
-            fails: AtomicBool::new(false),
+            is_failing: AtomicBool::new(false),
             #[cfg(test)]
             looked_at: AtomicI64::default(),
         })
@@ -233,8 +234,8 @@ impl OpenStore {
     }
 
     /// Runs `write` in a transaction and commits it, unless `write` changed nothing. Closes the
-    /// file after any failure, because redb then refuses further writes and says that its memory
-    /// cannot be trusted.
+    /// file after any failure, because redb then refuses further writes: its state in memory may be
+    /// wrong.
     fn transact<T>(
         &self,
         write: impl FnOnce(&WriteTransaction) -> Result<(T, Changed), Failure>,
@@ -255,10 +256,11 @@ impl OpenStore {
             Ok(value)
         };
         let done = transact();
+        // Before `close`, which then drops the writer's last reference.
         drop(database);
         match &done {
             Err(failure) => self.close(failure),
-            Ok(_) if self.fails.swap(false, Ordering::Relaxed) => {
+            Ok(_) if self.is_failing.swap(false, Ordering::Relaxed) => {
                 tracing::info!("the file can be written again")
             }
             Ok(_) => {}
@@ -271,7 +273,7 @@ impl OpenStore {
         let database = self.slot().take();
         // A database in which a write panicked may panic again as it closes.
         let _ = contained(|| drop(database));
-        if !self.fails.swap(true, Ordering::Relaxed) {
+        if !self.is_failing.swap(true, Ordering::Relaxed) {
             tracing::error!(?failure, "the file cannot be written; trying again with every commit");
         }
     }
@@ -311,6 +313,7 @@ impl OpenStore {
                 match record.is_free(now) {
                     true if is_taken || is_blocked => freed.push(key),
                     false if !is_taken => {
+                        // Before the commit, so that no listing misses a key in use.
                         self.in_use.insert(key);
                         // An earlier edit of this transaction may have freed the key. One key has
                         // two edits here only if the caller of the first has given up.
@@ -334,6 +337,7 @@ impl OpenStore {
             }
             Ok(((snapshots, freed), changed))
         })?;
+        // After the commit, because a commit that failed may have freed no key.
         self.in_use.remove(freed);
         Ok(snapshots)
     }
@@ -383,6 +387,7 @@ impl OpenStore {
         if self.database().is_ok() {
             return Ok(());
         }
+        // A commit proves that the file can be written again.
         self.transact(|_| Ok(((), Changed::Something)))
     }
 }
@@ -395,7 +400,7 @@ pub(super) enum Unstarted {
     Panicked,
 }
 
-/// Whether a transaction is worth a commit.
+/// Whether a transaction changed something, so that it must be committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Changed {
     Nothing,
@@ -455,6 +460,7 @@ impl Writer {
         request: impl FnOnce(Reply<T>) -> Request,
     ) -> Result<T, Failure> {
         let (reply, answer) = oneshot::channel();
+        // `send` would block a thread of the runtime.
         self.requests.try_send(request(reply)).map_err(|error| match error {
             TrySendError::Full(_) => {
                 Failure::not_applied("the disk is slow and the writer has too much to do")
@@ -471,7 +477,7 @@ impl Writer {
 
 fn work(store: &OpenStore, requests: &Receiver<Request>) {
     let mut next = None;
-    // Replies to callers that have given up go nowhere, which is no error.
+    // A reply fails to send if its caller has given up. That is no error.
     while let Some(request) = next.take().or_else(|| requests.recv().ok()) {
         match request {
             Request::Commit(commit) => {

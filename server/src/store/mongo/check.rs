@@ -95,7 +95,7 @@ pub enum Unusable {
         "the collection has a TTL index, {0:?}, which deletes records of leases that are held; drop that index"
     )]
     TtlIndex(String),
-    /// MongoDB would refuse records that are like others.
+    /// MongoDB would refuse records that are equal to others in the indexed fields.
     #[error(
         "the collection has a unique index, {0:?}, which would refuse records that are like others; drop that index"
     )]
@@ -116,6 +116,7 @@ pub(super) async fn database(store: &MongoStore, options: &ClientOptions) -> Res
         return Err(Unusable::Database(name.to_owned()).into());
     }
     let hello = command(store, doc! { "hello": 1 }).await?;
+    // Only a router of a sharded cluster answers with this text.
     let sharded = hello.get_str("msg").is_ok_and(|kind| kind == "isdbgrid");
     if !sharded && !hello.contains_key("setName") {
         return Err(Unusable::Standalone.into());
@@ -131,7 +132,7 @@ pub(super) async fn database(store: &MongoStore, options: &ClientOptions) -> Res
     rights(store).await
 }
 
-/// The number of members, without hidden ones, which cannot become the primary.
+/// The number of members, not counting hidden ones, which cannot become the primary.
 fn members(hello: &Document) -> usize {
     let some = |kind| hello.get_array(kind).map_or(0, Vec::len);
     ["hosts", "passives", "arbiters"].map(some).iter().sum()
@@ -241,7 +242,7 @@ async fn command(store: &MongoStore, command: Document) -> Result<Document, Conn
     raw(store, command).await?.map_err(|error| classify(&error))
 }
 
-/// Runs a command and returns its result. The outer error says that there was no answer.
+/// Runs a command and returns its result. The outer error means that there was no answer.
 async fn raw(store: &MongoStore, command: Document) -> Result<Result<Document, Error>, ConnectError> {
     let database = store.database.clone();
     Ok(store.runner.run(async move { Ok(database.run_command(command).await) }).await?)

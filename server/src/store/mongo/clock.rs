@@ -1,10 +1,10 @@
 //! Estimates the database's clock, to limit how late a command may act and to notice when a clock
 //! was set.
 //!
-//! A stalled connection may deliver a command minutes late, when the lease that it asks for has
-//! come and gone. Such a command must change nothing. So each command contains a limit on the
-//! database's clock. A rough estimate suffices for that: if it is wrong the database refuses the
-//! command, and the daemon reads the clock again.
+//! A stalled connection may deliver a command minutes late, when the lease that it asks for was
+//! already granted and released. A late command must change nothing. So each command contains a
+//! limit on the database's clock. A rough estimate suffices for that: if it is wrong the database
+//! refuses the command, and the daemon reads the clock again.
 //!
 //! A time that the database reports was true at some instant between the sending of the command and
 //! the receipt of the reply, on this host's boot clock. Each such reading bounds the difference
@@ -23,7 +23,7 @@ use crate::lease::{Timestamp, millis};
 
 /// A command that reaches the database later than this after it was sent changes nothing.
 const LATE_AFTER: Duration = Duration::from_secs(10);
-/// Clocks may drift apart by one part in this many: 500 ppm, which is more than `ntpd` allows.
+/// Clocks may drift apart by one part in this many: 500 ppm, the most that `ntpd` corrects.
 const DRIFT: u32 = 2000;
 /// The least time between two log lines about steps.
 const QUIET: Duration = Duration::from_secs(60);
@@ -60,8 +60,8 @@ impl Estimate {
         }
     }
 
-    /// Combines the estimate with a reading. Returns the gap between the two, which is zero if they
-    /// overlap, and their overlap, or else the reading alone.
+    /// Combines the estimate with a reading. If the two overlap, returns zero and their overlap.
+    /// Otherwise returns the gap between them, and the reading alone.
     fn with(self, reading: Self) -> (Duration, Self) {
         let at = self.at.max(reading.at);
         let (known, read) = (self.advanced(at), reading.advanced(at));
@@ -143,8 +143,8 @@ pub(super) struct Limit(Timestamp);
 
 impl Limit {
     /// The first stage of a command. After the limit it makes the server refuse the whole command,
-    /// by converting text to a number. Before the limit the stage costs nothing: the server reduces
-    /// it to nothing before it reads the first record. The server reads its clock once for a
+    /// by converting text to a number. Before the limit the stage costs nothing: the server
+    /// optimizes it away before it reads the first record. The server reads its clock once for a
     /// command, so all records have the same outcome.
     ///
     /// On a sharded cluster the router's clock counts. So the limit bounds how late a command

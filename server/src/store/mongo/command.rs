@@ -1,8 +1,8 @@
-//! One command to the database: runs it in a task of its own, bounds its time, and classifies its
+//! Runs one command to the database in a separate task, bounds its time, and classifies its
 //! failure.
 //!
-//! The driver forbids dropping its futures before their end. So whoever stops waiting leaves the
-//! task to finish, and every timeout is around the handle of the task.
+//! The driver's futures must not be dropped before they complete. So a caller that stops waiting
+//! leaves the task to finish, and every timeout is around the handle of the task.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -20,12 +20,11 @@ use crate::store::failure::Failure;
 
 /// How long one attempt at a command may take, on the server and on the way.
 pub(super) const ATTEMPT: Duration = Duration::from_millis(2000);
-/// How long the answer may be on its way, beyond the server's own limit.
+/// How much longer than the server's own limit a caller waits for the answer.
 const SLACK: Duration = Duration::from_millis(500);
-/// How many commands run at once, including those that nobody waits for any more.
+/// How many commands run at once, including those whose caller has stopped waiting.
 const TASKS: usize = 64;
-/// How many commands run at once for work in the background, so that it never stands in the way of
-/// commits.
+/// How many commands run at once for background work, so that it never delays commits.
 const BACKGROUND_TASKS: usize = 8;
 /// `ConversionFailure`, which the server answers to a command that reaches it after its limit.
 const LATE: i32 = 241;
@@ -33,12 +32,12 @@ const LATE: i32 = 241;
 const DUPLICATE_KEY: i32 = 11000;
 /// Errors that the server raises before it looks at a document: not the primary, no rights, no such
 /// command or namespace.
-const AT_THE_DOOR: [i32; 8] = [10107, 13435, 13436, 10058, 13, 18, 59, 73];
+const BEFORE_ANY_DOCUMENT: [i32; 8] = [10107, 13435, 13436, 10058, 13, 18, 59, 73];
 
 impl Failure {
     /// Classifies the error of one statement of a command. Earlier statements may have taken
-    /// effect, and a statement about many documents may have failed half-way; `n` is a reliable
-    /// count of neither.
+    /// effect, and a statement about many documents may have failed half-way. The count `n` shows
+    /// neither reliably.
     fn from_statement(code: i32, cause: String, index: Option<i32>, n: u64) -> Self {
         let is_first = index == Some(0) && n == 0;
         match Self::from_code(code, cause) {
@@ -46,7 +45,7 @@ impl Failure {
             failure @ Self::Late(_) => failure,
             // The other records may have been written or not.
             failure @ Self::Record(_) => failure,
-            failure if is_first && AT_THE_DOOR.contains(&code) => failure,
+            failure if is_first && BEFORE_ANY_DOCUMENT.contains(&code) => failure,
             other => Self::Unknown(other.into_cause()),
         }
     }
@@ -62,7 +61,7 @@ impl Failure {
             ErrorKind::Write(WriteFailure::WriteConcernError(_)) => Self::Unknown(cause),
             ErrorKind::ServerSelection { .. } | ErrorKind::DnsResolve { .. } => Self::NotApplied(cause),
             ErrorKind::Authentication { .. } | ErrorKind::InvalidArgument { .. } => Self::Refused(cause),
-            // A reply that cannot be read is one of these: the command may have been done.
+            // Among these is a reply that cannot be read, whose command may have taken effect.
             _ => Self::Unknown(cause),
         }
     }
@@ -72,8 +71,8 @@ impl Failure {
         match code {
             // ConversionFailure, which nothing but the limit of a command raises.
             LATE => Self::Late(cause),
-            // NotWritablePrimary, NotPrimaryNoSecondaryOk, NotPrimaryOrSecondary: refused at the
-            // door.
+            // NotWritablePrimary, NotPrimaryNoSecondaryOk, NotPrimaryOrSecondary: refused before
+            // any document was changed.
             10107 | 13435 | 13436 | 10058 => Self::NotApplied(cause),
             DUPLICATE_KEY => Self::NotApplied(cause),
             // Unauthorized, AuthenticationFailed, InvalidNamespace, CommandNotFound,
@@ -87,8 +86,8 @@ impl Failure {
             // a document has a type that the pipeline cannot work with, or a document would become
             // too large.
             2 | 9 | 14 | 15 | 22 | 10334 | 15000.. => Self::Record(cause),
-            // Everything else, MaxTimeMSExpired, Interrupted, PrimarySteppedDown and WriteConflict
-            // among them, may have struck half-way through a batch.
+            // Everything else, such as MaxTimeMSExpired, Interrupted, PrimarySteppedDown and
+            // WriteConflict, may have struck half-way through a batch.
             _ => Self::Unknown(cause),
         }
     }
@@ -114,23 +113,23 @@ impl Runner {
         Self { tasks: Arc::new(Semaphore::new(most)), most }
     }
 
-    /// Waits until all commands have ended, including those that nobody waits for. Gives up after
-    /// the time that one command may take.
+    /// Waits until all commands have ended, including those whose caller has stopped waiting. Gives
+    /// up after the time that one command may take.
     pub(super) async fn settled(&self) {
-        let _ = self.all().await;
+        let _ = self.take_all().await;
     }
 
     /// Lets no further command begin, and waits as [`Self::settled`] does. Returns whether all
     /// commands have ended.
     pub(super) async fn end(&self) -> bool {
-        let turns = self.all().await;
-        // Before the turns are given back, or a command that waits for one would begin.
+        let turns = self.take_all().await;
+        // Closed before the turns are given back: otherwise a waiting command would begin.
         self.tasks.close();
         turns.is_some()
     }
 
     /// Takes all turns, and gives up after the time that one command may take.
-    async fn all(&self) -> Option<SemaphorePermit<'_>> {
+    async fn take_all(&self) -> Option<SemaphorePermit<'_>> {
         let all = u32::try_from(self.most).unwrap_or(u32::MAX);
         timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await.ok()?.ok()
     }
@@ -142,7 +141,7 @@ impl Runner {
         Arc::clone(&self.tasks).acquire_many_owned(all).await.expect("turns")
     }
 
-    /// Runs `command` to its end. Waits for that no longer than an attempt may take.
+    /// Runs `command` to its end, but waits no longer than an attempt may take.
     pub(super) async fn run<T, F>(&self, command: F) -> Result<T, Failure>
     where
         T: Send + 'static,
@@ -209,7 +208,7 @@ impl Written {
         Ok(Self { matched, operation_time: reply.get_timestamp("operationTime").ok() })
     }
 
-    /// The database's time at which the write was there.
+    /// The database's logical time of the write.
     ///
     /// # Errors
     /// [`Failure::Unknown`] if the server did not say.
@@ -218,7 +217,7 @@ impl Written {
     }
 }
 
-/// Shuts a client down when the commands of its runners have ended.
+/// Waits for the commands of these runners to end and then shuts the client down.
 ///
 /// Every client must end this way: a client that is dropped ends its sessions in a task of its own,
 /// which panics if the runtime ends first.
@@ -261,7 +260,7 @@ mod tests {
     use crate::store::failure::Effects;
 
     #[tokio::test]
-    async fn a_command_that_waits_for_its_turn_does_not_begin_at_the_end() {
+    async fn a_command_that_waits_for_its_turn_does_not_begin_after_the_end() {
         let runner = Runner::with_room_for(1);
         let (finish, finished) = oneshot::channel::<()>();
         let mut first = Box::pin(runner.run(async move { Ok(finished.await.is_ok()) }));
@@ -296,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_a_statement_proves_that_nothing_changed_only_at_the_door_of_the_first() {
+    fn an_error_of_a_statement_proves_that_nothing_changed_only_before_the_first_one_runs() {
         assert!(matches!(failed(0, 0, 13), Err(Failure::Refused(_))));
         assert!(matches!(failed(0, 0, 10107), Err(Failure::NotApplied(_))));
         for code in [13, 10107, 13435, 121, 189, 91] {

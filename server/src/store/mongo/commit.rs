@@ -20,8 +20,8 @@ use crate::store::{ForKey, StoreError, makes_record, vacant};
 /// How many keys with waiters are remembered.
 const KEYS_WITH_WAITERS: usize = 10_000;
 
-/// Up to so many edits that a round has left out are made one by one. Another round would take two
-/// commands.
+/// If a round leaves out at most this many edits, they are applied one by one, because another
+/// round would take two commands.
 const ALONE: usize = 2;
 
 /// How many parts of a batch are tried at once when one of its edits cannot be applied.
@@ -29,82 +29,82 @@ const PARTS: usize = 8;
 
 type Edits = Vec<(Key, Edit)>;
 
-/// Keys that had waiters when their records were last read. A hint: it saves a command that would
-/// not match them.
+/// Keys that had waiters when their records were last read. A hint: it saves a command whose filter
+/// would not match them.
 #[derive(Debug, Default)]
 pub(super) struct KeysWithWaiters(Mutex<HashSet<Key>>);
 
 impl KeysWithWaiters {
     pub(super) fn note<'a>(&self, snapshots: impl IntoIterator<Item = &'a Snapshot>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for Snapshot { record, .. } in snapshots {
             if record.waiters.is_empty() {
-                known.remove(&record.key);
-            } else if known.len() < KEYS_WITH_WAITERS {
-                known.insert(record.key.clone());
+                keys.remove(&record.key);
+            } else if keys.len() < KEYS_WITH_WAITERS {
+                keys.insert(record.key.clone());
             }
         }
     }
 
-    /// Whether nobody is known to wait at the key.
-    pub(super) fn has_none_at(&self, key: &Key) -> bool {
+    /// Returns false if the key is known to have waiters.
+    pub(super) fn has_no_known_waiters(&self, key: &Key) -> bool {
         !self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(key)
     }
 
-    /// Splits a batch into edits that enqueue nobody, on keys without known waiters; and the other
-    /// edits.
+    /// Splits a batch in two: edits that enqueue no acquisition, on keys without known waiters, and
+    /// the other edits.
     fn split(&self, batch: &[(Key, Edit)]) -> (Edits, Edits) {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        batch.iter().cloned().partition(|(key, edit)| edit.enqueued().is_empty() && !known.contains(key))
+        let keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        batch.iter().cloned().partition(|(key, edit)| edit.enqueued().is_empty() && !keys.contains(key))
     }
 }
 
 impl MongoStore {
     /// Tries once to commit a batch, and notes in `effects` what each command may have changed.
-    /// Does not search for an edit that cannot be applied after `until`.
+    /// After `until`, no longer searches for an edit that cannot be applied.
     pub(super) async fn attempt(
         &self,
         batch: &[(Key, Edit)],
         effects: &Effects,
         until: Instant,
     ) -> Result<Vec<ForKey>, Failure> {
-        let done = match self.once(batch, effects).await {
+        let done = match self.apply(batch, effects).await {
             Err(Failure::Late(cause)) => {
                 // Either the command was late, or the estimate of the database's clock is wrong.
                 tracing::debug!(cause, "reading the database's clock again");
                 self.read_clock().await?;
-                self.once(batch, effects).await
+                self.apply(batch, effects).await
             }
             done => done,
         };
         let answers = match done {
-            Err(Failure::Record(cause)) => self.apart(batch, cause, effects, until).await?,
+            Err(Failure::Record(cause)) => self.apply_in_parts(batch, cause, effects, until).await?,
             answers => answers?,
         };
         self.keys_with_waiters.note(answers.iter().flatten());
         Ok(answers)
     }
 
-    pub(super) async fn once(
+    pub(super) async fn apply(
         &self,
         batch: &[(Key, Edit)],
         effects: &Effects,
     ) -> Result<Vec<ForKey>, Failure> {
         Ok(match batch {
             [] => Vec::new(),
-            [(key, edit)] => vec![self.alone(key, edit, effects).await?],
-            _ => self.together(batch, effects).await?,
+            [(key, edit)] => vec![self.apply_one(key, edit, effects).await?],
+            _ => self.apply_many(batch, effects).await?,
         })
     }
 
-    /// Applies a batch of which one edit at least cannot be applied: finds that edit, and applies
-    /// the others.
+    /// Applies a batch in which at least one edit cannot be applied: finds each such edit, and
+    /// applies the others.
     ///
-    /// Most often its record cannot be read either, and one command finds all such records.
-    /// Otherwise the batch is halved again and again, because MongoDB does not say which record it
-    /// could not write. Parts of one size are tried together. Nothing is tried after `until`,
-    /// because other batches wait for these keys.
-    async fn apart(
+    /// Most often the record of such an edit cannot be read either, and one command finds all of
+    /// these. Otherwise the batch is halved again and again, because MongoDB does not say which
+    /// record it could not write. Parts of one size are tried together. No part is tried after
+    /// `until`, because other batches wait for these keys.
+    async fn apply_in_parts(
         &self,
         batch: &[(Key, Edit)],
         cause: String,
@@ -129,7 +129,7 @@ impl MongoStore {
                         "one of the records cannot be written, and the time is over",
                     ));
                 }
-                Ok((self.once(&part, effects).await, part))
+                Ok((self.apply(&part, effects).await, part))
             });
             let tried: Vec<_> = stream::iter(tries).buffer_unordered(PARTS).collect().await;
             parts = Vec::new();
@@ -152,14 +152,16 @@ impl MongoStore {
     }
 
     /// Applies a single edit in one round trip. A touch takes a second one if the key has waiters
-    /// this daemon did not know of. Other edits never risk the second: a waiter may be waiting for
-    /// that very release.
-    async fn alone(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
+    /// that this daemon did not know of. No other edit risks a second one: a waiter may be waiting
+    /// for that very release.
+    async fn apply_one(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
         let batch = [(key.clone(), edit.clone())];
-        if edit.only_touches() && self.keys_with_waiters.has_none_at(key) {
+        if edit.only_touches() && self.keys_with_waiters.has_no_known_waiters(key) {
             let commands = self.commands().await?;
             let stages = commands.quick_stages(&batch);
-            if let Some(found) = self.find_and_modify(quickly(&batch), stages, false, effects).await? {
+            if let Some(found) =
+                self.find_and_modify(filter_without_waiters(&batch), stages, false, effects).await?
+            {
                 return Ok(found);
             }
         }
@@ -207,12 +209,14 @@ impl MongoStore {
     /// Each command leaves a tag in the records that it edits, and only the tag proves that an edit
     /// was made. The number of matched records proves nothing, since a sharded cluster may count a
     /// record twice.
-    async fn together(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<ForKey>, Failure> {
+    async fn apply_many(&self, batch: &[(Key, Edit)], effects: &Effects) -> Result<Vec<ForKey>, Failure> {
         let (quick, others) = self.keys_with_waiters.split(batch);
         let mut found = self.round(&quick, &others, effects).await?;
-        let mut left = left(batch, &found);
+        let mut left = unapplied(batch, &found);
         let blanks = blanks(&left, &found);
         if !blanks.is_empty() {
+            // Unordered, because a record that another daemon inserted first must not stop the
+            // others.
             let insert = doc! { "insert": self.collection.name(), "documents": blanks, "ordered": false };
             effects.note(self.runner.write(&self.database, insert, &self.concern).await, |written| {
                 written.matched > 0
@@ -220,12 +224,12 @@ impl MongoStore {
         }
         if left.len() > ALONE {
             found.extend(self.round(&[], &left, effects).await?);
-            left.retain(|(key, edit)| is_left(key, edit, &found));
+            left.retain(|(key, edit)| is_unapplied(key, edit, &found));
         }
         // Another daemon may write to these records between the two commands of a round. A single
         // command that edits and returns a record leaves no doubt.
         for (key, edit) in left {
-            let answer = match self.alone(&key, &edit, effects).await {
+            let answer = match self.apply_one(&key, &edit, effects).await {
                 Err(Failure::Record(cause)) => Err(StoreError::Unreadable { key: key.clone(), cause }),
                 answer => answer?,
             };
@@ -238,8 +242,8 @@ impl MongoStore {
         Ok(batch.iter().map(|(key, _)| key).map(answer).collect())
     }
 
-    /// Applies `quick` edits, which enqueue nobody, to records without waiters, and `others` to any
-    /// record. Then reads the records.
+    /// Applies `quick` edits, which enqueue no acquisition, to records without waiters, and
+    /// `others` to any record. Then reads the records.
     async fn round(
         &self,
         quick: &[(Key, Edit)],
@@ -249,7 +253,9 @@ impl MongoStore {
         let commands = self.commands().await?;
         let mut statements = Vec::new();
         if !quick.is_empty() {
-            statements.push(doc! { "q": quickly(quick), "u": commands.quick_stages(quick), "multi": true });
+            statements.push(
+                doc! { "q": filter_without_waiters(quick), "u": commands.quick_stages(quick), "multi": true },
+            );
         }
         if !others.is_empty() {
             let which = doc! { "_id": { "$in": names(others) } };
@@ -282,6 +288,7 @@ impl MongoStore {
         } else {
             None
         };
+        // The tag is random, so that commands of different daemons have different ones.
         Ok(Commands { store: self, tag: fastrand::i64(..), limit })
     }
 
@@ -310,15 +317,17 @@ impl Found {
     }
 }
 
-/// The edits that are not known to have been made, of keys whose records can be read.
-pub(super) fn left(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
-    batch.iter().filter(|(key, edit)| is_left(key, edit, found)).cloned().collect()
+/// Returns the edits that are not known to have been applied, of keys whose records can be read.
+pub(super) fn unapplied(batch: &[(Key, Edit)], found: &HashMap<Key, Result<Found, StoreError>>) -> Edits {
+    batch.iter().filter(|(key, edit)| is_unapplied(key, edit, found)).cloned().collect()
 }
 
-fn is_left(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
+fn is_unapplied(key: &Key, edit: &Edit, found: &HashMap<Key, Result<Found, StoreError>>) -> bool {
     match found.get(key) {
         Some(Ok(found)) => !found.is_ours,
+        // Another attempt could not read the record either.
         Some(Err(_)) => false,
+        // Without a record, no other edit changes anything.
         None => makes_record(edit),
     }
 }
@@ -340,8 +349,8 @@ impl Commands<'_> {
     fn stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
         let MongoStore { rules, clock, .. } = self.store;
         let mut stages = self.store.with_mutant(pipeline::pipeline(batch, rules, clock, self.tag));
-        stages.push(index::note_use(clock));
-        self.limited(stages)
+        stages.push(index::in_use_stage(clock));
+        self.with_limit(stages)
     }
 
     fn quick_stages(&self, batch: &[(Key, Edit)]) -> Vec<Document> {
@@ -349,12 +358,12 @@ impl Commands<'_> {
         let mut stages = self.store.with_mutant(pipeline::without_waiters(batch, clock, self.tag));
         // A touch neither takes nor frees a key, so the hot path need not maintain the index.
         if !batch.iter().all(|(_, edit)| edit.only_touches()) {
-            stages.push(index::note_use(clock));
+            stages.push(index::in_use_stage(clock));
         }
-        self.limited(stages)
+        self.with_limit(stages)
     }
 
-    fn limited(&self, mut stages: Vec<Document>) -> Vec<Document> {
+    fn with_limit(&self, mut stages: Vec<Document>) -> Vec<Document> {
         stages.splice(0..0, self.limit.map(Limit::stage));
         stages
     }
@@ -378,7 +387,7 @@ fn halves(batch: &[(Key, Edit)]) -> Vec<Edits> {
 }
 
 /// A filter for the records of a batch that have no waiters.
-fn quickly(batch: &[(Key, Edit)]) -> Document {
+fn filter_without_waiters(batch: &[(Key, Edit)]) -> Document {
     doc! { "_id": { "$in": names(batch) }, "waiters": [] }
 }
 

@@ -9,7 +9,7 @@ use mongodb::bson::{Document, doc};
 use rstest::rstest;
 use throwaway_mongodb::Mongod;
 
-use super::commit::{Found, left};
+use super::commit::{Found, unapplied};
 use super::document::Edited;
 use super::{Location, MongoStore};
 use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, Timestamp};
@@ -76,7 +76,7 @@ async fn a_touch_uses_the_full_pipeline_while_the_key_is_known_to_have_waiters()
     let [holder, waiter] = [(); 2].map(|()| LeaseId::random());
     commit_batch(&ours, vec![(contested.clone(), ask(asking(holder)))]).await;
     let touch = || vec![(contested.clone(), Edit::default().touch(holder))];
-    let uses_full_pipeline = || !ours.keys_with_waiters.has_none_at(&contested);
+    let uses_full_pipeline = || !ours.keys_with_waiters.has_no_known_waiters(&contested);
     assert!(!uses_full_pipeline());
     commit_batch(&theirs, vec![(contested.clone(), ask(Acquisition { wait: true, ..asking(waiter) }))]).await;
     commit_batch(&ours, touch()).await;
@@ -176,7 +176,7 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
     let mut batch = arrivals(new);
     batch.extend(holders.iter().map(|(key, id)| (key.clone(), Edit::default().touch(*id))));
     let effects = Effects::default();
-    let late = store.once(&batch, &effects).await;
+    let late = store.apply(&batch, &effects).await;
     assert!(matches!(late, Err(Failure::Late(_))), "{late:?}");
     assert_eq!(effects.outcome(), Outcome::NotApplied);
     let records = |found: Vec<Snapshot>| found.into_iter().map(|one| one.record).collect::<Vec<_>>();
@@ -184,7 +184,7 @@ async fn a_command_that_arrives_late_changes_nothing(#[case] new: usize, #[case]
     let all = ListQuery { prefix: "new/".into(), after: None, limit: 10, include_free: true };
     assert_eq!(store.list(all).await.expect("a listing").snapshots, []);
 
-    // Unlike `once`, a whole attempt then reads the clock and repeats the command.
+    // Unlike `apply`, a whole attempt then reads the clock and repeats the command.
     store.commit(Arc::new(batch), PATIENCE).await.expect("an attempt that succeeds");
     assert_eq!(store.clock_steps(), 1, "it noticed that the clocks moved apart");
 }
@@ -212,9 +212,9 @@ async fn an_edit_counts_as_made_only_by_the_commit_tag_in_its_record() {
         let found = |edited: Result<Edited, StoreError>| Ok(Found::of(edited?, tag));
         edited.into_iter().map(|(key, edited)| (key, found(edited))).collect()
     };
-    assert_eq!(left(&batch, &found(edited().await, tag)), []);
+    assert_eq!(unapplied(&batch, &found(edited().await, tag)), []);
     let other = tag.wrapping_add(1);
-    assert_eq!(left(&batch, &found(edited().await, other)), batch, "another command was the latest one");
+    assert_eq!(unapplied(&batch, &found(edited().await, other)), batch, "another command was the latest one");
 }
 
 #[tokio::test]

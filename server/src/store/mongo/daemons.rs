@@ -30,7 +30,7 @@ use super::{ConnectError, MongoStore, identity};
 use crate::lease::millis;
 use crate::store::failure::Failure;
 
-/// How many daemons are read. A daemon does not compare itself with more.
+/// How many daemons are read from the list. A daemon compares itself only with these.
 const MOST: i64 = 1000;
 
 /// The timing of heartbeats and of what depends on them.
@@ -62,7 +62,7 @@ impl Default for HeartbeatConfig {
     }
 }
 
-/// This daemon, as one on the list.
+/// This daemon's entry in the list, and its state.
 #[derive(Debug)]
 pub(super) struct Member {
     id: String,
@@ -127,7 +127,7 @@ impl Daemons {
     }
 
     /// The database's time of this daemon's latest heartbeat. `None` if that was too long ago. A
-    /// node whose time is earlier does not have everything that a majority has.
+    /// node whose time is earlier lacks writes that a majority has.
     pub(super) fn latest_heartbeat(&self) -> Option<Timestamp> {
         let latest = *self.member().latest.lock().unwrap_or_else(PoisonError::into_inner);
         latest
@@ -139,7 +139,7 @@ impl Daemons {
     /// and fails with [`Unusable::Conflict`].
     pub(super) async fn join(&self) -> Result<(), ConnectError> {
         self.send_heartbeat().await?;
-        // Writes before it reads: of two daemons that join at once at least one then sees the
+        // The write comes first: of two daemons that join at once, at least one then sees the
         // other.
         match self.objection(&self.read_list().await?) {
             None => Ok(()),
@@ -151,7 +151,7 @@ impl Daemons {
     }
 
     /// Writes heartbeats until `ended` is cancelled, and then removes this daemon from the list.
-    /// Keeps `peers_present` up to date: whether there are other daemons.
+    /// Sends to `peers_present` whether there are other daemons, each time that changes.
     pub(super) async fn run_heartbeats(&self, peers_present: watch::Sender<bool>, ended: &CancellationToken) {
         let heartbeat = self.store.feed.heartbeat;
         let remove_every =
@@ -189,8 +189,8 @@ impl Daemons {
         if !self.member().may_be_listed.swap(false, Ordering::Relaxed) {
             return;
         }
-        // Waits for heartbeats that are still under way. One that arrives after the removal would
-        // put the daemon back.
+        // Waits for heartbeats that are still under way: one that arrives after the removal would
+        // add the daemon again.
         self.store.feed.background.settled().await;
         if let Err(failure) = self.remove(doc! { "_id": &self.member().id }).await {
             tracing::debug!(
@@ -238,9 +238,9 @@ impl Daemons {
         self.store.feed.background.run(find).await
     }
 
-    /// Returns why this daemon must not go on, if it must not: a daemon that started earlier has
-    /// another grace, or the records have another identity. A daemon with a shorter grace would
-    /// take keys while the others still keep them for their holders.
+    /// Returns why this daemon must end, if it must: a daemon that started earlier has another
+    /// grace, or the records have another identity. A daemon with a shorter grace would take over
+    /// leases that the others still protect.
     fn objection(&self, found: &[Document]) -> Option<String> {
         let id = found.iter().find(|document| is_named(document, identity::DOCUMENT));
         if let Some(id) = id.and_then(identity::read).filter(|id| *id != self.store.id) {
@@ -283,6 +283,7 @@ impl Daemons {
         };
         let statement = doc! { "q": { "_id": &self.member().id }, "u": [{ "$set": set }], "upsert": true };
         let update = doc! { "update": self.collection.name(), "updates": [statement] };
+        // Before the write, which may take effect even if it fails.
         self.member().may_be_listed.store(true, Ordering::Relaxed);
         let time = self.write(update).await?;
         *self.member().latest.lock().unwrap_or_else(PoisonError::into_inner) = Some((time, Instant::now()));
@@ -303,7 +304,7 @@ impl Daemons {
 
 /// Returns a daemon with another grace that started before the daemon with this id. Instants are of
 /// the database's clock, and at the same instant the lower id counts as earlier. So of two daemons
-/// that differ and see each other exactly one goes on.
+/// that differ and see each other exactly one stays.
 fn earlier_with_other_grace<'a>(found: &'a [Document], id: &str, grace: Duration) -> Option<&'a Document> {
     let began = |document: &'a Document| {
         let began = document.get_datetime("started_at").ok()?;

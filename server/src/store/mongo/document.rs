@@ -11,15 +11,15 @@
 //! ```
 //!
 //! - `metadata` is an array of pairs, so that a caller's text never becomes a field name.
-//! - `repeated` and `lasting` are absent where they are false, which is most often.
+//! - `repeated` and `lasting` are absent if false, as they mostly are.
 //! - `edited_at` is the instant of the latest edit. A commit reads the database's time from it,
 //!   which costs the database less than computing `$$NOW` for each record.
 //! - `commit_tag` names the command that made the latest edit. It tells a commit which of its edits
 //!   were made.
 //! - `in_use` exists for listings alone, and is absent from free records ([`super::index`]).
 //! - `notify_rev` exists for the change feed alone, and the rules do not use it. It is the `rev` of
-//!   the latest edit that other daemons must hear of. Touches, refreshes and nudges count only if
-//!   they change the queue.
+//!   the latest edit that the feed must report. Touches, refreshes, nudges and edits that keep ids
+//!   out count only if they change the queue.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -43,8 +43,8 @@ pub(super) struct InvalidDocument {
 }
 
 impl InvalidDocument {
-    /// The error for callers that name the key. `None` if the document's name is not a key, so that
-    /// no caller can name it.
+    /// Returns the error for callers that ask for the key. `None` if the document's `_id` is not a
+    /// valid key, so that no caller can ask for it.
     pub(super) fn into_unreadable(self) -> Option<StoreError> {
         let key = Key::try_from(self.key.as_str()).ok()?;
         Some(StoreError::Unreadable {

@@ -1,12 +1,12 @@
 //! The change feed: reports which records other daemons changed, from a MongoDB change stream. It
 //! is open only while there are other daemons.
 //!
-//! The feed is a hint, and nothing relies on it. Each batch is fetched by a command in a task of
-//! its own, so a listener that stops waiting interrupts nothing. After any failure the stream is
-//! opened again and a gap is reported.
+//! The feed is a hint, and correctness does not rely on it. Each batch is fetched by a command in a
+//! separate task, so a listener that stops waiting interrupts no command. After any failure the
+//! stream is opened again and a gap is reported.
 //!
 //! The driver's own change streams are not used. They resume inside a future that must not be
-//! dropped, without a pause and without a limit. They also hide where a batch ends, which this
+//! dropped, without a pause and without a limit. They also hide the end of a batch, which this
 //! module needs to measure its lag.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -100,7 +100,7 @@ impl Progress {
 
 /// Why a stream ended while there are other daemons.
 enum End {
-    /// The receiver of the events has gone.
+    /// The receiver of the events was dropped.
     NoReceiver,
     /// The stream broke or could not be opened.
     Broken(String),
@@ -112,7 +112,7 @@ impl From<Failure> for End {
     }
 }
 
-/// Reports changes while there are other daemons, until the receiver has gone.
+/// Reports changes while there are other daemons, until the receiver is dropped.
 ///
 /// Cancel safe.
 pub(super) async fn follow(
@@ -143,6 +143,7 @@ pub(super) async fn follow(
                 if opened.is_some_and(|opened| opened.elapsed() > LONGEST_PAUSE) {
                     pause = PAUSE;
                 }
+                // Jitter, so that daemons whose streams broke together do not stay in step.
                 sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
@@ -153,8 +154,8 @@ pub(super) async fn follow(
     }
 }
 
-/// Opens a stream and waits until a majority has every write from before it. Then a read after the
-/// gap sees all changes that the stream does not report.
+/// Opens a stream and waits until a majority has every write that precedes it. Then a read after
+/// the gap sees all changes that the stream does not report.
 async fn open_with_majority(store: &MongoStore, daemons: &Daemons) -> Result<RawBatchCursor, Failure> {
     let cursor = open(store).await?;
     // A heartbeat is a write that a majority acknowledges, so the majority has all earlier writes.
@@ -205,7 +206,7 @@ async fn send(events: &mpsc::Sender<FeedEvent>, event: FeedEvent) -> Result<(), 
     events.send(event).await.map_err(|_| End::NoReceiver)
 }
 
-/// Opens a stream of all changes from now on that other daemons must hear of.
+/// Opens a stream of the changes from now on, without touches.
 pub(super) async fn open(store: &MongoStore) -> Result<RawBatchCursor, Failure> {
     let collection = store.collection.clone();
     let open = async move {

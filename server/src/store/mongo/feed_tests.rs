@@ -1,4 +1,4 @@
-//! Tests of the change feed on a real MongoDB: which changes it reports, and which not.
+//! Tests of the change feed on a real MongoDB: which changes it reports, and which it does not.
 
 mod peers_present;
 mod faults;

@@ -16,7 +16,7 @@ use crate::store::failure::Failure;
 /// The `_id` of the document. The ids of daemons are UUIDs, so they cannot collide with it.
 pub(super) const DOCUMENT: &str = "store";
 
-/// Returns the identity, and creates it if there is none. If several daemons do so at the same
+/// Returns the identity, and creates it if there is none. If several daemons create one at the same
 /// time, the first write wins.
 pub(super) async fn settle(store: &MongoStore) -> Result<Uuid, Failure> {
     keep(store, Uuid::new_v4()).await?;

@@ -59,13 +59,13 @@ impl Index {
         self.is_there.load(Ordering::Relaxed)
     }
 
-    /// Notes that the index does not exist.
-    pub(super) fn lose(&self) {
+    /// Notes that the index no longer exists.
+    pub(super) fn note_missing(&self) {
         self.is_there.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the caller must start a build. If so, returns false to all others for [`PAUSE`].
-    fn must_build(&self) -> bool {
+    /// Returns true if the caller must start a build, and then false to all callers for [`PAUSE`].
+    fn claim_build(&self) -> bool {
         let mut due_at = self.due_at.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let is_due = !self.is_there() && due_at.is_none_or(|due_at| due_at <= now);
@@ -80,7 +80,7 @@ impl Index {
     }
 
     /// Logs why a build failed, and decides when a listing may start the next one.
-    pub(super) fn failed(&self, failure: Failure) {
+    pub(super) fn note_failure(&self, failure: Failure) {
         if let Failure::Refused(cause) = failure {
             self.postpone(LONG_PAUSE);
             if !self.has_warned.swap(true, Ordering::Relaxed) {
@@ -108,19 +108,20 @@ impl MongoStore {
         if !self.index.is_there()
             && let Err(failure) = self.create_index().await
         {
-            self.index.failed(failure);
+            self.index.note_failure(failure);
         }
     }
 
     /// Starts a build in the background if the index is missing and no build was started recently.
     pub(super) fn restore_index(&self) {
-        if self.index.must_build() {
+        if self.index.claim_build() {
             let store = self.clone();
             tokio::spawn(async move { store.make_index().await });
         }
     }
 
     async fn create_index(&self) -> Result<(), Failure> {
+        // MongoDB allows no partial index on `_id` alone.
         let index = doc! {
             "key": { "_id": 1, IN_USE: 1 },
             "name": IN_USE,
@@ -139,12 +140,12 @@ impl MongoStore {
         let (database, index) = (self.database.clone(), Arc::clone(&self.index));
         let create = async move {
             database.run_command(create).await?;
-            // Set here, because nobody may be waiting any more when the build ends.
+            // Set here, because the caller may have stopped waiting by the time the build ends.
             index.is_there.store(true, Ordering::Relaxed);
             Ok(())
         };
         match self.index.build_runner.run(create).await {
-            // An administrator has built the index for a user without that right.
+            // The index exists, and the user lacks the right to build it.
             Err(Failure::Refused(_)) if is_listed => {
                 self.index.is_there.store(true, Ordering::Relaxed);
                 Ok(())
@@ -180,7 +181,7 @@ impl MongoStore {
 }
 
 /// The last stage of an edit that may take or free a key: sets or removes the field.
-pub(super) fn note_use(now: &Bson) -> Document {
+pub(super) fn in_use_stage(now: &Bson) -> Document {
     doc! { "$set": { IN_USE: in_use(now) } }
 }
 

@@ -116,7 +116,7 @@ async fn examined(uri: &str, store: &MongoStore) -> (i64, i64) {
     (sum("docsExamined"), sum("keysExamined"))
 }
 
-/// The server's profiler tells what a listing reads.
+/// The server's profiler shows what a listing reads.
 #[tokio::test]
 async fn a_listing_reads_no_more_than_it_shows() {
     let uri = throwaway_mongodb::shared().await.expect("a MongoDB for tests");
@@ -197,7 +197,7 @@ async fn an_index_that_takes_long_to_build_is_used_once_it_exists() {
 fn logged(failure: Failure) -> String {
     let mut file = tempfile::tempfile().expect("a file");
     let log = tracing_subscriber::fmt().with_writer(file.try_clone().expect("a file")).finish();
-    tracing::subscriber::with_default(log, || Index::default().failed(failure));
+    tracing::subscriber::with_default(log, || Index::default().note_failure(failure));
     let mut text = String::new();
     file.rewind().expect("a file");
     file.read_to_string(&mut text).expect("text");

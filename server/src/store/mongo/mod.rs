@@ -3,11 +3,11 @@
 
 /// Commits: the commands that apply a batch.
 mod commit;
-/// The aggregation pipeline that says what the rules say.
+/// The rules as an aggregation pipeline.
 mod pipeline;
 /// Helpers to write expressions of pipelines.
 mod expression;
-/// Documents: records as MongoDB keeps them.
+/// Documents: records as MongoDB stores them.
 mod document;
 /// One command: its task, its time limit, its failure.
 mod command;
@@ -27,7 +27,7 @@ mod daemons;
 mod identity;
 /// Checks that leases are safe on the database.
 mod check;
-/// The connection string, and what of it may be shown.
+/// The connection string, and how its secrets stay out of messages.
 mod uri;
 
 #[cfg(test)]
@@ -69,10 +69,11 @@ use super::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
-/// How many batches are in flight at once. Each is a command that writes and one that reads.
+/// How many batches are in flight at once. A batch of several keys takes a command that writes and
+/// one that reads.
 const BATCHES: usize = 2;
 
-/// If a majority has acknowledged no heartbeat for so long, commits cannot succeed either.
+/// If a majority has acknowledged no heartbeat for this long, commits cannot succeed either.
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long `leave` may take.
 const FAREWELL: Duration = Duration::from_secs(8);
@@ -88,7 +89,7 @@ pub struct Location {
     pub collection: String,
 }
 
-/// Without the URI, which holds a password.
+/// Leaves out the URI, which may contain a password.
 impl fmt::Debug for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { uri: _, database, collection } = self;
@@ -113,6 +114,7 @@ pub struct MongoStore {
     feed: Arc<Feed>,
     keys_with_waiters: Arc<KeysWithWaiters>,
     store_clock: Arc<StoreClock>,
+    /// The expression for the database's time. A constant in tests that stop the clock.
     clock: Bson,
     #[cfg(test)]
     pub(super) mutant: Option<super::conformance::mutants::Mutant>,
@@ -122,8 +124,8 @@ impl MongoStore {
     /// Connects, and checks that leases are safe on the database.
     ///
     /// # Errors
-    /// [`ConnectError::Unusable`] if the database or the URI cannot be used; [`ConnectError::Unreachable`] if the database did
-    /// not answer, so that trying again may help.
+    /// [`ConnectError::Unusable`] if the database or the URI cannot be used;
+    /// [`ConnectError::Unreachable`] if the database did not answer, so that trying again may help.
     pub async fn connect(location: &Location, rules: Rules) -> Result<Self, ConnectError> {
         let mut printer = Printer::new(&location.uri);
         let store = Self::open(location, rules, &mut printer).await;
@@ -160,6 +162,7 @@ impl MongoStore {
         match checked.await {
             Ok(id) => store.id = id,
             Err(error) => {
+                // A client that is dropped without a shutdown may panic in a separate task.
                 store.leave().await;
                 return Err(error);
             }
@@ -173,7 +176,7 @@ impl MongoStore {
         Ok(())
     }
 
-    /// Asks the primary, or a router, to describe itself. Learns its time on the way.
+    /// Asks the primary, or a router, to describe itself. Notes the time in the answer.
     async fn hello(&self, runner: &Runner) -> Result<Document, Failure> {
         let database = self.database.clone();
         let sent = BootInstant::now();
@@ -187,7 +190,7 @@ impl MongoStore {
         Ok(hello)
     }
 
-    /// Sets fields of the document of `key`, as anybody may who can write to the collection.
+    /// Sets fields of the document of `key`, as any program that can write to the collection may.
     #[cfg(test)]
     pub(super) async fn damage(&self, key: &Key, fields: Document) {
         let update = doc! { "$set": fields };
@@ -270,6 +273,7 @@ impl Store for MongoStore {
 
     async fn leave(&self) {
         let store = self.clone();
+        // In a task, because the timeout must not drop a future of the driver.
         let farewell = tokio::spawn(async move {
             Daemons::new(&store).unregister().await;
             let runners = [&store.runner, &store.feed.background, &store.index.build_runner];
@@ -362,7 +366,7 @@ impl From<Failure> for ConnectError {
             | Failure::Late(cause)
             | Failure::Unknown(cause)
             | Failure::Record(cause) => Self::Unreachable(cause),
-            // Where a server's code is known, `check` says more.
+            // `check` tells most refusals apart by the server's code. This is one of the others.
             Failure::Refused(cause) => Self::Unusable(Unusable::Rights(cause)),
         }
     }

@@ -97,8 +97,8 @@ fn set(stages: &mut [Document], field: &str, value: Bson) {
     }
 }
 
-/// Replaces every expression `{ operator: [operands] }` for which `by` returns another one. If
-/// there is none, the mutant equals the pipeline, and the test that must catch the mutant fails.
+/// Replaces every expression `{ operator: [operands] }` for which `by` returns another one. If `by`
+/// replaces nothing, the mutant equals the pipeline, and the test that must catch the mutant fails.
 fn replace(stages: &mut [Document], by: impl Fn(&str, &[Bson]) -> Option<Bson> + Copy) {
     rewrite(stages, &|expression| match expression.iter().next() {
         Some((operator, Bson::Array(operands))) => by(operator, operands),

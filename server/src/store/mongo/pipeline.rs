@@ -54,13 +54,15 @@ pub(super) fn pipeline(batch: &[(Key, Edit)], rules: &Rules, now: &Bson, tag: i6
     stages
 }
 
-/// Builds a cheaper pipeline for edits that enqueue nobody, on keys without waiters: there is
-/// nobody to admit.
+/// Builds a cheaper pipeline for edits that enqueue no acquisition, on keys without waiters: there
+/// is no waiter to admit.
 pub(super) fn without_waiters(batch: &[(Key, Edit)], now: &Bson, tag: i64) -> Vec<Document> {
     let used = UsedLists::of(batch);
     let edits = EditSource::new(batch, &used);
     let HolderChanges { stay, gone, blocked_until } =
         HolderChanges::after(&used, &edits, now, Waiters::Absent);
+    // The filter of the command matches only records that an edit has completed, so no field is
+    // missing.
     let rev = doc! { "$add": ["$rev", 1_i64] };
     let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), COMMIT_TAG: tag };
     let gone = match gone {
@@ -95,7 +97,7 @@ pub(super) fn without_waiters(batch: &[(Key, Edit)], now: &Bson, tag: i64) -> Ve
 struct UsedLists {
     touch: bool,
     release: bool,
-    /// Some of the released ids are noted as lasting in any case.
+    /// Some released ids are noted as lasting even if they held and were asked for only once.
     lasting: bool,
     keep_out: bool,
     revoke: bool,
@@ -148,8 +150,8 @@ enum Waiters {
     Absent,
 }
 
-/// Which edits of a batch other daemons must hear of: those that do more than touch leases and
-/// refresh waiters.
+/// Which edits of a batch [`is_announced`] selects, so that the change feed reports them even if
+/// they admit no waiter.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Announces {
     All,
@@ -168,6 +170,7 @@ impl Announces {
     }
 }
 
+/// Returns true if the edit does more than touch leases, refresh waiters and keep ids out.
 fn is_announced(edit: &Edit) -> bool {
     !edit.released().is_empty()
         || !edit.revoked().is_empty()
@@ -176,8 +179,8 @@ fn is_announced(edit: &Edit) -> bool {
         || !edit.enqueued().is_empty()
 }
 
-/// Where a stage finds the edit of its record. If all edits are equal, as nudges are, they are in
-/// the stages themselves, because a look-up in the table compares and copies its keys for each
+/// Where a stage finds the edit of its record: in a table, or, if all edits of the batch are equal,
+/// as nudges are, in the stage itself. A look-up in the table compares and copies its keys for each
 /// record.
 enum EditSource {
     Table(Document),
@@ -280,7 +283,7 @@ struct HolderChanges {
     stay: Bson,
     /// The departures of this edit, newest first. `None` if no edit of the batch can end a lease.
     gone: Option<Bson>,
-    /// `None` if no edit of the batch can change it.
+    /// The block after the edit. `None` if no edit of the batch can change it.
     blocked_until: Option<Bson>,
 }
 
@@ -397,6 +400,7 @@ fn noted(ids: Bson, known: Document, now: &Bson) -> Bson {
 /// Defines `$$lasting`, the departures that last, and `$$room`, how many more can last, for an
 /// expression.
 fn with_room(expression: Bson, now: &Bson) -> Bson {
+    // In two steps, because the variables of one `$let` cannot use each other.
     let with_room = bind(doc! { "room": room("$$lasting") }, expression);
     bind(doc! { "lasting": lasting(now) }, with_room)
 }
@@ -439,7 +443,8 @@ fn edit_queue(used: &UsedLists, edits: &EditSource, rules: &Rules, now: &Bson) -
         queue = filter(queue, "w", not(&doc! { "$in": ["$$w.id", edits.list("cancel")] }));
     }
     if used.refresh {
-        // A refresh never enqueues. A late one would do so for nobody.
+        // A refresh never makes an entry, because a late one would make an entry for which no call
+        // waits.
         let is_refreshed = doc! { "$in": ["$$w.id", edits.list("refresh")] };
         queue = kept(queue, is_refreshed, doc! {}, &until);
     }
@@ -456,8 +461,8 @@ fn kept(queue: impl Into<Bson>, which: Document, mut change: Document, until: &B
     map(queue, "w", doc! { "$cond": [which, { "$mergeObjects": ["$$w", change] }, "$$w"] })
 }
 
-/// The queue with the arrivals at its end. A full record takes no arrival and instead loses the
-/// entries that have lapsed, so that the waiters of dead daemons cannot fill the queue for good.
+/// The queue with the arrivals at its end. A full record accepts no arrival and drops its lapsed
+/// entries, so that the waiters of dead daemons cannot keep it full for good.
 fn arrive(queue: Bson, used: &UsedLists, edits: &EditSource, now: &Bson, until: &Bson) -> Bson {
     let refreshed = kept("$$queue", is_asked("$$w", edits), doc! { "repeated": true }, until);
     let mut known = vec!["$holders.id", "$$queue.id", "$departures.id"];
@@ -487,7 +492,7 @@ fn arrive(queue: Bson, used: &UsedLists, edits: &EditSource, now: &Bson, until: 
 
 /// The stage that admits waiters from the head of the queue while the head fits. It sets
 /// `admission`: how many left the queue (`left`), the new holders (`granted`) and the latest token.
-/// Null if nobody waits or the key is blocked.
+/// Null if there is no waiter or the key is blocked.
 fn admit(rules: &Rules, now: &Bson) -> Document {
     let live = filter("$holders", "h", live(rules, now));
     let of_mode = |mode: &str| {
@@ -495,6 +500,7 @@ fn admit(rules: &Rules, now: &Bson) -> Document {
         doc! { "$size": those }
     };
     let start = doc! {
+        // `$reduce` visits every waiter. After the first head that does not fit, `open` is false.
         "open": true,
         "left": 0,
         "exclusive": of_mode("exclusive"),
@@ -504,7 +510,7 @@ fn admit(rules: &Rules, now: &Bson) -> Document {
         "granted": [],
     };
     let is_exclusive = doc! { "$eq": ["$$this.mode", "exclusive"] };
-    // `$min` ignores a missing limit: there is none while nobody holds.
+    // Without a holder the limit is missing, and `$min` ignores it.
     let limit = doc! { "$min": ["$$value.limit", "$$this.shared_limit"] };
     let room = doc! { "$cond": [
         is_exclusive.clone(),
@@ -562,14 +568,14 @@ fn holder(now: &Bson) -> Document {
     holder
 }
 
-/// The last stage of the rules. It applies the admission, removes waiters that only tried, and
-/// raises `rev`, and `notify_rev` with it if other daemons must hear of the edit.
+/// The last stage of the rules. It applies the admission, removes acquisitions that do not wait,
+/// and raises `rev`, and `notify_rev` with it if the change feed must report the edit.
 fn finish(used: &UsedLists, edits: &EditSource, rules: &Rules, now: &Bson, tag: i64) -> Document {
     let any = doc! { "$gt": [{ "$size": { "$ifNull": ["$admission.granted", []] } }, 0] };
     let live = live(rules, now);
     let leaving = filter("$holders", "h", not(&live));
-    // An admission displaces every holder that is no longer live, shared ones too. Touched back to
-    // life later they could be too many.
+    // An admission displaces every holder that is no longer live, shared ones too: a later touch
+    // could revive them, and there would be more holders than the limit.
     let displaced =
         map(leaving, "h", departure("$$h.id", Reason::Displaced, now, if_room(room(lasting(now)))));
     let stay = filter("$holders", "h", live);
@@ -599,7 +605,7 @@ fn finish(used: &UsedLists, edits: &EditSource, rules: &Rules, now: &Bson, tag: 
     } }
 }
 
-/// The departures to remember: all of this edit, the newest others, those whose id the edit names,
+/// The departures to remember: all of this edit, the newest eight, those whose ids the edit names,
 /// and those that last.
 fn remembered(gone: Bson, edits: &EditSource, used: &UsedLists, now: &Bson) -> Bson {
     let count = doc! { "$max": [i32::try_from(REMEMBERED_DEPARTURES).unwrap_or(ALL), { "$size": "$$gone" }] };
@@ -614,8 +620,8 @@ fn remembered(gone: Bson, edits: &EditSource, used: &UsedLists, now: &Bson) -> B
     bind(doc! { "gone": gone }, doc! { "$cond": [{ "$eq": ["$$gone", []] }, "$departures", some] })
 }
 
-/// The revision of the latest edit that other daemons must hear of: one that does more than touch
-/// leases and refresh waiters, or one that changed the queue.
+/// The revision of the latest edit that the change feed must report: one that is announced, or one
+/// that admitted a waiter or removed a lapsed one.
 fn notify_rev(announced: Announces, rev: &Document) -> Bson {
     let queue_changed = doc! { "$gt": ["$admission.left", 0] };
     let must_announce = match announced {
@@ -626,7 +632,7 @@ fn notify_rev(announced: Announces, rev: &Document) -> Bson {
     doc! { "$cond": [must_announce, rev.clone(), "$notify_rev"] }.into()
 }
 
-/// Whether the holder `$$h` is live: nobody may take its place yet.
+/// Whether the holder `$$h` is live: it cannot be displaced yet.
 fn live(rules: &Rules, now: &Bson) -> Document {
     doc! { "$gt": [{ "$add": ["$$h.expires_at", millis(rules.grace)] }, now.clone()] }
 }

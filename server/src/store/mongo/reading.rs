@@ -18,7 +18,7 @@ use crate::lease::{Key, Snapshot};
 use crate::store::failure::Failure;
 use crate::store::{ForKey, ListQuery, Page, StoreError, report};
 
-/// How many callers may inspect a key at once. Others wait in the order of arrival.
+/// How many callers may inspect a key at once. Further ones wait in the order of arrival.
 const GETS: usize = 16;
 /// How many callers may list keys at once. A few of them keep one core of the database busy.
 const LISTS: usize = 8;
@@ -31,7 +31,7 @@ const CHUNK: usize = 32;
 const BAD_VALUE: i32 = 2;
 const NO_QUERY_EXECUTION_PLANS: i32 = 291;
 
-/// Reads for callers who inspect or list keys. They have connections of their own, so that commits
+/// Reads for callers that inspect or list keys. They have their own connections, so that commits
 /// never wait for them. Inspections and listings have separate limits, so that an inspection never
 /// waits for a listing.
 #[derive(Debug, Clone)]
@@ -68,7 +68,7 @@ impl Inspection {
 }
 
 impl MongoStore {
-    /// Reads the record of `key` for a caller who inspects it.
+    /// Reads the record of `key` for a caller that inspects it.
     pub(super) async fn read_one(&self, key: &Key) -> Result<Option<Snapshot>, StoreError> {
         let Inspection { collection, gets, .. } = &self.inspection;
         let options =
@@ -122,8 +122,8 @@ impl MongoStore {
                 return Ok(Page { snapshots, more });
             }
             // No record of this page can be read, so the caller would have no key after which the
-            // next page begins. The loop goes on after the last document, whose name need not be a
-            // key: another program may have written it.
+            // next page begins. The loop continues after the last document, whose name need not be
+            // a key: another program may have written it.
             let last = shown.last().and_then(|last| last.get_str("_id").ok());
             after = Some(last.ok_or_else(|| Failure::unknown("a document has no name"))?.to_owned());
         }
@@ -139,7 +139,7 @@ impl MongoStore {
                     return Ok(found);
                 }
                 tracing::debug!("the index {IN_USE} was dropped: listing without it");
-                self.index.lose();
+                self.index.note_missing();
             }
             // Starts before the read below, which may run out of time without the index.
             self.restore_index();
@@ -195,7 +195,7 @@ impl MongoStore {
     }
 }
 
-/// Reads documents with read concern majority. An answer is never built on a write that a failover
+/// Reads documents with read concern majority, so that no answer relies on a write that a failover
 /// undoes.
 async fn fetch(
     collection: &Collection<RawDocumentBuf>,
@@ -205,8 +205,8 @@ async fn fetch(
 ) -> Result<Documents, Failure> {
     let collection = collection.clone();
     let ReadOptions { projection, limit, page, hint } = options;
-    // A page is fetched in several round trips. If its records are large it ends early, and few are
-    // fetched in vain.
+    // A page is fetched in several round trips. A page of large records ends early, and then few
+    // records were fetched in vain.
     let round = if page.is_some() { limit.min(100) } else { limit };
     let find = async move {
         let is_hinted = hint.is_some();
@@ -216,6 +216,7 @@ async fn fetch(
             .optional(page, |find, _| find.sort(doc! { "_id": 1 }))
             .optional(hint, |find, hint| find.hint(hint))
             .limit(i64::try_from(limit).unwrap_or(i64::MAX))
+            // One more than the limit, so that the server closes the cursor with its first reply.
             .batch_size(u32::try_from(round).unwrap_or(u32::MAX).saturating_add(1))
             .max_time(ATTEMPT)
             .read_concern(ReadConcern::majority())
@@ -264,7 +265,7 @@ struct Documents {
     documents: Vec<RawDocumentBuf>,
     /// Whether the read stopped at the limit on bytes, so that there may be more documents.
     cut: bool,
-    /// The index to use does not exist, so nothing was read.
+    /// Whether the index to use is missing, so that nothing was read.
     lacks_index: bool,
 }
 

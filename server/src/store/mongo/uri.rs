@@ -11,11 +11,11 @@ use super::ConnectError;
 use super::check::Unusable;
 use super::command::brief;
 
-/// Options that decide where reads go and what they see. Each with its only safe value and what to
-/// do instead of another value.
+/// The options that decide from which node reads come and what they see, each with its only safe
+/// value and advice for any other value.
 ///
 /// Callers are answered from records that are read after a commit. A read from a node that lags, or
-/// of a write that a failover may undo, would tell two callers that they hold the same key.
+/// of a write that a failover may undo, could let two callers hold the same key.
 const READS: [(&str, Option<&str>, &str); 4] = [
     ("readPreference", Some("primary"), "say readPreference=primary or leave it out"),
     ("readConcernLevel", Some("majority"), "say readConcernLevel=majority or leave it out"),
@@ -23,17 +23,15 @@ const READS: [(&str, Option<&str>, &str); 4] = [
     ("maxStalenessSeconds", None, "leave it out"),
 ];
 
-/// How many connections a daemon uses at once: one for the change stream, which holds it while
-/// nothing happens, two for batches of commits, and one for background work, such as the build of
-/// an index. With fewer, commits would wait for the others.
+/// How many connections a daemon uses at once: one for the change stream, which keeps it while it
+/// waits for changes, two for batches of commits, and one for background work, such as the build of
+/// an index. With fewer, commits would wait for the other work.
 const CONNECTIONS: u32 = 4;
 
-/// Options for compression, which is not built in. Without it the driver would call them
-/// misspelled.
+/// Options for compression, which is not built in. The driver would report them as misspelled.
 const COMPRESSION: [&str; 2] = ["compressors", "zlibCompressionLevel"];
 
-/// Reads the URI. Sets what it leaves open, so that the loss of a primary is noticed within
-/// seconds.
+/// Reads the URI. Sets defaults with which the loss of a primary is noticed within seconds.
 pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectError> {
     refuse_other_reads(uri)?;
     refuse_compression(uri)?;
@@ -49,6 +47,7 @@ pub(super) async fn client_options(uri: &str) -> Result<ClientOptions, ConnectEr
     options.read_concern = Some(ReadConcern::majority());
     options.write_concern = Some(write_concern());
     options.app_name.get_or_insert_with(|| "leased".to_owned());
+    // A runner runs up to 64 commands at once, and the driver's default is 10.
     options.max_pool_size.get_or_insert(64);
     options.max_connecting.get_or_insert(8);
     options.connect_timeout.get_or_insert(Duration::from_secs(2));
@@ -84,7 +83,7 @@ fn refuse_weak_writes(asked: Option<&WriteConcern>) -> Result<(), Unusable> {
         Some(Acknowledgment::Nodes(nodes)) => format!("w={nodes}"),
         // The message omits the name of the concern: in a malformed URI it may be a part of the
         // password.
-        Some(_) => "a w of its own".to_owned(),
+        Some(_) => "a custom w".to_owned(),
     };
     Err(Unusable::WeakWrites(weak, "say w=majority"))
 }
@@ -156,7 +155,7 @@ impl Printer {
                  mongodb+srv",
             ),
             true if says("invalid peer certificate") => Some(
-                "MongoDB's certificate is not good for this host and CA: see the host's name and tlsCAFile in the URI",
+                "MongoDB's certificate is not valid for this host and CA: see the host's name and tlsCAFile in the URI",
             ),
             false if says("unexpected end of file") || says("onnection reset") => Some(
                 "MongoDB may speak only TLS: say tls=true in the URI, and tlsCAFile=FILE for a CA of your own",

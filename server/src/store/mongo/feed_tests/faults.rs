@@ -105,7 +105,7 @@ async fn a_user_who_may_not_open_a_change_stream_is_told_at_the_start() {
     assert!(refused.to_string().contains("changeStream on its collection"), "{refused}");
 }
 
-/// After a step down the old primary goes on to serve the stream.
+/// After a step down the old primary continues to serve the stream.
 #[tokio::test]
 async fn the_feed_goes_on_through_failovers() {
     let mut set = ReplicaSet::start().await.expect("three nodes");
