@@ -26,7 +26,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long an attempt to reach the store may continue after the signal to stop.
 const LAST_ATTEMPT: Duration = Duration::from_secs(5);
 
-/// How many threads run blocking work, such as DNS look-ups.
+/// How many threads run blocking work, such as DNS look-ups and the write to standard output.
 const BLOCKING_THREADS: usize = 16;
 /// How long a thread may take to start.
 const THREAD_START: Duration = Duration::from_secs(10);
@@ -79,7 +79,7 @@ fn process() -> Result<(), Failure> {
     start_threads(&runtime)?;
     let ended = runtime.block_on(daemon(&config));
     panics::daemon_has_ended();
-    // Limited, because a name look-up that hangs cannot be cancelled.
+    // Limited, because a DNS look-up that hangs cannot be cancelled.
     runtime.shutdown_timeout(LAST_BLOCKING_WORK);
     ended
 }
@@ -241,8 +241,9 @@ fn print_ready_line(listeners: &Listeners, store: &impl Store) -> std::io::Resul
 /// defect, such as SIGSEGV. Returns a token that the first SIGTERM, SIGINT or SIGQUIT cancels. A
 /// second one ends the process at once.
 fn on_signals() -> std::io::Result<CancellationToken> {
-    // Their streams are dropped at once, because a handler stays once it is installed. With a
-    // handler for SIGXFSZ a write that is too large fails like one on a full disk.
+    // The streams of these signals are dropped at once, because a handler stays once it is
+    // installed. With a handler for SIGXFSZ, a write that is too large fails like one on a full
+    // disk.
     let meaningless = [Signal::ALARM, Signal::VTALARM, Signal::PROF, Signal::XCPU, Signal::XFSZ];
     for kind in [SignalKind::user_defined1(), SignalKind::user_defined2(), SignalKind::io()]
         .into_iter()

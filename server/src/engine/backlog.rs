@@ -1,8 +1,8 @@
 //! The operations that await their commit, by key and in their order.
 //!
 //! Each operation has a rank: the round that its caller gave it ([`super::caller`]), and its number
-//! within the round. A key is ready if it has operations and is not in flight, and ready
-//! keys are taken in the order of their first operations' ranks.
+//! within the round. A key is ready if it has operations and is not in flight. Ready keys are taken
+//! in the order of their first operations' ranks.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
@@ -20,8 +20,8 @@ const BATCH_KEYS: usize = 1000;
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// How many bytes an edit has at most. The rest goes into the next edit of the key.
 const EDIT_BYTES: usize = 512 * 1024;
-/// How many operations an edit has at most: as many as a record has holders and waiters, each of
-/// which is compared with all of them.
+/// How many operations an edit has at most: as many as a record can have holders and waiters, each
+/// of which is looked up among the operations.
 const EDIT_OPS: usize = 2048;
 /// How many operations a batch has at most, of all its edits.
 const BATCH_OPS: usize = 16 * 1024;

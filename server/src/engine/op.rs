@@ -35,7 +35,7 @@ pub(crate) enum Op {
     Revoke(Vec<LeaseId>, Option<Timestamp>),
     /// Takes the id out of the queue.
     Cancel(LeaseId),
-    /// Only admits the waiters that can be admitted now.
+    /// Admits the waiters that can be admitted now, and changes nothing else.
     Nudge,
 }
 

@@ -30,7 +30,7 @@ pub(crate) const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many large responses the whole daemon sends at once.
 const LARGE_RESPONSES: usize = 32;
 /// How many bytes of a response are handed to its connection at a time. A connection asks for the
-/// next chunk when its peer has read the one before. So a connection keeps no more than this of a
+/// next chunk when its peer has read the one before. So a connection keeps about this much of a
 /// response that its caller does not read.
 pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
 

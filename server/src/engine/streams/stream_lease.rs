@@ -187,8 +187,7 @@ impl StreamLease {
         Touched::Lost(reason)
     }
 
-    /// Returns the loss if it must be reported now, outside of an answer. Marks it as
-    /// reported.
+    /// Returns the loss if it must be reported now, outside of an answer. Marks it as reported.
     pub(crate) fn report(&self) -> Option<Loss> {
         let mut state = self.state();
         let loss = state.loss.filter(|_| !state.reported && state.unanswered == 0)?;

@@ -188,8 +188,7 @@ impl WatchHub {
         std::mem::take(&mut state.is_stale).then(|| {
             let mut prefixes: Vec<String> = Vec::new();
             let all: BTreeSet<&String> = state.watchers.values().map(|watcher| &watcher.prefix).collect();
-            // Skips prefixes that begin with another prefix: in this order they come right after
-            // it.
+            // Skips prefixes that another prefix covers. In this order they follow that prefix.
             for prefix in all {
                 if prefixes.last().is_none_or(|last| !prefix.starts_with(last)) {
                     prefixes.push(prefix.clone());
