@@ -201,8 +201,7 @@ impl<S: Store> Lessor<S> {
         let id = attempt.id;
         let Some(entry) = &mut attempt.entry else { return Err(CallError::ShuttingDown) };
         tokio::select! {
-            // If the lease is granted just when the time is over, the call is answered with the
-            // grant.
+            // If a record ends the wait just when its time is over, the record is the answer.
             biased;
             snapshot = entry.ended() => {
                 let answer = match snapshot.standing(id) {
@@ -265,8 +264,8 @@ impl<S: Store> Lessor<S> {
     /// Ends a call with this answer, or with a grant if the lease was granted meanwhile.
     ///
     /// A refusal must be final. A late command of this call could be granted a lease that nobody
-    /// knows of. So the id is kept out before the call is answered, as long as an earlier command
-    /// may be under way. The id is not released, because the caller may have repeated the call at
+    /// knows of. So if an earlier command may still be under way, the id is kept out before the call
+    /// is answered. The id is not released, because the caller may have repeated the call at
     /// another daemon, and hold the lease.
     async fn conclude(
         &self,

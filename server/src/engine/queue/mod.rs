@@ -211,7 +211,7 @@ impl WaitQueue {
         }
         let Some(key_queue) = self.note(&mut state, snapshot) else { return Vec::new() };
         let record = &snapshot.record;
-        // A departed id is never granted, so these waits end without another commit.
+        // A departed id is not granted again, so these waits end without another commit.
         let ended: usize =
             record.departures.iter().map(|departure| key_queue.end(departure.id, snapshot)).sum();
         let waiters: HashSet<LeaseId> = record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();

@@ -200,7 +200,7 @@ fn on_key(keys: &mut Keys, key: &Key, change: impl FnOnce(&mut OnKey)) {
 }
 
 /// Returns how many leases may be touched at a time without being tracked, if `most` may be
-/// tracked: a tenth as many, but always about as many as one message can name.
+/// tracked: a tenth as many, but at least about as many as one message can name.
 fn most_untracked(most: usize) -> usize {
     (most / 10).max(10_000)
 }
