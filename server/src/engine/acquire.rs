@@ -264,8 +264,8 @@ impl<S: Store> Lessor<S> {
     /// Ends a call with this answer, or with a grant if the lease was granted meanwhile.
     ///
     /// A refusal must be final. A late command of this call could be granted a lease that nobody
-    /// knows of. So if an earlier command may still be under way, the id is kept out before the call
-    /// is answered. The id is not released, because the caller may have repeated the call at
+    /// knows of. So if an earlier command may still be under way, the id is kept out before the
+    /// call is answered. The id is not released, because the caller may have repeated the call at
     /// another daemon, and hold the lease.
     async fn conclude(
         &self,
