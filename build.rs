@@ -11,6 +11,7 @@ const API: &str = "leased/v1/lease.proto";
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto/{API}");
     let mut compiler = protox::Compiler::new(["proto"])?;
+    // The source info has the comments, which become the doc comments of the generated code.
     compiler.include_imports(true).include_source_info(true).open_file(API)?;
     let descriptors = compiler.file_descriptor_set();
 

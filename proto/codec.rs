@@ -6,11 +6,10 @@ use prost::Message;
 use tonic::codec::{BufferSettings, Codec};
 use tonic_prost::{ProstDecoder, ProstEncoder};
 
-/// The first size of a call's buffers, in bytes. They grow as needed. tonic's own size is 8 KiB,
-/// for the request and for the response each, which is most of the memory of an idle stream or a
-/// short call.
+/// The first size of a call's buffers, in bytes. They grow as needed. tonic's default is 8 KiB each
+/// for the request and the response, which is most of the memory of an idle stream or a short call.
 const FIRST_BYTES: usize = 512;
-/// The bytes of encoded messages that are passed to the connection in one go. This is tonic's
+/// How many bytes of encoded messages are passed to the connection at a time. This is tonic's
 /// default.
 const YIELD_BYTES: usize = 32 * 1024;
 

@@ -1,6 +1,6 @@
 //! The gRPC API of leased: messages, client and server stubs, and the meaning of its errors.
 //!
-//! Knows neither the daemon nor the client, and no runtime.
+//! Independent of the daemon and the client.
 
 /// Why a call was refused, and the status that says so.
 mod reason;

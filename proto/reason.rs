@@ -23,14 +23,15 @@ const VIOLATION_BYTES: usize = 2560;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
-    /// The key was not available, and still was not at the end of the wait. Metadata: `blocked_by`
-    /// names what blocks the key (`holder`, `waiter`, `min_hold`, `limit`); `owner`, `token` and
-    /// `remaining_ms` are the holder's; `waiter` is the owner of the waiter that comes first, if
-    /// that is the reason; `position` is the number of waiters ahead, if the call waited in the
-    /// queue.
+    /// The key was not available, at once or within the wait. Metadata:
+    ///
+    /// - `blocked_by`: what blocks the key (`holder`, `waiter`, `min_hold`, `limit`).
+    /// - `owner`, `token` and `remaining_ms`: of the holder.
+    /// - `waiter`: if a waiter blocks the key, its owner.
+    /// - `position`: if the call waited in the queue, how many waiters were ahead of it.
     LeaseHeld,
-    /// The lease is no longer held, was never held, or its id was released before the grant.
-    /// Metadata: `loss` (`displaced`, `released`, `revoked`) if the daemon knows it.
+    /// The lease is not held any more, was never held, or its id was released before the grant.
+    /// Metadata: `loss` (`displaced`, `released`, `revoked`), if the record remembers it.
     LeaseLost,
     /// The key was never leased, or has been forgotten since.
     KeyUnknown,
@@ -40,7 +41,7 @@ pub enum Reason {
     LimitExceeded,
     /// The store does not answer. Metadata: `outcome` (`not_applied`, `unknown`).
     StoreUnavailable,
-    /// The daemon is shutting down. Another daemon can be asked at once.
+    /// The daemon is shutting down. The call can be repeated at another daemon at once.
     ShuttingDown,
     /// The lease id is in use on this key with another mode or limit. Nothing changed.
     IdReused,
@@ -97,7 +98,7 @@ impl Reason {
         }
     }
 
-    /// How long to wait before another attempt; `None` if repeating the call does not help.
+    /// Returns how long the status advises to wait before another attempt, if it does.
     fn retry_after(self) -> Option<Duration> {
         match self {
             Self::QueueFull => Some(Duration::from_secs(1)),
@@ -113,7 +114,7 @@ impl Reason {
         }
     }
 
-    /// Builds the status of this refusal: `message` is for people, `metadata` for programs.
+    /// Builds the status of this refusal. `message` is for people, and `metadata` for programs.
     #[must_use]
     pub fn status<'a>(
         self,
@@ -166,6 +167,8 @@ fn clip(mut message: String) -> String {
     let mut bytes = 0;
     let mut end = 0;
     for (at, char) in message.char_indices() {
+        // The characters that tonic does not percent-encode. It encodes each byte of the others in
+        // three characters.
         let is_plain = char.is_ascii_graphic() && !"\"#%<>`?{}".contains(char);
         bytes += if is_plain { 1 } else { 3 * char.len_utf8() };
         if bytes > MESSAGE_BYTES {

@@ -1,4 +1,4 @@
-//! Command-line options ([`Args`]), and the configuration that they amount to ([`Config`]). The
+//! Command-line options ([`Args`]), and the configuration made from them ([`Config`]). The
 //! conversion checks that the options fit together.
 
 use std::convert::Infallible;
@@ -18,8 +18,8 @@ use crate::store::mongo::Location;
 
 /// The longest TTL, `min_hold` and wait.
 pub const DAY: Duration = Duration::from_secs(24 * 3600);
-/// The shortest `--purge-after`. The record of a key must outlive every late command for it,
-/// because it remembers which ids have ended.
+/// The shortest `--purge-after`. The record of a key must outlive every late command for the key,
+/// because the record remembers which ids have ended.
 const MIN_PURGE_AFTER: Duration = Duration::from_secs(3600);
 /// How many bytes partly received messages may have, in the whole daemon.
 const RECEIVING_BYTES: usize = 64 * 1024 * 1024;
@@ -46,8 +46,9 @@ pub struct Args {
     #[arg(long, env = "LEASED_DATA_DIR", value_name = "DIR", default_value = "./leased-data")]
     data_dir: PathBuf,
 
-    /// Keep the leases in this MongoDB (a replica set or a sharded cluster) instead, for any number
-    /// of daemons. Options in the URI apply. Options that would make leases unsafe are refused.
+    /// Keep the leases in this MongoDB (a replica set or a sharded cluster) instead of in a folder.
+    /// Any number of daemons can use it. Options in the URI apply. Options that would make leases
+    /// unsafe are refused.
     #[arg(long, env = "LEASED_MONGODB_URI", value_name = "URI", hide_env_values = true)]
     mongodb_uri: Option<Secret>,
 
@@ -76,9 +77,9 @@ pub struct Args {
     #[arg(long, env = "LEASED_MAX_TTL", value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     max_ttl: Duration,
 
-    /// How long after a lease has lapsed its key may be granted to another holder. Covers the
-    /// difference between the clocks of MongoDB's nodes after a failover. All daemons of a database
-    /// must have the same value [default: 1s on MongoDB, else 0s].
+    /// How long after a lease has lapsed its key cannot yet be granted to another holder. Covers
+    /// the difference between the clocks of MongoDB's nodes after a failover. All daemons of a
+    /// database must have the same value [default: 1s on MongoDB, else 0s].
     #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", value_parser = parse_duration)]
     grace: Option<Duration>,
 
@@ -87,7 +88,7 @@ pub struct Args {
     purge_after: Duration,
 
     /// Coalesce touches: answer a touch on a keepalive stream without a write if the last written
-    /// one is younger than a tenth of the TTL. The answer has the true remaining time. `false`
+    /// touch is younger than a tenth of the TTL. The answer has the true remaining time. `false`
     /// writes every touch.
     #[arg(long, env = "LEASED_COALESCE_TOUCHES", value_name = "BOOL", default_value_t = true, action = ArgAction::Set, value_parser = BoolishValueParser::new())]
     coalesce_touches: bool,
@@ -111,15 +112,15 @@ pub struct Args {
 #[derive(Debug, Group)]
 #[command(next_help_heading = "Limits")]
 struct LimitArgs {
-    /// The most connections at once. Further ones are closed at once.
+    /// The most gRPC connections at a time. Further ones are closed immediately.
     #[arg(long, env = "LEASED_MAX_CONNECTIONS", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_connections: usize,
 
-    /// The most calls and streams at once on one connection.
+    /// The most calls, streams included, at a time on one connection.
     #[arg(long, env = "LEASED_MAX_STREAMS", value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_streams: u32,
 
-    /// The most calls that may wait in queues at once.
+    /// The most calls that may wait in queues at a time.
     #[arg(long, env = "LEASED_MAX_WAITING_CALLS", value_name = "N", default_value_t = 100_000)]
     max_waiting_calls: usize,
 
@@ -127,22 +128,23 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_WAIT", value_name = "DURATION", default_value = "1h", value_parser = parse_duration)]
     max_wait: Duration,
 
-    /// The most watches at once.
+    /// The most watches at a time.
     #[arg(long, env = "LEASED_MAX_WATCHES", value_name = "N", default_value_t = 256)]
     max_watches: usize,
 
-    /// The most leases that one keepalive stream tracks, which means that it keeps them alive.
+    /// The most leases that one keepalive stream tracks: leases that were named on it and are not
+    /// lost.
     #[arg(long, env = "LEASED_MAX_STREAM_LEASES", value_name = "N", default_value_t = 10_000, value_parser = positive)]
     max_stream_leases: usize,
 
     /// The most leases that all keepalive streams together track. Further leases are touched by
-    /// each message that names them, but not tracked. A tenth as many may be touched like that at
-    /// once.
+    /// each message that names them, but not tracked. A tenth as many, or 10,000 if that is more,
+    /// may be touched like that at a time.
     #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
     max_leases: usize,
 
-    /// How many messages a second of a keepalive stream get a commit of their own. Further messages
-    /// wait and share one. A burst may have as many messages as four seconds allow.
+    /// How many messages a second of a keepalive stream get a commit each. Further messages wait
+    /// and share a commit. A burst may have as many messages as four seconds allow.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     max_stream_rate: u32,
 }
@@ -236,13 +238,13 @@ pub struct Limits {
     pub max_ttl: Ttl,
     /// The longest wait in a queue.
     pub max_wait: Duration,
-    /// The most connections at once.
+    /// The most gRPC connections at a time.
     pub connections: usize,
-    /// The most HTTP/2 streams at once on a connection.
+    /// The most HTTP/2 streams at a time on a connection.
     pub streams: u32,
     /// The most leases that a keepalive stream tracks.
     pub stream_leases: usize,
-    /// How many messages a second of a keepalive stream get a commit of their own.
+    /// How many messages a second of a keepalive stream get a commit each.
     pub stream_rate: u32,
     /// How many bytes partly received messages may have, in the whole daemon.
     pub receiving_bytes: usize,
@@ -252,7 +254,8 @@ pub struct Limits {
     pub bounds: Bounds,
 }
 
-/// Options that contradict each other. The message says which they are and what to do.
+/// Options that cannot be used, because one is out of range or two contradict each other. The
+/// message names them and says what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Contradiction(String);
@@ -268,8 +271,8 @@ impl Args {
     }
 }
 
-/// Makes an empty environment variable count as unset. Compose files and unit files leave variables
-/// open like that.
+/// Makes an empty environment variable count as unset, because Compose files and unit files often
+/// set variables without a value to the empty text.
 fn without_empty_variables(command: Command) -> Command {
     let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     command.mut_args(|arg| match arg.get_env().is_some_and(is_empty) {

@@ -27,7 +27,7 @@ const SERVICES: [&str; 3] = ["", LEASE_SERVICE, ADMIN_SERVICE];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Readiness {
     Ready,
-    /// The store does not answer. Has the cause.
+    /// The store does not answer, for this cause.
     StoreUnavailable(String),
     Draining,
 }
@@ -95,7 +95,8 @@ impl Health {
         self.readiness.send_replace(readiness);
     }
 
-    /// Ends the health streams. Their callers have been sent NOT_SERVING before.
+    /// Ends the health streams. To be called after the drain has been reported, so that their
+    /// callers receive NOT_SERVING first.
     pub(crate) async fn end_streams(mut self) {
         for service in SERVICES {
             self.reporter.clear_service_status(service).await;
@@ -110,7 +111,7 @@ impl Health {
 
 fn cause(result: Result<(), StoreError>) -> Result<(), String> {
     result.map_err(|error| match error {
-        // Without the outcome, which is about edits. A check makes none.
+        // Without the outcome, because that is about edits, and a check makes none.
         StoreError::Unavailable { cause, .. } => cause,
         error => error.to_string(),
     })

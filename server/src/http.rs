@@ -81,8 +81,8 @@ fn brief(text: &str) -> String {
     words.join(" ").chars().take(CAUSE_CHARS).collect()
 }
 
-/// Describes the state of the change feed. Does not affect readiness: without the feed the daemon
-/// polls the store and notices what other daemons did later.
+/// Describes the state of the change feed, which does not affect readiness. Without the feed the
+/// daemon polls the store, and learns later what other daemons did.
 fn feed_text(store: &impl Store) -> String {
     match store.feed_state() {
         FeedState::Off => String::new(),

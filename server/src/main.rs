@@ -23,14 +23,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// The pause between attempts to reach the store at start.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long an attempt to reach the store may go on after the daemon was told to stop.
+/// How long an attempt to reach the store may continue after the signal to stop.
 const LAST_ATTEMPT: Duration = Duration::from_secs(5);
 
-/// The threads for blocking work: looking up names, and files.
+/// How many threads run blocking work, such as DNS look-ups and the write to standard output.
 const BLOCKING_THREADS: usize = 16;
 /// How long a thread may take to start.
 const THREAD_START: Duration = Duration::from_secs(10);
-/// How long blocking work may go on at the end of the process.
+/// How long blocking work may continue at the end of the process.
 const LAST_BLOCKING_WORK: Duration = Duration::from_secs(1);
 /// How many file descriptors the daemon needs beside those of gRPC connections: for the store, the
 /// side port and the process itself.
@@ -40,7 +40,7 @@ const OTHER_FILES: u64 = 256;
 enum Failure {
     /// Wrong usage or configuration. The same start would fail again.
     Usage(String),
-    /// A failure that may be gone at the next start.
+    /// Any other failure. The next start may succeed.
     Running(String),
 }
 
@@ -79,7 +79,7 @@ fn process() -> Result<(), Failure> {
     start_threads(&runtime)?;
     let ended = runtime.block_on(daemon(&config));
     panics::daemon_has_ended();
-    // Limited, because a name look-up that hangs cannot be cancelled.
+    // Limited, because a DNS look-up that hangs cannot be cancelled.
     runtime.shutdown_timeout(LAST_BLOCKING_WORK);
     ended
 }
@@ -102,8 +102,8 @@ fn start_threads(runtime: &Runtime) -> Result<(), Failure> {
     let _closed = gate.write();
     for _ in 0..BLOCKING_THREADS {
         let (here, gate) = (here.clone(), Arc::clone(&gate));
-        // No thread ends its task before all have begun. Otherwise one thread could run two of the
-        // tasks.
+        // The gate keeps every task running until all have begun. Otherwise one thread could run
+        // two of the tasks.
         runtime.spawn_blocking(move || {
             let _ = here.send(());
             drop(gate.read());
@@ -154,7 +154,7 @@ fn raise_file_limit(connections: usize) {
     }
 }
 
-/// Starts a store with `start`, and serves it until the daemon is told to stop.
+/// Starts a store with `start`, and serves it until `shutdown` is cancelled.
 async fn serve<S: Store>(
     config: &Config,
     shutdown: CancellationToken,
@@ -164,7 +164,8 @@ async fn serve<S: Store>(
     let listeners = match Listeners::bind(config).await {
         Ok(listeners) => listeners,
         Err(error) => {
-            // A daemon that has joined the others has to leave.
+            // The daemon has joined the others, and they would count it as alive until its
+            // heartbeat is old.
             store.leave().await;
             return Err(Failure::usage(error));
         }
@@ -176,8 +177,8 @@ async fn serve<S: Store>(
     })
 }
 
-/// Starts the store and joins its other daemons. Repeats this while the store cannot be reached.
-/// `None` if the daemon is told to stop.
+/// Starts the store and joins its other daemons. Repeats both while the store cannot be reached.
+/// Returns `None` if `shutdown` is cancelled first.
 async fn start_store<S: Store>(
     config: &Config,
     shutdown: &CancellationToken,
@@ -205,15 +206,15 @@ async fn start_store<S: Store>(
     }
 }
 
-/// Completes some seconds after the daemon was told to stop. An attempt under way usually completes
-/// within that time, so that it leaves nothing half done.
+/// Completes [`LAST_ATTEMPT`] after `shutdown` is cancelled. An attempt under way usually completes
+/// within that time, and then leaves nothing half done.
 async fn last_attempt_is_over(shutdown: &CancellationToken) {
     shutdown.cancelled().await;
     sleep(LAST_ATTEMPT).await;
 }
 
-/// Joins the other daemons of a store that has started. Must not be dropped before it completes,
-/// because a daemon that has joined has to leave.
+/// Joins the other daemons of a store that has started. Must not be dropped before it completes:
+/// a daemon that has joined must leave.
 async fn join<S: Store>(started: Result<S, StartError>) -> Result<S, StartError> {
     let store = started?;
     if let Err(error) = store.join().await {
@@ -236,12 +237,13 @@ fn print_ready_line(listeners: &Listeners, store: &impl Store) -> std::io::Resul
     Ok(())
 }
 
-/// Handles every signal that would otherwise end the process, except for signals that a defect
-/// raises. Returns a token that the first SIGTERM, SIGINT or SIGQUIT cancels. A second one ends the
-/// process at once.
+/// Handles every signal that would otherwise end the process, except for signals that report a
+/// defect, such as SIGSEGV. Returns a token that the first SIGTERM, SIGINT or SIGQUIT cancels. A
+/// second one ends the process at once.
 fn on_signals() -> std::io::Result<CancellationToken> {
-    // A handler stays once it is installed, also when its stream is dropped. With a handler for
-    // SIGXFSZ a write that is too large fails like one on a full disk.
+    // The streams of these signals are dropped at once, because a handler stays once it is
+    // installed. With a handler for SIGXFSZ, a write that is too large fails like one on a full
+    // disk.
     let meaningless = [Signal::ALARM, Signal::VTALARM, Signal::PROF, Signal::XCPU, Signal::XFSZ];
     for kind in [SignalKind::user_defined1(), SignalKind::user_defined2(), SignalKind::io()]
         .into_iter()

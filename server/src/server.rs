@@ -1,4 +1,4 @@
-//! Runs the daemon on a store until it is told to stop: services, health, purge and drain.
+//! Runs the daemon on a store: services, health, purge and drain.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -40,8 +40,7 @@ use crate::transport::metrics_layer::MetricsLayer;
 use crate::transport::receiving::ReceiveBudget;
 use crate::transport::store_id_layer::StoreIdLayer;
 
-/// The largest message that the daemon sends, in bytes. gRPC clients accept no more unless told
-/// otherwise.
+/// The largest message that the daemon sends, in bytes. gRPC clients accept no more by default.
 const MAX_RESPONSE_BYTES: usize = 4 * 1024 * 1024;
 /// The mean pause between purges. Each pause is 0.5 to 1.5 times as long, so that daemons do not
 /// purge at the same moment.
@@ -75,7 +74,7 @@ impl Listeners {
     /// Returns the address that serves gRPC.
     ///
     /// # Errors
-    /// If the operating system does not tell the address.
+    /// If the operating system does not report the address.
     pub fn grpc(&self) -> std::io::Result<SocketAddr> {
         self.grpc.local_addr()
     }
@@ -83,7 +82,7 @@ impl Listeners {
     /// Returns the address of the side port, if there is one.
     ///
     /// # Errors
-    /// If the operating system does not tell the address.
+    /// If the operating system does not report the address.
     pub fn http(&self) -> std::io::Result<Option<SocketAddr>> {
         self.http.as_ref().map(TcpListener::local_addr).transpose()
     }
@@ -99,8 +98,8 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// and open calls and commits complete. Returns when that is done or `drain_timeout` is over.
 ///
 /// # Errors
-/// If the gRPC services cannot be built. [`StartError`] if the store says that this daemon must not
-/// go on.
+/// If the gRPC services cannot be built. [`StartError`] if the store says that this daemon must
+/// stop serving.
 pub async fn run<S: Store>(
     listeners: Listeners,
     store: S,
@@ -125,7 +124,9 @@ pub async fn serve<S: Store, T>(
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    // A child, so that cancelling it below does not cancel the caller's token.
     let (shutdown, ended) = (shutdown.child_token(), CancellationToken::new());
+    // If the caller drops this future, the guards end its tasks.
     let _end_all = (shutdown.clone().drop_guard(), ended.clone().drop_guard());
     let tasks = TaskTracker::new();
     let mut registry = MetricsRegistry::default();
@@ -183,6 +184,8 @@ where
         sleep(config.drain_timeout.saturating_sub(HEALTH_NOTICE)).await;
     };
     let outcome = tokio::select! {
+        // In this order, so that an objection is returned even if the last connection closes at the
+        // same moment.
         biased;
         () = drain => {
             tracing::warn!("calls were still open at the end of the drain and are cut");
@@ -236,7 +239,7 @@ fn route<S: Store>(
 }
 
 /// Turns tonic's status for a request that is too large into [`limit_exceeded`]. tonic answers
-/// `OUT_OF_RANGE`, which no other code here does.
+/// `OUT_OF_RANGE`, and the daemon itself never does.
 fn limit_exceeded_if_too_large(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
         Some(status) if status.code() == Code::OutOfRange => {

@@ -33,12 +33,12 @@ struct Log {
     _writer: WorkerGuard,
 }
 
-/// What becomes of escape sequences that set a colour.
+/// Whether escape sequences that set a colour stay in a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Colours {
-    /// They are left as they are, for a terminal.
+    /// They stay, for a terminal.
     Kept,
-    /// They are escaped like all others.
+    /// They are escaped, like all other escape sequences.
     Escaped,
 }
 
@@ -55,8 +55,7 @@ impl Write for Stderr {
 
     fn write_all(&mut self, line: &[u8]) -> io::Result<()> {
         if line.is_empty() {
-            // If the channel is full, a message that the flushing thread has not read says the
-            // same.
+            // A full channel already has a message, and one is enough.
             let _ = self.reached.try_send(());
         } else if stderr().write_all(line).is_err() {
             FAILED.fetch_add(1, Ordering::Relaxed);
@@ -65,6 +64,7 @@ impl Write for Stderr {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        // Standard error has no buffer.
         Ok(())
     }
 }
@@ -81,6 +81,7 @@ pub fn init(format: Option<LogFormat>, filter: &str) -> Result<(), String> {
     let lines = LOG.get_or_init(Log::start).lines.clone();
     let events = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Internal errors would be printed with `eprintln!`, which blocks and can panic.
         .log_internal_errors(false)
         .with_writer(move || Events { lines: lines.clone(), format, colours });
     match format {
@@ -165,7 +166,7 @@ impl Log {
 /// format.
 pub fn say(sentence: &str) {
     let line = line(&format!("leased: {sentence}"), LogFormat::Text, Colours::Escaped);
-    // An error here could be reported nowhere.
+    // Ignored, because there is nowhere to report an error of the log.
     let _ = match LOG.get() {
         Some(log) => log.lines.clone().write_all(line.as_bytes()),
         None => stderr().write_all(line.as_bytes()),

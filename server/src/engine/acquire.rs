@@ -18,7 +18,8 @@ use crate::lease::{
 };
 use crate::store::{Outcome, Store, StoreError};
 
-/// How long at most the daemon tries to release a lease whose call has ended without an answer.
+/// The longest time for which the daemon tries to release a lease whose call has ended without an
+/// answer.
 const MAX_GIVING_UP: Duration = Duration::from_secs(3600);
 
 /// A request for a lease.
@@ -34,7 +35,7 @@ pub struct Call {
     pub wait: Duration,
 }
 
-/// Who picked a lease id, and so who knows of the lease if the answer is lost.
+/// Who picked a lease id, and so who can release the lease if the answer is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// The caller. The daemon never releases the id: the caller may have repeated the call at
@@ -53,7 +54,7 @@ pub enum Acquired {
     Held(Refusal),
     /// The queue is full.
     QueueFull,
-    /// The id is over: it was granted before, or it was released.
+    /// The id has ended: its lease ended before, or the id was released or kept out.
     Lost(Reason),
     /// The id is in use for another acquisition of the key, with another mode or limit.
     IdReused,
@@ -93,7 +94,7 @@ pub struct Refusal {
     pub remaining: Duration,
     /// How many waiters were ahead of the caller in the queue, if it waited.
     pub position: Option<usize>,
-    /// What kept the caller out. `None` if the lease might be granted if the caller tried again.
+    /// What kept the caller out. `None` if another attempt might succeed.
     pub by: Option<Obstruction>,
 }
 
@@ -157,7 +158,8 @@ impl<S: Store> Lessor<S> {
                 attempt.repeated_at = Some(Instant::now());
             }
             let snapshot = done.snapshot;
-            // The key is free and has not admitted the call: its record was deleted meanwhile.
+            // The key is free and has not admitted the call, because its record was deleted
+            // meanwhile. So the call asks again.
             let vanished = snapshot.standing(id) == Standing::Unknown
                 && snapshot.record.holders.is_empty()
                 && snapshot.record.waiters.is_empty()
@@ -189,7 +191,7 @@ impl<S: Store> Lessor<S> {
         queue.enter(key, acquisition).ok_or(CallError::TooManyWaiting { limit })
     }
 
-    /// Waits in the queue until a record ends the wait, its time is over, or the daemon drains.
+    /// Waits in the queue until a record ends the wait, `until` has passed, or the daemon drains.
     async fn wait(
         &self,
         mut attempt: Attempt<S>,
@@ -199,7 +201,7 @@ impl<S: Store> Lessor<S> {
         let id = attempt.id;
         let Some(entry) = &mut attempt.entry else { return Err(CallError::ShuttingDown) };
         tokio::select! {
-            // If the wait ends just when its time is over, the call is answered with the record.
+            // If a record ends the wait just when its time is over, the record is the answer.
             biased;
             snapshot = entry.ended() => {
                 let answer = match snapshot.standing(id) {
@@ -218,7 +220,7 @@ impl<S: Store> Lessor<S> {
             }
             () = sleep_until(until) => self.stop_waiting(attempt, acquisition).await,
             () = self.draining.cancelled() => {
-                // The waiter's entry stays, so the caller can go on waiting at another daemon.
+                // The waiter's entry stays, so that the caller can go on waiting at another daemon.
                 if attempt.origin == Origin::Caller {
                     attempt.close();
                 }
@@ -261,10 +263,10 @@ impl<S: Store> Lessor<S> {
 
     /// Ends a call with this answer, or with a grant if the lease was granted meanwhile.
     ///
-    /// A refusal has to stay one. An earlier command of this call may be late, and be granted a
-    /// lease that nobody knows of. As long as an earlier command may be under way, the id is kept
-    /// out before the call is answered. The id is not released: the caller may have repeated the
-    /// call at another daemon, and hold the lease.
+    /// A refusal must be final. A late command of this call could be granted a lease that nobody
+    /// knows of. So if an earlier command may still be under way, the id is kept out before the
+    /// call is answered. The id is not released, because the caller may have repeated the call at
+    /// another daemon, and hold the lease.
     async fn conclude(
         &self,
         mut attempt: Attempt<S>,
@@ -352,14 +354,14 @@ impl<S: Store> Lessor<S> {
     }
 }
 
-/// The error for a refusal that may not stay one, because the record has no room to remember the
-/// id.
+/// Returns the error in place of a refusal that cannot be made final, because the record has no
+/// room to remember the id.
 fn no_room() -> CallError {
     let cause = "the key's record has no room to remember the id".to_owned();
     CallError::Store(StoreError::Unavailable { outcome: Outcome::Unknown, cause })
 }
 
-/// Whether a lease was granted from the queue or before the call.
+/// Whether a lease was granted from the queue, or by a commit before this call's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waited {
     Yes,
@@ -398,6 +400,7 @@ struct Attempt<S: Store> {
     repeated_at: Option<Instant>,
     /// The call has left the queue, and no other call needs its entry.
     has_left: bool,
+    /// The call has not ended. Dropping the attempt cleans up.
     open: bool,
 }
 
@@ -443,8 +446,8 @@ impl<S: Store> Drop for Attempt<S> {
         let key = self.key.clone();
         match self.origin {
             // The lease may be granted as long as the waiter's entry lasts, and only the daemon can
-            // release it. An outage can be longer than commits are repeated, so the id is given up
-            // until it succeeds.
+            // release it. An outage can last longer than a batch is repeated, so the daemon gives
+            // the id up again until that succeeds.
             Origin::Daemon => {
                 let lasts = (self.committer.store().rules().waiter_ttl + self.ttl.get()).min(MAX_GIVING_UP);
                 self.committer.give_up_id(&self.caller, key, self.id, lasts);

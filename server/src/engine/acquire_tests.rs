@@ -111,7 +111,7 @@ async fn a_caller_that_asks_again_after_no_answer_keeps_its_lease() {
     assert_eq!(record.holders.iter().map(|holder| holder.id).collect::<Vec<_>>(), [id]);
 }
 
-/// The caller was told to repeat its call, and may be waiting at another daemon by now.
+/// The error asks the caller to repeat its call, so it may be waiting at another daemon by now.
 #[tokio::test]
 async fn a_waiting_call_that_fails_leaves_its_entry_in_the_record() {
     let (store, id) = (GatedStore::new().await, LeaseId::random());

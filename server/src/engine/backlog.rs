@@ -1,8 +1,8 @@
-//! The operations that await their commit, by key, and whose turn is next.
+//! The operations that await their commit, by key and in their order.
 //!
-//! Each operation has a rank: the round that its caller was given ([`super::caller`]), and its
-//! number within the round. A key is ready if it has operations and is not in flight, and ready
-//! keys are taken in the order of their first operations' ranks.
+//! Each operation has a rank: the round that its caller gave it ([`super::caller`]), and its number
+//! within the round. A key is ready if it has operations and is not in flight. Ready keys are taken
+//! in the order of their first operations' ranks.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
@@ -20,20 +20,20 @@ const BATCH_KEYS: usize = 1000;
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// How many bytes an edit has at most. The rest goes into the next edit of the key.
 const EDIT_BYTES: usize = 512 * 1024;
-/// How many operations an edit has at most: as many as a record has holders and waiters, each of
-/// which is compared with all of them.
+/// How many operations an edit has at most: as many as a record can have holders and waiters, each
+/// of which is looked up among the operations.
 const EDIT_OPS: usize = 2048;
 /// How many operations a batch has at most, of all its edits.
 const BATCH_OPS: usize = 16 * 1024;
-/// How many operations that nobody awaits may be queued. More are dropped. Calls that end during an
-/// outage leave one each, to give back what they asked for, and time does that as well: a waiter's
-/// entry lapses, a lease runs out. The daemon's own operations come again some seconds later.
+/// How many operations that nobody awaits may be queued. More are dropped, which is safe. A call
+/// that ends during an outage leaves one operation, which takes back what the call asked for, but
+/// that lapses without it too. The daemon repeats its own operations some seconds later.
 pub(super) const UNANSWERED: usize = 16 * 1024;
 
 /// When an operation is committed, relative to others: its round, and its number within the round.
 pub(super) type Rank = (u64, u64);
 
-/// An operation, and who is told of its result.
+/// An operation, and where its result goes.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) rank: Rank,
@@ -71,7 +71,7 @@ pub(super) struct Entering {
 /// The operations of one key, in the order of their ranks.
 pub(super) type KeyOps = (Key, Vec<Reverse<Pending>>);
 
-/// What is taken out of the backlog to be committed together.
+/// Operations that are taken out of the backlog to be committed together.
 #[derive(Debug)]
 pub(super) struct Taken {
     pub(super) keys: Vec<KeyOps>,
@@ -98,20 +98,20 @@ pub(super) struct Backlog {
     /// The latest round that an operation was given.
     latest_round: u64,
     last_number: u64,
-    /// Awaited operations that are queued or in flight.
+    /// How many awaited operations are queued or in flight.
     pub(super) queued: usize,
     most_queued: usize,
-    /// Who waits for room, by rank.
+    /// The callers that wait for room, by rank.
     pub(super) entering: BTreeMap<Rank, Entering>,
-    /// Queued operations that nobody awaits.
+    /// How many operations that nobody awaits are queued.
     unanswered: usize,
-    /// What must be committed again. While there is any, a task is about to do it.
+    /// The leftovers that must be committed again. While there are any, a task is about to do it.
     failed: Vec<Leftover>,
-    /// Nothing is committed again any more.
+    /// Leftovers are not committed again any more.
     gives_up: bool,
-    /// Batches that are in flight, or about to be.
+    /// How many batches are in flight, or about to be.
     pub(super) batches: usize,
-    /// Keys in the latest batch.
+    /// How many keys the latest batch had.
     latest: usize,
 }
 
@@ -150,7 +150,8 @@ impl Backlog {
         (round, self.last_number)
     }
 
-    /// Counts so many more awaited operations, if there is room and nobody came before.
+    /// Makes `ops` more awaited operations count as queued, if there is room and no other caller
+    /// waits for it.
     pub(super) fn try_enter(&mut self, ops: usize) -> bool {
         let has_room = self.entering.is_empty() && self.queued + ops <= self.most_queued;
         if has_room {
@@ -159,7 +160,7 @@ impl Backlog {
         has_room
     }
 
-    /// Operations that nobody awaits, without those in flight.
+    /// Returns how many operations nobody awaits, without those in flight.
     pub(super) fn unanswered(&self) -> usize {
         self.unanswered + self.failed.len()
     }
@@ -169,8 +170,8 @@ impl Backlog {
         self.batches == 0 && self.failed.is_empty()
     }
 
-    /// Keeps what must be committed again, as far as it still matters and there is room. Returns
-    /// whether there is any that was not kept before.
+    /// Keeps leftovers that must be committed again, as far as they still matter and there is room.
+    /// Returns true if the first ones were kept, so that a task must be started to commit them.
     pub(super) fn keep(&mut self, failed: Vec<Leftover>) -> bool {
         if self.gives_up {
             return false;
@@ -201,16 +202,16 @@ impl Backlog {
         let rank = self.rank(round);
         let slot = self.slots.entry(key.clone()).or_default();
         if slot.ops.is_empty() {
-            // Most operations are alone with their key.
+            // Most keys have one operation, and `push` would allocate room for four.
             slot.ops.reserve_exact(1);
         }
         slot.ops.push(Reverse(Pending { rank, op, reply }));
         self.ready_keys += slot.get_ready(&mut self.ready, key);
     }
 
-    /// Whether a batch may begin beside those in flight, of which there may be `most`. It waits for
-    /// its share of the keys of the latest batch: a batch of the first few operations to arrive
-    /// would make all batches small.
+    /// Returns true if a batch may begin beside those in flight, of which there may be `most`. A
+    /// further batch waits for its share of the keys of the latest batch: a batch of the first few
+    /// operations to arrive would make all batches small.
     pub(super) fn may_begin(&self, most: usize) -> bool {
         let enough = if self.batches == 0 { 1 } else { (self.latest / most).max(1) };
         self.batches < most && self.ready_keys >= enough
@@ -250,7 +251,8 @@ impl Backlog {
         }
     }
 
-    /// Ends the flight of keys, and counts `awaited` operations out of the queue.
+    /// Notes that keys are not in flight any more, and that `awaited` operations have left the
+    /// queue.
     pub(super) fn landed(&mut self, keys: &[KeyOps], awaited: usize) {
         for (key, _) in keys {
             let Some(slot) = self.slots.get_mut(key) else { continue };
@@ -268,8 +270,8 @@ impl Backlog {
         self.leave(awaited);
     }
 
-    /// Counts awaited operations out of the queue, and admits the callers for which there is room
-    /// now.
+    /// Notes that `ops` awaited operations have left the queue, and admits the callers for which
+    /// there is room now.
     pub(super) fn leave(&mut self, ops: usize) {
         self.queued -= ops;
         while let Some(next) = self.entering.first_entry() {
@@ -278,14 +280,15 @@ impl Backlog {
             }
             let Entering { ops, admit } = next.remove();
             self.queued += ops;
-            // A caller that gives up takes itself out first, so this does not fail.
+            // Does not fail: a caller that gives up removes its entry first.
             let _ = admit.send(());
         }
     }
 }
 
 impl Slot {
-    /// Enters the key among the ready ones, by its next operation. Returns how many keys that adds.
+    /// Makes the key ready, at the rank of its next operation. Returns how many ready keys that
+    /// adds.
     fn get_ready(&mut self, ready: &mut BinaryHeap<Reverse<(Rank, Key)>>, key: Key) -> usize {
         let Some(Reverse(next)) = self.ops.peek() else { return 0 };
         if self.in_flight || self.ready_at == Some(next.rank) {
@@ -295,13 +298,14 @@ impl Slot {
         usize::from(self.ready_at.replace(next.rank).is_none())
     }
 
-    /// Takes the operations that may go into one edit, in their order. Returns them with their size
-    /// in bytes, about.
+    /// Takes the operations that may go into one edit, in their order. Returns them with their
+    /// approximate size in bytes.
     fn take(&mut self) -> (Vec<Reverse<Pending>>, usize) {
         if self.ops.len() <= EDIT_OPS {
             let all = self.ops.iter().map(|Reverse(pending)| pending.op.weight()).sum();
             if all < EDIT_BYTES {
                 let mut ops = std::mem::take(&mut self.ops).into_sorted_vec();
+                // Rising in `Reverse` is falling in rank.
                 ops.reverse();
                 return (ops, all);
             }

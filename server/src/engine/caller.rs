@@ -3,7 +3,7 @@
 //!
 //! The algorithm is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each operation
 //! gets a number when it is queued, its *round*. The round is one step more than the latest round
-//! of its caller, or than the round that is being committed, whichever is greater. Commands are
+//! of its caller, or than the round that is being committed, whichever is greater. Operations are
 //! committed in the order of their rounds. So 10,000 operations of one caller are in 10,000 rounds,
 //! and a single operation of another caller is in the next one.
 
@@ -12,15 +12,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Semaphore;
 
-/// How far apart the rounds of a caller's operations are.
+/// How far apart the rounds of a caller's operations are. The daemon's own operations are 1 apart.
 const STEP: u64 = 256;
-/// How many turns a caller has at once, to have pages read or to be sent large answers. The store
+/// How many turns a caller has at a time, to have pages read or to be sent large answers. The store
 /// reads pages in the order of the requests, so this many pages of one caller may delay the page of
-/// another.
+/// another caller.
 const TURNS: usize = 4;
 
-/// A source of operations that takes turns with other callers: a keepalive stream, or all other calls
-/// of one connection. Clones are the same caller.
+/// A source of operations that takes turns with other callers: a keepalive stream, or all other
+/// calls of one connection. Clones are the same caller.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     turns: Arc<Turns>,
@@ -75,7 +75,7 @@ impl Caller {
         round
     }
 
-    /// Waits until the caller may take another turn.
+    /// Waits for one of the caller's turns.
     pub(crate) async fn turn(&self) -> Turn {
         // The semaphore is never closed. `Turn` returns the permit when it is dropped. An owned
         // permit would need another reference to the semaphore.
@@ -94,8 +94,8 @@ mod tests {
     fn a_single_operation_goes_before_the_rest_of_many() {
         let (greedy, modest) = (Caller::new(), Caller::new());
         let mut rounds: Vec<(u64, &str)> = (0..1000).map(|_| (greedy.take_round(0), "greedy")).collect();
-        // Ten of the greedy caller's operations have been committed when the modest one's operation
-        // comes.
+        // Ten of the greedy caller's operations have been committed when the modest caller queues
+        // its operation.
         let current = rounds[9].0;
         rounds.push((modest.take_round(current), "modest"));
         rounds.sort_unstable();

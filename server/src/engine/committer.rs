@@ -1,10 +1,10 @@
-//! Commits operations in batches. While a batch is in flight the next one gathers, and an idle
-//! committer commits at once whatever all ready callers have submitted. There are no timers and no
-//! added delay.
+//! Commits operations in batches. While a batch is in flight, operations gather for the next one.
+//! An idle committer commits at once whatever all ready callers have submitted. No timer delays a
+//! batch.
 //!
 //! Operations for a key that is in flight go into its next edit, so batches in flight have
-//! different keys. A batch runs in a task of its own: it is completed even if all its callers go
-//! away, and if it panics they are told that the outcome is unknown.
+//! different keys. A batch runs in a task of its own. It is completed even if all its callers go
+//! away, and if it panics they receive an error with the outcome unknown.
 
 use std::cmp::Reverse;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,10 +26,10 @@ use crate::lease::{Edit, Key, LeaseId};
 use crate::panics::contain;
 use crate::store::{Committed, Store, StoreError};
 
-/// How many operations of one caller enter the queue at once. It waits for room before the next
-/// ones, so that others enter too.
+/// How many operations of one caller enter the queue together. The caller waits for room before its
+/// next ones, so that other callers enter too.
 const CHUNK: usize = 1000;
-/// The pause before leftovers are committed again. The store itself has repeated their batch until
+/// The pause before leftovers are committed again. The store has already repeated their batch until
 /// its deadline.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -41,27 +41,28 @@ pub(super) struct Committer<S> {
     deadline: Duration,
     backlog: Mutex<Backlog>,
     idle: Notify,
-    /// [`CHUNK`], or the size of the queue if that is smaller.
+    /// [`CHUNK`], but at most the size of the queue, because a larger chunk would never have room.
     chunk: usize,
-    /// The daemon itself as a caller.
+    /// The daemon as a caller whose operations go before most others.
     daemon: Caller,
-    /// The daemon as a caller that takes turns like others.
+    /// The daemon as a caller that takes turns with the others.
     nudger: Caller,
-    /// Where batches run. A call may be dropped, and clean up, outside of any runtime.
+    /// Where batches run. Kept, because a call that is dropped outside of any runtime also cleans
+    /// up.
     runtime: Handle,
 }
 
-/// The edits of one batch, and who is told of their results.
+/// The edits of one batch, and where their results go.
 #[derive(Debug)]
 struct Batch {
     edits: Vec<(Key, Edit)>,
-    /// With the position of the edit, in order.
+    /// The replies, each with the position of its edit, in the order of the edits.
     replies: Vec<(usize, Reply)>,
-    /// Operations that do not fit into the same edit as those before them.
+    /// The operations that do not fit into one edit with those before them.
     left: Vec<KeyOps>,
 }
 
-/// Room in the queue that no operation uses yet. Dropping it gives the room back.
+/// Room in the queue that no operation uses yet. Dropping this value gives the room back.
 #[derive(Debug)]
 struct Room<'a, S> {
     committer: &'a Committer<S>,
@@ -85,11 +86,11 @@ impl<S> Drop for Room<'_, S> {
 
 impl<S> Committer<S> {
     fn backlog(&self) -> MutexGuard<'_, Backlog> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change under this lock.
         self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until there is room for so many operations of this caller. The caller with the lowest
+    /// Waits until there is room for `ops` operations of this caller. The caller with the lowest
     /// rank is first.
     async fn enter(&self, caller: &Caller, ops: usize) -> Room<'_, S> {
         match self.try_enter(caller, ops) {
@@ -122,10 +123,11 @@ struct Waiting<'a, S> {
 
 impl<'a, S> Waiting<'a, S> {
     async fn admitted(mut self) -> Room<'a, S> {
-        // The sender is dropped only with the committer, which outlives this.
+        // Never fails: the sender is dropped only with the committer, which outlives this value.
         let _ = (&mut self.admitted).await;
         match self.room.take() {
             Some(room) => room,
+            // Unreachable: only this function and the drop take the room.
             None => std::future::pending().await,
         }
     }
@@ -218,22 +220,21 @@ impl<S: Store> Committer<S> {
         self.gather(caller, ops.into_iter().map(|(key, op)| (key, op, Reply::Nobody)));
     }
 
-    /// Gives up an id that the daemon picked for a call that has ended. Tries again after failures
-    /// of the store for as long as whatever the id holds `lasts`: nobody else knows the id, so an
-    /// outage would leave the key taken.
+    /// Gives up an id that the daemon picked for a call that has ended. `lasts` is how long the
+    /// id's entry and lease can last. For that long the operation is repeated after failures of the
+    /// store: nobody else knows the id, so an outage would leave the key taken.
     pub(super) fn give_up_id(self: &Arc<Self>, caller: &Caller, key: Key, id: LeaseId, lasts: Duration) {
         let leftover = Leftover { key, id, until: Instant::now() + lasts };
         self.gather(caller, [leftover.into_queued()]);
     }
 
-    /// The daemon as the caller of its own operations.
+    /// Returns the daemon as the caller of its own operations.
     pub(super) fn daemon(&self) -> &Caller {
         &self.daemon
     }
 
-    /// Admits whoever may be admitted at these keys. Leases of thousands of keys may end in the
-    /// same second, and touches must not wait for all that follows, so nudges take turns with other
-    /// callers.
+    /// Nudges these keys. Leases on thousands of keys may end in the same second, and touches must
+    /// not wait for all of the nudges. So nudges take turns with other callers.
     pub(super) fn submit_nudges(self: &Arc<Self>, keys: Vec<Key>) {
         self.submit_unanswered(&self.nudger, keys.into_iter().map(|key| (key, Op::Nudge)));
     }
@@ -241,6 +242,7 @@ impl<S: Store> Committer<S> {
     /// Waits until nothing is queued, in flight or to be committed again.
     pub(super) async fn settle(&self) {
         loop {
+            // Before the check, so that a notification after the check is not missed.
             let idle = self.idle.notified();
             if self.backlog().is_idle() {
                 return;
@@ -295,8 +297,8 @@ impl<S: Store> Committer<S> {
     /// Commits batch after batch until nothing is ready.
     async fn work(self: Arc<Self>) {
         loop {
-            // Callers that are ready, or were answered by the last batch, are about to add their
-            // operations.
+            // Lets callers that are ready, or were answered by the last batch, add their operations
+            // first.
             yield_now().await;
             let mut taken = {
                 let mut backlog = self.backlog();
@@ -325,6 +327,7 @@ impl<S: Store> Committer<S> {
             return;
         }
         let edits = Arc::new(edits);
+        // Before the commit, because the age of a touch counts from when it was sent.
         let sent_at = BootInstant::now();
         let outcome = self.store.commit(Arc::clone(&edits), self.deadline).await;
         self.answer(&edits, replies, sent_at, outcome);
@@ -367,7 +370,7 @@ impl<S: Store> Committer<S> {
         }
     }
 
-    /// Commits leftovers again after a pause, together with those that fail meanwhile.
+    /// Commits leftovers again after a pause, together with leftovers that fail meanwhile.
     fn commit_again(self: &Arc<Self>, failed: Vec<Leftover>) {
         if !self.backlog().keep(failed) {
             return;
@@ -379,19 +382,16 @@ impl<S: Store> Committer<S> {
             let Some(committer) = committer.upgrade() else { return };
             let mut backlog = committer.backlog();
             let again = backlog.take_failed().into_iter().map(Leftover::into_queued);
-            // Under the same lock, or `settle` could find a moment in which nothing is left. As a
-            // caller of their own, because there may be thousands, and they must take turns with
-            // others.
+            // Under the same lock, because between two locks `settle` could find nothing left. With
+            // a new caller, because there may be thousands of leftovers, and they must take turns
+            // with other callers.
             committer.gather_in(backlog, &Caller::new(), again);
         });
     }
 }
 
-/// Makes edits of the operations, without those that are obsolete or whose callers have gone. The
+/// Merges operations into edits, without those that are obsolete or whose callers have gone. The
 /// keys stay in `taken`.
-///
-/// The operations of two callers need not be in the order in which they arrived. So a place in the
-/// queue is not cancelled while another call waits with the same id, as after a reconnect.
 fn merge(taken: &mut Taken, queue: &WaitQueue) -> Batch {
     let edits = Vec::with_capacity(taken.keys.len());
     let mut batch = Batch { edits, replies: Vec::with_capacity(taken.keys.len()), left: Vec::new() };
@@ -400,6 +400,8 @@ fn merge(taken: &mut Taken, queue: &WaitQueue) -> Batch {
         let before = batch.replies.len();
         let mut ops = std::mem::take(ops).into_iter();
         while let Some(Reverse(mut pending)) = ops.next() {
+            // A call that waits with the same id, as after a reconnect, needs the waiter's entry.
+            // Its acquire may have been queued later and committed earlier than this cancellation.
             if matches!(pending.op, Op::Cancel(id) if queue.has(key, id)) {
                 pending.op = Op::Nudge;
             }

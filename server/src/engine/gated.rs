@@ -1,4 +1,4 @@
-//! An embedded store that a test can make slow, fail or panic, or whose attempts it can delay.
+//! An embedded store whose commits a test can slow down, fail, delay, or make panic.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,7 +21,7 @@ use crate::store::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Outcome, 
 const RULES: Rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A batch as the store is given it.
+/// A batch, as it is passed to the store.
 type Edits = Arc<Vec<(Key, Edit)>>;
 /// The keys of a batch, with the number of leases that each edit touched.
 pub(super) type Batch = Vec<(Key, usize)>;
@@ -30,7 +30,7 @@ pub(super) type Batch = Vec<(Key, usize)>;
 #[derive(Debug, Clone)]
 pub(super) struct GatedStore {
     pub(super) store: EmbeddedStore,
-    /// A batch needs a permit, and so does the read of a page.
+    /// A batch needs a permit, and a listing does too.
     gate: Arc<Semaphore>,
     /// All batches so far.
     pub(super) batches: Arc<Mutex<Vec<Batch>>>,
@@ -63,7 +63,7 @@ impl GatedStore {
         }
     }
 
-    /// Starts an engine on the store in which so many operations may be queued.
+    /// Starts an engine on the store, with room for this many queued operations.
     pub(super) fn engine(&self, queued_operations: usize) -> Lessor<Self> {
         self.engine_within(Bounds { call: PATIENCE, queued_operations, ..Bounds::default() })
     }

@@ -65,7 +65,8 @@ pub(crate) enum Source {
     Coalesced,
 }
 
-/// The values of the label `source`, in the order of [`Source`].
+/// The values of the label `source`, in the order of [`Source`]. The published value `memory` means
+/// a coalesced touch.
 const SOURCES: [&str; 2] = ["store", "memory"];
 /// The values of the label `reason`, in the order of [`Tally::lost`].
 const LOSSES: [&str; 4] = ["released", "displaced", "revoked", "unknown"];
@@ -74,9 +75,9 @@ const LOSSES: [&str; 4] = ["released", "displaced", "revoked", "unknown"];
 #[derive(Debug, Clone, Copy)]
 enum WaitEnd {
     Granted,
-    /// The time for which the call would wait was over.
+    /// The call's `wait` was over.
     Expired,
-    /// The id was over or in use, or the queue was full.
+    /// The id had ended or was in use, or the queue was full.
     Lost,
     Failed,
     Drained,
@@ -89,9 +90,9 @@ const WAIT_ENDS: [&str; 6] = ["granted", "expired", "lost", "failed", "drained",
 
 impl EngineMetrics {
     pub(super) fn new(registry: &mut MetricsRegistry) -> Self {
-        let grants = ("leased_grants", "Grants told to callers");
+        let grants = ("leased_grants", "Grants reported to callers");
         let touches = ("leased_touches", "Touches acknowledged, by where the answer came from");
-        let losses = ("leased_losses_told", "Losses told to holders, by how the lease was lost");
+        let losses = ("leased_losses_told", "Losses reported to holders, by how the lease was lost");
         let waits = ("leased_waits", "Waits for a lease that are over, by how they ended");
         let acks = (
             "leased_keepalive_ack_duration_seconds",
@@ -153,10 +154,10 @@ impl EngineMetrics {
         self.acks[source as usize].observe_duration(duration);
     }
 
-    /// Counts what holders were told.
-    pub(super) fn told(&self, tally: &Tally) {
+    /// Adds counts of answers and losses that were sent to holders.
+    pub(super) fn add(&self, tally: &Tally) {
         let both = self.touches.iter().zip(tally.touches).chain(self.losses.iter().zip(tally.losses));
-        // Most messages change only one of these counters, and leave the others alone.
+        // Most messages change one counter. Adding 0 to the others would also be an atomic write.
         for (counter, count) in both.filter(|(_, count)| *count > 0) {
             counter.inc_by(count);
         }
@@ -170,7 +171,7 @@ impl Default for EngineMetrics {
     }
 }
 
-/// Counts of what holders are told, gathered before they are added to the metrics.
+/// Counts of answers and losses that are sent to holders, before they are added to the metrics.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     touches: [u64; SOURCES.len()],
@@ -178,7 +179,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Coalesced touches that were answered with how long the lease lasts.
+    /// Returns the counts of an answer whose touches were all coalesced.
     pub(super) fn coalesced(touches: usize) -> Self {
         let mut tally = Self::default();
         tally.touches[Source::Coalesced as usize] = touches as u64;

@@ -1,9 +1,9 @@
 //! The engine: turns calls into edits of records, commits the edits in batches, and answers the
 //! calls.
 //!
-//! A call adds its operation to the next edit of its key ([`committer`]). Its answer is read off
-//! the record that the commit returned. A call that waits has an entry in the record, and [`queue`]
-//! only remembers to wake it.
+//! A call adds its operation to the next edit of its key ([`committer`]), and its answer is read
+//! from the record that the commit returned. A call that waits has an entry in the record.
+//! [`queue`] only remembers which calls to wake.
 
 /// The operations of an edit, one for each call.
 mod op;
@@ -11,9 +11,9 @@ mod op;
 mod acquire;
 /// Merges operations into edits and commits them in batches.
 mod committer;
-/// The operations that await their commit, and whose turn is next.
+/// The operations that await their commit, in their order.
 mod backlog;
-/// Who is answered when an operation has been committed.
+/// The result of an operation, and where it goes.
 mod reply;
 /// Fairness between callers: streams, and the unary calls of a connection.
 mod caller;
@@ -66,13 +66,13 @@ use crate::store::{ListQuery, Outcome, Page, Store, StoreError};
 pub struct Bounds {
     /// How long a call may take in addition to its `wait`.
     pub call: Duration,
-    /// How many calls may wait for a lease at once.
+    /// How many calls may wait for a lease at a time.
     pub waiting_calls: usize,
-    /// How many operations may be queued for a commit. More wait until there is room.
+    /// How many operations may be queued for a commit. Further ones wait until there is room.
     pub queued_operations: usize,
-    /// How many watches may be open at once.
+    /// How many watches may be open at a time.
     pub watches: usize,
-    /// How many leases the keepalive streams may track at once, all streams together.
+    /// How many leases all keepalive streams together may track at a time.
     pub leases: usize,
 }
 
@@ -95,13 +95,13 @@ pub enum CallError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// As many calls wait already as this daemon allows.
+    /// The daemon's limit on waiting calls is reached.
     #[error("{limit} calls wait already, as many as this daemon allows")]
     TooManyWaiting {
         /// How many this daemon allows.
         limit: usize,
     },
-    /// As many watches are open already as this daemon allows.
+    /// The daemon's limit on watches is reached.
     #[error("{limit} watches are open already, as many as this daemon allows")]
     TooManyWatches {
         /// How many this daemon allows.
@@ -139,7 +139,7 @@ pub enum Released {
 pub struct Lessor<S> {
     committer: Arc<Committer<S>>,
     subscribers: Arc<Subscribers>,
-    /// The caller that this handle works for.
+    /// The caller whose calls this handle serves.
     caller: Caller,
     bounds: Bounds,
     draining: Arc<CancellationToken>,
@@ -201,7 +201,7 @@ impl<S: Store> Lessor<S> {
         let touched = touched(&snapshot, id);
         let mut tally = Tally::default();
         tally.add(touched, Source::Store);
-        self.metrics().told(&tally);
+        self.metrics().add(&tally);
         Ok(touched)
     }
 
@@ -214,9 +214,9 @@ impl<S: Store> Lessor<S> {
         &self,
         leases: impl Iterator<Item = &'a LeaseName> + Clone,
     ) -> Result<Vec<Touched>, CallError> {
-        // No deadline for all of them, only that of each batch. While the daemon is busy, a
-        // deadline would end the call halfway. Its repetition would touch the first leases again,
-        // and never the last ones.
+        // Only each batch has a deadline. A deadline for all would end the call halfway while the
+        // daemon is busy. Its repetition would touch the first leases again, and never the last
+        // ones.
         let ops = leases.clone().map(|name| (name.key.clone(), Op::Touch(name.id))).collect();
         let answers = self.committer.submit_each(&self.caller, ops).await.into_iter();
         let touched = |(name, answer): (&LeaseName, Option<CommitResult>)| match answer {
@@ -270,7 +270,7 @@ impl<S: Store> Lessor<S> {
         };
         let mut tally = Tally::default();
         tally.lost(reason);
-        self.metrics().told(&tally);
+        self.metrics().add(&tally);
         Ok(Released::Lost(reason))
     }
 
@@ -316,8 +316,8 @@ impl<S: Store> Lessor<S> {
         Ok(found.filter(|snapshot| snapshot.record.token != FencingToken::default()))
     }
 
-    /// Reads a page of records. Pages that one caller requests at once are read a few at a time, so
-    /// that they do not delay the pages of other callers.
+    /// Reads a page of records. If one caller requests many pages at the same time, they are read a
+    /// few at a time, so that they do not delay the pages of other callers.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
@@ -336,8 +336,8 @@ impl<S: Store> Lessor<S> {
         self.in_time(async { Ok(self.store().list(query).await?) }).await
     }
 
-    /// Waits until nothing is left to commit. During an outage of the store, ids that ended calls
-    /// left behind may still have to be given up.
+    /// Waits until nothing is left to commit. That can take as long as an outage of the store,
+    /// because ids that ended calls left behind are given up again until that succeeds.
     pub async fn settle(&self) {
         self.committer.settle().await;
     }

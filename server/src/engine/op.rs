@@ -1,4 +1,4 @@
-//! The operations that calls bring to the next edit of a key, and how they merge into that edit.
+//! The operations of calls for one key, and how they merge into the next edit of the key.
 
 use std::mem::take;
 use std::sync::{Arc, Weak};
@@ -28,14 +28,14 @@ pub(crate) enum Op {
     Release(LeaseId),
     /// Releases an id whose acquire may still be under way.
     GiveUp(LeaseId),
-    /// Keeps out a later acquire with this id, unless the id holds or waits by now.
+    /// Keeps out later acquires with this id, unless the id holds or waits by now.
     KeepOut(LeaseId),
     /// Takes these leases away, and ends a block by `min_hold` that lasts until exactly this
     /// instant.
     Revoke(Vec<LeaseId>, Option<Timestamp>),
     /// Takes the id out of the queue.
     Cancel(LeaseId),
-    /// Admits the waiters whose turn has come.
+    /// Admits the waiters that can be admitted now, and changes nothing else.
     Nudge,
 }
 
@@ -48,11 +48,12 @@ pub(crate) struct Liveness;
 pub(crate) struct EditBuilder(Edit);
 
 impl EditBuilder {
-    /// Merges `op`, and returns whether it fits. One that does not fit is for the next edit.
+    /// Merges `op` if it fits into the edit, and returns whether it does. Otherwise `op` is for the
+    /// next edit.
     ///
     /// Two operations do not fit together if one asks for an id that the other gives up: an edit
-    /// with both would not be idempotent. Nor do they if they ask for one id with different modes
-    /// or limits: one record could not answer both.
+    /// with both would not be idempotent. Two that ask for one id with different modes or limits do
+    /// not fit together either: one record could not answer both.
     pub(crate) fn merge(&mut self, op: &Op) -> bool {
         let edit = &self.0;
         let fits = match op {
@@ -82,7 +83,7 @@ impl Op {
     fn add_to(&self, edit: Edit) -> Edit {
         match self {
             Self::Acquire(acquisition) => edit.enqueue(Arc::clone(acquisition)),
-            // The command that asked first may have been delayed, and still arrive.
+            // Marked as repeated, because the command that asked first may still arrive.
             Self::Rejoin(acquisition, _) => {
                 edit.enqueue(Arc::new(Acquisition { repeated: true, ..Acquisition::clone(acquisition) }))
             }

@@ -1,4 +1,4 @@
-//! Who is answered when an operation has been committed.
+//! The result of an operation, and where it goes.
 
 use std::sync::Arc;
 
@@ -9,41 +9,44 @@ use super::op::Op;
 use crate::lease::{Key, LeaseId, Snapshot, Standing};
 use crate::store::{Outcome, StoreError};
 
-/// What came of an operation.
+/// The result of an operation.
 pub(super) type CommitResult = Result<Done, StoreError>;
 
-/// An operation has been committed.
+/// What the commit of an operation returned.
 #[derive(Debug, Clone)]
 pub(super) struct Done {
-    /// The record after it.
+    /// The record after the operation.
     pub(super) snapshot: Arc<Snapshot>,
     /// As [`crate::store::Committed::is_repeated`] of the operation's batch.
     pub(super) is_repeated: bool,
 }
 
-/// The error when the task is gone that should have answered. That takes a shutdown or a defect.
+/// Returns the error for an operation whose task ended without an answer, because of a shutdown or
+/// a defect.
 pub(super) fn lost() -> StoreError {
     StoreError::Unavailable { outcome: Outcome::Unknown, cause: "the commit was given up".to_owned() }
 }
 
-/// Who is told of the result of an operation.
+/// Where the result of an operation goes.
 #[derive(Debug)]
 pub(super) enum Reply {
+    /// Nowhere.
     Nobody,
-    /// Nobody, and the operation is committed again if that failed.
+    /// Nowhere, but the operation is committed again if it failed.
     Leftover(Box<Leftover>),
+    /// To the caller.
     One(oneshot::Sender<CommitResult>),
-    /// One caller of many operations; with the position of this one among them.
+    /// To the caller of many operations, with the position of this one among them.
     OneOfMany(usize, mpsc::Sender<(usize, CommitResult)>),
 }
 
-/// An id that the daemon picked for a call that has ended. Nobody was told of the id, so the daemon
+/// An id that the daemon picked for a call that has ended. Nobody else knows the id, so the daemon
 /// gives it up.
 #[derive(Debug)]
 pub(super) struct Leftover {
     pub(super) key: Key,
     pub(super) id: LeaseId,
-    /// When whatever the id holds has run out by itself.
+    /// When to stop trying.
     pub(super) until: Instant,
 }
 
@@ -57,7 +60,7 @@ impl Leftover {
         }
     }
 
-    /// The operation that gives the id up.
+    /// Returns the operation that gives the id up.
     pub(super) fn into_queued(self) -> (Key, Op, Reply) {
         (self.key.clone(), Op::GiveUp(self.id), Reply::Leftover(Box::new(self)))
     }
@@ -79,8 +82,8 @@ impl Reply {
         }
     }
 
-    /// Sends the result. Returns what must be committed again: the store failed or the record was
-    /// full, and both pass.
+    /// Sends the result. Returns a leftover that must be committed again, because the store failed
+    /// or the record was full. Neither lasts.
     pub(super) fn send(self, result: CommitResult) -> Option<Leftover> {
         match self {
             Self::Leftover(leftover) if leftover.is_left(&result) => return Some(*leftover),

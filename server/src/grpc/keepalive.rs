@@ -4,9 +4,10 @@
 //! Each stream is one task, which owns the stream's leases. When the caller goes away the task ends
 //! and the leases run out, so there is nothing to clean up.
 //!
-//! A touch is coalesced while the latest written one is young. The loss of a lease is told at once,
-//! without being asked. A lease that the stream may not name is refused, and the stream goes on;
-//! only a message past `MAX_MESSAGE_BYTES` or `MESSAGE_LEASES` ends it.
+//! A touch is coalesced while the latest written touch of its lease is young. A loss is pushed as
+//! soon as a record shows it, unless a pending answer will report it. A lease that is malformed or
+//! past a limit is refused in its result, and the stream goes on. A message past
+//! `MAX_MESSAGE_BYTES` or `MESSAGE_LEASES` ends the stream.
 
 use std::collections::HashMap;
 use std::mem::take;
@@ -32,16 +33,16 @@ use crate::panics::contain;
 use crate::store::{Store, StoreError};
 use crate::transport::bounds::panicked;
 
-/// How many commits of one stream are under way at once. Messages that arrive meanwhile share the
+/// How many commits of one stream are under way at a time. Messages that arrive meanwhile share the
 /// next commit.
 const COMMITS: usize = 16;
 /// The pause before leases are touched again after the store has failed.
 const RETRY: Duration = Duration::from_millis(200);
-/// How many bytes the encoded leases of one message may have; leases past it are refused. An answer
-/// to so many leases fits into one response.
+/// How many bytes the encoded leases of one message may have. Leases past this are refused. An
+/// answer for this many leases fits into one response.
 const MESSAGE_BYTES: usize = 512 * 1024;
-/// How many leases one message may name; more end the stream. [`MESSAGE_BYTES`] hold fewer
-/// well-formed leases, so this bounds the cost of malformed ones only.
+/// How many leases one message may name. A message with more ends the stream. [`MESSAGE_BYTES`] has
+/// room for fewer well-formed leases, so this only bounds the cost of malformed ones.
 const MESSAGE_LEASES: usize = 12_500;
 /// How many refused leases of one message get a sentence beside the reason.
 const SENTENCES: usize = 100;
@@ -50,26 +51,26 @@ const SENTENCES: usize = 100;
 /// that other streams leave unread.
 const UNSHARED: usize = 64;
 
-/// The results of touches; `None` for a touch that was coalesced.
+/// The results of touches. `None` for a touch that was coalesced.
 type Outcomes = Vec<(Arc<StreamLease>, Option<Touched>)>;
 
 /// Messages that shared a commit, and the results for the leases that they name.
-type Committed = (Messages, Result<Outcomes, Status>);
+type GroupOutcome = (Messages, Result<Outcomes, Status>);
 
-/// Why a lease is refused that the daemon has no room for.
+/// The message of a refusal because of the daemon's limits.
 const PAST_LEASES: &str = "the daemon keeps as many leases alive as it may, and is touching as many others as it may; \
-                           touch this one by a call of its own";
+                           touch this one with a Touch call";
 
 /// A message that is not answered yet.
 #[derive(Debug)]
 struct Message {
     sequence: u64,
-    came_at: Instant,
+    received_at: Instant,
     /// How many leases the message touches.
     leases: usize,
     /// The results of leases that are refused.
     refused: Vec<KeepAliveResult>,
-    /// The answer's share of the connection's allowance; `None` while the stream has at most
+    /// The answer's share of the connection's allowance. `None` while the stream has at most
     /// [`UNSHARED`] leases unanswered.
     share: Option<Share>,
 }
@@ -96,8 +97,8 @@ impl Messages {
 
 /// Messages that wait until the stream may commit again.
 ///
-/// Messages are read while they wait, because h2 takes many small unread frames for an attack and
-/// ends the connection (`too_many_data_frames`).
+/// The stream reads further messages meanwhile, because h2 takes many small unread frames for an
+/// attack and ends the connection (`too_many_data_frames`).
 #[derive(Debug)]
 struct Group {
     messages: Messages,
@@ -122,7 +123,8 @@ pub(crate) fn serve<S: Store>(
             () = draining.cancelled() => Err(response::shutting_down()),
             () = closed => return,
         };
-        // The caller may be slow to read how the stream ended; the leases must not wait for that.
+        // Before the status is sent, because the leases must not stay tracked until a slow caller
+        // has read the status.
         drop((stream, messages));
         if let Err(status) = end {
             responses.end(status).await;
@@ -146,7 +148,7 @@ struct KeepAliveStream<S> {
     unshared: usize,
     /// The refused leases of unanswered messages.
     refused: usize,
-    in_flight: FuturesUnordered<BoxFuture<'static, Committed>>,
+    in_flight: FuturesUnordered<BoxFuture<'static, GroupOutcome>>,
 }
 
 impl<S: Store> KeepAliveStream<S> {
@@ -168,8 +170,8 @@ impl<S: Store> KeepAliveStream<S> {
 
     /// Reads and answers messages until the caller ends its side and every message is answered.
     ///
-    /// Borrows its arguments: a future has room for a captured value twice, which would count on an
-    /// idle stream.
+    /// Borrows its arguments, because a future has space for a captured value twice, and an idle
+    /// stream would keep that space.
     async fn run(
         &mut self,
         messages: &mut Streaming<KeepAliveRequest>,
@@ -195,11 +197,11 @@ impl<S: Store> KeepAliveStream<S> {
                     }
                 }
                 lost = self.lease_set.lost() => {
-                    // A few at a time: no share of the allowance was taken for results that no
-                    // message asks for.
+                    // A few at a time, because no share of the allowance was taken for results that
+                    // no message asks for.
                     for lost in lost.chunks(UNSHARED) {
                         let results = lost.iter().map(|(lease, Loss(reason))| result(lease, Touched::Lost(*reason)));
-                        if !responses.tell(0, results.collect(), None).await {
+                        if !responses.send(0, results.collect(), None).await {
                             return Ok(());
                         }
                     }
@@ -228,9 +230,9 @@ impl<S: Store> KeepAliveStream<S> {
         Ok(())
     }
 
-    /// Whether another message may be read: not while the waiting messages name as many leases as
+    /// Whether another message may be read. Not while the waiting messages name as many leases as
     /// the stream may have. The refused leases of unanswered messages count too, because each takes
-    /// as much memory as a lease and no other limit bounds them.
+    /// as much memory as a lease, and no other limit bounds them.
     fn has_room(&self) -> bool {
         let waiting = |Group { messages, leases }: &Group| leases.len() + messages.others.len();
         self.waiting.as_ref().map_or(0, waiting) + self.refused < self.most_leases
@@ -241,43 +243,43 @@ impl<S: Store> KeepAliveStream<S> {
         if message.leases.len() > MESSAGE_LEASES {
             return Err(response::limit_exceeded("message_leases", MESSAGE_LEASES));
         }
-        let came_at = Instant::now();
+        let received_at = Instant::now();
         let named =
             if message.leases.is_empty() { self.lease_set.names().len() } else { message.leases.len() };
         let results = named.max(1);
         if self.unshared + results <= UNSHARED {
-            return Ok(Some(Admitted { message, came_at, share: None }));
+            return Ok(Some(Admitted { message, received_at, share: None }));
         }
-        if let Some(share) = self.unread.share(results) {
-            return Ok(Some(Admitted { message, came_at, share: Some(share) }));
+        if let Some(share) = self.unread.try_share(results) {
+            return Ok(Some(Admitted { message, received_at, share: Some(share) }));
         }
-        self.entering = Some(self.unread.later(results, &message, came_at)?);
+        self.entering = Some(self.unread.wait_for_share(results, &message, received_at)?);
         Ok(None)
     }
 
     /// Takes a message, and answers it at once if none of its touches has to be written. Returns
-    /// whether the caller is still there.
+    /// false if the caller has gone away.
     async fn enter(&mut self, admitted: Admitted, responses: &mut ResponseSender) -> Result<bool, Status> {
-        let Admitted { message, came_at, share } = admitted;
+        let Admitted { message, received_at, share } = admitted;
         let sequence = message.sequence;
-        let Some((results, share)) = self.take(message, came_at, share) else { return Ok(true) };
-        if !responses.tell(sequence, results, share).await {
+        let Some((results, share)) = self.take(message, received_at, share) else { return Ok(true) };
+        if !responses.send(sequence, results, share).await {
             return Ok(false);
         }
-        self.lessor.metrics().acked(Source::Coalesced, came_at.elapsed());
+        self.lessor.metrics().acked(Source::Coalesced, received_at.elapsed());
         Ok(true)
     }
 
-    /// Returns the results of a message if none of its touches has to be written. Otherwise checks
-    /// the message and begins its touches, or has it wait.
+    /// Returns the results of a message if none of its touches has to be written. Otherwise begins
+    /// the touches, or has the message wait.
     fn take(
         &mut self,
         mut message: KeepAliveRequest,
-        came_at: Instant,
+        received_at: Instant,
         share: Option<Share>,
     ) -> Option<(Vec<KeepAliveResult>, Option<Share>)> {
         let must_wait = self.waiting.is_some()
-            || self.rate_limiter.ready_at() > came_at
+            || self.rate_limiter.ready_at() > received_at
             || self.in_flight.len() >= COMMITS;
         if !must_wait {
             self.rate_limiter.spend();
@@ -293,7 +295,7 @@ impl<S: Store> KeepAliveStream<S> {
         if leases.is_empty() && !must_wait {
             return Some((refused, share));
         }
-        let entry = Message { sequence: message.sequence, came_at, leases: leases.len(), refused, share };
+        let entry = Message { sequence: message.sequence, received_at, leases: leases.len(), refused, share };
         self.refused += entry.refused.len();
         if entry.share.is_none() {
             self.unshared += entry.results();
@@ -315,8 +317,8 @@ impl<S: Store> KeepAliveStream<S> {
         None
     }
 
-    /// Returns the results of a message if all its touches can be coalesced. They reuse the names in
-    /// the message.
+    /// Returns the results of a message if all its touches can be coalesced. The results take the
+    /// names out of the message.
     fn coalesced(&self, message: &mut KeepAliveRequest) -> Option<Vec<KeepAliveResult>> {
         if !self.coalesces || message.sequence == 0 {
             return None;
@@ -338,8 +340,8 @@ impl<S: Store> KeepAliveStream<S> {
         Some(results.map(kept).collect())
     }
 
-    /// Adds the leases that a message names to the stream, as far as there is room, and refuses the
-    /// others.
+    /// Adds the leases that a message names to the stream, and refuses the malformed ones and those
+    /// past a limit.
     fn name(&mut self, named: Vec<LeaseRef>) -> (Vec<Arc<StreamLease>>, Vec<KeepAliveResult>) {
         let (mut leases, mut refused) = (Vec::with_capacity(named.len()), Vec::new());
         let most = self.most_leases;
@@ -364,8 +366,8 @@ impl<S: Store> KeepAliveStream<S> {
         (leases, refused)
     }
 
-    /// Refuses all leases of a message without a sequence number. Only the number says which
-    /// message a result answers, and so from when the holder may count the lease's time.
+    /// Refuses all leases of a message without a sequence number. Without the number the holder
+    /// could not tell which message a result answers, and so from when to count the remaining time.
     fn refuse_all(&self, named: Vec<LeaseRef>) -> Vec<KeepAliveResult> {
         const WHY: &str = "sequence must be 1 or more; 0 marks results that no message asked for";
         let mut refused = Vec::new();
@@ -377,8 +379,9 @@ impl<S: Store> KeepAliveStream<S> {
         refused
     }
 
-    /// Begins to touch leases, but for those whose touches can be coalesced. Polls the future once,
-    /// because nothing polls it while an answer waits for its reader.
+    /// Begins to touch the leases whose touches cannot be coalesced. Polls the future once, so that
+    /// the touches are queued even while an answer waits for its reader and nothing polls the
+    /// future.
     fn touch(&mut self, messages: Messages, leases: Vec<Arc<StreamLease>>) {
         let now = BootInstant::now();
         let is_due = |lease: &StreamLease| !self.coalesces || lease.coalesce(now).is_none();
@@ -390,8 +393,8 @@ impl<S: Store> KeepAliveStream<S> {
         });
     }
 
-    /// Answers messages with the outcomes for their leases. Returns whether the caller is still
-    /// there.
+    /// Answers messages with the outcomes for their leases. Returns false if the caller has gone
+    /// away.
     async fn answer(
         &mut self,
         responses: &mut ResponseSender,
@@ -407,12 +410,12 @@ impl<S: Store> KeepAliveStream<S> {
             if message.share.is_none() {
                 self.unshared -= message.results();
             }
-            let Message { sequence, came_at, leases, refused, share } = message;
+            let Message { sequence, received_at, leases, refused, share } = message;
             let results = results.by_ref().take(leases).chain(refused).collect();
-            if !responses.tell(sequence, results, share).await {
+            if !responses.send(sequence, results, share).await {
                 return false;
             }
-            self.lessor.metrics().acked(source, came_at.elapsed());
+            self.lessor.metrics().acked(source, received_at.elapsed());
         }
         true
     }
@@ -425,8 +428,8 @@ fn refuse(
     reason: RefusalReason,
     message: impl Into<String>,
 ) {
-    // Sentences for thousands of leases would be most of the cost of such a message, and the reason
-    // says it too.
+    // With thousands of refused leases, the sentences would be most of the cost of the answer, and
+    // the reason says the same.
     let message = if refused.len() < SENTENCES { message.into() } else { String::new() };
     refused.push(response::refused(lease, reason, message));
 }
@@ -451,15 +454,16 @@ fn reference(lease: &StreamLease) -> LeaseRef {
     response::lease_ref(&name.key, name.id)
 }
 
-/// Touches the leases at the positions `due`, and goes on until the store answers: an outage of the
-/// store ends neither the stream nor, until their TTLs, the leases. Touches a lease that several
-/// messages name once.
+/// Touches the leases at the positions `due`. A lease that several messages name is touched once.
+///
+/// Tries again until the store answers, so that an outage does not end the stream. The leases
+/// survive an outage that is shorter than what is left of their TTLs.
 async fn touch<S: Store>(
     lessor: Lessor<S>,
     messages: Messages,
     leases: Vec<Arc<StreamLease>>,
     mut due: Vec<usize>,
-) -> Committed {
+) -> GroupOutcome {
     let mut touched = vec![None; leases.len()];
     while !due.is_empty() {
         let repeated = if messages.others.is_empty() { Vec::new() } else { take_repeated(&leases, &mut due) };
@@ -472,14 +476,14 @@ async fn touch<S: Store>(
             Err(CallError::Store(StoreError::Unavailable { .. })) => sleep(RETRY).await,
             Err(error) => return (messages, Err(response::failed(error))),
         }
-        // The written touches of the other leases are not young any more.
+        // All, because the other leases' written touches are not young any more.
         due = (0..leases.len()).collect();
     }
     (messages, Ok(leases.into_iter().zip(touched).collect()))
 }
 
-/// Takes positions out of `due` whose lease is at an earlier position too. Returns each of them
-/// with the earlier one.
+/// Removes from `due` each position whose lease is also at an earlier position. Returns each
+/// removed position with the earlier one.
 fn take_repeated(leases: &[Arc<StreamLease>], due: &mut Vec<usize>) -> Vec<(usize, usize)> {
     let mut firsts = HashMap::with_capacity(due.len());
     let mut repeated = Vec::new();
@@ -511,7 +515,7 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(3600);
 
-    /// Over an empty store of its own, which goes with the folder.
+    /// Returns an engine over an empty store, and the folder of the store.
     async fn lessor() -> (Lessor<EmbeddedStore>, TempDir) {
         let folder = tempfile::tempdir().expect("a folder");
         let rules = Rules { grace: Duration::ZERO, waiter_ttl: Duration::from_secs(15) };

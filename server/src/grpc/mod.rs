@@ -1,13 +1,13 @@
 //! The gRPC services.
 //!
-//! A call is read and checked by `request`, goes to the engine, and is answered by `response`.
+//! `request` reads and checks a call, the engine carries it out, and `response` writes the answer.
 //! Errors of the engine become `tonic::Status` here and nowhere else.
 
 /// Unary calls.
 pub(crate) mod service;
 /// The keepalive stream. The hot path.
 pub(crate) mod keepalive;
-/// Holds a keepalive stream to its rate.
+/// Limits the rate of a keepalive stream.
 mod rate_limiter;
 /// Bounds the memory of keepalive answers that callers have not read.
 pub(crate) mod unread;

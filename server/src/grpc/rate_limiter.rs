@@ -1,5 +1,5 @@
-//! Holds a keepalive stream to a rate in the long run, and lets it burst: the generic cell rate
-//! algorithm (ITU-T I.371), as a delay.
+//! Limits the rate of a keepalive stream, and lets it burst: the generic cell rate algorithm (ITU-T
+//! I.371), as a delay.
 
 use std::time::Duration;
 
@@ -31,6 +31,7 @@ impl RateLimiter {
 
     /// Counts a message or group that is committed now.
     pub(super) fn spend(&mut self) {
+        // Not before now, so that an idle stream saves up no more than one burst.
         self.due = self.due.max(Instant::now()) + self.interval;
     }
 }

@@ -68,7 +68,7 @@ fn missing_value() -> Status {
 }
 
 /// Checks the size of a request other than a keepalive message.
-pub(crate) fn small(request: &impl Message) -> Result<(), Status> {
+pub(crate) fn check_size(request: &impl Message) -> Result<(), Status> {
     let size = request.encoded_len();
     if size > MAX_REQUEST_BYTES {
         return Err(limit_exceeded("request_bytes", MAX_REQUEST_BYTES));
@@ -82,7 +82,7 @@ pub(crate) fn key(field: &str, text: &str) -> Result<Key, Status> {
     violations.finish(key)
 }
 
-/// Reads the lease in the field `field`. The name of the field is written out only for a violation,
+/// Reads the lease in the field `field`. The name of the field is formatted only for a violation,
 /// because a keepalive message has many leases.
 fn lease(
     violations: &mut Violations,
@@ -108,7 +108,7 @@ pub(crate) fn one_lease(named: Option<&v1::LeaseRef>) -> Result<LeaseName, Statu
 /// Reads one of the leases of a keepalive message.
 ///
 /// # Errors
-/// A sentence that says what is wrong. The other leases of the message are touched all the same.
+/// A sentence that says what is wrong. The other leases of the message are still touched.
 pub(crate) fn one_of_many(named: &v1::LeaseRef) -> Result<LeaseName, String> {
     let mut violations = Violations::default();
     lease(&mut violations, "lease", Some(named)).ok_or_else(|| violations.sentence())
@@ -120,7 +120,7 @@ pub(crate) fn acquire(
     headers: &MetadataMap,
     limits: &Limits,
 ) -> Result<Call, Status> {
-    small(&request)?;
+    check_size(&request)?;
     let mut violations = Violations::default();
     let key = violations.check("key", Key::try_from(request.key.as_str()));
     let (id, origin) = if request.lease_id.is_empty() {
@@ -246,7 +246,7 @@ pub(crate) fn grpc_timeout(text: &str) -> Option<Duration> {
 /// Reads a listing request. Returns the key after which the page begins, and the most keys that it
 /// may have.
 pub(crate) fn page(request: &v1::ListRequest) -> Result<(Option<Key>, usize), Status> {
-    small(request)?;
+    check_size(request)?;
     let mut violations = Violations::default();
     let size = match usize::try_from(request.page_size) {
         Ok(0) => DEFAULT_PAGE,
@@ -273,7 +273,7 @@ fn prefix(violations: &mut Violations, prefix: &str) {
 }
 
 pub(crate) fn revoke(request: &v1::RevokeRequest) -> Result<Key, Status> {
-    small(request)?;
+    check_size(request)?;
     let mut violations = Violations::default();
     let key = violations.check("key", Key::try_from(request.key.as_str()));
     if request.fencing_token < 0 {
@@ -286,7 +286,7 @@ pub(crate) fn revoke(request: &v1::RevokeRequest) -> Result<Key, Status> {
 }
 
 pub(crate) fn watch(request: &v1::WatchRequest) -> Result<Begin, Status> {
-    small(request)?;
+    check_size(request)?;
     let mut violations = Violations::default();
     prefix(&mut violations, &request.prefix);
     violations.into_result()?;

@@ -15,11 +15,11 @@ use crate::lease::{
 };
 use crate::store::{Page, StoreError};
 
-/// The largest message that is read, in bytes. A larger keepalive message ends its stream. Below
-/// that, the leases of a message that exceed its own limits are refused one by one.
+/// The largest message that is read, in bytes. A larger keepalive message ends its stream. In a
+/// smaller one, the leases past `MESSAGE_BYTES` of `keepalive.rs` are refused one by one.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
 /// The largest part of an answer or page that is sent in one message, in bytes. Below the 4 MiB
-/// that gRPC clients accept unless told otherwise.
+/// that gRPC clients accept by default.
 pub(crate) const PART_BYTES: usize = 3 * 1024 * 1024;
 /// How many bytes of a page are encoded before other tasks may run.
 const STEP_BYTES: usize = 64 * 1024;
@@ -31,8 +31,8 @@ pub(crate) fn oversized() -> Status {
     limit_exceeded("message_bytes", MAX_MESSAGE_BYTES)
 }
 
-/// How to repeat a call. An acquire may have left the choice of the id to the daemon. Then there is
-/// no id to repeat, and the daemon releases what it may have granted.
+/// How to repeat a call. If an acquire left the choice of the id to the daemon, the caller has no
+/// id to repeat, and the daemon releases what it may have granted.
 pub(crate) const WITH_ITS_ID: &str = "with the same lease id if the call named one";
 
 /// The message about a key whose record is damaged.
@@ -181,7 +181,7 @@ pub(crate) fn keepalive_result(lease: v1::LeaseRef, touched: Touched) -> v1::Kee
 }
 
 /// Returns the result for a lease that is not touched. Shows the key and the id as the caller sent
-/// them, cut to a largest length.
+/// them, but cuts long ones.
 pub(crate) fn refused(
     mut lease: v1::LeaseRef,
     reason: v1::RefusalReason,
@@ -205,9 +205,9 @@ fn cut(text: &mut String, most: usize) {
     text.shrink_to_fit();
 }
 
-/// Splits results into responses that each fit into a message. In an answer all responses but the
-/// last one say that more follow. Losses that no message asked for (`sequence` 0) are complete in
-/// each response.
+/// Splits results into responses that each fit into a message. In an answer, all responses but the
+/// last one say that more follow. Results that no message asked for (`sequence` 0) are no answer,
+/// so none of their responses says so.
 pub(crate) fn keepalive_responses(
     sequence: u64,
     results: Vec<v1::KeepAliveResult>,
@@ -220,6 +220,7 @@ pub(crate) fn keepalive_responses(
             bytes += encoded_len(2, result);
             bytes > PART_BYTES
         });
+        // Each response has at least one result, however large, so that this ends.
         rest = past.map(|past| results.split_off(past.max(1)));
         Some(v1::KeepAliveResponse { sequence, results, more: sequence > 0 && rest.is_some() })
     })

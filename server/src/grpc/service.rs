@@ -22,8 +22,7 @@ use crate::lease::{FencingToken, MAX_KEY_BYTES, SETTLED_DEPARTURES};
 use crate::store::{ListQuery, Store};
 use crate::transport::sending::{ResponsePermit, ResponsePermits, encoded};
 
-/// A response with more than this, in bytes, is large and needs one of the daemon's
-/// [`ResponsePermits`].
+/// A response larger than this, in bytes, needs one of the daemon's [`ResponsePermits`].
 const LARGE: usize = 64 * 1024;
 /// How many bytes of leases a page may have so that its response is not large. The page token needs
 /// the rest.
@@ -97,11 +96,11 @@ impl<S: Store> LeaseService for Service<S> {
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         let lessor = self.lessor_for(&request);
         let (headers, _, request) = request.into_parts();
-        request::small(&request)?;
+        request::check_size(&request)?;
         let name = request::one_lease(request.lease.as_ref())?;
         let released = match request::is_repeated(&headers) {
-            // The caller gave the first release up, and possibly the acquire before it too. So a
-            // command that asks for the id may still be under way.
+            // The caller did not get the answer to the first release, and possibly not to the
+            // acquire before it. So a command that asks for the id may still be under way.
             true => lessor.release_given_up(name).await,
             false => lessor.release(name).await,
         };
@@ -115,7 +114,7 @@ impl<S: Store> LeaseService for Service<S> {
     async fn touch(&self, request: Request<TouchRequest>) -> Result<Response<TouchResponse>, Status> {
         let lessor = self.lessor_for(&request);
         let request = request.into_inner();
-        request::small(&request)?;
+        request::check_size(&request)?;
         let name = request::one_lease(request.lease.as_ref())?;
         match lessor.touch(name).await.map_err(response::failed)? {
             Touched::Kept(remaining) => {
@@ -147,7 +146,7 @@ impl<S: Store> LeaseService for Service<S> {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let lessor = self.lessor_for(&request);
         let request = request.into_inner();
-        request::small(&request)?;
+        request::check_size(&request)?;
         let key = request::key("key", &request.key)?;
         let get = async || {
             lessor.get(key.clone()).await.map_err(response::failed)?.ok_or_else(response::key_unknown)

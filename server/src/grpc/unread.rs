@@ -1,8 +1,8 @@
 //! Bounds the memory of keepalive answers that callers have not read.
 //!
-//! A caller reads an answer in time or its stream is reset. The large answers of one connection
-//! share an allowance: a message waits for its share before its leases are touched, and the share
-//! is given back when the answer has been read. No connection waits for another one.
+//! A stream whose caller does not read an answer in time is reset. The large answers of one
+//! connection share an allowance: a message waits for its share before its leases are touched, and
+//! gives it back when the answer has been read. No connection waits for another one.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,14 +24,14 @@ use crate::transport::sending::{SEND_TIMEOUT, reset_handle};
 /// How many leases of one connection may be in messages that are unanswered or whose answers are
 /// unread: twice as many as one message may name. Each takes some 300 bytes.
 const LEASES: usize = 25_000;
-/// How many bytes the encoded messages of one connection may have that wait for their share. More
-/// end their streams.
+/// How many bytes the messages of one connection that wait for their shares may have, encoded. A
+/// message past this ends its stream.
 const WAITING_BYTES: usize = 8 * 1024 * 1024;
 
-/// A message's share of its connection's allowance. Dropping it gives it back.
+/// A message's share of its connection's allowance. Dropping the share gives it back.
 pub(crate) type Share = OwnedSemaphorePermit;
 
-/// One connection's allowance for unread answers. Clones share it.
+/// One connection's allowance for unread answers. Clones share the allowance.
 #[derive(Debug, Clone)]
 pub(crate) struct UnreadAnswers {
     leases: Arc<Semaphore>,
@@ -44,32 +44,32 @@ impl Default for UnreadAnswers {
     }
 }
 
-/// A message that has its share.
+/// A message that has its share, or needs none.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     pub(crate) message: KeepAliveRequest,
-    pub(crate) came_at: Instant,
-    /// `None` for a message that is small enough to need none.
+    pub(crate) received_at: Instant,
+    /// `None` for a message that is small enough to need no share.
     pub(crate) share: Option<Share>,
 }
 
 impl UnreadAnswers {
-    /// Takes a share for so many leases, if there is one now. A message for more leases than the
-    /// allowance takes all of it, because a stream may be allowed to have as many.
-    pub(crate) fn share(&self, leases: usize) -> Option<Share> {
+    /// Takes a share for `leases` leases if the allowance has room now. A message for more leases
+    /// than the allowance takes all of it: `--max-stream-leases` may allow a stream that many.
+    pub(crate) fn try_share(&self, leases: usize) -> Option<Share> {
         Arc::clone(&self.leases).try_acquire_many_owned(permits(leases.min(LEASES))).ok()
     }
 
-    /// Waits for a share for so many leases. The message waits in encoded form, which takes a third
-    /// of the memory.
+    /// Waits for a share for `leases` leases. The message waits in encoded form, which takes a
+    /// third of the memory.
     ///
     /// # Errors
     /// `RESOURCE_EXHAUSTED` if too many bytes of messages wait on the connection.
-    pub(crate) fn later(
+    pub(crate) fn wait_for_share(
         &self,
         leases: usize,
         message: &KeepAliveRequest,
-        came_at: Instant,
+        received_at: Instant,
     ) -> Result<BoxFuture<'static, Admitted>, Status> {
         let encoded = message.encode_to_vec();
         let waiting = Arc::clone(&self.waiting)
@@ -81,7 +81,7 @@ impl UnreadAnswers {
             let share = all.acquire_many_owned(permits(leases.min(LEASES))).await.ok();
             drop(waiting);
             let message = KeepAliveRequest::decode(&*encoded).unwrap_or_default();
-            Admitted { message, came_at, share }
+            Admitted { message, received_at, share }
         }))
     }
 }
@@ -101,7 +101,8 @@ struct Progress {
 #[derive(Debug)]
 pub(crate) struct ResponseSender {
     responses: mpsc::Sender<Result<KeepAliveResponse, Status>>,
-    put: usize,
+    /// How many responses have been handed to the connection.
+    sent: usize,
     progress: Arc<Progress>,
     reset: Option<oneshot::Sender<()>>,
 }
@@ -111,7 +112,7 @@ pub(crate) struct ResponseSender {
 pub(crate) struct Responses {
     responses: mpsc::Receiver<Result<KeepAliveResponse, Status>>,
     /// The connection has the latest response, and the caller has not read all of it.
-    is_going: bool,
+    is_being_sent: bool,
     progress: Arc<Progress>,
 }
 
@@ -121,11 +122,11 @@ pub(crate) fn channel() -> (ResponseSender, Responses) {
     let progress = Arc::new(Progress::default());
     let sender = ResponseSender {
         responses: queue,
-        put: 0,
+        sent: 0,
         progress: Arc::clone(&progress),
         reset: Some(reset_handle()),
     };
-    (sender, Responses { responses: receiver, is_going: false, progress })
+    (sender, Responses { responses: receiver, is_being_sent: false, progress })
 }
 
 impl ResponseSender {
@@ -136,24 +137,24 @@ impl ResponseSender {
     }
 
     /// Sends results in as many responses as they need, and keeps the share until the caller has
-    /// read them. Results without a share must fit into one response. Returns whether the caller is
-    /// still there: one that reads too slowly is not.
-    pub(crate) fn tell(
+    /// read the responses. Results without a share must fit into one response. Returns false if the
+    /// caller has gone away or reads too slowly.
+    pub(crate) fn send(
         &mut self,
         sequence: u64,
         results: Vec<KeepAliveResult>,
         share: Option<Share>,
     ) -> Either<Ready<bool>, BoxFuture<'_, bool>> {
         if share.is_none()
-            && let Ok(place) = self.responses.try_reserve()
+            && let Ok(permit) = self.responses.try_reserve()
         {
-            place.send(Ok(KeepAliveResponse { sequence, results, more: false }));
-            self.put += 1;
+            permit.send(Ok(KeepAliveResponse { sequence, results, more: false }));
+            self.sent += 1;
             return Either::Left(ready(true));
         }
-        // In a box: the future of an idle stream should have no room for this.
+        // Boxed, so that the future of an idle stream has no space for this one.
         Either::Right(Box::pin(async move {
-            self.put(sequence, results, share).await.unwrap_or_else(|_| {
+            self.send_all(sequence, results, share).await.unwrap_or_else(|_| {
                 self.reset();
                 false
             })
@@ -161,7 +162,7 @@ impl ResponseSender {
     }
 
     /// Sends the responses one by one. Each has its own time limit.
-    async fn put(
+    async fn send_all(
         &mut self,
         sequence: u64,
         results: Vec<KeepAliveResult>,
@@ -171,9 +172,9 @@ impl ResponseSender {
             if timeout(SEND_TIMEOUT, self.responses.send(Ok(response))).await?.is_err() {
                 return Ok(false);
             }
-            self.put += 1;
+            self.sent += 1;
         }
-        while share.is_some() && self.progress.read.load(Ordering::Acquire) < self.put {
+        while share.is_some() && self.progress.read.load(Ordering::Acquire) < self.sent {
             timeout(SEND_TIMEOUT, self.progress.more.notified()).await?;
         }
         Ok(true)
@@ -189,6 +190,7 @@ impl ResponseSender {
     /// Ends the call at once. Responses that the connection has not sent are dropped.
     fn reset(&mut self) {
         if let Some(reset) = self.reset.take() {
+            // The call may have ended by itself.
             let _ = reset.send(());
         }
     }
@@ -198,14 +200,14 @@ impl Stream for Responses {
     type Item = Result<KeepAliveResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        // A connection asks for more only when its peer has read what it was given before, but for
-        // the last pieces.
-        if std::mem::take(&mut self.is_going) {
+        // A connection polls for more only when its peer has read all that was sent before, except
+        // for the last chunks.
+        if std::mem::take(&mut self.is_being_sent) {
             self.progress.read.fetch_add(1, Ordering::Release);
             self.progress.more.notify_one();
         }
         let response = std::task::ready!(self.responses.poll_recv(context));
-        self.is_going = response.is_some();
+        self.is_being_sent = response.is_some();
         Poll::Ready(response)
     }
 }
@@ -219,10 +221,10 @@ mod tests {
     #[tokio::test]
     async fn a_message_for_more_leases_than_the_allowance_has_all_of_it_and_others_wait() {
         let unread = UnreadAnswers::default();
-        let all = unread.share(10 * LEASES).expect("nobody has a share");
-        assert!(unread.share(1).is_none());
+        let all = unread.try_share(10 * LEASES).expect("nobody has a share");
+        assert!(unread.try_share(1).is_none());
         let message = KeepAliveRequest { sequence: 7, ..KeepAliveRequest::default() };
-        let mut later = unread.later(10 * LEASES, &message, Instant::now()).expect("nobody waits");
+        let mut later = unread.wait_for_share(10 * LEASES, &message, Instant::now()).expect("nobody waits");
         assert!(later.as_mut().now_or_never().is_none());
         drop(all);
         let Admitted { message, share, .. } = later.await;

@@ -15,7 +15,7 @@ use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service};
 
 use super::metrics_layer::{request_messages, response_messages};
-use super::receiving::{BytesInUse, Messages, ReceiveBudget, Receiving};
+use super::receiving::{BytesInUse, MessageCount, ReceiveBudget, Receiving};
 use super::sending::{self, LargeBody};
 use crate::grpc::request::grpc_timeout;
 use crate::grpc::response::WITH_ITS_ID;
@@ -71,12 +71,12 @@ fn deadline<B>(request: &Request<B>) -> Option<Duration> {
 }
 
 pin_project! {
-    /// The response of a [`BoundedService`] service. For a stream, its headers: the deadline does
-    /// not cover the messages.
+    /// The response of a [`BoundedService`]. For a stream, its headers: the deadline does not cover
+    /// the messages.
     pub(crate) struct ResponseFuture<F> {
         #[pin]
         inner: Contained<F>,
-        messages: Messages,
+        messages: MessageCount,
         #[pin]
         deadline: Option<Sleep>,
     }
@@ -94,7 +94,7 @@ where
             let response = response.unwrap_or_else(|_| Ok(panicked().into_http()));
             return Poll::Ready(response.map(|response| bounded(response, *this.messages)));
         }
-        // tonic's server would answer CANCELLED after a deadline, so the deadline is enforced here.
+        // Enforced here, because tonic's server would answer CANCELLED.
         let late = this.deadline.as_pin_mut().map_or(Poll::Pending, |deadline| deadline.poll(context));
         late.map(|()| Ok(Status::deadline_exceeded("the call's deadline has passed").into_http()))
     }
@@ -102,8 +102,8 @@ where
 
 /// Bounds a response: starts the deadline for reading a unary one, and gives a large one its
 /// [`LargeBody`].
-fn bounded(mut response: Response<Body>, messages: Messages) -> Response<Body> {
-    if messages == Messages::One {
+fn bounded(mut response: Response<Body>, messages: MessageCount) -> Response<Body> {
+    if messages == MessageCount::One {
         sending::start_deadline();
     }
     match response.extensions_mut().remove::<LargeBody>() {

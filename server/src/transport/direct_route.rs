@@ -14,7 +14,7 @@ use tonic::service::Routes;
 use tower::{Layer, Service};
 
 use super::metrics_layer::request_messages;
-use super::receiving::Messages;
+use super::receiving::MessageCount;
 
 /// The layer that puts a direct route to one service in front of the router.
 #[derive(Debug, Clone)]
@@ -56,6 +56,7 @@ where
     type Future = Either<S::Future, <Routes as Service<Request<Body>>>::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        // All three, because only the path in `call` decides which of them serves the request.
         ready!(self.direct.single.poll_ready(context))?;
         ready!(self.direct.streaming.poll_ready(context))?;
         Service::<Request<Body>>::poll_ready(&mut self.routes, context)
@@ -67,8 +68,8 @@ where
             return Either::Right(self.routes.call(request));
         }
         Either::Left(match request_messages(path) {
-            Messages::One => self.direct.single.call(request),
-            Messages::Many => self.direct.streaming.call(request),
+            MessageCount::One => self.direct.single.call(request),
+            MessageCount::Many => self.direct.streaming.call(request),
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Serves connections: at most a given number, and none that is silent for long.
 //!
-//! hyper serves the connections and not tonic's server. tonic's server leaves silent connections
-//! open, waits for them in a drain, and answers a passed deadline with CANCELLED.
+//! hyper serves the connections, because tonic's server leaves silent connections open, waits for
+//! them in a drain, and answers a passed deadline with CANCELLED.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -38,9 +38,9 @@ use crate::panics::contain;
 
 /// How long a peer may take to send the HTTP/2 preface.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
-/// A silent peer is sent a ping after this, and has as long to answer it. Without pings a half-open
-/// connection looks alive for minutes. A peer cannot answer in the middle of a header block (RFC
-/// 9113, 6.10), so headers must arrive within twice this.
+/// How long a peer may be silent until it is sent a ping, and how long it may take to answer the
+/// ping. Without pings a half-open connection looks alive for minutes. A peer cannot answer in the
+/// middle of a header block (RFC 9113, 6.10), so headers must arrive within twice this.
 const PING: Duration = Duration::from_secs(5);
 /// How long a connection without calls may take to close in a drain.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -49,11 +49,11 @@ const PREFACE_BYTES: usize = 24;
 /// The least time between two log lines about refused connections.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 /// How often a peer may make h2 reset a stream before h2 closes the connection. h2 counts over the
-/// life of the connection, so this is far more than an honest client causes by mistake. Each reset
-/// takes some hundred bytes until the peer has read it.
+/// whole life of a connection, so this is far more than an honest client causes by mistake. Each
+/// reset takes some hundred bytes until the peer has read it.
 const MAX_LOCAL_RESETS: usize = 16 * 1024;
 
-/// Permits one connection. Dropping it permits another one.
+/// Permits one connection. Dropping it permits another connection.
 pub(crate) type ConnectionSlot = OwnedSemaphorePermit;
 
 /// Serves the connections of `incoming`, each in a task, until `ended` is cancelled or `incoming`
@@ -119,7 +119,7 @@ impl RefusalWarning {
     }
 }
 
-/// The state of the other side of a connection.
+/// What is known of the other side of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Peer {
     /// Whether the peer has sent as many bytes as the HTTP/2 preface has.
@@ -178,8 +178,8 @@ where
     fn execute(&self, call: F) {
         self.0.calls.fetch_add(1, Ordering::Relaxed);
         let open = OpenCall(Arc::clone(&self.0));
-        // Combinators, because an async block would have space for the call twice: where it is
-        // captured, and where it is awaited.
+        // Combinators, because an async block would have space for the call twice: where the call
+        // is captured, and where it is awaited.
         tokio::spawn(contain(in_time(call)).map(|_| drop(open)));
     }
 }
@@ -203,8 +203,9 @@ where
     /// Serves one connection until either side closes it. In a drain, the connection is closed once
     /// it has no calls.
     ///
-    /// All calls of the connection share one [`Caller`] for their turns, one [`BytesInUse`] for
-    /// requests and one [`UnreadAnswers`] for answers on keepalive streams.
+    /// All calls of the connection share one [`BytesInUse`] for requests and one [`UnreadAnswers`]
+    /// for answers on keepalive streams. All but the keepalive streams share one [`Caller`] for
+    /// their turns.
     pub(crate) async fn serve<T>(self, stream: T, slot: ConnectionSlot)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -255,13 +256,13 @@ fn http2(limits: &Limits, executor: CallExecutor) -> auto::Builder<CallExecutor>
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams)
-        // Calls that the client cancelled before this side has seen them. After a hitch in the
+        // How many calls may be cancelled before this side accepts them. After a hitch in the
         // network, the open calls of a client may arrive together with their cancellations and with
-        // the calls opened in their stead. More is an attack (CVE-2023-44487).
+        // the calls that replace them. More is an attack (CVE-2023-44487).
         .max_pending_accept_reset_streams(Some(2 * limits.streams as usize))
         .max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
-        // Data for a peer that does not read its socket stays in memory, however large the peer's
-        // window is. No deadline ends that once the whole body has been handed out.
+        // A peer can open a large window and not read its socket, and the data for it stays in
+        // memory. No deadline frees the data once the whole body has been handed out.
         .max_send_buf_size(2 * CHUNK_BYTES)
         .max_header_list_size(16 * 1024)
         .keep_alive_interval(Some(PING))

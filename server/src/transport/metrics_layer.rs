@@ -20,11 +20,11 @@ use tonic::codegen::http::{HeaderMap, Request, Response};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use super::receiving::Messages;
+use super::receiving::MessageCount;
 use super::sending::{CHUNK_BYTES, next_chunk};
 use crate::metrics::registry::{GaugeGuard, Histogram, MetricsRegistry};
 
-/// The methods that are counted: first those with one response message, then the streams.
+/// The methods that are counted: first the unary ones, then the streams.
 const METHODS: [(&str, &str); 8] = [
     (LEASE_SERVICE, "Acquire"),
     (LEASE_SERVICE, "Release"),
@@ -35,6 +35,7 @@ const METHODS: [(&str, &str); 8] = [
     (LEASE_SERVICE, "KeepAlive"),
     (LEASE_SERVICE, "Watch"),
 ];
+/// How many of [`METHODS`] are unary.
 const UNARY: usize = 6;
 const STREAMS: usize = METHODS.len() - UNARY;
 
@@ -42,19 +43,19 @@ const STREAMS: usize = METHODS.len() - UNARY;
 ///
 /// A reflection call may send many, but counts as one message, so that its time is bounded like
 /// that of any other request.
-pub(crate) fn request_messages(path: &str) -> Messages {
+pub(crate) fn request_messages(path: &str) -> MessageCount {
     match path.rsplit_once('/') {
-        Some((_, "KeepAlive")) => Messages::Many,
-        _ => Messages::One,
+        Some((_, "KeepAlive")) => MessageCount::Many,
+        _ => MessageCount::One,
     }
 }
 
 /// Returns how many messages a response of a method has. Reflection counts as one message here too.
-pub(crate) fn response_messages(path: &str) -> Messages {
+pub(crate) fn response_messages(path: &str) -> MessageCount {
     match path.rsplit_once('/') {
         // `Watch` is also a method of the health service, and a stream there too.
-        Some((_, "KeepAlive" | "Watch")) => Messages::Many,
-        _ => Messages::One,
+        Some((_, "KeepAlive" | "Watch")) => MessageCount::Many,
+        _ => MessageCount::One,
     }
 }
 
@@ -139,11 +140,11 @@ impl MetricsLayer {
     fn begin(&self, path: &str) -> Option<MeteredCall> {
         let (service, name) = path.strip_prefix('/')?.split_once('/')?;
         let method = METHODS.iter().position(|method| *method == (service, name))?;
-        // The code of a call that is dropped without a status: its caller has gone away.
         Some(MeteredCall {
             metrics: Arc::clone(&self.0),
             method,
             began_at: Instant::now(),
+            // Kept by a call that is dropped without a status, because its caller has gone away.
             code: Code::Cancelled,
         })
     }
@@ -232,7 +233,7 @@ where
         let this = self.project();
         let response = ready!(this.inner.poll(context))?;
         let Some(mut call) = this.call.take() else { return Poll::Ready(Ok(response)) };
-        // Headers with a code end the call without any message.
+        // A code in the headers means that the response has no message and no trailers.
         let refused = code(response.headers());
         if let (None, Some(open)) = (refused, call.open()) {
             let stream =
@@ -247,9 +248,9 @@ where
 /// The body of a stream. Counts the call with the code in the trailers, or as cancelled when the
 /// caller goes away.
 ///
-/// The body hands out chunks of at most [`CHUNK_BYTES`]. A connection asks for the next one only
-/// when its caller has read nearly all before, so a stream makes no messages far ahead of its
-/// caller.
+/// The body hands out chunks of at most [`CHUNK_BYTES`]. A connection polls for the next chunk only
+/// when its caller has read nearly all of the data before it, so a stream does not run far ahead of
+/// its caller.
 #[derive(Debug)]
 struct MeteredStream {
     messages: Body,

@@ -1,6 +1,7 @@
 //! Connections, and the layers around every call.
 
-/// Serves connections: how many, how long one may be silent, and until when during a drain.
+/// Serves connections, and bounds their number, how long they may be silent and how long a drain
+/// waits for them.
 pub(crate) mod listener;
 /// Accepts connections, and sends responses that are ready together in one write.
 pub(crate) mod accept;

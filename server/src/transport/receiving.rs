@@ -64,7 +64,7 @@ impl BytesInUse {
 
 /// How many messages a request or response of a method has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Messages {
+pub(crate) enum MessageCount {
     /// One message, and then the end.
     One,
     /// Any number of messages, for as long as the caller likes.
@@ -75,14 +75,14 @@ pub(crate) enum Messages {
 #[derive(Debug)]
 pub(crate) struct Receiving<B> {
     body: B,
-    expected: Messages,
+    expected: MessageCount,
     message: Message,
     budget: ReceiveBudget,
     /// The bytes in use by the connection.
     connection: BytesInUse,
     /// The bytes in use by this body.
     held: usize,
-    /// When the message that is arriving began.
+    /// When the message that is arriving began to arrive.
     since: Instant,
     /// Made when the handler first has to wait, so that a request which arrives at once needs no
     /// timer.
@@ -90,7 +90,12 @@ pub(crate) struct Receiving<B> {
 }
 
 impl<B> Receiving<B> {
-    pub(crate) fn new(body: B, expected: Messages, budget: ReceiveBudget, connection: BytesInUse) -> Self {
+    pub(crate) fn new(
+        body: B,
+        expected: MessageCount,
+        budget: ReceiveBudget,
+        connection: BytesInUse,
+    ) -> Self {
         let (message, since) = (Message::default(), Instant::now());
         Self { body, expected, message, budget, connection, held: 0, since, timer: None }
     }
@@ -99,8 +104,8 @@ impl<B> Receiving<B> {
     fn received(&mut self, data: &[u8]) -> Result<(), Status> {
         let was_complete = self.held == 0;
         let held = self.message.received(data);
-        if self.expected == Messages::Many && (was_complete || held < self.held + data.len()) {
-            // A new message has begun, or none is arriving.
+        if self.expected == MessageCount::Many && (was_complete || held < self.held + data.len()) {
+            // A new message has begun, or no message is arriving.
             (self.since, self.timer) = (Instant::now(), None);
         }
         let before = std::mem::replace(&mut self.held, held);
@@ -120,7 +125,7 @@ impl<B> Receiving<B> {
     /// Ready when the message that is arriving is late.
     fn poll_late(&mut self, context: &mut Context<'_>) -> Poll<()> {
         // A stream may be silent between messages for as long as it likes.
-        if self.expected == Messages::Many && self.held == 0 {
+        if self.expected == MessageCount::Many && self.held == 0 {
             return Poll::Pending;
         }
         let end = self.since + self.budget.time;
@@ -254,13 +259,13 @@ mod tests {
     type Fed = Receiving<http_body_util::StreamBody<Frames>>;
 
     /// Returns a body on a new connection, and the sender of its data.
-    fn fed(expected: Messages, budget: &ReceiveBudget) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
+    fn fed(expected: MessageCount, budget: &ReceiveBudget) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
         fed_on(&BytesInUse::default(), expected, budget)
     }
 
     fn fed_on(
         connection: &BytesInUse,
-        expected: Messages,
+        expected: MessageCount,
         budget: &ReceiveBudget,
     ) -> (mpsc::UnboundedSender<Vec<u8>>, Fed) {
         let (sender, receiver) = mpsc::unbounded_channel::<Vec<u8>>();
@@ -275,7 +280,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_request_that_does_not_end_in_time_exceeds_a_limit() {
-        let (sender, mut body) = fed(Messages::One, &ReceiveBudget::new(1000));
+        let (sender, mut body) = fed(MessageCount::One, &ReceiveBudget::new(1000));
         let began = Instant::now();
         sender.send(message(100)).expect("a reader");
         next(&mut body).await.expect("a frame").expect("the message");
@@ -285,7 +290,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_may_pause_between_messages_but_not_within_one() {
-        let (sender, mut body) = fed(Messages::Many, &ReceiveBudget::new(1000));
+        let (sender, mut body) = fed(MessageCount::Many, &ReceiveBudget::new(1000));
         for _ in 0..3 {
             let rest = tokio::time::timeout(RECEIVE_TIMEOUT * 10, next(&mut body)).await;
             assert!(rest.is_err(), "a silent stream is not refused");
@@ -312,15 +317,15 @@ mod tests {
     #[tokio::test]
     async fn partly_received_messages_share_the_budget_and_complete_ones_need_none() {
         let budget = ReceiveBudget::new(1000);
-        let (first, mut holding) = fed(Messages::Many, &budget);
+        let (first, mut holding) = fed(MessageCount::Many, &budget);
         first.send(message(2000)[..900].to_vec()).expect("a reader");
         next(&mut holding).await.expect("a frame").expect("within the budget");
-        let (second, mut other) = fed(Messages::One, &budget);
+        let (second, mut other) = fed(MessageCount::One, &budget);
         second.send(message(2000)[..200].to_vec()).expect("a reader");
         let status = next(&mut other).await.expect("a frame").expect_err("past the budget");
         assert_eq!(status.code(), Code::ResourceExhausted);
         drop(other);
-        let (third, mut complete) = fed(Messages::One, &budget);
+        let (third, mut complete) = fed(MessageCount::One, &budget);
         third.send(message(5000)).expect("a reader");
         next(&mut complete).await.expect("a frame").expect("a complete message");
         first.send(message(2000)[900..].to_vec()).expect("a reader");
@@ -335,16 +340,16 @@ mod tests {
         let (one, other) = (BytesInUse::default(), BytesInUse::default());
         let mut largest = message(MAX_MESSAGE_BYTES);
         let last = largest.split_off(largest.len() - 1);
-        let (first, mut holding) = fed_on(&one, Messages::Many, &budget);
+        let (first, mut holding) = fed_on(&one, MessageCount::Many, &budget);
         first.send(largest).expect("a reader");
         next(&mut holding).await.expect("a frame").expect("within the budget");
 
-        let (second, mut same) = fed_on(&one, Messages::Many, &budget);
+        let (second, mut same) = fed_on(&one, MessageCount::Many, &budget);
         second.send(message(2000)[..200].to_vec()).expect("a reader");
         let status = next(&mut same).await.expect("a frame").expect_err("past the budget");
         assert!(status.message().contains("connection_receiving_bytes"), "{status:?}");
         drop(same);
-        let (third, mut another) = fed_on(&other, Messages::Many, &budget);
+        let (third, mut another) = fed_on(&other, MessageCount::Many, &budget);
         third.send(message(2000)[..200].to_vec()).expect("a reader");
         next(&mut another).await.expect("a frame").expect("it has a share of its own");
 

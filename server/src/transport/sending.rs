@@ -5,8 +5,8 @@
 //! connection that reads nothing would keep its response in memory, and many pages to encode would
 //! keep the runtime from its sockets.
 //!
-//! A keepalive stream or a watch may last for as long as its caller likes, so the deadline is not
-//! for streams. But a stream can have its call reset.
+//! A keepalive stream or a watch may last for as long as its caller likes, so it has no deadline.
+//! But a stream can have its call reset.
 
 use std::cell::Cell;
 use std::pin::Pin;
@@ -29,9 +29,9 @@ use crate::engine;
 pub(crate) const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many large responses the whole daemon sends at once.
 const LARGE_RESPONSES: usize = 32;
-/// How many bytes of a response are handed to its connection at once. A connection asks for the
-/// next chunk when its peer has read the one before. So this is what a connection keeps of a
-/// response that nobody reads.
+/// How many bytes of a response are handed to its connection at a time. A connection asks for the
+/// next chunk when its peer has read the one before. So a connection keeps about this much of a
+/// response that its caller does not read.
 pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
 
 thread_local! {
@@ -69,7 +69,7 @@ pin_project! {
     }
 }
 
-/// Runs a call until its response has been read, or until the deadline for that.
+/// Runs a call until its response has been read or the deadline for reading it has passed.
 ///
 /// The body could not enforce the deadline, because a connection does not poll it until the peer
 /// has read what was sent before.
@@ -131,11 +131,11 @@ impl ResponsePermits {
         ResponsePermit { _caller_turn: caller_turn, large: Arc::clone(&self.0).try_acquire_owned().ok() }
     }
 
-    /// Waits until `permit` allows a large response. Callers that wait here come before
+    /// Waits until `permit` allows a large response. Calls that wait here come before calls of
     /// [`Self::try_acquire`].
     pub(crate) async fn acquire(&self, permit: &mut ResponsePermit) {
         if permit.large.is_none() {
-            // An error would mean that the semaphore is closed, and nobody closes it.
+            // Acquiring fails only if the semaphore is closed, and it never is.
             permit.large = Arc::clone(&self.0).acquire_owned().await.ok();
         }
     }

@@ -3,11 +3,11 @@
 //!
 //! Records come from two sides:
 //!
-//! - A *local commit* returned the record. Records from local commits come in the order of the
-//!   commits of their key, each of them once.
+//! - A *local commit* returned the record. Records from local commits are passed on in the order of
+//!   the commits of their key, each of them once.
 //! - A *remote read* returned the record, because another daemon may have changed it. The record
-//!   may be older than one that came before. Each subscriber ignores records older than what it has
-//!   seen.
+//!   may be older than one that was passed on before. Each subscriber ignores records older than
+//!   what it has seen.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -59,8 +59,8 @@ impl Subscribers {
         self.queue.remote_read(snapshot)
     }
 
-    /// Passes on that a read which began at `asked_at` found no record of the key. Returns what to
-    /// commit.
+    /// Tells the subscribers that a read which began at `asked_at` found no record of the key.
+    /// Returns what to commit.
     fn remote_missing(&self, key: &Key, asked_at: Instant) -> Vec<(Key, Op)> {
         self.watches.remote_missing(key, asked_at);
         let mut ops = self.streams.remote_missing(key);
@@ -68,8 +68,8 @@ impl Subscribers {
         ops
     }
 
-    /// Whether a subscriber needs the key's record and has not seen it as of `rev`. Without `rev`:
-    /// whether a subscriber needs it.
+    /// Returns true if a subscriber needs the key's record and has not seen revision `rev` of it.
+    /// Without `rev`: if a subscriber needs the record.
     fn needs_read(&self, key: &Key, rev: Option<i64>) -> bool {
         self.queue.needs_read(key, rev)
             || self.streams.needs_read(key, rev)
@@ -93,6 +93,7 @@ pub(crate) async fn read_and_notify<S: Store>(
     keys: &[Key],
 ) -> Result<(), StoreError> {
     for keys in keys.chunks(READ_KEYS) {
+        // Before the read, so that a record seen during the read counts as newer than its answer.
         let asked_at = Instant::now();
         let found = committer.store().read(keys.to_vec()).await?;
         let mut not_found: HashSet<&Key> = keys.iter().collect();
@@ -103,7 +104,7 @@ pub(crate) async fn read_and_notify<S: Store>(
                     committer
                         .submit_unanswered(committer.daemon(), subscribers.remote_read(&Arc::new(snapshot)));
                 }
-                // The record exists, so it is not missing. What it says is unknown.
+                // A record that cannot be read is not missing.
                 Err(StoreError::Unreadable { key, .. }) => {
                     not_found.remove(&key);
                 }

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use crate::store::Store;
 
-/// The time between two polls of a key, in milliseconds. A release that another daemon committed is
-/// noticed within two seconds even if the feed fails, the time that the store takes included.
+/// The time between two polls of a key, in milliseconds. Even if the feed fails, a release that
+/// another daemon committed is noticed within two seconds, with 200 ms for the store to answer.
 const POLL_MILLIS: Range<u64> = 1000..1800;
-/// Above this many polls a second the intervals grow with the number of calls. Without that, 20,000
-/// waiting calls loaded MongoDB so much that takeovers took twice as long.
+/// Above this many polls a second the intervals grow with the number of calls, up to the longest
+/// time between refreshes. Without that, 20,000 waiting calls loaded MongoDB so much that takeovers
+/// took twice as long.
 const POLLS_PER_SECOND: usize = 5000;
 
 /// The intervals at which one daemon polls and refreshes.
@@ -30,7 +31,7 @@ impl PollInterval {
     /// The time between two refreshes of a waiter's entry while this many calls wait.
     pub(crate) fn refresh(self, calls: usize) -> Duration {
         let crowd = Duration::from_secs((calls / POLLS_PER_SECOND) as u64);
-        // At three tenths of its lifetime, an entry outlasts two refreshes that fail.
+        // At most three tenths of its TTL, so that an entry outlasts two refreshes that fail.
         crowd.clamp(self.waiter_ttl / 5, self.waiter_ttl * 3 / 10)
     }
 

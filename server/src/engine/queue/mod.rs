@@ -2,7 +2,7 @@
 //!
 //! The queue itself is in the record, where every daemon sees it: each waiting call has a waiter's
 //! entry there. This module only remembers which calls to wake when a record shows that their wait
-//! is over, and when the daemon must act for a key:
+//! is over, and when the daemon must act on a key:
 //!
 //! - A *nudge* is due when time alone admits the head of the queue, for example after a lease
 //!   lapsed.
@@ -12,11 +12,11 @@
 //! The store's feed usually reports the changes of other daemons earlier than a poll, but it may
 //! miss some.
 
-/// The keys that are due for a nudge or a poll.
+/// Keys, by the time at which they are due for a nudge or a poll.
 mod schedule;
 /// How often keys are polled and entries refreshed.
 mod interval;
-/// The background tasks that nudge, read and refresh.
+/// The background tasks that nudge keys, read records and refresh entries.
 pub(crate) mod refresh;
 
 use std::collections::{HashMap, HashSet};
@@ -95,7 +95,7 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Waits until the wait is over, and returns the record that shows it.
+    /// Waits until a record ends the wait, and returns that record.
     pub(crate) async fn ended(&mut self) -> Arc<Snapshot> {
         match (&mut self.ended).await {
             Ok(snapshot) => snapshot,
@@ -157,8 +157,8 @@ impl WaitQueue {
 
     /// Enters a call. Returns `None` if too many calls wait.
     ///
-    /// To be called before the call's first commit: a record that ends the wait may come right
-    /// after it.
+    /// To be called before the call's first commit: a record that ends the wait may follow right
+    /// after that commit.
     pub(crate) fn enter(self: &Arc<Self>, key: &Key, acquisition: &Arc<Acquisition>) -> Option<Entry> {
         let (sender, receiver) = oneshot::channel();
         let mut state = self.state();
@@ -205,22 +205,22 @@ impl WaitQueue {
         let mut state = self.state();
         let key = &snapshot.record.key;
         let latest = state.keys.get(key).and_then(|key_queue| key_queue.latest.as_ref());
-        // Ignored: a newer record has been seen since this one was read.
+        // A newer record has been seen since this one was read.
         if latest.is_some_and(|latest| latest.record.version() > snapshot.record.version()) {
             return Vec::new();
         }
         let Some(key_queue) = self.note(&mut state, snapshot) else { return Vec::new() };
         let record = &snapshot.record;
-        // An id that has departed is over for good, so these waits end without another commit.
+        // A departed id is not granted again, so these waits end without another commit.
         let ended: usize =
             record.departures.iter().map(|departure| key_queue.end(departure.id, snapshot)).sum();
         let waiters: HashSet<LeaseId> = record.waiters.iter().map(|waiter| waiter.acquisition.id).collect();
         let not_waiting = key_queue.groups.iter_mut().filter(|(id, _)| !waiters.contains(id));
-        let claim = |(id, group): (&LeaseId, &mut CallGroup)| {
+        let claim_or_rejoin = |(id, group): (&LeaseId, &mut CallGroup)| {
             let holds = record.holders.iter().any(|holder| holder.id == *id);
             (key.clone(), if holds { group.claim(*id) } else { group.rejoin() })
         };
-        let ops = not_waiting.map(claim).collect();
+        let ops = not_waiting.map(claim_or_rejoin).collect();
         state.calls -= ended;
         self.remove_if_empty(&mut state, key);
         ops
@@ -239,8 +239,8 @@ impl WaitQueue {
         Some(self.state().keys.get_mut(key)?.groups.get_mut(&id)?.rejoin())
     }
 
-    /// Whether calls wait for the key and have not seen its record as of `rev`. Without `rev`:
-    /// whether calls wait for it.
+    /// Returns true if calls wait for the key and revision `rev` of its record has not been seen.
+    /// Without `rev`: if calls wait for the key.
     pub(crate) fn needs_read(&self, key: &Key, rev: Option<i64>) -> bool {
         let state = self.state();
         let Some(key_queue) = state.keys.get(key) else { return false };
@@ -356,6 +356,7 @@ impl KeyQueue {
         let calls = self.groups.remove(&id).map(|group| group.calls).unwrap_or_default();
         let count = calls.len();
         for call in calls {
+            // The call may just have been dropped.
             let _ = call.ended.send(Arc::clone(snapshot));
         }
         count

@@ -1,5 +1,5 @@
 //! The background tasks of the queue: they nudge keys, read records and refresh waiters' entries
-//! when these are due. They keep no state of their own.
+//! when these are due. The tasks keep no state.
 //!
 //! Polls go one chunk at a time, so they never delay a call by more than one chunk. Nudges do not
 //! wait for polls. They take turns with calls.
@@ -44,7 +44,8 @@ async fn poll<S: Store>(subscribers: &Subscribers, committer: &Arc<Committer<S>>
     loop {
         subscribers.queue.poll_due().await;
         let DuePolls { reads, refreshes } = subscribers.queue.take_polls(Instant::now());
-        // If either fails, the next poll makes up for it: a waiter's entry outlasts several polls.
+        // Failures are ignored: the next poll repeats the work, and an entry outlasts several
+        // polls.
         let read = async {
             let _ = notify::read_and_notify(subscribers, committer, &reads).await;
         };
@@ -59,8 +60,8 @@ async fn refresh<S: Store>(
     committer: &Arc<Committer<S>>,
     refreshes: Vec<(LeaseId, (Key, Op))>,
 ) {
-    // A refresh never makes an entry: one that arrives late would make it for a call that has
-    // ended.
+    // A refresh never makes an entry, because a late one would make it for a call that has ended.
+    // So a missing entry takes a second operation.
     let gone = commit_entries(committer, refreshes).await;
     let rejoin = |(id, snapshot): (LeaseId, Arc<Snapshot>)| {
         let key = snapshot.record.key.clone();

@@ -1,5 +1,5 @@
-//! A schedule of keys. Each key is entered for an instant, and due keys are taken out in chunks.
-//! What to do for a key is up to the caller.
+//! A schedule of keys. Each key is scheduled for an instant, and due keys are taken out in chunks.
+//! The caller decides what to do with them.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,10 +10,10 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::lease::Key;
 
-/// The most keys taken out at once. A chunk bounds how long the work for many due keys can keep the
-/// store from other calls.
+/// The most keys that are taken out together. A chunk bounds how long the work for many due keys
+/// can keep the store from other calls.
 pub(crate) const CHUNK: usize = 1000;
-/// How long to sleep while the schedule is empty.
+/// How long to sleep while the schedule is empty. A new key ends the sleep.
 const FAR: Duration = Duration::from_secs(3600);
 
 /// Keys by the instant at which they are due. A key is in the schedule once at most.

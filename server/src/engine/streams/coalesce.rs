@@ -1,4 +1,5 @@
-//! Coalescing: a touch is answered from memory while the latest written one is young.
+//! Coalescing: a touch is answered without a write while the latest written touch of its lease is
+//! young.
 
 use std::borrow::Borrow;
 use std::time::Duration;
@@ -15,8 +16,8 @@ const COALESCE_DIVISOR: u32 = 10;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Renewal {
     /// When its commit was sent. An answer takes time, so counting from the answer would make the
-    /// touch look younger than it is. On the boot clock, because the holder's time runs out while
-    /// the machine is suspended.
+    /// touch look younger than it is. On the boot clock, because the lease also runs out while the
+    /// machine is suspended.
     sent_at: BootInstant,
     /// How long the lease lasted as of the commit.
     remaining: Duration,
@@ -36,6 +37,8 @@ impl Renewal {
 
     /// Like [`Self::remaining`] if a touch at `now` can be coalesced, or else `None`.
     pub(super) fn coalesce(&self, now: BootInstant) -> Option<Duration> {
+        // The record may have been read long after the touch, so little time may be left of a lease
+        // whose touch is young.
         let is_young = now - self.sent_at < self.coalesce_for;
         Some(self.remaining(now)).filter(|remaining| is_young && !remaining.is_zero())
     }
@@ -46,7 +49,8 @@ impl LeaseSet {
     /// lease lasts, in the order of `names`. `None` in `names` is a lease that must be refused, and
     /// ends the attempt.
     ///
-    /// Each lease is looked at once, so no loss can come between, and nothing has to be settled.
+    /// Reads the state of each lease once, so no loss can come in between, and no message has to be
+    /// settled.
     pub(crate) fn coalesce<N: Borrow<LeaseName>>(
         &self,
         names: impl Iterator<Item = Option<N>>,
@@ -54,7 +58,7 @@ impl LeaseSet {
         let now = BootInstant::now();
         let remaining = names.map(|name| self.get(name?.borrow())?.coalesce(now));
         let remaining = remaining.collect::<Option<Vec<_>>>()?;
-        self.metrics().told(&Tally::coalesced(remaining.len()));
+        self.metrics().add(&Tally::coalesced(remaining.len()));
         Some(remaining)
     }
 }

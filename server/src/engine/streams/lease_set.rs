@@ -1,4 +1,4 @@
-//! The leases of one keepalive stream, and the losses that the stream has yet to be told of.
+//! The leases of one keepalive stream, and the losses that have yet to be reported on it.
 
 use std::collections::HashMap;
 use std::mem::take;
@@ -14,8 +14,8 @@ use crate::engine::Touched;
 use crate::engine::metrics::{EngineMetrics, Source, Tally};
 use crate::lease::LeaseName;
 
-/// One stream's leases: every lease that a message named and whose loss the stream has not been
-/// told of since. Dropping the set ends the tracking of its leases.
+/// One stream's leases: every lease that a message named and whose loss has not been reported
+/// since. Dropping the set ends the tracking of its leases.
 #[derive(Debug)]
 pub(crate) struct LeaseSet {
     index: Arc<StreamIndex>,
@@ -23,13 +23,13 @@ pub(crate) struct LeaseSet {
     inbox: Arc<Inbox>,
 }
 
-/// The leases that a stream has lost and has not looked at. Each lease enters once, so the number
-/// of the stream's leases bounds it.
+/// The leases that a stream has lost and has not dealt with. Each lease enters once, so the number
+/// of the stream's leases bounds the inbox.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     /// `None` when the stream has ended.
     lost: Mutex<Option<Vec<Arc<StreamLease>>>>,
-    ring: Notify,
+    wake: Notify,
     metrics: Arc<EngineMetrics>,
 }
 
@@ -38,7 +38,7 @@ impl Inbox {
         if let Some(lost) = &mut *self.lost() {
             lost.push(Arc::clone(lease));
         }
-        self.ring.notify_one();
+        self.wake.notify_one();
     }
 
     pub(crate) fn metrics(&self) -> &EngineMetrics {
@@ -46,7 +46,7 @@ impl Inbox {
     }
 
     fn lost(&self) -> MutexGuard<'_, Option<Vec<Arc<StreamLease>>>> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change under this lock.
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -54,7 +54,7 @@ impl Inbox {
 impl LeaseSet {
     pub(crate) fn new(index: &Arc<StreamIndex>) -> Self {
         let (lost, metrics) = (Mutex::new(Some(Vec::new())), Arc::clone(&index.metrics));
-        let inbox = Arc::new(Inbox { lost, ring: Notify::new(), metrics });
+        let inbox = Arc::new(Inbox { lost, wake: Notify::new(), metrics });
         Self { index: Arc::clone(index), leases: HashMap::new(), inbox }
     }
 
@@ -99,23 +99,23 @@ impl LeaseSet {
                 (lease, touched)
             })
             .collect();
-        self.index.metrics.told(&tally);
+        self.index.metrics.add(&tally);
         let lost = answer.iter().filter(|(_, touched)| matches!(touched, Touched::Lost(_)));
         let lost: Vec<&Arc<StreamLease>> =
-            lost.map(|(lease, _)| lease).filter(|lease| lease.is_told()).collect();
+            lost.map(|(lease, _)| lease).filter(|lease| lease.is_reported()).collect();
         lost.iter().for_each(|lease| self.forget(lease));
         self.index.leave(lost);
         answer
     }
 
-    /// Waits for losses that no answer tells of, and returns each of them once. Leases that are
-    /// lost leave the set.
+    /// Waits for losses that no answer reports, and returns each of them once. Leases that are lost
+    /// leave the set.
     ///
     /// Cancel safe.
     pub(crate) async fn lost(&mut self) -> Vec<(Arc<StreamLease>, Loss)> {
         loop {
             let found = self.inbox.lost().as_mut().map(take).unwrap_or_default();
-            let with_loss = |lease: Arc<StreamLease>| lease.tell().map(|loss| (lease, loss));
+            let with_loss = |lease: Arc<StreamLease>| lease.report().map(|loss| (lease, loss));
             let lost: Vec<_> = found.into_iter().filter_map(with_loss).collect();
             if !lost.is_empty() {
                 let mut tally = Tally::default();
@@ -123,11 +123,11 @@ impl LeaseSet {
                     tally.lost(loss.0);
                     self.forget(lease);
                 });
-                self.index.metrics.told(&tally);
+                self.index.metrics.add(&tally);
                 return lost;
             }
-            self.inbox.ring.notified().await;
-            // The commit that ended one lease often ends more of them.
+            self.inbox.wake.notified().await;
+            // The commit that ended one lease often ends several, and they are reported together.
             yield_now().await;
         }
     }
@@ -196,10 +196,10 @@ impl MessageLeases<'_> {
 
 impl Drop for MessageLeases<'_> {
     fn drop(&mut self) {
-        // All at once: every commit of the daemon needs the lock that this takes.
+        // All together, because every commit of the daemon needs the lock that this takes.
         self.lease_set.index.enter(&self.new);
-        // They were in the set until now so that a lease named twice in the message is touched
-        // once.
+        // Untracked leases were in the set until now, so that a lease that the message names twice
+        // is touched once.
         for lease in &self.untracked {
             self.lease_set.leases.remove(lease.name());
         }

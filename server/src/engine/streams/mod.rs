@@ -1,9 +1,9 @@
 //! The leases that keepalive streams keep alive, and which record concerns which of them.
 //!
-//! The commits of this daemon arrive in their order for each key. So a lease that was held, and
-//! that such a record does not show any more, is lost. A record that another daemon wrote may have
-//! been read before the lease was granted. It shows a loss only if it is newer than a commit of
-//! this daemon that showed the lease held.
+//! The records that this daemon commits arrive in the order of the commits of their key. So a lease
+//! is lost if it was held and the record of a later commit does not show it. A record that another
+//! daemon wrote may have been read before the lease was granted. That record shows a loss only if
+//! it is newer than a commit of this daemon that showed the lease held.
 
 /// The leases of one stream.
 mod lease_set;
@@ -31,22 +31,20 @@ use super::op::Op;
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, FencingToken, Key, LeaseId, Snapshot};
 
-/// The most leases on one key that are kept in a plain list. Each of them looks at every record of
-/// the key. Past this number they are found by their ids.
+/// The most leases on one key that are kept in a plain list. Every record of the key is shown to
+/// each of them. Past this number, leases are looked up by id.
 const FEW: usize = 16;
 
-/// How many leases enter or leave before the lock is given up for a moment, because every commit
-/// needs it too.
+/// How many leases enter or leave under one lock. Every commit needs the lock too.
 const CHUNK: usize = 1000;
 
-/// The leases of all streams of this daemon, by key. A stream takes out the leases that it brought,
-/// so the limits of the streams bound the index.
+/// The leases of all streams of this daemon, by key. A stream that ends removes its leases.
 #[derive(Debug)]
 pub(crate) struct StreamIndex {
     pub(crate) metrics: Arc<EngineMetrics>,
-    /// For leases that streams track.
+    /// Bounds the leases that streams track.
     capacity: Capacity,
-    /// For leases that a message touches and no stream tracks.
+    /// Bounds the leases that a message touches and no stream tracks.
     untracked_capacity: Capacity,
     keys: Mutex<Keys>,
 }
@@ -54,8 +52,7 @@ pub(crate) struct StreamIndex {
 type Keys = HashMap<Key, OnKey>;
 
 /// Bounds how many leases are in memory. Each lease has a slot until the last reference to it is
-/// gone: that of a stream, of an unanswered message, or of a loss that the stream has not been told
-/// of.
+/// dropped. A stream, an unanswered message or an unreported loss may have a reference.
 #[derive(Debug)]
 struct Capacity {
     most: usize,
@@ -101,8 +98,8 @@ enum KeyLeases {
     Many(Box<Many>),
 }
 
-/// Leases by their ids. A record has at most a thousand holders, while streams may name any number
-/// of unknown ids.
+/// Leases by their ids. A record has at most 1,024 holders, but streams may name any number of
+/// unknown ids on the key.
 #[derive(Debug, Default)]
 struct Many {
     ids: HashMap<LeaseId, Vec<Arc<StreamLease>>>,
@@ -137,9 +134,8 @@ impl KeyLeases {
         }
     }
 
-    /// Shows `snapshot` to the leases that it may concern, and takes out those that are lost. Of
-    /// many leases, those that the record does not name and that were not held are left out: it
-    /// means nothing to them.
+    /// Shows `snapshot` to the leases that it may concern, and removes the lost ones. If there are
+    /// many leases, it concerns only the holders in the record and the leases that were held.
     fn show(&mut self, snapshot: &Snapshot, mut show: impl FnMut(&Arc<StreamLease>) -> Fate) {
         match self {
             Self::Few(few) => few.retain(|lease| show(lease) == Fate::Kept),
@@ -153,7 +149,7 @@ impl KeyLeases {
         }
     }
 
-    /// All leases that are held, and possibly others.
+    /// Returns all leases that are held, and possibly others.
     fn held(&self) -> Vec<&Arc<StreamLease>> {
         match self {
             Self::Few(few) => few.iter().collect(),
@@ -203,25 +199,25 @@ fn on_key(keys: &mut Keys, key: &Key, change: impl FnOnce(&mut OnKey)) {
     }
 }
 
-/// How many leases may be touched at once without being tracked, if `most` may be tracked: a tenth
-/// as many, and about what one message can name in any case.
+/// Returns how many leases may be touched at a time without being tracked, if `most` may be
+/// tracked: a tenth as many, but at least about as many as one message can name.
 fn most_untracked(most: usize) -> usize {
     (most / 10).max(10_000)
 }
 
 impl StreamIndex {
-    /// `most`: how many leases streams may track at once.
+    /// `most`: how many leases streams may track at a time.
     pub(crate) fn new(metrics: &Arc<EngineMetrics>, most: usize) -> Self {
         let (capacity, untracked_capacity) = (Capacity::new(most), Capacity::new(most_untracked(most)));
         Self { metrics: Arc::clone(metrics), capacity, untracked_capacity, keys: Mutex::default() }
     }
 
-    /// Room for a lease that a stream is to track.
+    /// Reserves a slot for a lease that a stream is to track.
     pub(crate) fn reserve(&self) -> Option<Slot> {
         self.capacity.reserve()
     }
 
-    /// Room for a lease that is to be touched and not tracked.
+    /// Reserves a slot for a lease that is to be touched and not tracked.
     pub(crate) fn reserve_untracked(&self) -> Option<Slot> {
         self.untracked_capacity.reserve()
     }
@@ -252,8 +248,9 @@ impl StreamIndex {
         });
     }
 
-    /// Notes that a read found no record of the key, and returns touches to commit. Whether the
-    /// leases are lost, or were granted after the read, only those commits can tell.
+    /// Notes that a read found no record of the key, and returns touches to commit. Only the
+    /// commits of these touches can tell whether the leases are lost, or were granted after the
+    /// read.
     pub(crate) fn remote_missing(&self, key: &Key) -> Vec<(Key, Op)> {
         let keys = self.by_key();
         let Some(on_key) = keys.get(key) else { return Vec::new() };
@@ -262,20 +259,20 @@ impl StreamIndex {
         ids.into_iter().map(|id| (key.clone(), Op::Touch(id))).collect()
     }
 
-    /// Whether a stream has a lease on this key and has not seen its record as of `rev`. Without
-    /// `rev`: whether it has a lease on it.
+    /// Returns true if a stream has a lease on this key and revision `rev` of its record has not
+    /// been seen. Without `rev`: if a stream has a lease on this key.
     pub(crate) fn needs_read(&self, key: &Key, rev: Option<i64>) -> bool {
         let keys = self.by_key();
         let Some(on_key) = keys.get(key) else { return false };
         rev.is_none() || on_key.seen.map(|(_, seen)| seen) < rev
     }
 
-    /// The keys on which streams have leases.
+    /// Returns the keys on which streams have leases.
     pub(crate) fn keys(&self) -> Vec<Key> {
         self.by_key().keys().cloned().collect()
     }
 
-    /// Shows records to these leases from now on.
+    /// Adds leases to the index: records are shown to them from now on.
     pub(crate) fn enter(&self, leases: &[Arc<StreamLease>]) {
         for chunk in leases.chunks(CHUNK) {
             let mut keys = self.by_key();
@@ -286,7 +283,7 @@ impl StreamIndex {
         }
     }
 
-    /// Shows records to these leases no more.
+    /// Removes leases from the index.
     pub(crate) fn leave<'a>(&self, leases: impl IntoIterator<Item = &'a Arc<StreamLease>>) {
         let mut leases = leases.into_iter().peekable();
         while leases.peek().is_some() {
@@ -298,12 +295,12 @@ impl StreamIndex {
     }
 
     fn by_key(&self) -> MutexGuard<'_, Keys> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change under this lock.
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Room for any number.
+/// An index with room for any number of leases.
 #[cfg(test)]
 impl Default for StreamIndex {
     fn default() -> Self {
@@ -329,7 +326,7 @@ mod tests {
         Key::try_from("key").expect("a key")
     }
 
-    /// The record of a key that `id` has just acquired and touched.
+    /// Returns the record of a key that `id` has just acquired.
     fn held(id: LeaseId) -> Arc<Snapshot> {
         let edit = Edit::default().enqueue(Arc::new(Acquisition::waiting(id)));
         let now = Timestamp(1000);
@@ -399,7 +396,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_loss_that_nobody_waited_for_yet_is_found_later() {
+    async fn a_loss_that_no_call_waited_for_is_returned_by_the_next_one() {
         let (index, id) = (Arc::new(StreamIndex::default()), LeaseId::random());
         let mut lease_set = LeaseSet::new(&index);
         let lease = lease_set.begin_message(1).add(named(id)).expect("room");
@@ -412,17 +409,18 @@ mod tests {
         let mut after = Snapshot::clone(&held(id));
         after.record = step(after.record, &Edit::default().release(id), after.now, &RULES);
         index.local_commit(&Arc::new(after), &Edit::default(), BootInstant::now());
-        // A wait that is given up takes nothing with it.
+        // A wait that was given up has lost nothing.
         assert_eq!(lease_set.lost().await.len(), 1);
     }
 
-    /// Names these in one message.
+    /// Names these leases in one message.
     fn name(lease_set: &mut LeaseSet, leases: impl Iterator<Item = LeaseName>) -> Vec<Arc<StreamLease>> {
         let mut message = lease_set.begin_message(usize::MAX);
         leases.map(|lease| message.add(lease).expect("room on the stream")).collect()
     }
 
-    /// A record that these have acquired and touched in one edit.
+    /// Returns the record of a key that these ids have acquired and touched in one edit, and the
+    /// edit.
     fn held_by(ids: &[LeaseId]) -> (Arc<Snapshot>, Edit) {
         let acquisition = |id: &LeaseId| {
             Arc::new(Acquisition { mode: Mode::Shared, shared_limit: 1000, ..Acquisition::waiting(*id) })
@@ -433,7 +431,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn among_many_leases_on_a_key_each_hears_what_concerns_it() {
+    async fn among_many_leases_on_a_key_each_is_shown_the_records_that_concern_it() {
         let (index, ids) = (Arc::new(StreamIndex::default()), [(); 50].map(|()| LeaseId::random()));
         let mut lease_sets = [(); 2].map(|()| LeaseSet::new(&index));
         let strangers: Vec<_> = (0..500).map(|_| named(LeaseId::random())).collect();
@@ -451,7 +449,7 @@ mod tests {
         assert!(held_leases.iter().all(|lease| lease.coalesce(BootInstant::now()).is_some()));
         assert_eq!(index.remote_missing(&key()).len(), ids.len(), "the held ones");
 
-        // Half of them go by a commit of ours, and a quarter by somebody else's.
+        // A commit of this daemon releases half of them, and another daemon releases a quarter.
         let release = |ids: &[LeaseId]| ids.iter().fold(Edit::default(), |edit, id| edit.release(*id));
         let after = |before: &Snapshot, edit: &Edit| {
             let record = step(before.record.clone(), edit, before.now, &RULES);
@@ -485,7 +483,7 @@ mod tests {
         assert_eq!(name(&mut one, leases(2)).len(), 2);
         let named = name(&mut other, leases(2));
         assert_eq!((named.len(), other.names().count()), (2, 1));
-        // Those past the limit are answered like the others.
+        // A lease past the limit is answered like a tracked one.
         let answer = named.into_iter().map(|lease| (lease, Some(Touched::Kept(Duration::from_secs(1)))));
         let answered = other.settle(answer.collect());
         assert!(answered.iter().all(|(_, touched)| *touched == Touched::Kept(Duration::from_secs(1))));
@@ -503,7 +501,7 @@ mod tests {
         let mut under_way: Vec<_> = (0..4).map(|_| name(&mut one, leases(most_untracked(1) / 4))).collect();
         assert_eq!(one.names().count(), 1);
 
-        // Nobody touches one more, on whatever stream, except for tracked leases.
+        // No stream can touch one more, except for tracked leases.
         for lease_set in [&mut one, &mut other] {
             let mut message = lease_set.begin_message(usize::MAX);
             let refused = leases(1).map(|lease| message.add(lease)).next().expect("an answer");

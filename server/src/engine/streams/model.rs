@@ -34,7 +34,8 @@ pub(crate) enum Action {
     Suspend(u64),
     /// A message on a stream names one lease.
     Name(usize, u8),
-    /// A message on a stream names one lease, and is answered at once if its touch can be coalesced.
+    /// A message on a stream names one lease, and is answered at once if its touch can be
+    /// coalesced.
     Coalesce(usize, u8),
     /// A message on a stream names all leases of the stream.
     All(usize),

@@ -2,7 +2,7 @@
 //! ends.
 //!
 //! ```text
-//!  named ──► unconfirmed ── a commit here shows it held ──► held ── a record shows it gone ──► lost ──► told
+//!  named ──► unconfirmed ── a commit here shows it held ──► held ── a record shows it lost ──► lost ──► reported
 //!                 │                                                                                     ▲
 //!                 └──────── the answer to the message that names it says that it is lost ───────────────┘
 //! ```
@@ -18,11 +18,11 @@ use crate::boot_instant::BootInstant;
 use crate::engine::Touched;
 use crate::lease::{Edit, LeaseName, Reason, Snapshot, Standing};
 
-/// A lease on a stream. A lease that is named again after its loss gets a new one.
+/// A lease on a stream. A lease that is named again after its loss gets a new `StreamLease`.
 #[derive(Debug)]
 pub(crate) struct StreamLease {
     name: LeaseName,
-    /// When a message named the lease first.
+    /// When a message first named the lease.
     since: BootInstant,
     inbox: Arc<Inbox>,
     state: Mutex<State>,
@@ -35,14 +35,15 @@ struct State {
     held: bool,
     renewal: Option<Renewal>,
     loss: Option<Loss>,
-    /// Messages that name the lease and are not answered yet. While there are any, only their
-    /// answers tell of a loss.
+    /// How many messages that name the lease are not answered yet. While there are any, only their
+    /// answers report a loss.
     unanswered: usize,
-    /// The stream knows that the lease is lost, or that it never was the stream's.
-    told: bool,
+    /// Nothing is left to report: an answer or a pushed result has said that the lease is not held,
+    /// or a new `StreamLease` has replaced this one.
+    reported: bool,
 }
 
-/// How a lease was lost; `None` if the record does not remember.
+/// How a lease was lost. `None` if the record does not remember.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Loss(pub(crate) Option<Reason>);
 
@@ -77,7 +78,8 @@ impl StreamLease {
         edit: &Edit,
         sent_at: BootInstant,
     ) -> Fate {
-        // The commit may be older than the grant, or than a loss that the stream was told of.
+        // Ignored, because the commit may be older than the grant, or than a loss that
+        // has been reported.
         if sent_at < self.since {
             return Fate::Kept;
         }
@@ -93,7 +95,8 @@ impl StreamLease {
                 }
                 Fate::Kept
             }
-            // The answer to the message that names the lease says that it is not held.
+            // No loss to report: the answer to the message that names the lease says that it is not
+            // held.
             _ if !state.held => Fate::Kept,
             standing => self.lose(state, standing),
         }
@@ -111,7 +114,7 @@ impl StreamLease {
         }
     }
 
-    /// Has the next touch written. Returns whether the lease was held so far.
+    /// Has the next touch written. Returns true if the lease was held so far.
     pub(crate) fn stop_coalescing(&self) -> bool {
         let mut state = self.state();
         state.renewal = None;
@@ -139,9 +142,9 @@ impl StreamLease {
         state.held && state.loss.is_none()
     }
 
-    /// Whether the stream has been told of the loss.
-    pub(crate) fn is_told(&self) -> bool {
-        self.state().told
+    /// Returns true if nothing is left to report about the lease.
+    pub(crate) fn is_reported(&self) -> bool {
+        self.state().reported
     }
 
     /// Counts one more unanswered message that names the lease, unless the lease is lost.
@@ -154,10 +157,11 @@ impl StreamLease {
         Fate::Kept
     }
 
-    /// Gives way to a new one of the same name. The answer to the message that names the lease
-    /// again says whether it is lost.
+    /// Notes that a new `StreamLease` of the same name replaces this one. This one's loss is not
+    /// reported, because the answer to the message that names the lease again says whether it is
+    /// held.
     pub(crate) fn supersede(&self) {
-        self.state().told = true;
+        self.state().reported = true;
     }
 
     /// Returns what to answer at `now` to a message that named the lease. `touched` is the result
@@ -167,6 +171,7 @@ impl StreamLease {
         let mut state = self.state();
         state.unanswered -= 1;
         let reason = match (state.loss, touched) {
+            // The record that the touch returned may have a reason that another record did not.
             (Some(Loss(None)), Some(Touched::Lost(reason))) | (None, Some(Touched::Lost(reason))) => reason,
             (Some(Loss(reason)), _) => reason,
             (None, Some(Touched::Kept(remaining))) => return Touched::Kept(remaining),
@@ -176,23 +181,22 @@ impl StreamLease {
                 return Touched::Kept(remaining.unwrap_or_default());
             }
         };
-        // With another message unanswered the lease may be granted by now, and its answer will say
-        // so.
-        state.told = state.loss.is_some() || state.unanswered == 0;
+        // If another message is unanswered, the lease may have been granted by now, and the answer
+        // to that message will say so.
+        state.reported = state.loss.is_some() || state.unanswered == 0;
         Touched::Lost(reason)
     }
 
-    /// Returns the loss if the stream is to be told of it now, outside of an answer. Marks it as
-    /// told.
-    pub(crate) fn tell(&self) -> Option<Loss> {
+    /// Returns the loss if it must be reported now, outside of an answer. Marks it as reported.
+    pub(crate) fn report(&self) -> Option<Loss> {
         let mut state = self.state();
-        let loss = state.loss.filter(|_| !state.told && state.unanswered == 0)?;
-        state.told = true;
+        let loss = state.loss.filter(|_| !state.reported && state.unanswered == 0)?;
+        state.reported = true;
         Some(loss)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing in here panics half-way through a change.
+        // No code panics half-way through a change under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

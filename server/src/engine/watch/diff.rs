@@ -46,6 +46,7 @@ pub(crate) fn changes(before: Option<Previous<'_>>, after: &Snapshot) -> Vec<Cha
     let has_lapsed = before.is_some_and(|before| before.has_lapsed);
     let mut changes = Vec::new();
 
+    // Reversed, because a record has its newest departure first.
     let departures =
         after.record.departures.iter().rev().filter(|departure| !departed.contains(&departure.id));
     for Departure { id, reason, at, .. } in departures {
@@ -58,6 +59,7 @@ pub(crate) fn changes(before: Option<Previous<'_>>, after: &Snapshot) -> Vec<Cha
             Reason::Withdrawn | Reason::Settled => {}
             Reason::Released => changes.push((ChangeKind::Released, *at)),
             Reason::Revoked => changes.push((ChangeKind::Revoked, *at)),
+            // The lapse has been reported.
             Reason::Displaced if has_lapsed => {}
             Reason::Displaced => changes.push((ChangeKind::Lapsed, *at)),
         }

@@ -1,9 +1,9 @@
-//! The watches of this daemon, and the changes that each of them has still to report.
+//! The watches of this daemon, and the changes that each of them has yet to report.
 //!
-//! Each watch has a queue of changes. Records fill it as they are seen, and the watch's stream
-//! empties it. A watch that is too slow loses its queue and begins again with a snapshot. So memory
-//! is bounded, and the client learns that it missed changes. All watches of a key share the record
-//! seen last.
+//! Each watch has a queue of changes. The records that this daemon sees fill the queue, and the
+//! watch's stream empties it. A watch that is too slow loses its queue and begins again with a
+//! snapshot. So memory is bounded, and the client learns that it missed changes. All watches of a
+//! key share the record seen last.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,8 +29,8 @@ const FORGET_CHUNK: usize = 256;
 pub(crate) struct WatchHub {
     /// The most watches.
     limit: usize,
-    /// How many watches there are. Outside of the lock, because every commit asks for it, and there
-    /// are none most of the time.
+    /// How many watches there are. Outside of the lock, because every commit reads the number, and
+    /// most of the time there are none.
     count: AtomicUsize,
     state: Mutex<State>,
     /// Notified when the background task has work earlier than it expects.
@@ -130,8 +130,8 @@ impl WatchHub {
         });
     }
 
-    /// Whether the key is watched and its record as of `rev` has not been seen. Without `rev`:
-    /// whether the key is watched.
+    /// Returns true if the key is watched and revision `rev` of its record has not been seen.
+    /// Without `rev`: if the key is watched.
     pub(crate) fn needs_read(&self, key: &Key, rev: Option<i64>) -> bool {
         if self.count.load(Ordering::SeqCst) == 0 {
             return false;
@@ -172,8 +172,8 @@ impl WatchHub {
         self.earlier.notified().await;
     }
 
-    /// Takes the keys to poll by `now`: as far as is known, the leases of their holders have run
-    /// out.
+    /// Takes the keys to poll by `now`: as far as this daemon knows, the leases of their holders
+    /// have run out.
     pub(crate) fn take_due(&self, now: Instant) -> Vec<Key> {
         self.state().seen.take_due(now)
     }
@@ -181,13 +181,14 @@ impl WatchHub {
     /// If changes may have been missed, returns the prefixes to list and the keys to read. The keys
     /// may be free by now, and then no listing contains them.
     ///
-    /// Neither finds a lease that was granted and ended meanwhile on a key that was free before.
+    /// Neither the listing nor the read finds a lease that was granted and ended meanwhile on a key
+    /// that was free before.
     pub(crate) fn take_stale(&self) -> Option<(Vec<String>, Vec<Key>)> {
         let mut state = self.state();
         std::mem::take(&mut state.is_stale).then(|| {
             let mut prefixes: Vec<String> = Vec::new();
             let all: BTreeSet<&String> = state.watchers.values().map(|watcher| &watcher.prefix).collect();
-            // In this order, all prefixes that begin with another one come right after that one.
+            // Skips prefixes that another prefix covers. In this order they follow that prefix.
             for prefix in all {
                 if prefixes.last().is_none_or(|last| !prefix.starts_with(last)) {
                     prefixes.push(prefix.clone());
@@ -242,8 +243,8 @@ impl State {
         let seen_at = before.map(|seen| seen.seen_at);
         let forgotten_until = self.seen.forgotten_until();
         for watcher in self.watchers.values_mut().filter(|watcher| watcher.watches(key)) {
-            // Some of the changes may be older than the watch, if the key was not seen before or
-            // was seen last for an earlier watch. The watch does not report these.
+            // If the key was not seen before, or was seen last for an earlier watch, some changes
+            // may be older than this watch. It does not report them.
             let begun = || snapshot.now.0.saturating_sub(millis_since(watcher.started));
             let since = match seen_at {
                 None => Some(forgotten_until.max(begun())),
@@ -356,8 +357,8 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        // Commits need this lock. So keys are forgotten later, and what the last watch leaves is
-        // freed after unlocking.
+        // Commits need this lock. So keys are forgotten later, and the records that the last watch
+        // leaves are freed after unlocking.
         let seen = {
             let mut state = self.hub.state();
             let Some(watcher) = state.watchers.remove(&self.number) else { return };

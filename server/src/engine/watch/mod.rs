@@ -3,9 +3,9 @@
 
 /// The changes between two states of a record.
 mod diff;
-/// The records that were seen last of the watched keys.
+/// The latest records that were seen of the watched keys.
 mod seen;
-/// All watches, and the changes that each has still to report.
+/// All watches, and the changes that each has yet to report.
 mod hub;
 
 use std::collections::VecDeque;
@@ -85,7 +85,7 @@ impl<S: Store> Lessor<S> {
         let subscription = watches.begin(prefix.clone()).ok_or(CallError::TooManyWatches { limit })?;
         let mut watch =
             Watch { lessor: self.clone(), prefix, subscription, listing: Some(Listing::default()) };
-        // Without knowing the present state, the watch could not tell what the next change is.
+        // A change is a difference to the present state, so the watch must read that state first.
         if begin == Begin::Here {
             while watch.listing.as_ref().is_some_and(|listing| !listing.is_complete) {
                 watch.read_page().await?;
@@ -144,8 +144,8 @@ fn last_key(page: &Page) -> Option<Key> {
 /// Reads watched keys in the background until the daemon drains: keys whose leases have run out,
 /// and all keys when changes may have been missed. Also forgets keys that are not watched any more.
 ///
-/// A lease that runs out is a change that no commit shows. The read finds out whether another
-/// daemon has renewed the lease before.
+/// No commit shows that a lease has run out. The read finds out whether another daemon has renewed
+/// the lease before.
 pub(crate) async fn run<S: Store>(
     subscribers: Arc<Subscribers>,
     committer: Arc<Committer<S>>,
@@ -159,7 +159,7 @@ pub(crate) async fn run<S: Store>(
             () = watches.earlier() => {}
             () = sleep_until(due) => {}
         }
-        // In chunks, because commits need the same lock.
+        // In chunks, because commits need the lock that this takes.
         while watches.forget_unwatched() {
             yield_now().await;
         }

@@ -1,4 +1,4 @@
-//! The record that was seen last of each watched key, and when its holders' leases run out.
+//! The latest record that was seen of each watched key, and when its holders' leases run out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -54,7 +54,7 @@ impl SeenRecords {
         self.forgotten_until
     }
 
-    /// Keeps a record instead of the one that was seen before.
+    /// Keeps a record in place of the one that was seen before.
     pub(crate) fn note(&mut self, snapshot: &Arc<Snapshot>) {
         let (record, now) = (&snapshot.record, Instant::now());
         let key = record.key.clone();
@@ -84,7 +84,8 @@ impl SeenRecords {
         self.due.first().map(|(due, _)| *due)
     }
 
-    /// Takes the keys to poll by `now`. They are due again a while later, in case the read fails.
+    /// Takes the keys to poll by `now`. They are due again after [`POLL_PAUSE`], in case the read
+    /// fails.
     pub(crate) fn take_due(&mut self, now: Instant) -> Vec<Key> {
         let mut keys = Vec::new();
         while self.due.first().is_some_and(|(due, _)| *due <= now) {
