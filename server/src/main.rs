@@ -56,7 +56,7 @@ impl Failure {
 
 fn main() -> ExitCode {
     // Leases survive a restart, so a panic that no call contains ends the process.
-    panics::end_the_process();
+    panics::install_hook();
     let code = match process() {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => {
@@ -78,7 +78,7 @@ fn process() -> Result<(), Failure> {
     let runtime = runtime().map_err(Failure::running)?;
     start_threads(&runtime)?;
     let ended = runtime.block_on(daemon(&config));
-    panics::daemon_has_ended();
+    panics::note_daemon_ended();
     // Limited, because a DNS look-up that hangs cannot be cancelled.
     runtime.shutdown_timeout(LAST_BLOCKING_WORK);
     ended

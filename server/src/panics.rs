@@ -29,8 +29,8 @@ static ENDED: AtomicBool = AtomicBool::new(false);
 static CAUGHT: AtomicU64 = AtomicU64::new(0);
 
 /// Installs a hook that logs every panic, and ends the process with exit code 1 after one that is
-/// not contained. See also [`daemon_has_ended`].
-pub fn end_the_process() {
+/// not contained. See also [`note_daemon_ended`].
+pub fn install_hook() {
     set_hook(Box::new(|panic| {
         let message = message(panic.payload());
         let place = panic.location().map_or_else(|| "somewhere".to_owned(), ToString::to_string);
@@ -61,7 +61,7 @@ pub fn end_the_process() {
 /// The end of the runtime drops all tasks in no particular order. A task of the MongoDB driver
 /// panics if a task that it relies on was dropped first. Tasks of the driver remain if it could not
 /// be shut down in time.
-pub fn daemon_has_ended() {
+pub fn note_daemon_ended() {
     ENDED.store(true, Ordering::Relaxed);
 }
 

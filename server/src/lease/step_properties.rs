@@ -33,7 +33,6 @@ struct Transition<'a> {
 struct Past {
     tokens: HashMap<LeaseId, FencingToken>,
     departed: HashSet<LeaseId>,
-    highest: i64,
 }
 
 #[derive(Debug, Clone)]
@@ -108,11 +107,10 @@ fn edit(ops: &[Op], record: &Record) -> Edit {
 /// Plays a history and checks every step.
 fn play(history: &[(i64, Vec<Op>)], step: Step, check: Check) -> Result<(), TestCaseError> {
     let mut record = Record::vacant(Key::try_from("key").expect("a key"));
-    let mut past = Past { highest: START, ..Past::default() };
+    let mut past = Past::default();
     let mut now = START;
     for (elapsed, ops) in history {
         now += elapsed;
-        past.highest = past.highest.max(now);
         let edit = edit(ops, &record);
         let after = step(record.clone(), &edit, Timestamp(now), &RULES);
         check(

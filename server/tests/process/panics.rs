@@ -13,7 +13,7 @@ const IN_CHILD: &str = "LEASED_TEST_PANIC";
 
 /// Sets up this process as a daemon does, and panics in `place`.
 fn panic_in(place: &str) {
-    leased::panics::end_the_process();
+    leased::panics::install_hook();
     leased::telemetry::init(None, "info").unwrap();
     match place {
         "thread" => std::thread::spawn(|| panic!("boom")).join().unwrap_err(),
@@ -57,7 +57,7 @@ fn a_panic_in_a_library_is_ignored_once_the_daemon_has_ended(
 ) {
     if let Ok(place) = env::var(IN_CHILD) {
         if has_ended {
-            leased::panics::daemon_has_ended();
+            leased::panics::note_daemon_ended();
         }
         return panic_in(&place);
     }

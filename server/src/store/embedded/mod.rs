@@ -361,7 +361,7 @@ mod tests {
 
     /// `LEASED_PURGED_KEYS` sets how many keys there are in all.
     #[tokio::test]
-    async fn keys_without_end_leave_a_file_that_does_not_grow() {
+    async fn purged_keys_leave_a_file_that_does_not_grow() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
         let asked = std::env::var("LEASED_PURGED_KEYS").ok().and_then(|keys| keys.parse::<usize>().ok());
