@@ -1,7 +1,7 @@
 //! Invariants of the rules over random histories. Each invariant comes with a mutant of the rules,
 //! for which the same check must find a counter-example.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,15 +91,12 @@ fn edit(ops: &[Op], record: &Record) -> Edit {
         Op::Revoke(index) => edit.revoke(record.holders.get(index).map_or(id(IDS + 1), |holder| holder.id)),
         Op::Cancel(who) => edit.cancel(id(who)),
         Op::Enqueue { id: who, shared, ttl, min_hold, wait } => edit.enqueue(Arc::new(Acquisition {
-            id: id(who),
-            owner: String::new(),
-            metadata: BTreeMap::new(),
             mode: if shared.is_some() { Mode::Shared } else { Mode::Exclusive },
             shared_limit: shared.unwrap_or(1),
             ttl: Ttl::new(Duration::from_millis(ttl)).expect("at least a millisecond"),
             min_hold: Duration::from_millis(min_hold),
             wait,
-            repeated: false,
+            ..Acquisition::waiting(id(who))
         })),
     })
 }

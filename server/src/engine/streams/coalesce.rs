@@ -42,6 +42,12 @@ impl Renewal {
         let is_young = now - self.sent_at < self.coalesce_for;
         Some(self.remaining(now)).filter(|remaining| is_young && !remaining.is_zero())
     }
+
+    /// Has the next touch written. Touches that were coalesced before are still answered with the
+    /// time that is left.
+    pub(super) fn stop_coalescing(&mut self) {
+        self.coalesce_for = Duration::ZERO;
+    }
 }
 
 impl LeaseSet {

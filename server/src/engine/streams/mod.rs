@@ -361,7 +361,9 @@ mod tests {
         assert!(lease.coalesce(BootInstant::now()).is_some());
         assert!(matches!(index.remote_missing(&key())[..], [(_, Op::Touch(touched))] if touched == id));
         assert!(lease.coalesce(BootInstant::now()).is_none(), "its touches are written");
-        lease_set.settle(vec![(lease, None)]);
+        let settled = lease_set.settle(vec![(lease, None)]);
+        let is_left = |touched| matches!(touched, Touched::Kept(remaining) if remaining > Duration::ZERO);
+        assert!(is_left(settled[0].1), "a touch that was coalesced before keeps its answer: {settled:?}");
 
         let vacant = Arc::new(Snapshot { record: Record::vacant(key()), now: Timestamp(2000) });
         index.local_commit(&vacant, &Edit::default().touch(id), BootInstant::now());

@@ -117,7 +117,9 @@ impl StreamLease {
     /// Has the next touch written. Returns true if the lease was held so far.
     pub(crate) fn stop_coalescing(&self) -> bool {
         let mut state = self.state();
-        state.renewal = None;
+        if let Some(renewal) = &mut state.renewal {
+            renewal.stop_coalescing();
+        }
         state.held
     }
 

@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use rstest::rstest;
 
 use super::backends::{Backend, TestStore, wait_for};
-use crate::lease::{Acquisition, Edit, Key, LeaseId, Mode, Rules, Snapshot, State, Timestamp, Ttl};
+use crate::lease::{Acquisition, Edit, Key, LeaseId, Rules, Snapshot, State, Timestamp};
 use crate::store::retrying::repeat;
 use crate::store::{ForKey, ListQuery, Page, Store, StoreError};
 
@@ -21,17 +21,7 @@ pub(in crate::store) fn key(name: &str) -> Key {
 }
 
 pub(in crate::store) fn asking(id: LeaseId) -> Acquisition {
-    Acquisition {
-        id,
-        owner: "me".to_owned(),
-        metadata: BTreeMap::new(),
-        mode: Mode::Exclusive,
-        shared_limit: 1,
-        ttl: Ttl::new(Duration::from_secs(1)).expect("a second"),
-        min_hold: Duration::ZERO,
-        wait: false,
-        repeated: false,
-    }
+    Acquisition { owner: "me".to_owned(), wait: false, ..Acquisition::waiting(id) }
 }
 
 pub(in crate::store) fn ask(acquisition: Acquisition) -> Edit {

@@ -35,17 +35,7 @@ fn id(name: &str) -> LeaseId {
 
 /// An exclusive acquisition that waits.
 fn asking(name: &str) -> Acquisition {
-    Acquisition {
-        id: id(name),
-        owner: name.to_owned(),
-        metadata: BTreeMap::new(),
-        mode: Mode::Exclusive,
-        shared_limit: 1,
-        ttl: Ttl::new(Duration::from_millis(1000)).expect("a second"),
-        min_hold: Duration::ZERO,
-        wait: true,
-        repeated: false,
-    }
+    Acquisition { owner: name.to_owned(), ..Acquisition::waiting(id(name)) }
 }
 
 fn trying(name: &str) -> Acquisition {
