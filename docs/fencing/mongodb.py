@@ -22,7 +22,7 @@ def write(accounts, account, balance, token):
             )
             return True
         except DuplicateKeyError:
-            pass  # there is a document, and it did not match: of a later holder, or made in this very moment
+            pass  # the document exists and did not match: a later holder wrote it, or it was created just now
     return False
 
 

@@ -30,7 +30,7 @@ def look(s3, bucket, name):
 
 
 def put(s3, bucket, name, report, token, condition):
-    # The token is in the content too: S3 makes the ETag of the content alone, and two holders may write the same.
+    # The token is in the content too: S3 computes the ETag from the content alone, and two holders may write the same.
     body = json.dumps({"token": token, "report": report}).encode()
     s3.put_object(Bucket=bucket, Key=name, Body=body, Metadata={"token": str(token)}, **condition)
 

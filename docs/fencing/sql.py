@@ -9,7 +9,7 @@ INSERT = "INSERT INTO account (id, balance, token) VALUES (:id, :balance, :token
 def write(database, account, balance, token):
     """True when it is written, False when a later holder has been here."""
     values = {"id": account, "balance": balance, "token": token}
-    # Once more after an INSERT that was refused: the row may have been made in between, by an earlier holder.
+    # The second UPDATE follows a refused INSERT: an earlier holder may have created the row in between.
     for statement in (UPDATE, INSERT, UPDATE):
         try:
             if database.execute(statement, values).rowcount == 1:

@@ -91,7 +91,7 @@ pub(crate) struct Connection {
     pub(crate) endpoint: Vec<String>,
 
     /// How long a call may take, including retries but not the wait in a queue; more than 0. If no
-    /// daemon answers, leasectl takes up to 1s more to find out what listens there instead.
+    /// daemon answers, leasectl takes up to 1s more to check what else answers at the endpoint.
     #[arg(long, global = true, help_heading = COMMON, env = "LEASED_TIMEOUT", value_name = "DURATION", default_value = "5s", value_parser = parse_timeout)]
     pub(crate) timeout: Duration,
 }
