@@ -126,7 +126,7 @@ pub trait Store: Send + Sync + 'static {
     /// The kind of store, as one word.
     fn name(&self) -> &'static str;
 
-    /// How often the store's clock or this host's was set by more than the grace.
+    /// How many times the store's clock and this host's clock diverged by more than the grace.
     fn clock_steps(&self) -> u64 {
         0
     }

@@ -36,7 +36,7 @@ pub(crate) struct SeenRecord {
     pub(crate) seen_at: Instant,
     /// The leases of all holders had run out.
     pub(crate) has_lapsed: bool,
-    /// How often in a row the key was seen lapsed.
+    /// How many times in a row the key was seen lapsed.
     lapsed_polls: u32,
     due: Option<Instant>,
     /// The key's number in [`SeenRecords::free`].

@@ -35,8 +35,7 @@ pub enum OpenError {
     InUse(PathBuf),
     /// The file is damaged.
     #[error(
-        "{0} is damaged ({1}): put back a copy from before, or move the file away to begin with no leases; it was not \
-         changed"
+        "{0} is damaged ({1}): restore an earlier copy, or move the file away to begin with no leases; it was not changed"
     )]
     Damaged(PathBuf, String),
     /// The file holds something other than leases.
