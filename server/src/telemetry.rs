@@ -114,7 +114,7 @@ impl Write for Events {
     }
 }
 
-/// Returns an event as a line, with deceptive characters escaped in the way of the format.
+/// Returns an event as a line, with deceptive characters escaped in the format's own syntax.
 ///
 /// The formats do not do this themselves. JSON escapes only the first 32 characters of Unicode.
 /// Text has no escapes for values that are logged with `Display`, such as a database's description

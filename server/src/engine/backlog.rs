@@ -211,8 +211,8 @@ impl Backlog {
     }
 
     /// Returns true if a batch may begin beside those in flight, of which there may be `most`. A
-    /// further batch waits for its share of the keys of the latest batch: a batch of the first few
-    /// operations to arrive would make all batches small.
+    /// batch beside others waits until as many keys are ready as the latest batch had, divided by
+    /// `most`: a batch of the first few operations to arrive would make all batches small.
     pub(super) fn may_begin(&self, most: usize) -> bool {
         let enough = if self.batches == 0 { 1 } else { (self.latest / most).max(1) };
         self.batches < most && self.ready_keys >= enough

@@ -25,7 +25,7 @@ pub(crate) struct SeenRecords {
     /// The free keys. The key that has been free longest has the lowest number.
     free: BTreeMap<u64, Key>,
     last_number: u64,
-    /// The latest departure from a key that has been forgotten, by the store's clock.
+    /// The time of the latest departure from a key that has been forgotten, by the store's clock.
     forgotten_until: i64,
 }
 

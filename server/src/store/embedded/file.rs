@@ -3,7 +3,7 @@
 //!
 //! Only the start of a daemon creates files. A running daemon accepts no file but the one it
 //! opened. With an empty file in its place, for example below the mount point of a volume that is
-//! no longer mounted, it would grant leases that are still held.
+//! no longer mounted, the daemon would grant leases on keys that are still held.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Write};

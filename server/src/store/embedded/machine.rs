@@ -77,7 +77,7 @@ impl Machine {
         self.state().wall += step;
     }
 
-    /// Starts the machine again after `off` milliseconds. The wall clock runs on meanwhile.
+    /// Starts the machine again after `off` milliseconds. The wall clock keeps running meanwhile.
     fn boot(&self, off: i64) {
         let mut state = self.state();
         state.wall += off;

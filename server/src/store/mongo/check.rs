@@ -23,8 +23,8 @@ const NO_LOGIN: [i32; 3] = [11, 18, 8000];
 /// `NoReplicationEnabled`, `UnknownReplWriteConcern`, `CommandNotSupported`,
 /// `DocumentValidationFailure`, `NotAReplicaSet`, `ReadConcernMajorityNotEnabled`,
 /// `CommandNotSupportedOnView`, `OptionNotSupportedOnView`, `InvalidPipelineOperator`,
-/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and a pipeline stage that it
-/// does not know.
+/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and an unknown pipeline
+/// stage.
 const NEVER: [i32; 20] =
     [2, 9, 14, 20, 59, 72, 73, 76, 79, 115, 121, 123, 148, 166, 167, 168, 238, 291, 13297, 40324];
 /// Databases that belong to MongoDB itself. `local` is not even replicated.
