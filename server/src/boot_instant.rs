@@ -1,4 +1,4 @@
-//! The boot clock, which runs on while the machine is suspended.
+//! The boot clock, which keeps running while the machine is suspended.
 //!
 //! The monotonic clock, on which timers and `tokio::time::Instant` run, stops while a virtual
 //! machine is paused or a host sleeps. Leases lapse nevertheless. So the age of a touch is measured

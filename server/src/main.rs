@@ -229,8 +229,8 @@ fn print_ready_line(listeners: &Listeners, store: &impl Store) -> std::io::Resul
     let http = listeners.http()?.map_or_else(|| "off".to_owned(), |address| address.to_string());
     let (grpc, kind, id) = (listeners.grpc()?, store.name(), store.id());
     let line = format!("leased ready grpc={grpc} http={http} store={kind} id={id}\n");
-    // On a thread for blocking work and without an error, because standard output may be a full or
-    // closed pipe.
+    // On a thread for blocking work, and errors are ignored, because standard output may be a full
+    // or closed pipe.
     tokio::task::spawn_blocking(move || {
         let _ = stdout().write_all(line.as_bytes()).and_then(|()| stdout().flush());
     });

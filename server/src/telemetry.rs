@@ -114,7 +114,7 @@ impl Write for Events {
     }
 }
 
-/// Returns an event as a line, with deceptive characters escaped in the way of the format.
+/// Returns an event as a line, with deceptive characters escaped in the format's own syntax.
 ///
 /// The formats do not do this themselves. JSON escapes only the first 32 characters of Unicode.
 /// Text has no escapes for values that are logged with `Display`, such as a database's description
@@ -142,8 +142,8 @@ fn is_deceptive(char: char) -> bool {
         || matches!(char, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Returns true if a text begins with an escape sequence that sets the colour, as tracing writes
-/// them.
+/// Returns true if a text begins with an escape sequence that sets the colour, in the form that
+/// tracing writes.
 fn is_colour(text: &str) -> bool {
     let is_parameter = |char: char| char.is_ascii_digit() || char == ';';
     let parameters = text.strip_prefix("\u{1b}[");

@@ -71,7 +71,7 @@ async fn a_lease_whose_caller_has_gone_is_released_after_an_outage() {
     assert_eq!(state(&engine).await, State::Free, "no caller knows of a lease");
 }
 
-/// Begins an acquire with this id of a held key, which the store has to repeat. Its commit is under
+/// Begins an acquire of a held key with this id. The store has to repeat its commit, which is under
 /// way until the returned permit is dropped.
 async fn repeated_acquire(
     store: &GatedStore,
@@ -257,8 +257,8 @@ async fn a_call_whose_id_is_granted_with_another_mode_is_not_answered_with_the_g
     let exclusive = wait(Mode::Exclusive);
     until(|| store.batches_of(&key("job")).0 == 2).await;
     engine.settle().await;
-    // As when the waiter's entry lapses, or another daemon at which the call was made before
-    // cancels it.
+    // As when the waiter's entry lapses, or is cancelled by another daemon at which the call was
+    // made earlier.
     let gone = vec![(key("job"), Edit::default().cancel(id))];
     store.commit(gone.into(), PATIENCE).await.expect("a commit");
     let shared = wait(Mode::Shared);

@@ -1,8 +1,8 @@
 //! The operations that await their commit, by key and in their order.
 //!
-//! Each operation has a rank: the round that its caller gave it ([`super::caller`]), and its number
-//! within the round. A key is ready if it has operations and is not in flight. Ready keys are taken
-//! in the order of their first operations' ranks.
+//! Each operation has a rank: the round that its caller gave it ([`super::caller`]), and a number
+//! that orders the operations of one round. A key is ready if it has operations and is not in
+//! flight. Ready keys are taken in the order of their first operations' ranks.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
@@ -30,7 +30,8 @@ const BATCH_OPS: usize = 16 * 1024;
 /// that lapses without it too. The daemon repeats its own operations some seconds later.
 pub(super) const UNANSWERED: usize = 16 * 1024;
 
-/// When an operation is committed, relative to others: its round, and its number within the round.
+/// When an operation is committed, relative to others: its round, and a number that orders the
+/// operations of one round.
 pub(super) type Rank = (u64, u64);
 
 /// An operation, and where its result goes.
@@ -92,8 +93,8 @@ pub(super) struct Backlog {
     /// any more is skipped.
     ready: BinaryHeap<Reverse<(Rank, Key)>>,
     ready_keys: usize,
-    /// The round that is being committed: the latest one of an operation that was the first of its
-    /// key.
+    /// The round that is being committed: the latest among those of the first operations of the
+    /// keys that were taken.
     pub(super) round: u64,
     /// The latest round that an operation was given.
     latest_round: u64,
@@ -187,7 +188,7 @@ impl Backlog {
         std::mem::take(&mut self.failed)
     }
 
-    /// Commits nothing again from now on.
+    /// Keeps no leftover from now on, and drops those that it has.
     pub(super) fn give_up(&mut self) {
         self.gives_up = true;
         self.failed.clear();
@@ -210,8 +211,8 @@ impl Backlog {
     }
 
     /// Returns true if a batch may begin beside those in flight, of which there may be `most`. A
-    /// further batch waits for its share of the keys of the latest batch: a batch of the first few
-    /// operations to arrive would make all batches small.
+    /// batch beside others waits until as many keys are ready as the latest batch had, divided by
+    /// `most`: a batch of the first few operations to arrive would make all batches small.
     pub(super) fn may_begin(&self, most: usize) -> bool {
         let enough = if self.batches == 0 { 1 } else { (self.latest / most).max(1) };
         self.batches < most && self.ready_keys >= enough

@@ -251,7 +251,7 @@ impl<S: Store> Committer<S> {
         }
     }
 
-    /// Commits nothing again from now on: the daemon is about to end.
+    /// Commits no leftover again from now on: the daemon is about to end.
     pub(super) fn give_up(&self) {
         self.backlog().give_up();
         self.idle.notify_waiters();

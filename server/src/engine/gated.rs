@@ -1,4 +1,4 @@
-//! An embedded store whose commits a test can slow down, fail, delay, or make panic.
+//! An embedded store whose commits a test can hold back, fail, delay, or make panic.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -304,8 +304,8 @@ impl<S: Store> Lessor<S> {
         Ok(revoked)
     }
 
-    /// Returns the key's record, if the key was ever granted to anyone and has not been forgotten
-    /// since.
+    /// Returns the key's record, if the key was ever granted to anyone and its record has not been
+    /// purged since.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.

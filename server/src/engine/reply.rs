@@ -83,7 +83,7 @@ impl Reply {
     }
 
     /// Sends the result. Returns a leftover that must be committed again, because the store failed
-    /// or the record was full. Neither lasts.
+    /// or the record was full. Both pass with time.
     pub(super) fn send(self, result: CommitResult) -> Option<Leftover> {
         match self {
             Self::Leftover(leftover) if leftover.is_left(&result) => return Some(*leftover),

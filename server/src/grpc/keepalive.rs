@@ -38,8 +38,8 @@ use crate::transport::bounds::panicked;
 const COMMITS: usize = 16;
 /// The pause before leases are touched again after the store has failed.
 const RETRY: Duration = Duration::from_millis(200);
-/// How many bytes the encoded leases of one message may have. Leases past this are refused. An
-/// answer for this many leases fits into one response.
+/// How many bytes the encoded leases of one message may have. Leases past this are refused. The
+/// answer for leases of this size fits into one response.
 const MESSAGE_BYTES: usize = 512 * 1024;
 /// How many leases one message may name. A message with more ends the stream. [`MESSAGE_BYTES`] has
 /// room for fewer well-formed leases, so this only bounds the cost of malformed ones.

@@ -176,7 +176,8 @@ impl<S: Store> LeaseService for Service<S> {
         if message.len() <= LARGE {
             permit.give_up_large();
         } else if !permit.allows_large() {
-            // A single large record waits for a permit and is read again, like in `get`.
+            // The page is a single large record. As in `get`, the call waits for a permit and then
+            // reads again.
             drop(message);
             self.permits.acquire(&mut permit).await;
             message = self.page(&lessor, &query, &permit).await?;

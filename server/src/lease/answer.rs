@@ -37,8 +37,8 @@ pub enum Obstacle<'a> {
     MinHold(Timestamp),
     /// The key is held, and the holder or the acquisition is exclusive.
     Holder,
-    /// The key has as many holders as the smallest `shared_limit` allows, among those of the
-    /// holders and of the acquisition.
+    /// The key has as many holders as allowed by the smallest `shared_limit` of the holders and the
+    /// acquisition.
     Limit {
         /// How many holders there are, not counting those that may be displaced.
         holders: usize,

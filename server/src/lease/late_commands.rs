@@ -6,8 +6,8 @@
 //!   waiter after the lease and the grace are over.
 //! - At the end of a history an id holds or waits only if its caller may still want it.
 //!
-//! The callers follow docs/semantics.md. They choose an id for each acquisition, mark a repeated
-//! call as a repetition, and mark the release of an acquire that they gave up as given up. Any
+//! The callers follow docs/semantics.md. They choose an id for each acquisition and mark a repeated
+//! call as a repetition. If they gave up an acquire, they mark its release as given up. Any
 //! command may be delayed or lost. But no command takes effect later than [`MAX_COMMAND_DELAY`]
 //! after it was sent, and no call reaches a daemon later than [`MAX_CALL_DELAY`].
 

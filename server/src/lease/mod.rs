@@ -3,8 +3,8 @@
 //! This module uses no runtime, network, database or clock. `now` is always an argument, which the
 //! caller reads from the store's clock.
 //!
-//! [`step`] is the specification. The embedded store runs `step` itself. The MongoDB store has the
-//! same rules as an aggregation pipeline, and a differential test compares the two.
+//! [`step`] is the specification. The embedded store runs `step` itself. The MongoDB store
+//! expresses the same rules in an aggregation pipeline, and a differential test compares the two.
 
 /// The key that is leased.
 mod key;

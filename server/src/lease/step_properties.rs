@@ -61,8 +61,8 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Generates mostly one of six ids, so that commands meet on the same id. With the other ids there
-/// are enough for a record to forget departures.
+/// Generates mostly one of six ids, so that commands meet on the same id. The other ids are so many
+/// that a record forgets departures.
 fn ids() -> impl Strategy<Value = u8> {
     prop_oneof![4 => 0_u8..6, 1 => 0..IDS]
 }

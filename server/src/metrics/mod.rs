@@ -4,5 +4,5 @@
 pub(crate) mod registry;
 /// The metrics that are read from the daemon at each scrape.
 pub(crate) mod daemon;
-/// The metrics of the process that the operating system knows, read at each scrape.
+/// The process's metrics, read from the operating system at each scrape.
 pub(crate) mod process;

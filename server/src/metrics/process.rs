@@ -1,5 +1,5 @@
-//! The metrics of the process that the operating system knows, with Prometheus' standard names.
-//! Linux only.
+//! The process's metrics, read from the operating system, with Prometheus' standard names. Linux
+//! only.
 //!
 //! The code reads `/proc` itself. Crates for this bring in a large library, or count processor time
 //! in whole seconds.

@@ -6,7 +6,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use super::{ForKey, Outcome, StoreError, report};
 use crate::metrics::registry::{Histogram, MetricsRegistry};
 
-/// Bucket bounds up to the most keys of a batch.
+/// Bucket bounds up to the largest number of keys in a batch.
 const KEYS: [u64; 10] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000];
 /// Bucket bounds in microseconds, from a sync of a fast disk to the deadline of a batch.
 const DURATIONS: [u64; 14] = [
@@ -78,7 +78,7 @@ impl StoreMetrics {
         }
     }
 
-    /// Counts a failure. Logs a failure of a single record, up to a rate.
+    /// Counts a failure. Logs a failure of a single record, at a limited rate.
     fn count(&self, operation: Operation, error: &StoreError) {
         // A position in `KINDS`.
         let kind = match error {

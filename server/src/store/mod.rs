@@ -36,7 +36,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// Tries once, for at most `deadline`. After [`StoreError::Unavailable`] the batch can be
     /// repeated, since edits are idempotent. A caller that drops the future before it completes
-    /// must not use its keys again, because the batch may still be under way.
+    /// must not use the keys of the batch again, because the batch may still be under way.
     ///
     /// If a record cannot be read, or its edit cannot be applied, the result for its key is
     /// [`StoreError::Unreadable`]. The other edits of the batch are applied.
@@ -126,7 +126,7 @@ pub trait Store: Send + Sync + 'static {
     /// The kind of store, as one word.
     fn name(&self) -> &'static str;
 
-    /// How often the store's clock or this host's was set by more than the grace.
+    /// How many times the store's clock and this host's clock diverged by more than the grace.
     fn clock_steps(&self) -> u64 {
         0
     }

@@ -18,7 +18,7 @@ static LOG: Mutex<Log> = Mutex::new(Log { next: None, left_out: 0 });
 struct Log {
     /// When the next line may be written. `None`: at once.
     next: Option<Instant>,
-    /// The number of reports since the latest line.
+    /// The number of reports left out since the latest line.
     left_out: u64,
 }
 

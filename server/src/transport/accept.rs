@@ -22,7 +22,7 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 ///
 /// A batch makes many responses ready at once. Without the yield the runtime would poll the
 /// connection after each of them, and each response would cost a system call and a packet, here and
-/// at the client. That would take a quarter of the throughput of acquire and release pairs. If no
+/// at the client. That would cost a quarter of the throughput of acquire and release pairs. If no
 /// other task is ready, the write takes place at once.
 #[derive(Debug)]
 pub(crate) struct Batched<T> {

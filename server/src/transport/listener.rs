@@ -38,7 +38,7 @@ use crate::panics::contain;
 
 /// How long a peer may take to send the HTTP/2 preface.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a peer may be silent until it is sent a ping, and how long it may take to answer the
+/// How long a peer may be silent before it is sent a ping, and how long it may take to answer the
 /// ping. Without pings a half-open connection looks alive for minutes. A peer cannot answer in the
 /// middle of a header block (RFC 9113, 6.10), so headers must arrive within twice this.
 const PING: Duration = Duration::from_secs(5);
@@ -48,9 +48,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const PREFACE_BYTES: usize = 24;
 /// The least time between two log lines about refused connections.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
-/// How often a peer may make h2 reset a stream before h2 closes the connection. h2 counts over the
-/// whole life of a connection, so this is far more than an honest client causes by mistake. Each
-/// reset takes some hundred bytes until the peer has read it.
+/// How many times a peer may make h2 reset a stream before h2 closes the connection. h2 counts over
+/// the whole life of a connection, so this is far more than an honest client causes by mistake.
+/// Each reset takes some hundred bytes until the peer has read it.
 const MAX_LOCAL_RESETS: usize = 16 * 1024;
 
 /// Permits one connection. Dropping it permits another connection.

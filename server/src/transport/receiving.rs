@@ -181,7 +181,7 @@ struct Message {
     prefix: [u8; PREFIX],
     /// How many bytes of the message have arrived, with its prefix. 0 between messages.
     arrived: usize,
-    /// How many bytes behind the prefix are still to arrive.
+    /// How many bytes after the prefix are still to arrive.
     missing: usize,
 }
 

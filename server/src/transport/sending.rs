@@ -35,7 +35,7 @@ const LARGE_RESPONSES: usize = 32;
 pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
 
 thread_local! {
-    /// Whether the call that this thread polls has begun to send the response to a unary call.
+    /// Whether the call that this thread polls is unary and has begun to send its response.
     static DEADLINE_STARTS: Cell<bool> = const { Cell::new(false) };
     /// Resets the call that this thread polls.
     static RESET: Cell<Option<oneshot::Receiver<()>>> = const { Cell::new(None) };

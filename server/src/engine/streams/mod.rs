@@ -411,7 +411,7 @@ mod tests {
         let mut after = Snapshot::clone(&held(id));
         after.record = step(after.record, &Edit::default().release(id), after.now, &RULES);
         index.local_commit(&Arc::new(after), &Edit::default(), BootInstant::now());
-        // A wait that was given up has lost nothing.
+        // The wait that timed out has not taken the loss with it.
         assert_eq!(lease_set.lost().await.len(), 1);
     }
 

@@ -116,7 +116,7 @@ struct Commit {
 pub(crate) struct World {
     mutant: Mutant,
     start: BootInstant,
-    /// How long suspensions were during which this daemon's clock stopped.
+    /// The total length of the suspensions during which this daemon's clock stopped.
     missed_suspension: Duration,
     record: Record,
     index: Arc<StreamIndex>,

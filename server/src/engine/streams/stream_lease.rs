@@ -78,8 +78,8 @@ impl StreamLease {
         edit: &Edit,
         sent_at: BootInstant,
     ) -> Fate {
-        // Ignored, because the commit may be older than the grant, or than a loss that
-        // has been reported.
+        // Ignored, because the commit may be older than the grant, or than a loss that has been
+        // reported.
         if sent_at < self.since {
             return Fate::Kept;
         }

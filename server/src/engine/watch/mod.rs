@@ -44,8 +44,8 @@ pub enum Begin {
 /// An event of a watch.
 #[derive(Debug, Clone)]
 pub enum WatchEvent {
-    /// A key as it is when the watch begins. Later it means that changes were lost, and that the
-    /// watch begins again.
+    /// A key as it is when the watch begins. A later snapshot means that changes were lost, and
+    /// that the watch begins again.
     Snapshot(Arc<Snapshot>),
     /// The snapshot is complete.
     SnapshotEnd,

@@ -25,7 +25,7 @@ pub(crate) struct SeenRecords {
     /// The free keys. The key that has been free longest has the lowest number.
     free: BTreeMap<u64, Key>,
     last_number: u64,
-    /// The latest departure from a key that has been forgotten, by the store's clock.
+    /// The time of the latest departure from a key that has been forgotten, by the store's clock.
     forgotten_until: i64,
 }
 
@@ -36,7 +36,7 @@ pub(crate) struct SeenRecord {
     pub(crate) seen_at: Instant,
     /// The leases of all holders had run out.
     pub(crate) has_lapsed: bool,
-    /// How often in a row the key was seen lapsed.
+    /// How many times in a row the key was seen lapsed.
     lapsed_polls: u32,
     due: Option<Instant>,
     /// The key's number in [`SeenRecords::free`].

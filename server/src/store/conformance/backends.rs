@@ -36,7 +36,7 @@ pub(super) enum Backend {
     MutantPipeline(Mutant),
 }
 
-/// The panic of [`Applier::apply`] when the store gives no answer.
+/// The payload with which [`Applier::apply`] panics if the store gives no answer.
 #[derive(Debug)]
 pub(super) struct Unanswered(pub(super) StoreError);
 

@@ -154,8 +154,8 @@ fn arrivals() -> impl Strategy<Value = Arrival> {
     )
 }
 
-/// Generates mostly one of six ids, so that edits often concern the same id. With the other ids
-/// there are enough for a record to forget departures.
+/// Generates mostly one of six ids, so that edits often concern the same id. The other ids are so
+/// many that a record forgets departures.
 fn ids() -> impl Strategy<Value = u8> {
     prop_oneof![5 => 0_u8..6, 1 => 0..IDS]
 }
@@ -306,7 +306,7 @@ impl Pair {
     }
 }
 
-/// Begins the message of a case in which the store did not answer. That is no difference.
+/// Begins the message of a case in which the store did not answer. Such a case shows no difference.
 const NO_ANSWER: &str = "the store does not answer: ";
 
 /// Plays random sequences until there is a difference, and returns the shortest sequence with one
@@ -343,7 +343,7 @@ fn a_store_does_what_step_does(#[values(Backend::Embedded, Backend::MongoDb)] ba
     assert!(found.is_empty(), "{}", found.join("\n\n"));
 }
 
-/// The queues are longer, and the departures more, than random edits make them.
+/// The queues are longer, and the departures more numerous, than random edits make them.
 #[rstest]
 fn long_queues_and_many_departures_are_the_same(
     #[values(Backend::Embedded, Backend::MongoDb)] backend: Backend,

@@ -1,5 +1,5 @@
-//! The clock of the embedded store. It follows the machine's boot clock, which runs on during a
-//! suspension and cannot be set.
+//! The clock of the embedded store. It follows the machine's boot clock, which keeps running during
+//! a suspension and cannot be set.
 //!
 //! An [`Anchor`] maps the boot clock to the store's time. It is made from the host's wall clock,
 //! once for each boot of the machine, and kept in the file. A daemon that starts again during the

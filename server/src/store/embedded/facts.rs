@@ -209,7 +209,7 @@ fn renew(
     }
 }
 
-/// Returns whether the record changed.
+/// Renews one record, as [`renew`] says. Returns whether the record changed.
 fn renew_record(record: &mut Record, latest: Timestamp, now: Timestamp, rules: &Rules) -> bool {
     let holders = record.holders.iter_mut().map(|holder| (&mut holder.expires_at, holder.ttl.get()));
     let waiters = record.waiters.iter_mut().map(|waiter| (&mut waiter.expires_at, rules.waiter_ttl));

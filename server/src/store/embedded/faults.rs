@@ -278,8 +278,8 @@ impl Ledger {
     }
 }
 
-/// Some commits, and then one in which the power fails after `last_writes` writes, or just after
-/// it.
+/// Some commits, and then a last one. The power fails after `last_writes` writes of the last one,
+/// or right after it if it makes fewer.
 #[derive(Debug, Clone)]
 struct PowerCycle {
     batches: Vec<Vec<u8>>,

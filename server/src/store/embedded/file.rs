@@ -3,7 +3,7 @@
 //!
 //! Only the start of a daemon creates files. A running daemon accepts no file but the one it
 //! opened. With an empty file in its place, for example below the mount point of a volume that is
-//! no longer mounted, it would grant leases that are still held.
+//! no longer mounted, the daemon would grant leases on keys that are still held.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind, Write};
@@ -35,8 +35,7 @@ pub enum OpenError {
     InUse(PathBuf),
     /// The file is damaged.
     #[error(
-        "{0} is damaged ({1}): put back a copy from before, or move the file away to begin with no leases; it was not \
-         changed"
+        "{0} is damaged ({1}): restore an earlier copy, or move the file away to begin with no leases; it was not changed"
     )]
     Damaged(PathBuf, String),
     /// The file holds something other than leases.

@@ -1,6 +1,6 @@
-//! Tests of the store's time on a simulated machine. The machine's wall clock is set, it is
-//! suspended and rebooted, and its daemons start and end. The store's time must follow the boot
-//! clock alone, and setting a clock must end no lease.
+//! Tests of the store's time on a simulated machine. The machine is suspended and rebooted, its
+//! wall clock is set, and its daemons start and end. The store's time must follow the boot clock
+//! alone, and setting a clock must end no lease.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -32,7 +32,7 @@ struct State {
     up: i64,
     /// How much of `up` the machine was suspended for.
     suspended: i64,
-    /// How often the machine was started.
+    /// How many times the machine was started.
     boots: u32,
     mutant: Option<ClockMutant>,
 }
@@ -77,7 +77,7 @@ impl Machine {
         self.state().wall += step;
     }
 
-    /// Starts the machine again after `off` milliseconds. The wall clock runs on meanwhile.
+    /// Starts the machine again after `off` milliseconds. The wall clock keeps running meanwhile.
     fn boot(&self, off: i64) {
         let mut state = self.state();
         state.wall += off;

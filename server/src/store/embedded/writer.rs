@@ -508,7 +508,7 @@ fn work(store: &OpenStore, requests: &Receiver<Request>) {
 pub(super) fn commit_group(store: &OpenStore, mut group: Vec<Commit>) {
     let now = store.up();
     for late in group.extract_if(.., |commit| commit.until < now) {
-        let _ = late.reply.send(Err(Failure::not_applied("the writer began it too late")));
+        let _ = late.reply.send(Err(Failure::not_applied("the writer reached the batch too late")));
     }
     if group.is_empty() {
         return;

@@ -23,8 +23,8 @@ const NO_LOGIN: [i32; 3] = [11, 18, 8000];
 /// `NoReplicationEnabled`, `UnknownReplWriteConcern`, `CommandNotSupported`,
 /// `DocumentValidationFailure`, `NotAReplicaSet`, `ReadConcernMajorityNotEnabled`,
 /// `CommandNotSupportedOnView`, `OptionNotSupportedOnView`, `InvalidPipelineOperator`,
-/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and a pipeline stage that it
-/// does not know.
+/// `NotImplemented`, `NoQueryExecutionPlans`, `DatabaseDifferCase` and an unknown pipeline
+/// stage.
 const NEVER: [i32; 20] =
     [2, 9, 14, 20, 59, 72, 73, 76, 79, 115, 121, 123, 148, 166, 167, 168, 238, 291, 13297, 40324];
 /// Databases that belong to MongoDB itself. `local` is not even replicated.
@@ -55,12 +55,12 @@ pub enum Unusable {
     Direct,
     /// The URI asks for reads that may be old or may be undone.
     #[error(
-        "the MongoDB URI sets {0}, but what decides about a lease must be read from the primary, as a majority has it; {1}"
+        "the MongoDB URI sets {0}, but records must be read from the primary, with read concern majority; {1}"
     )]
     WeakReads(&'static str, &'static str),
     /// The URI asks for writes that a failover may undo.
     #[error(
-        "the MongoDB URI asks for {0}, and a lease granted so could be lost in a failover; {1} or leave it out"
+        "the MongoDB URI asks for {0}, with which a failover could lose a lease that was granted; {1} or leave it out"
     )]
     WeakWrites(String, &'static str),
     /// The URI has an option of the driver that this build lacks.
@@ -84,7 +84,7 @@ pub enum Unusable {
          listIndexes and listCollections on its database, and changeStream on its collection: {0}"
     )]
     Rights(String),
-    /// The server, which may not be MongoDB, does not know a command.
+    /// The server, which may not be MongoDB, refuses a command and would refuse it again.
     #[error("MongoDB refuses what the daemon needs to do, and would do so again: {0}")]
     Refused(String),
     /// The collection is of a kind that does not keep records as written.
@@ -97,7 +97,7 @@ pub enum Unusable {
     TtlIndex(String),
     /// MongoDB would refuse records that are equal to others in the indexed fields.
     #[error(
-        "the collection has a unique index, {0:?}, which would refuse records that are like others; drop that index"
+        "the collection has a unique index, {0:?}, which would refuse records that equal others in its fields; drop that index"
     )]
     UniqueIndex(String),
     /// Different keys could count as equal.
@@ -172,7 +172,7 @@ fn unfit(entry: &Document) -> Option<Unusable> {
     let options = entry.get_document("options").ok()?;
     let is_empty = |option| options.get_document(option).is_ok_and(Document::is_empty);
     for (option, what) in [
-        ("capped", "is capped, so MongoDB deletes the oldest records, those of leases that are held too"),
+        ("capped", "is capped, so MongoDB deletes the oldest records, even those of leases that are held"),
         ("validator", "has a validator, which may refuse records"),
         (
             "expireAfterSeconds",

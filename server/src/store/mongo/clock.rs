@@ -106,8 +106,8 @@ impl StoreClock {
             *warned_at = Some(Instant::now());
             tracing::warn!(
                 ?apart,
-                "the clock of MongoDB's primary was set, or that of this host, by more than --grace: leases may have \
-                 ended early or late; keep the clocks of all nodes in step"
+                "the clock of MongoDB's primary or of this host was set by more than --grace: leases may have ended early \
+                 or late; keep the clocks of all nodes in step"
             );
         }
     }

@@ -122,23 +122,23 @@ impl Runner {
     /// Lets no further command begin, and waits as [`Self::settled`] does. Returns whether all
     /// commands have ended.
     pub(super) async fn end(&self) -> bool {
-        let turns = self.take_all().await;
-        // Closed before the turns are given back: otherwise a waiting command would begin.
+        let permits = self.take_all().await;
+        // Closed before the permits are given back: otherwise a waiting command would begin.
         self.tasks.close();
-        turns.is_some()
+        permits.is_some()
     }
 
-    /// Takes all turns, and gives up after the time that one command may take.
+    /// Takes all permits, and gives up after the time that one command may take.
     async fn take_all(&self) -> Option<SemaphorePermit<'_>> {
         let all = u32::try_from(self.most).unwrap_or(u32::MAX);
         timeout(ATTEMPT + SLACK, self.tasks.acquire_many(all)).await.ok()?.ok()
     }
 
-    /// Takes all turns until the permit is dropped.
+    /// Takes all permits until the returned value is dropped.
     #[cfg(test)]
     pub(super) async fn occupy(&self) -> tokio::sync::OwnedSemaphorePermit {
         let all = u32::try_from(self.most).expect("few tasks");
-        Arc::clone(&self.tasks).acquire_many_owned(all).await.expect("turns")
+        Arc::clone(&self.tasks).acquire_many_owned(all).await.expect("permits")
     }
 
     /// Runs `command` to its end, but waits no longer than an attempt may take.

@@ -153,8 +153,8 @@ async fn a_batch_that_the_server_refuses_at_once_is_reported_as_not_applied() {
     assert!(matches!(error, StoreError::Refused { .. }), "{error}");
 }
 
-/// With an estimate of the database's clock that is an hour behind, the limit of every command has
-/// passed, as if a connection had delivered it an hour late.
+/// An hour, in milliseconds. With an estimate of the database's clock that is this far behind, the
+/// limit of every command has passed, as if a connection had delivered the command an hour late.
 const HOUR: i64 = 3_600_000;
 
 #[rstest]

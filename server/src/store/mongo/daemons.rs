@@ -247,7 +247,7 @@ impl Daemons {
             let started_with = self.store.id;
             return Some(format!(
                 "the records have another identity, {id}, than when this daemon started, {started_with}: they \
-                 were replaced; start it again"
+                 were replaced; restart this daemon"
             ));
         }
         let grace = self.store.rules.grace;
@@ -257,8 +257,8 @@ impl Daemons {
         let (theirs, alive) = (Duration::from_millis(millis), self.store.feed.heartbeat.timeout);
         Some(format!(
             "--grace is {} here and {} at the daemon with pid {pid} on {host}, which started earlier on the same \
-             records: all of them must have the same; give this one --grace {}, or stop the other one first (one \
-             that was killed counts for {})",
+             records: all daemons must have the same grace; give this one --grace {}, or stop the other one first (a \
+             daemon that was killed counts as running for {})",
             format_duration(grace),
             format_duration(theirs),
             format_duration(theirs),

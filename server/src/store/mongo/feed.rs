@@ -136,7 +136,7 @@ pub(super) async fn follow(
                 if store.feed.progress.set_broken() {
                     tracing::warn!(cause, "the change feed broke");
                 }
-                // A stream that was open reports the gap when it is open again.
+                // If the stream was open, the gap is reported once a stream is open again.
                 if opened.is_none() && events.send(FeedEvent::Gap).await.is_err() {
                     return;
                 }

@@ -227,7 +227,7 @@ async fn records_without_the_field_get_it_before_the_index_is_built() {
     assert_eq!(with_field(&store).await, ["damaged", "held"], "a record that cannot be read may be in use");
 }
 
-/// Some pages have no record after whose key the next page could begin.
+/// Some pages have no valid record, and so no key after which the next page could begin.
 #[tokio::test]
 async fn a_listing_skips_documents_that_are_no_records_whatever_their_names() {
     let store = store().await;
