@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
-/// How many operations of a kind are counted.
+/// How often each operation is repeated, to count what it allocates.
 const TIMES: u32 = 500;
 /// How many leases a large message names.
 const CROWD: u32 = 1000;
