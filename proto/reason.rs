@@ -26,14 +26,15 @@ pub enum Reason {
     /// The key was not available, at once or within the wait. Metadata:
     ///
     /// - `blocked_by`: what blocks the key (`holder`, `waiter`, `min_hold`, `limit`).
-    /// - `owner`, `token` and `remaining_ms`: of the holder.
+    /// - `owner`, `token` and `remaining_ms`: of the holder. Without a holder: empty, the last
+    ///   token granted, and how long a `min_hold` still blocks the key.
     /// - `waiter`: if a waiter blocks the key, its owner.
     /// - `position`: if the call waited in the queue, how many waiters were ahead of it.
     LeaseHeld,
     /// The lease is not held any more, was never held, or its id was released before the grant.
     /// Metadata: `loss` (`displaced`, `released`, `revoked`), if the record remembers it.
     LeaseLost,
-    /// The key was never leased, or has been forgotten since.
+    /// The key was never leased, or its record has been deleted since.
     KeyUnknown,
     /// The queue of the key is full.
     QueueFull,

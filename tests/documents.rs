@@ -1,4 +1,4 @@
-//! The programs in the documentation. Each of them works, and the page shows the same programs.
+//! The programs of docs/fencing.md: each works, and the page shows the code that is tested.
 
 use std::fs;
 

@@ -19,7 +19,8 @@ use crate::support::{
 
 /// A TTL longer than the election of a new primary takes.
 const TTL: Duration = secs(20);
-/// How many ended leases a record remembers. Each of them had a greater token than the one before.
+/// How many ended leases a record remembers. Tokens rise by at least 1 from lease to lease, so a
+/// lease is forgotten only when the latest token is greater by at least this number.
 const REMEMBERED_DEPARTURES: i64 = leased::lease::REMEMBERED_DEPARTURES as i64;
 
 /// Acquires, and repeats the call with the same id while the store is unavailable.

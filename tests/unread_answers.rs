@@ -23,7 +23,8 @@ use crate::support::{Daemon, Embedded, PATIENCE, http, named};
 /// How many leases a large message names. A connection may have at most three unread answers of
 /// this size.
 const LEASES: usize = 8000;
-/// How many streams do not read: more than may wait until their answers are sent.
+/// How many streams have callers that do not read. The daemon lets fewer messages of this size wait
+/// to be answered.
 const STREAMS: usize = 30;
 
 /// Opens a connection that answers pings. It receives the first 64 KiB of each answer, and more

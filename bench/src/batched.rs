@@ -1,5 +1,5 @@
-//! The highest rate that MongoDB allows a service that writes a record for each change, and the
-//! changes of many keys with one command.
+//! The highest rate that MongoDB allows to a service that writes a record for each change, and
+//! writes the records of many keys with one command.
 //!
 //! Each command is the cheapest write of this kind, `$inc` of one field of many documents, followed
 //! by a read of these documents. This program sends the commands itself, without calls or lease

@@ -1,6 +1,6 @@
 //! A connection to a contender, with the operations that all contenders share: acquire and release
 //! keys, wait for them, and keep leases alive. Workloads are written once, for this trait. This
-//! module knows no contender.
+//! module is independent of all contenders.
 
 use std::time::Duration;
 

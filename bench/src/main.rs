@@ -28,9 +28,9 @@ mod pairs;
 mod keepalives;
 /// The largest number of leases kept alive.
 mod capacity;
-/// How soon the next waiter is told after a release.
+/// How soon after a release the next waiter is told of its grant.
 mod handoff;
-/// How soon the next waiter is told once a silent holder's lease may be taken.
+/// How soon the next waiter is told of its grant once a silent holder's lease may be taken.
 mod takeover;
 /// The memory of leases and streams.
 mod memory;

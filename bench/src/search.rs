@@ -1,5 +1,5 @@
-//! Finds the largest number that succeeds, by doubling and then bisecting. Pure, without knowledge
-//! of what is counted.
+//! Finds the largest number that succeeds, by doubling and then bisecting. Pure, and independent of
+//! what is counted.
 
 /// A search, with what it has found so far.
 #[derive(Debug, Clone, Copy)]

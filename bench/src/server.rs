@@ -203,7 +203,8 @@ pub(crate) fn is_installed(name: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
-/// Returns a path beside this program, which is on the disk with the builds and not in memory.
+/// Returns a path beside this program. Builds are on a disk; the system's folder for temporary
+/// files may be in memory.
 pub(crate) fn beside(name: &str) -> Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name(name))
 }

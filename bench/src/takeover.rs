@@ -1,4 +1,5 @@
-//! Takeover: the time from when a silent holder's lease may be taken until the next waiter is told.
+//! Takeover: the time from when a silent holder's lease may be taken until the next waiter is told
+//! of its grant.
 
 use std::time::Duration;
 

@@ -2,12 +2,12 @@
 //!
 //! A laptop that sleeps, or a virtual machine that its own kernel suspends, stops the monotonic
 //! clock that timers run on. Its leases lapse all the same. On Linux and Android the difference
-//! between `CLOCK_BOOTTIME` and `CLOCK_MONOTONIC` is the time spent suspended. Elsewhere suspension
-//! counts as nothing.
+//! between `CLOCK_BOOTTIME` and `CLOCK_MONOTONIC` is the time spent suspended. On other systems
+//! suspended time is not counted.
 //!
 //! Tests that pause tokio's clock leave suspended time out, because it is read from the real
-//! machine. Otherwise a thread that is preempted between the two readings would let real time into
-//! a paused clock.
+//! machine. Otherwise a thread that is preempted between the readings of the two clocks would let
+//! real time into a paused clock.
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,8 +21,8 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// The longest duration that is added to an instant. Adding to an `Instant` panics on overflow, and
 /// neither a daemon's answer nor a caller's `Duration::MAX` may cause that.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
-/// A smaller difference between the two clocks is the time that the readings took. No suspension is
-/// that short.
+/// The suspended time seems to grow by less than this because the two clocks are not read at the
+/// same instant. No suspension is that short.
 const READING: Duration = Duration::from_millis(1);
 
 /// Whether suspended time counts. The unit tests of this crate run on a paused clock.

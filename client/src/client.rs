@@ -321,7 +321,7 @@ async fn keep(holdings: Arc<Holdings>, endpoints: Arc<Endpoints>, ended: Cancell
     }
 }
 
-/// How the acquire of a lease ended before the lease is released.
+/// What is known of the acquire when its lease is released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Acquired {
     /// The lease was granted.

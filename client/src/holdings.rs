@@ -25,8 +25,9 @@ const EARLY_SHARE: u32 = 9;
 /// daemon reports a loss only on a stream that has named the lease. A lease that is released within
 /// this time is never named.
 const NAMING_DELAY: Duration = Duration::from_millis(5);
-/// How long after a message the next one may name new leases. A client that acquires all the time
-/// sends ten messages a second, of the fifty that a daemon accepts before it slows the stream down.
+/// The shortest time from any message to one that is sent for new leases. A client that acquires
+/// all the time sends ten messages a second, of the fifty that a daemon accepts before it slows the
+/// stream down.
 const NAMING_INTERVAL: Duration = Duration::from_millis(100);
 /// The most bytes of leases in one message, below the 512 KiB that every daemon accepts.
 const MESSAGE_BYTES: usize = 500 * 1024;

@@ -25,7 +25,7 @@ pub struct KeyInfo {
     pub state: KeyState,
     /// The token of the latest grant.
     pub token: FencingToken,
-    /// The holders: one, or several that share the key.
+    /// The holders: none, one, or several that share the key.
     pub holders: Vec<HolderInfo>,
     /// The queue, the next waiter first.
     pub waiters: Vec<WaiterInfo>,

@@ -13,8 +13,8 @@
 //! messages.
 //!
 //! A broken stream does not affect the leases. The keeper opens the next stream at whichever daemon
-//! answers, and names all leases in its first message. The time that an answer grants a lease
-//! counts from before the message was sent.
+//! answers, and names all leases in its first message. The remaining time in an answer counts from
+//! before the message was sent.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Tests each transition of the keeper on a paused clock, against daemons that answer as the test
-//! sets.
+//! Tests each transition of the keeper on a paused clock, against daemons whose answers the test
+//! chooses.
 
 use std::sync::Arc;
 use std::time::Duration;

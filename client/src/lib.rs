@@ -66,8 +66,8 @@
 //! the stream at once, so that the daemon can report its loss at once. It touches each lease every
 //! third of its TTL, and leases that are due at about the same time share a message. When the
 //! stream breaks or falls silent, the client opens the next one over a new connection, to whichever
-//! daemon answers. The leases stay valid meanwhile. There is no channel to drain and no callback to
-//! return from.
+//! daemon answers. The leases stay valid meanwhile. The program has no channel of events to drain
+//! and no callback that must return in time.
 //!
 //! A client has one connection for its leases, one for other calls, and one for every 200 acquires
 //! that wait. It uses one of several daemons at a time. When that daemon fails, the client switches

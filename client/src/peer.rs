@@ -1,4 +1,4 @@
-//! For tests: a daemon behind an in-memory network, which answers as the test sets. Works on a
+//! For tests: a daemon behind an in-memory network, whose answers the test chooses. Works on a
 //! paused clock.
 
 use std::net::SocketAddr;

@@ -86,7 +86,7 @@ class _Lock:
     def __init__(self, expire):
         self.id, self.expire = str(uuid.uuid4()), expire
         self.ttl = min(max(expire, SHORTEST_TTL), LONGEST_TTL) if expire else UNLIMITED_TTL
-        # Until when the object touches the lease unasked; -inf: never.
+        # Until when the background thread touches the lease; -inf: never.
         self.touch_until = -math.inf if expire else math.inf
         self.touched = -math.inf
 
@@ -139,7 +139,8 @@ class MongoLock:
         """Acquires the lock and returns True, or False if it is still held after `timeout` seconds.
 
         The lock is free again `expire` seconds after the grant or the last touch. Without `expire`,
-        it is free again when this process releases it or ends.
+        it is free again when this process releases it, or `UNLIMITED_TTL` seconds after the last
+        touch of a process that has ended.
         """
         lock = _Lock(expire)
         give_up = _now() + (timeout or 0)

@@ -1,5 +1,5 @@
-//! Runs daemons in this process, each daemon or fleet with its own store, and shortens requests and
-//! calls.
+//! Runs daemons in this process, each daemon or fleet with its own store. Has short forms of
+//! requests and calls.
 
 /// Daemons that crash.
 mod crash;

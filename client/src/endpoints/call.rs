@@ -89,7 +89,8 @@ impl Endpoints {
         let give_up = after(until, self.timeout);
         let mut pauses = Pauses::default();
         let mut attempts = 0;
-        // The latest cause of a failure, which says more than that an attempt had no answer.
+        // The latest known cause of a failure. A later attempt without an answer does not replace
+        // it.
         let mut last_cause: Option<(String, Option<Status>)> = None;
         loop {
             // Of three or more daemons, a silent one takes a third of the time, which leaves time

@@ -194,7 +194,7 @@ impl Endpoints {
         slot.retire();
         slot.daemon.forget();
         if let Failure::Useless(error) = failure {
-            tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint is of no use");
+            tracing::warn!(endpoint = slot.daemon.name, %error, "an endpoint cannot be used");
             // Before `bar`, because `avoid` switches away only from the daemon in use, and a barred
             // daemon is not in use.
             self.avoid(&slot.daemon);

@@ -260,7 +260,7 @@ pub(crate) fn state(pid: Pid) -> Option<char> {
     String::from_utf8(output.stdout).unwrap().chars().next()
 }
 
-/// Waits until the file has so many lines, and returns all its lines.
+/// Waits until the file has at least this many lines, and returns all its lines.
 pub(crate) fn lines(path: &Path, at_least: usize) -> Vec<String> {
     let read = || std::fs::read_to_string(path).unwrap_or_default();
     until(|| read().matches('\n').count() >= at_least);

@@ -8,10 +8,10 @@ use rstest::rstest;
 
 use crate::support::{Daemon, Ended, Process, leasectl};
 
-/// A script that plays a person at a terminal. Its arguments are a number of pairs, the pairs, and
-/// a command. It runs the command at a terminal, and ends with the command's exit code. For each
-/// pair it waits until the first text is on the screen, and then types the second. `^C` and `^Z`
-/// stand for these keys. A second text that begins with `!` is not typed, but run as a shell
+/// A script that plays a person at a terminal. Its arguments are the number of pairs, the pairs,
+/// and a command. It runs the command at a terminal, and ends with the command's exit code. For
+/// each pair it waits until the first text is on the screen, and then types the second. `^C` and
+/// `^Z` stand for these keys. A second text that begins with `!` is not typed, but run as a shell
 /// command.
 const PERSON: &str = r#"
 import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
@@ -47,7 +47,7 @@ while True:
     everything += read
 print(everything.decode(errors='replace'))
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-# A death by a signal is shown as shells show it.
+# If a signal ended the command, the exit code is 128 plus its number, as in a shell.
 sys.exit(98 if script else code if code >= 0 else 128 - code)
 "#;
 

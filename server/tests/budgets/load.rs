@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
-/// How many operations of a kind are counted.
+/// How many pairs, or messages for one lease, are counted.
 const TIMES: u32 = 500;
 /// How many leases a large message names.
 const CROWD: u32 = 1000;

@@ -11,8 +11,8 @@ use crate::support::{Running, daemon};
 
 const ROUNDS: i64 = 5;
 
-/// Returns how often a client of the driver has ended its sessions. A client does so when it is
-/// shut down.
+/// Returns how often clients of the driver have ended their sessions. A client does so once, when it
+/// is shut down.
 async fn ended_sessions(admin: &mongodb::Database) -> i64 {
     let status = admin.run_command(doc! { "serverStatus": 1 }).await.unwrap();
     let commands = status.get_document("metrics").unwrap().get_document("commands").unwrap();

@@ -1,5 +1,5 @@
-//! One `mongod` process with its port and its data. This module manages one member of a replica set
-//! and knows no other.
+//! One `mongod` process with its port and its data. This module manages one member of a replica
+//! set, and is independent of the others.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -124,8 +124,8 @@ impl Node {
         Ok(())
     }
 
-    /// Waits until the server's answer to `hello` fulfils the condition, which `what` names for the
-    /// error.
+    /// Waits until the server's answer to `hello` fulfils `condition`. The error says that the
+    /// server did not become `what`.
     pub(crate) async fn until(&self, what: &str, condition: impl Fn(&Document) -> bool) -> Result<()> {
         let give_up = Instant::now() + PATIENCE;
         while !condition(&self.hello().await) {

@@ -137,9 +137,9 @@ impl Job {
         let _ = kill_process_group(self.guardian.group(), signal);
     }
 
-    /// Reacts to a stop of the command. A command that asked for the terminal gets it. Otherwise
-    /// leasectl stops as well, as a job of the shell around it, and passes on SIGCONT when it is
-    /// continued.
+    /// Reacts to a stop of the command. If the command asked for the terminal and leasectl has it,
+    /// the command gets it. Otherwise leasectl stops as well, as a job of the shell around it, and
+    /// passes on SIGCONT when it is continued.
     pub(crate) fn stopped(&mut self, signal: i32) {
         let is = |one: Signal| one.as_raw() == signal;
         if is(Signal::STOP) {
@@ -194,8 +194,8 @@ impl Job {
         self.guardian.received(signal)
     }
 
-    /// Gives what is left of the group until the deadline to end. For a command that has ended and
-    /// whose lease cannot be relied on.
+    /// Has the guardian kill what is left of the group at the deadline, unless the group is empty
+    /// before. For a command that has ended and whose lease cannot be relied on.
     pub(crate) fn clear(&mut self) {
         self.take_terminal();
         self.guardian.clear();

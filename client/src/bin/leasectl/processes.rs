@@ -20,8 +20,8 @@ fn to_nix(pid: Pid) -> unistd::Pid {
     unistd::Pid::from_raw(pid.as_raw_nonzero().get())
 }
 
-/// A process, as `/proc/PID/stat` describes it (proc(5)). On a system without this file, such as
-/// any but Linux, no process is found.
+/// A process, as `/proc/PID/stat` describes it (proc(5)). Only Linux has this file: on other
+/// systems no process is found.
 pub(crate) struct Process {
     pub(crate) parent: Option<Pid>,
     pub(crate) group: Option<Pid>,

@@ -18,8 +18,8 @@ pub(crate) const OTHER: &[Signal] = &[Signal::USR1, Signal::USR2, Signal::WINCH,
 /// The most signals that are received and not yet returned.
 const WAITING: usize = 32;
 
-/// Signals to this process. Two of one kind may be received as one, because the system merges them,
-/// too. Signals that this process was started to ignore, as by `nohup`, stay ignored by this
+/// Signals to this process. Two of one kind may be received as one: the system itself may merge
+/// them. Signals that this process was started to ignore, as by `nohup`, stay ignored by this
 /// process and its command.
 pub(crate) struct Signals {
     sender: mpsc::Sender<Signal>,
@@ -115,8 +115,8 @@ pub(crate) enum Target {
 /// signal ended it. Returns only if this process has the id 1, because the default action of a
 /// signal cannot end that process.
 ///
-/// If a program handles an interrupt and exits, a shell goes on with the next line of its script,
-/// whatever the exit code.
+/// An exit code would not do: if a program handles an interrupt and exits, a shell goes on with the
+/// next line of its script.
 pub(crate) fn die_of(signal: Signal, target: Target) {
     if getpid().is_init() {
         return;

@@ -34,10 +34,10 @@ impl Times {
     /// is at least 1 % of it, for clocks that do not run at the same rate.
     pub(crate) fn of(ttl: Duration) -> Self {
         let reserve = (ttl / 10).min(USUAL_RESERVE);
-        let grace = (ttl / 4).min(LONGEST_MARGIN).saturating_sub(reserve);
+        let jeopardy = (ttl / 4).min(LONGEST_MARGIN).saturating_sub(reserve);
         let reserve = reserve.max(ttl / 100);
         let tick = (ttl / 12).clamp(Duration::from_millis(5), Duration::from_secs(5));
-        Self { margin: reserve + grace, reserve, tick }
+        Self { margin: reserve + jeopardy, reserve, tick }
     }
 }
 
