@@ -127,14 +127,13 @@ async fn a_touch_after_a_loss_does_not_coalesce(#[values(Embedded, MongoDb)] bac
         kept(&stream.touch(std::slice::from_ref(&lease)).await[0].1);
         client.give_back(&lease).await.unwrap();
         let sequence = stream.send(std::slice::from_ref(&lease)).await;
-        // If the daemon noticed the loss before the message arrived, it has also reported the loss
-        // unasked.
+        // If the daemon noticed the loss before the message arrived, it has also pushed the loss.
         let mut answer = stream.next().await.unwrap();
         if answer.sequence == 0 {
             assert_eq!(lost(answer.results[0].outcome.as_ref().unwrap()), LossReason::Released);
             answer = stream.next().await.unwrap();
         }
-        assert_eq!(answer.sequence, sequence, "the loss is reported unasked only once");
+        assert_eq!(answer.sequence, sequence, "the loss is pushed only once");
         assert_eq!(lost(answer.results[0].outcome.as_ref().unwrap()), LossReason::Released);
     }
     assert!(stream.touch(&[]).await.is_empty());

@@ -128,7 +128,7 @@ async fn a_daemon_that_was_alone_learns_of_a_release_at_another() {
 
 /// A stream reports a loss whichever daemon caused it.
 #[tokio::test]
-async fn a_loss_at_another_daemon_is_reported_unasked_with_its_reason() {
+async fn a_loss_at_another_daemon_is_pushed_with_its_reason() {
     let (one, two) = two().await;
     let (mut at_one, mut at_two) = (one.client().await, two.client().await);
     let mut stream = KeepAlive::open(&mut at_one).await;
@@ -152,7 +152,7 @@ async fn a_loss_at_another_daemon_is_reported_unasked_with_its_reason() {
     assert_eq!(results.iter().map(|(lease, _)| lease.key.as_str()).collect::<Vec<_>>(), ["kept"]);
 }
 
-/// Reads the next message, which the daemon sends unasked. Returns the key of the one lease in it,
+/// Reads the next message, which the daemon pushes. Returns the key of the one lease in it,
 /// and why it was lost.
 async fn reported_loss(stream: &mut KeepAlive) -> (String, LossReason) {
     let mut answer = stream.next().await.unwrap();

@@ -48,7 +48,7 @@ impl KeepAlive {
         timeout(PATIENCE, self.answers.message()).await.unwrap().map(Option::unwrap)
     }
 
-    /// Reads the next message, which the daemon sends unasked. Returns the lost leases in it, and
+    /// Reads the next message, which the daemon pushes. Returns the lost leases in it, and
     /// why each was lost.
     pub(crate) async fn reported(&mut self) -> Vec<(LeaseRef, LossReason)> {
         let message = self.next().await.unwrap();

@@ -1,4 +1,4 @@
-//! Losses that a keepalive stream reports unasked.
+//! Losses that the daemon pushes on a keepalive stream.
 
 use std::collections::HashSet;
 

@@ -39,7 +39,7 @@ mod keepalive;
 mod languages;
 /// Large answers to Get and List, and callers that do not read them.
 mod large;
-/// Losses that a keepalive stream reports unasked.
+/// Losses that the daemon pushes on a keepalive stream.
 mod losses;
 /// Limits of messages: the spelling of ids, sizes, and the refusal of single leases.
 mod messages;

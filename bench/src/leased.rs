@@ -171,7 +171,7 @@ impl<K: KeepAlives> Stream<K> {
     async fn answer(&mut self) -> Result<u64> {
         loop {
             let answer = self.messages.next().await?;
-            // Other answers report losses unasked. A lease that was reported as lost is not in the
+            // Other answers are losses that the daemon pushes. A lease that was reported as lost is not in the
             // answer.
             if answer.sequence == self.sequence {
                 let kept =

@@ -264,7 +264,7 @@ impl Keeper {
         }
     }
 
-    /// Applies an answer of the daemon, or a loss that the daemon reports unasked, with `sequence`
+    /// Applies an answer of the daemon, or a loss that the daemon pushes, with `sequence`
     /// 0.
     fn read(&mut self, answer: KeepAliveResponse, sent: &mut Sent) {
         let sent_at = sent.answered(answer.sequence);

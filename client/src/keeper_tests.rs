@@ -275,7 +275,7 @@ async fn an_answer_to_no_message_confirms_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_loss_that_is_reported_unasked_ends_belief_in_that_lease_at_once() {
+async fn a_loss_that_the_daemon_pushes_ends_belief_in_that_lease_at_once() {
     let mut rig = Rig::start();
     let (gone, stays) = (rig.hold("gone"), rig.hold("stays"));
     let stop = gone.stop();

@@ -83,7 +83,7 @@ pub struct Args {
     #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", value_parser = parse_duration)]
     grace: Option<Duration>,
 
-    /// Forget keys that have been free, or whose leases have lapsed, for this long; at least 1h.
+    /// Purge keys that have been free, or whose leases have lapsed, for this long; at least 1h.
     #[arg(long, env = "LEASED_PURGE_AFTER", value_name = "DURATION", default_value = "7d", value_parser = parse_duration)]
     purge_after: Duration,
 

@@ -36,7 +36,7 @@ pub(super) struct GatedStore {
     pub(super) batches: Arc<Mutex<Vec<Batch>>>,
     /// The prefixes of all pages that were requested.
     pub(super) pages: Arc<Mutex<Vec<String>>>,
-    /// How many of the next batches fail without changing anything.
+    /// How many of the next batches fail. None of them is applied unless a test delivers it later.
     pub(super) fails: Arc<AtomicUsize>,
     /// The next batch panics.
     pub(super) panics: Arc<AtomicBool>,

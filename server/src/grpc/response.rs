@@ -118,7 +118,7 @@ pub(crate) fn lost(reason: Option<Reason>) -> Status {
 
 /// Returns the status of a key without a record.
 pub(crate) fn key_unknown() -> Status {
-    Refused::KeyUnknown.status("this key was never leased, or has been forgotten since", [])
+    Refused::KeyUnknown.status("this key was never leased, or has been purged since", [])
 }
 
 /// Returns the status of a call that failed. What the store itself says is only in the log.

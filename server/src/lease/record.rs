@@ -141,7 +141,7 @@ impl Record {
     /// departure. A holder counts until `grace` after its lease lapsed, because a holder that died
     /// releases nothing. A waiter counts until its entry lapses.
     #[must_use]
-    pub fn is_forgettable(&self, now: Timestamp, unused_for: Duration, grace: Duration) -> bool {
+    pub fn is_purgeable(&self, now: Timestamp, unused_for: Duration, grace: Duration) -> bool {
         // A record without a grant protects no token. It is of use only while late commands can
         // arrive.
         let unused_for = if self.token.0 > 0 { unused_for } else { unused_for.min(NEVER_GRANTED) };
@@ -193,32 +193,32 @@ mod tests {
     }
 
     #[test]
-    fn a_record_without_a_grant_is_forgotten_after_an_hour() {
+    fn a_record_without_a_grant_is_purged_after_an_hour() {
         let departure =
             Departure { id: LeaseId::random(), reason: Reason::Settled, at: START, lasting: true };
         let record = Record { departures: vec![departure], rev: 1, ..vacant() };
         let hour = START + NEVER_GRANTED;
-        assert!(!record.is_forgettable(hour, WEEK, GRACE));
-        assert!(record.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE));
+        assert!(!record.is_purgeable(hour, WEEK, GRACE));
+        assert!(record.is_purgeable(Timestamp(hour.0 + 1), WEEK, GRACE));
         let granted = Record { token: FencingToken(START.0), ..record };
         assert!(
-            !granted.is_forgettable(Timestamp(hour.0 + 1), WEEK, GRACE),
+            !granted.is_purgeable(Timestamp(hour.0 + 1), WEEK, GRACE),
             "a record with a grant is kept for longer"
         );
     }
 
     #[test]
-    fn a_record_with_a_live_holder_or_waiter_is_never_forgotten() {
+    fn a_record_with_a_live_holder_or_waiter_is_never_purged() {
         let rules = Rules { grace: GRACE, waiter_ttl: Duration::from_secs(15) };
         let [first, second] = [(); 2].map(|()| Arc::new(Acquisition::waiting(LeaseId::random())));
         let edit = Edit::default().enqueue(first).enqueue(second);
         let mut record = step(vacant(), &edit, START, &rules);
         let waiter_lapses = record.waiters[0].expires_at;
-        assert!(!record.is_forgettable(waiter_lapses, Duration::ZERO, GRACE));
-        assert!(record.is_forgettable(Timestamp(waiter_lapses.0 + 1), Duration::ZERO, GRACE));
+        assert!(!record.is_purgeable(waiter_lapses, Duration::ZERO, GRACE));
+        assert!(record.is_purgeable(Timestamp(waiter_lapses.0 + 1), Duration::ZERO, GRACE));
         record.waiters.clear();
         let live_until = record.holders[0].expires_at + GRACE;
-        assert!(!record.is_forgettable(live_until, Duration::ZERO, GRACE));
-        assert!(record.is_forgettable(Timestamp(live_until.0 + 1), Duration::ZERO, GRACE));
+        assert!(!record.is_purgeable(live_until, Duration::ZERO, GRACE));
+        assert!(record.is_purgeable(Timestamp(live_until.0 + 1), Duration::ZERO, GRACE));
     }
 }

@@ -52,7 +52,7 @@ impl StoreMetrics {
             registry.by_label(durations, "store", [name], || Histogram::of_durations(&DURATIONS));
         let repetitions = ("leased_batch_repetitions", "Attempts at batches that failed and were repeated");
         let [repetitions] = registry.by_label(repetitions, "store", [name], Counter::default);
-        let purged = ("leased_keys_purged", "Keys forgotten because they had long been free or lapsed");
+        let purged = ("leased_keys_purged", "Keys purged because they had long been free or lapsed");
         let [purged] = registry.by_label(purged, "store", [name], Counter::default);
         let labels = OPERATIONS
             .map(|operation| KINDS.map(|kind| [("store", name), ("operation", operation), ("kind", kind)]));

@@ -40,7 +40,7 @@ impl Log {
 pub(crate) fn report(error: &StoreError) {
     let admitted = LOG.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
     if let Some(left_out) = admitted {
-        tracing::error!(%error, left_out, "a key is out of use: mend or delete its record");
+        tracing::error!(%error, left_out, "a key cannot be used: repair or delete its record");
     }
 }
 

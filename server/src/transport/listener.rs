@@ -50,7 +50,7 @@ const PREFACE_BYTES: usize = 24;
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 /// How many times a peer may make h2 reset a stream before h2 closes the connection. h2 counts over
 /// the whole life of a connection, so this is far more than an honest client causes by mistake.
-/// Each reset takes some hundred bytes until the peer has read it.
+/// Each reset takes a few hundred bytes until the peer has read it.
 const MAX_LOCAL_RESETS: usize = 16 * 1024;
 
 /// Permits one connection. Dropping it permits another connection.

@@ -293,8 +293,8 @@ fn purgeable(
             return Ok((keys, Some(key)));
         }
         let Some(Snapshot { record, now }) = readable(shared, &key, value.value()) else { continue };
-        let is_forgettable = record.is_forgettable(now, free_for, shared.rules().grace);
-        if is_forgettable || (record.is_free(now) && shared.in_use().contains(&key)) {
+        let is_purgeable = record.is_purgeable(now, free_for, shared.rules().grace);
+        if is_purgeable || (record.is_free(now) && shared.in_use().contains(&key)) {
             keys.push(key);
         }
     }

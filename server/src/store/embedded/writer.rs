@@ -356,13 +356,13 @@ impl OpenStore {
                 let record = document::decode(key, bytes.value());
                 drop(bytes);
                 let Ok(record) = record else { continue };
-                let is_forgettable = record.is_forgettable(now, free_for, self.rules.grace);
-                if is_forgettable {
+                let is_purgeable = record.is_purgeable(now, free_for, self.rules.grace);
+                if is_purgeable {
                     records.remove(key.as_str())?;
                     purged += 1;
                     changed = Changed::Something;
                 }
-                if is_forgettable || record.is_free(now) {
+                if is_purgeable || record.is_free(now) {
                     freed.push(key);
                 }
             }

@@ -69,8 +69,8 @@ use super::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
-/// How many batches are in flight at once. A batch of several keys takes a command that writes and
-/// one that reads.
+/// How many batches are in flight at once: while one of them reads its records, the other one writes.
+/// More batches would be smaller, and most of the cost of a small batch is overhead.
 const BATCHES: usize = 2;
 
 /// If a majority has acknowledged no heartbeat for this long, commits cannot succeed either.

@@ -78,7 +78,7 @@ impl MongoStore {
     }
 
     /// The filter that matches the records for which
-    /// [`Record::is_forgettable`](crate::lease::Record::is_forgettable) is true. A damaged record
+    /// [`Record::is_purgeable`](crate::lease::Record::is_purgeable) is true. A damaged record
     /// does not match, so it stays.
     pub(super) fn purgeable(&self, range: Document, unused_for: Duration) -> Document {
         // Fields are compared and never used in arithmetic: on a field of another type that would
