@@ -53,7 +53,7 @@ mod peers;
 mod prose;
 /// Proxies between callers and daemons.
 mod proxies;
-/// Purges records of keys that have been free for long.
+/// Purges keys that have long been unused.
 mod purge;
 /// Waiting in the queue of a key, with one daemon and with two.
 mod queue;

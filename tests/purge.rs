@@ -1,4 +1,4 @@
-//! Purges records of keys that have been free for long.
+//! Purges keys that have long been unused.
 
 use leased::store::Store;
 use leased::store::mongo::MongoStore;
@@ -8,7 +8,7 @@ use leased_client::v1::LeaseState;
 use crate::support::{AcquireBuilder, Calls, Daemon, MongoDb, acquire, eventually, ms, refusal, secs};
 
 #[tokio::test]
-async fn only_keys_that_have_long_been_free_are_purged() {
+async fn only_keys_that_have_long_been_unused_are_purged() {
     let daemon = Daemon::start(MongoDb).await;
     let mut client = daemon.client().await;
     let store = MongoStore::connect(daemon.location(), daemon.config.rules).await.unwrap();

@@ -1,4 +1,4 @@
-//! Handoff: the time from the call of a release until the next waiter is told of its grant.
+//! Handoff: the time from the start of a release until the next waiter is told of its grant.
 
 use std::collections::VecDeque;
 use std::time::Duration;

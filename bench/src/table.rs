@@ -18,8 +18,8 @@ pub(crate) fn of(results: &Results) -> String {
     let rounds = results.rounds;
     let _ = write!(
         text,
-        "`{}`: {rounds} rounds of {} s, contenders in turn; median (least .. most). Processor shares are parts of one core, \
-         of the last column's run.\n\n",
+        "`{}`: {rounds} rounds of {} s, contenders in turn; median (least .. most). Processor shares are medians, \
+         in cores, at the largest scale with a result.\n\n",
         results.command, results.seconds
     );
     for line in &results.left_out {

@@ -17,9 +17,9 @@ pub(crate) enum Workload {
     Coalesced,
     /// The largest number of leases kept alive.
     Capacity,
-    /// How long after the call of a release the next waiter is told.
+    /// The time from the start of a release until the next waiter is told.
     Handoff,
-    /// How long after the call of a release a waiter at another daemon or node is told.
+    /// The time from the start of a release until a waiter at another daemon or node is told.
     Relay,
     /// How long after the end of a silent holder's lease the next waiter is told.
     Takeover,
@@ -95,7 +95,7 @@ impl Workload {
                 more_is_better: true,
             },
             Self::Handoff => Facts {
-                title: "Handoff: from the call of a release until the next waiter is told",
+                title: "Handoff: from the start of a release until the next waiter is told",
                 text: "Holder and waiters are at one daemon, or at etcd's leader. A queue in etcd is keys and watches, as etcd's own clients make them.",
                 unit: "waiting",
                 scales: &[1, 8],

@@ -19,8 +19,8 @@
 //!
 //! # The time contract
 //!
-//! The store's clock decides when a lease lapses. The holder's monotonic clock decides when the
-//! holder stops relying on the lease. Where the platform allows it, the holder's clock includes the
+//! The store's clock decides when a lease lapses. The holder's clock decides when the holder
+//! stops relying on the lease. Where the platform allows it, the holder's clock includes the
 //! time for which the machine was suspended. The daemon's clock decides nothing.
 //!
 //! A holder may rely on its lease until

@@ -45,7 +45,7 @@ pub struct Watch {
 #[non_exhaustive]
 pub enum WatchEvent {
     /// One key of a snapshot. A watch begins with a snapshot. Another follows each
-    /// [`Interrupted`](Self::Interrupted), and whenever the reader was too slow for the changes.
+    /// [`Interrupted`](Self::Interrupted), and each time the reader was too slow for the changes.
     Snapshot(KeyInfo),
     /// The end of a snapshot. Keys that were not in it are free.
     SnapshotEnd,
@@ -106,7 +106,7 @@ impl Watch {
     /// Returns the events as a stream. When the connection breaks, the stream reconnects or
     /// continues at another daemon.
     ///
-    /// The stream ends after its first error, one that another attempt would not resolve:
+    /// The stream ends after its first error, which another attempt would not resolve:
     ///
     /// - [`Error::Invalid`], [`Error::LimitExceeded`] and [`Error::Status`] are answers of a
     ///   daemon.

@@ -141,7 +141,10 @@ export class Lease {
     this.#end('closed');
   }
 
-  /** Repeats the acquire until it is answered. All requests share one id, and so one queue entry. */
+  /**
+   * Repeats the acquire until it is answered. Requests share one id, and so one queue entry, unless
+   * its lease has ended.
+   */
   async #requestGrant() {
     const giveUp = performance.now() + this.#wait;
     this.#id = randomUUID();

@@ -4,7 +4,7 @@
 //
 // Exits with 0 when the work is done or was interrupted, 69 if no daemon answers, 73 if the lease
 // was lost, and 75 if another client holds the key. At the start it waits 5 s for a daemon. While
-// it waits for the key, it tries again for as long as it may wait.
+// it waits for the key, it repeats failed calls for as long as it may wait.
 
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';

@@ -148,7 +148,8 @@ class Lease:
         self.release()
 
     def _request_grant(self):
-        """Repeats the acquire until it is answered. All requests share one id and one queue entry."""
+        """Repeats the acquire until it is answered. Requests share one id, and so one queue entry,
+        unless its lease has ended."""
         give_up = now() + self._wait
         pause = 0.1
         self._id = str(uuid.uuid4())

@@ -77,8 +77,8 @@ pub struct Args {
     #[arg(long, env = "LEASED_MAX_TTL", value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     max_ttl: Duration,
 
-    /// How long after a lease has lapsed its key cannot yet be granted to another holder. Covers
-    /// the difference between the clocks of MongoDB's nodes after a failover. All daemons of a
+    /// How long a key cannot be granted to another holder after its lease has lapsed. Covers the
+    /// difference between the clocks of MongoDB's nodes after a failover. All daemons of a
     /// database must have the same value [default: 1s on MongoDB, else 0s].
     #[arg(long, env = "LEASED_GRACE", value_name = "DURATION", value_parser = parse_duration)]
     grace: Option<Duration>,
@@ -143,7 +143,7 @@ struct LimitArgs {
     #[arg(long, env = "LEASED_MAX_LEASES", value_name = "N", default_value_t = 1_000_000)]
     max_leases: usize,
 
-    /// How many messages a second of a keepalive stream get a commit each. Further messages wait
+    /// How many messages of a keepalive stream get a commit each in a second. Further messages wait
     /// and share a commit. A burst may have as many messages as four seconds allow.
     #[arg(long, env = "LEASED_MAX_STREAM_RATE", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     max_stream_rate: u32,
@@ -244,7 +244,7 @@ pub struct Limits {
     pub streams: u32,
     /// The most leases that a keepalive stream tracks.
     pub stream_leases: usize,
-    /// How many messages a second of a keepalive stream get a commit each.
+    /// How many messages of a keepalive stream get a commit each in a second.
     pub stream_rate: u32,
     /// How many bytes partly received messages may have, in the whole daemon.
     pub receiving_bytes: usize,

@@ -55,7 +55,7 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
-    // Leases survive a restart, so a panic that no call contains ends the process.
+    // Leases survive a restart, so a panic that is not contained ends the process.
     panics::install_hook();
     let code = match process() {
         Ok(()) => ExitCode::SUCCESS,
@@ -206,7 +206,7 @@ async fn start_store<S: Store>(
     }
 }
 
-/// Completes [`LAST_ATTEMPT`] after `shutdown` is cancelled. An attempt under way usually completes
+/// Completes when [`LAST_ATTEMPT`] has passed since `shutdown` was cancelled. An attempt under way usually completes
 /// within that time, and then leaves nothing half done.
 async fn last_attempt_is_over(shutdown: &CancellationToken) {
     shutdown.cancelled().await;

@@ -263,7 +263,7 @@ async fn purge<S: Store>(lessor: Lessor<S>, unused_for: Duration, draining: Canc
         };
         match purged {
             Ok(0) => {}
-            Ok(purged) => tracing::info!(purged, "purged keys that have long been free"),
+            Ok(purged) => tracing::info!(purged, "purged keys that have long been unused"),
             Err(error) => tracing::warn!(%error, "could not purge; trying again later"),
         }
     }

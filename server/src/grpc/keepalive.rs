@@ -317,8 +317,8 @@ impl<S: Store> KeepAliveStream<S> {
         None
     }
 
-    /// Returns the results of a message if all its touches can be coalesced. The results take the
-    /// names out of the message.
+    /// Returns the results of a message if all its touches can be coalesced. Moves the names from the
+    /// message into the results.
     fn coalesced(&self, message: &mut KeepAliveRequest) -> Option<Vec<KeepAliveResult>> {
         if !self.coalesces || message.sequence == 0 {
             return None;
@@ -476,7 +476,7 @@ async fn touch<S: Store>(
             Err(CallError::Store(StoreError::Unavailable { .. })) => sleep(RETRY).await,
             Err(error) => return (messages, Err(response::failed(error))),
         }
-        // All, because the other leases' written touches are not young any more.
+        // All, because the last written touches of coalesced leases may no longer be young.
         due = (0..leases.len()).collect();
     }
     (messages, Ok(leases.into_iter().zip(touched).collect()))
@@ -555,7 +555,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_message_is_read_while_as_many_leases_are_refused_as_a_stream_may_have() {
+    async fn no_message_is_read_while_unanswered_refusals_fill_the_streams_limit() {
         let (lessor, _folder) = lessor().await;
         let mut stream =
             KeepAliveStream::new(lessor, &Limits { stream_leases: 3, ..limits() }, UnreadAnswers::default());
@@ -580,7 +580,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_without_a_sequence_takes_its_turn_and_says_why_a_hundred_times() {
+    async fn a_message_without_a_sequence_takes_its_turn_and_a_hundred_refusals_say_why() {
         let (lessor, _folder) = lessor().await;
         let mut stream =
             KeepAliveStream::new(lessor, &Limits { stream_rate: 1, ..limits() }, UnreadAnswers::default());

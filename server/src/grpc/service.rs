@@ -100,7 +100,7 @@ impl<S: Store> LeaseService for Service<S> {
         let name = request::one_lease(request.lease.as_ref())?;
         let released = match request::is_repeated(&headers) {
             // The caller did not get the answer to the first release, and possibly not to the
-            // acquire before it. So a command that asks for the id may still be under way.
+            // acquire before it. So a command that would grant this id a lease may still be under way.
             true => lessor.release_given_up(name).await,
             false => lessor.release(name).await,
         };
@@ -169,8 +169,9 @@ impl<S: Store> LeaseService for Service<S> {
         let request = request.into_inner();
         let (after, limit) = request::page(&request)?;
         let query = ListQuery { prefix: request.prefix, after, limit, include_free: request.include_free };
-        // A listing does not wait for a permit but gets a short page instead. Eight connections
-        // that read nothing can hold all permits, and every listing would wait for ten seconds.
+        // A listing without a permit gets a short page and does not wait, unless the page is a
+        // single large record. Eight connections that read nothing can hold all permits, and every
+        // listing would wait for ten seconds.
         let mut permit = self.permits.try_acquire(lessor.turn().await);
         let mut message = self.page(&lessor, &query, &permit).await?;
         if message.len() <= LARGE {

@@ -54,8 +54,8 @@ pub(crate) struct Admitted {
 }
 
 impl UnreadAnswers {
-    /// Takes a share for `leases` leases if the allowance has room now. A message for more leases
-    /// than the allowance takes all of it: `--max-stream-leases` may allow a stream that many.
+    /// Takes a share for `leases` leases if the allowance has room now. A message without names
+    /// touches all leases of its stream. If they are more than the allowance, it takes all of it.
     pub(crate) fn try_share(&self, leases: usize) -> Option<Share> {
         Arc::clone(&self.leases).try_acquire_many_owned(permits(leases.min(LEASES))).ok()
     }

@@ -99,7 +99,7 @@ pub(crate) struct Histogram(Arc<Buckets>);
 struct Buckets {
     /// The upper bounds of the buckets in rising order, in the unit of observations.
     bounds: &'static [u64],
-    /// The unit that is shown divided by the unit of observations.
+    /// How many units of observations make one unit shown.
     scale: f64,
     /// The observations in each bucket. The last bucket has no bound.
     counts: Box<[AtomicU64]>,
@@ -146,8 +146,8 @@ impl EncodeMetric for Histogram {
         let bounds = bounds.iter().map(|bound| *bound as f64 / scale).chain([f64::INFINITY]);
         let buckets: Vec<(f64, u64)> =
             bounds.zip(counts.iter().map(|count| count.load(Ordering::Relaxed))).collect();
-        // The sum of the buckets that were read, so that the count agrees with them even if other
-        // threads observe meanwhile.
+        // Counted from the buckets that were read, so that it agrees with them even if other threads
+        // observe meanwhile.
         let count = buckets.iter().map(|(_, count)| count).sum();
         let sum = sum.load(Ordering::Relaxed) as f64 / scale;
         encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)

@@ -38,7 +38,7 @@ pub(crate) struct ReceiveBudget {
 }
 
 impl ReceiveBudget {
-    /// Returns a budget of `bytes` for the whole daemon. A connection may always receive the
+    /// Returns a budget of `bytes` for the whole daemon. A connection's share has room for the
     /// largest message.
     pub(crate) fn new(bytes: usize) -> Self {
         let share = (bytes / SHARES).max(PREFIX + MAX_MESSAGE_BYTES);

@@ -116,8 +116,8 @@ impl Default for ResponsePermits {
     }
 }
 
-/// Permits a response that may be large. Has one of its caller's turns, and one of the daemon's
-/// permits if the response is large.
+/// Permits a response. Has one of its caller's turns, and one of the daemon's permits if the response
+/// may be large.
 #[derive(Debug)]
 pub(crate) struct ResponsePermit {
     _caller_turn: engine::Turn,

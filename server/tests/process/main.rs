@@ -24,7 +24,7 @@ mod logging;
 /// Signals that do not end the daemon, and the system's limits on open files and threads.
 mod limits;
 
-/// Panics outside of calls.
+/// Panics that are not contained.
 mod panics;
 
 /// The data file of the embedded store: in use, damaged, foreign, or from a newer version.

@@ -1,4 +1,4 @@
-//! A panic outside of a call ends the process. Each test runs itself again in a child process,
+//! A panic that is not contained ends the process. Each test runs itself again in a child process,
 //! which panics.
 
 use std::env;

@@ -29,9 +29,9 @@ pub(crate) struct Times {
 }
 
 impl Times {
-    /// Returns the times for a TTL. The margin is a quarter of the TTL, at most 10 s. The reserve
-    /// is a tenth of the TTL, at most 1 s. Above 100 s both grow with the TTL, because the reserve
-    /// is at least 1 % of it, for clocks that do not run at the same rate.
+    /// Returns the times for a TTL. For TTLs up to 100 s, the margin is a quarter of the TTL, at most
+    /// 10 s, and the reserve is a tenth, at most 1 s. For longer ones both grow, because the reserve
+    /// is at least 1 % of the TTL, for clocks that do not run at the same rate.
     pub(crate) fn of(ttl: Duration) -> Self {
         let reserve = (ttl / 10).min(USUAL_RESERVE);
         let jeopardy = (ttl / 4).min(LONGEST_MARGIN).saturating_sub(reserve);
