@@ -28,7 +28,7 @@ async fn state(engine: &Lessor<GatedStore>) -> State {
 /// free when the first attempt is applied at last.
 #[rstest]
 #[tokio::test]
-async fn a_refusal_stays_one_when_an_attempt_is_late(
+async fn a_late_attempt_does_not_undo_a_refusal(
     #[values(Origin::Daemon, Origin::Caller)] origin: Origin,
     #[values(Duration::ZERO, Duration::from_millis(50))] wait: Duration,
 ) {
@@ -160,7 +160,7 @@ async fn a_call_whose_first_attempt_is_granted_late_is_answered_with_the_grant()
 
 /// The caller repeats a call that it made at another daemon, whose command is late.
 #[tokio::test]
-async fn a_refusal_of_a_call_that_the_caller_repeats_stays_one() {
+async fn a_refusal_of_a_repeated_call_is_not_undone_later() {
     let (store, id) = (GatedStore::new().await, LeaseId::random());
     let (engine, holder) = (store.engine(usize::MAX / 2), LeaseId::random());
     engine.acquire(ask(holder, Origin::Caller, Duration::ZERO)).await.expect("a grant");
@@ -185,7 +185,7 @@ async fn a_call_is_not_refused_when_its_refusal_cannot_be_made_final() {
     assert!(matches!(answer, Err(CallError::Store(_))), "{answer:?}");
 }
 
-/// Most refused calls were sent once, and must not cost a second commit. The call before was
+/// Most refused calls were sent once, and must not cost a second commit. The granted one was
 /// repeated.
 #[tokio::test]
 async fn a_refusal_of_a_call_that_was_sent_once_costs_no_second_commit() {

@@ -26,8 +26,8 @@ const EDIT_OPS: usize = 2048;
 /// How many operations a batch has at most, of all its edits.
 const BATCH_OPS: usize = 16 * 1024;
 /// How many operations that nobody awaits may be queued. More are dropped, which is safe. A call
-/// that ends during an outage leaves one operation, which takes back what the call asked for, but
-/// that lapses without it too. The daemon repeats its own operations some seconds later.
+/// that ends during an outage leaves one operation, which takes back what the call asked for.
+/// Without it, that lapses later. The daemon repeats its own operations some seconds later.
 pub(super) const UNANSWERED: usize = 16 * 1024;
 
 /// When an operation is committed, relative to others: its round, and a number that orders the

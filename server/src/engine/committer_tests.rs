@@ -183,7 +183,7 @@ async fn touches_do_not_wait_for_all_nudges() {
 }
 
 #[tokio::test]
-async fn the_ids_that_ended_calls_leave_behind_are_bounded() {
+async fn the_leftover_ids_of_ended_calls_are_bounded() {
     let store = GatedStore::new().await;
     let engine = store.engine(usize::MAX / 2);
     let closed = store.close().await;

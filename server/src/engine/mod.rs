@@ -238,8 +238,9 @@ impl<S: Store> Lessor<S> {
         &self.subscribers.metrics
     }
 
-    /// Releases a lease, or takes its id out of the queue. The id is settled from then on: a later
-    /// acquire with it is refused. The next waiter of the queue holds the key when this returns.
+    /// Releases a lease, or takes its id out of the queue. While the record remembers the id, an
+    /// acquire with it is refused. The next waiter of the queue, if it fits, holds the key when
+    /// this returns.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
@@ -277,8 +278,8 @@ impl<S: Store> Lessor<S> {
     /// Revokes the lease with `token`, or the leases of all holders without a token. Returns how
     /// many leases were revoked.
     ///
-    /// Also ends a block by `min_hold`, which counts as one lease: without a token, or if `token`
-    /// was granted last and its lease has been released.
+    /// Without a token, or if `token` was granted last and its lease has been released, also ends a
+    /// `min_hold` block, which counts as one lease.
     ///
     /// # Errors
     /// [`CallError::Store`] if the store fails.
@@ -337,7 +338,7 @@ impl<S: Store> Lessor<S> {
     }
 
     /// Waits until nothing is left to commit. That can take as long as an outage of the store,
-    /// because ids that ended calls left behind are given up again until that succeeds.
+    /// because the ids of calls that have ended are given up again until that succeeds.
     pub async fn settle(&self) {
         self.committer.settle().await;
     }

@@ -51,7 +51,7 @@ impl EditBuilder {
     /// Merges `op` if it fits into the edit, and returns whether it does. Otherwise `op` is for the
     /// next edit.
     ///
-    /// Two operations do not fit together if one asks for an id that the other gives up: an edit
+    /// Two operations do not fit together if one asks for an id that the other ends: an edit
     /// with both would not be idempotent. Two that ask for one id with different modes or limits do
     /// not fit together either: one record could not answer both.
     pub(crate) fn merge(&mut self, op: &Op) -> bool {

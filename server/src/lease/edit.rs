@@ -70,8 +70,8 @@ impl Acquisition {
 /// [`step`](super::step) applies them in a fixed order, which is part of the rules.
 ///
 /// An edit is idempotent: applied again, it gives the same answers. So an edit must not ask for an
-/// id that it also releases or cancels. The code that merges operations puts the second of the two
-/// into the next edit.
+/// id that it releases, cancels or keeps out. The code that merges operations puts the second of
+/// the two into the next edit.
 ///
 /// An empty edit is a *nudge*: it only admits the waiters that may be admitted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -96,8 +96,8 @@ impl Edit {
         self
     }
 
-    /// Adds a release: ends the id for good, whether it holds, waits or is unknown. A command that
-    /// asks for the id later changes nothing.
+    /// Adds a release: ends the id, whether it holds, waits or is unknown. While the record
+    /// remembers the id, a command that asks for it changes nothing.
     #[must_use]
     pub fn release(mut self, id: LeaseId) -> Self {
         self.release.add(id);

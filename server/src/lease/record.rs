@@ -135,7 +135,8 @@ impl Record {
         !self.holders.is_empty() || !self.waiters.is_empty()
     }
 
-    /// Returns true if the key has been unused for `unused_for`, so that its record may be purged.
+    /// Returns true if the record may be purged: the key has been unused for `unused_for`, or for
+    /// [`NEVER_GRANTED`] if it was never granted.
     ///
     /// A key is used while it has a holder or waiter, while a `min_hold` blocks it, and at each
     /// departure. A holder counts until `grace` after its lease lapsed, because a holder that died

@@ -13,11 +13,12 @@ use super::{
 pub const REMEMBERED_DEPARTURES: usize = 8;
 /// How long a record remembers a lasting departure: longer than any command can be under way.
 pub const MEMORY: Duration = Duration::from_secs(60);
-/// A record with this many lasting departures notes further ones as not lasting. They are counted
-/// once, before the edit, so a single large edit may exceed this number and [`SETTLED_DEPARTURES`].
+/// In a record with this many lasting departures, further ones do not last, and settled ones are
+/// dropped. They are counted once, before the edit, so a single large edit may exceed this number
+/// and [`SETTLED_DEPARTURES`].
 pub const LASTING_DEPARTURES: usize = 1024;
 /// At most this many of the lasting departures are [`Reason::Settled`], because anyone can release
-/// unused ids. The other half is left to leases that were revoked or displaced: if such a departure
+/// unused ids. The other half is left to other reasons, such as a revocation: if such a departure
 /// were forgotten, a late command could be granted the lease again.
 pub const SETTLED_DEPARTURES: usize = LASTING_DEPARTURES / 2;
 /// A queue with this many waiters accepts no more.

@@ -79,9 +79,10 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError`] if the store does not answer in time.
     fn list(&self, query: ListQuery) -> impl Future<Output = Result<Page, StoreError>> + Send;
 
-    /// Deletes the records of keys that have been free for `free_for`: not held, waited for or
-    /// blocked. A lease counts as held until it may be taken over, and a waiter until its entry
-    /// lapses. Keeps records that it cannot read. Returns how many records it deleted.
+    /// Deletes the records of keys that have been free for `free_for`, or for an hour if they were
+    /// never granted. A free key is not held, waited for or blocked. A lease counts as held until
+    /// it may be taken over, and a waiter until its entry lapses. Keeps records that it cannot
+    /// read. Returns how many records it deleted.
     ///
     /// # Errors
     /// [`StoreError`]. Records that were deleted before the failure stay deleted.
@@ -253,8 +254,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Returns the error of edits that failed with this error after an earlier command or attempt
-    /// with the outcome `earlier`. Once an outcome is unknown, it stays unknown.
+    /// Returns the error of the edits if this error follows a command or attempt with the outcome
+    /// `earlier`. Once an outcome is unknown, it stays unknown.
     fn after(self, earlier: Outcome) -> Self {
         match (earlier, self) {
             (Outcome::Unknown, Self::Unavailable { cause, .. } | Self::Refused { cause }) => {

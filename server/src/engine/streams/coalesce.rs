@@ -37,14 +37,14 @@ impl Renewal {
 
     /// Like [`Self::remaining`] if a touch at `now` can be coalesced, or else `None`.
     pub(super) fn coalesce(&self, now: BootInstant) -> Option<Duration> {
-        // The record may have been read long after the touch, so little time may be left of a lease
-        // whose touch is young.
+        // The store's clock may have been set, so a lease whose touch is young may have no time
+        // left.
         let is_young = now - self.sent_at < self.coalesce_for;
         Some(self.remaining(now)).filter(|remaining| is_young && !remaining.is_zero())
     }
 
-    /// Has the next touch written. Touches that were coalesced before are still answered with the
-    /// time that is left.
+    /// Makes the next touch a written one. Touches that were coalesced before are still answered
+    /// with the time that is left.
     pub(super) fn stop_coalescing(&mut self) {
         self.coalesce_for = Duration::ZERO;
     }

@@ -114,7 +114,7 @@ impl StreamLease {
         }
     }
 
-    /// Has the next touch written. Returns true if the lease was held so far.
+    /// Makes the next touch a written one. Returns true if the lease was held so far.
     pub(crate) fn stop_coalescing(&self) -> bool {
         let mut state = self.state();
         if let Some(renewal) = &mut state.renewal {

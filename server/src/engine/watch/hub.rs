@@ -141,7 +141,7 @@ impl WatchHub {
         state.is_watched(key) && (rev.is_none() || seen < rev)
     }
 
-    /// Has every watched key read again, because changes may have been missed.
+    /// Marks all watched keys to be read again, because changes may have been missed.
     pub(crate) fn rebuild(&self) {
         let mut state = self.state();
         state.is_stale = !state.watchers.is_empty();

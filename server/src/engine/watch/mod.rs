@@ -175,8 +175,7 @@ pub(crate) async fn run<S: Store>(
     }
 }
 
-/// Lists all keys with these prefixes and reads these keys, and passes the records on to the
-/// subscribers.
+/// Lists all keys with `prefixes`, reads `keys`, and passes all records on to the subscribers.
 async fn rebuild<S: Store>(
     subscribers: &Subscribers,
     committer: &Arc<Committer<S>>,

@@ -115,8 +115,7 @@ impl Mutant {
                 step(record, &released, now, rules)
             },
             Self::SettledTakeAllRoom => |mut record, edit, now, rules| {
-                // The limit of half the room counts only settled departures, so this hides them
-                // from it.
+                // `SETTLED_DEPARTURES` limits only settled departures, so this hides them from it.
                 let is_settled = |departure: &&mut Departure| departure.reason == Reason::Settled;
                 let settled = record.departures.iter_mut().filter(is_settled);
                 let settled: HashSet<LeaseId> = settled

@@ -24,8 +24,8 @@ fn with_a_damaged_one(backend: Backend, damage: Damage) -> (TestStore, Vec<Key>,
 
 const DAMAGED: usize = 4;
 
-/// Checks that the answer for the damaged key is an error, and that every other answer is a record
-/// that its lease holds.
+/// Checks that the answer for the damaged key is an error, and that every other answer shows its
+/// key's lease as holder.
 fn assert_apart(answers: &[ForKey], keys: &[Key], ids: &[LeaseId]) {
     assert_eq!(answers.len(), keys.len());
     for ((answer, key), id) in answers.iter().zip(keys).zip(ids) {

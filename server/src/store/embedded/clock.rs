@@ -6,7 +6,7 @@
 //! same boot uses the same anchor. So setting the wall clock while the machine is up, forward or
 //! back, moves no lease.
 //!
-//! The store's time never goes back: a new anchor is never earlier than the latest commit.
+//! The store's time never goes back behind the latest commit, not even with a new anchor.
 
 use std::fmt::Debug;
 use std::sync::Arc;

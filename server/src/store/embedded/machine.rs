@@ -188,8 +188,7 @@ fn keeps_time(events: &[Event], mutant: Option<ClockMutant>) -> Result<(), TestC
             Event::Boot { off, set_wall } => {
                 machine.boot(off);
                 machine.set_wall(set_wall);
-                // No answer contained a time after the latest commit, so the time may go back to
-                // that commit.
+                // Over a boot the time may go back, but never behind the latest commit.
                 before = kept.latest;
                 clock = kept.start(&machine);
                 let wall = Timestamp(machine.state().wall);

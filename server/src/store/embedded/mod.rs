@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_block_that_is_over_leaves_the_keys_in_use_with_the_next_purge() {
+    async fn a_key_whose_block_is_over_counts_as_in_use_until_the_next_purge() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut store = EmbeddedStore::open(folder.path(), RULES).await.expect("a usable folder");
         let now = Timestamp(1_700_000_000_000);

@@ -3,7 +3,7 @@
 //!
 //! A stalled connection may deliver a command minutes late, when the lease that it asks for was
 //! already granted and released. A late command must change nothing. So each command contains a
-//! limit on the database's clock. A rough estimate suffices for that: if it is wrong the database
+//! limit on the database's clock. A rough estimate suffices: if it is far behind, the database
 //! refuses the command, and the daemon reads the clock again.
 //!
 //! A time that the database reports was true at some instant between the sending of the command and

@@ -50,8 +50,8 @@ impl Failure {
         }
     }
 
-    /// Classifies a driver error. The driver shows no more of its own judgement than `ErrorKind`
-    /// and the server's code.
+    /// Classifies a driver error. The driver shows its own classification only as `ErrorKind` and
+    /// the server's code.
     pub(super) fn from_driver(error: &Error) -> Self {
         let cause = brief(error);
         match error.kind.as_ref() {
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_a_statement_proves_that_nothing_changed_only_before_the_first_one_runs() {
+    fn unless_it_is_late_only_an_error_before_any_statement_proves_that_nothing_changed() {
         assert!(matches!(failed(0, 0, 13), Err(Failure::Refused(_))));
         assert!(matches!(failed(0, 0, 10107), Err(Failure::NotApplied(_))));
         for code in [13, 10107, 13435, 121, 189, 91] {

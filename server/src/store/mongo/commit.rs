@@ -153,7 +153,7 @@ impl MongoStore {
 
     /// Applies a single edit in one round trip. A touch takes a second one if the key has waiters
     /// that this daemon did not know of. No other edit risks a second one: a waiter may be waiting
-    /// for that very release.
+    /// for what it frees.
     async fn apply_one(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
         let batch = [(key.clone(), edit.clone())];
         if edit.only_touches() && self.keys_with_waiters.has_no_known_waiters(key) {

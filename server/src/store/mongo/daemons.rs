@@ -246,7 +246,7 @@ impl Daemons {
         if let Some(id) = id.and_then(identity::read).filter(|id| *id != self.store.id) {
             let started_with = self.store.id;
             return Some(format!(
-                "the records have another identity, {id}, than when this daemon started, {started_with}: they \
+                "the identity of the records is {id}, and was {started_with} when this daemon started: they \
                  were replaced; restart this daemon"
             ));
         }

@@ -69,11 +69,11 @@ use super::{Committed, FeedEvent, FeedState, ForKey, ListQuery, Page, StartError
 use crate::boot_instant::BootInstant;
 use crate::lease::{Edit, Key, Rules, Snapshot, Timestamp};
 
-/// How many batches are in flight at once: while one of them reads its records, the other one writes.
-/// More batches would be smaller, and most of the cost of a small batch is overhead.
+/// How many batches are in flight at once: while one of them reads its records, the other one
+/// writes. More batches would be smaller, and most of the cost of a small batch is overhead.
 const BATCHES: usize = 2;
 
-/// If a majority has acknowledged no heartbeat for this long, commits cannot succeed either.
+/// If no majority has acknowledged a heartbeat for this long, commits cannot succeed either.
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long `leave` may take.
 const FAREWELL: Duration = Duration::from_secs(8);
@@ -252,7 +252,7 @@ impl Store for MongoStore {
         // A primary that has lost its majority does not say so.
         match self.feed.member.silence() {
             Some(silence) if silence > SILENCE => {
-                let cause = format!("a majority has acknowledged no write for {} s", silence.as_secs());
+                let cause = format!("no majority has acknowledged a write for {} s", silence.as_secs());
                 Err(Failure::not_applied(cause).into())
             }
             _ => Ok(()),

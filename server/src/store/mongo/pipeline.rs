@@ -61,7 +61,7 @@ pub(super) fn without_waiters(batch: &[(Key, Edit)], now: &Bson, tag: i64) -> Ve
     let edits = EditSource::new(batch, &used);
     let HolderChanges { stay, gone, blocked_until } =
         HolderChanges::after(&used, &edits, now, Waiters::Absent);
-    // The filter of the command matches only records that an edit has completed, so no field is
+    // The filter of the command matches only records that an edit has filled in, so no field is
     // missing.
     let rev = doc! { "$add": ["$rev", 1_i64] };
     let mut fields = doc! { "holders": stay, "rev": rev.clone(), EDITED_AT: now.clone(), COMMIT_TAG: tag };
@@ -387,8 +387,8 @@ fn and_kept_out(gone: Bson, in_use: impl IntoIterator<Item = Bson>, edits: &Edit
     bind(doc! { "gone": gone }, all)
 }
 
-/// Departures for the `ids` that are not in `known`, as far as there is room. They may take half of
-/// the room, because anyone can release ids that nobody uses.
+/// Departures for the `ids` that are not in `known`, as far as there is room. At most half
+/// of all lasting departures are settled ones, because anyone can release unused ids.
 fn noted(ids: Bson, known: Document, now: &Bson) -> Bson {
     let is_new = doc! { "$not": [{ "$in": ["$$id", "$$known"] }] };
     let unknown = bind(doc! { "known": known }, filter(ids, "id", is_new));
