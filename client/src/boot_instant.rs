@@ -21,8 +21,8 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// The longest duration that is added to an instant. Adding to an `Instant` panics on overflow, and
 /// neither a daemon's answer nor a caller's `Duration::MAX` may cause that.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
-/// The suspended time seems to grow by less than this because the two clocks are not read at the
-/// same instant. No suspension is that short.
+/// The two clocks are not read at the same instant, so the suspended time may seem to grow, by less
+/// than this. No suspension is that short.
 const READING: Duration = Duration::from_millis(1);
 
 /// Whether suspended time counts. The unit tests of this crate run on a paused clock.

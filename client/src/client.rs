@@ -230,8 +230,8 @@ impl Client {
     /// token. Returns how many leases daemons have confirmed as revoked. `reason` goes to the
     /// daemon's log.
     ///
-    /// Without a token, or with the token of the latest grant, the call also ends a block that a
-    /// [`min_hold`](Acquire::min_hold) has left. The block counts as one lease. A lease that is
+    /// Without a token, or if `token` was granted last and its lease was released, the call also
+    /// ends a [`min_hold`](Acquire::min_hold) block. The block counts as one lease. A lease that is
     /// granted later is never revoked, even if the call is retried because its answer was lost.
     ///
     /// # Errors

@@ -42,8 +42,8 @@ pub enum Error {
         /// Why no daemon confirmed it, if the reason is known.
         cause: String,
     },
-    /// The work finished after its lease could no longer be relied on, and so could not be stopped
-    /// in time. Its last steps may have run at the same time as another holder's.
+    /// The work could not be stopped in time, and finished after its lease could no longer be
+    /// relied on. Its last steps may have run at the same time as another holder's.
     #[error("the work ended too late: its lease could no longer be relied on ({cause})")]
     #[non_exhaustive]
     EndedLate {

@@ -70,8 +70,8 @@ impl FencingGuard {
         Self::default()
     }
 
-    /// Checks the token of a write. Apply the write before the next check of the same key, or check
-    /// again.
+    /// Checks the token of a write. If another write of the same key is checked before this one is
+    /// applied, check again.
     ///
     /// # Errors
     /// [`StaleToken`] if a later holder's token has been seen: refuse the write.

@@ -5,6 +5,7 @@ by its own clock, and on the early side:
 
     deadline = sent_at + remaining - margin
 
+After a grant without `waited`, `remaining` is the TTL.
 `sent_at` is read just before a request is sent, and is used once the daemon has confirmed that
 request. The time of the answer is not used, since the answer may have been delayed. For the same
 reason a holder does not rely on a grant from the queue (`waited`) before a touch is confirmed.

@@ -2,9 +2,10 @@
 //! Independent of leases.
 //!
 //! An endpoint is what the user names. A host name with several addresses stands for several
-//! daemons. Each client orders all daemons at random. It uses the first daemon, switches to the
-//! next when that one fails, and returns to the first within minutes once that one serves again. So
-//! the clients of a fleet are spread over all daemons again after any daemon has been down.
+//! daemons. Each client orders all daemons at random, those of the likelier address family first.
+//! It uses the first daemon, switches to the next when that one fails, and returns to the first
+//! within minutes once that one serves again. So the clients of a fleet are spread over all daemons
+//! again after any daemon has been down.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};

@@ -220,7 +220,7 @@ fn ctrl_z_does_nothing_under_a_shell_without_job_control(
     assert!(ended.stdout.contains("got:one:") && ended.stdout.contains("next"), "{ended:?}");
 }
 
-/// timeout(1) runs leasectl in a background process group. It ignores the signals that stop this
+/// timeout(1) runs leasectl in a background process group, and ignores the signals that stop this
 /// group when leasectl uses the terminal.
 #[test]
 fn a_program_around_leasectl_that_ignores_stop_signals_continues() {

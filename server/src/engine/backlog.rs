@@ -26,8 +26,8 @@ const EDIT_OPS: usize = 2048;
 /// How many operations a batch has at most, of all its edits.
 const BATCH_OPS: usize = 16 * 1024;
 /// How many operations that nobody awaits may be queued. More are dropped, which is safe. A call
-/// that ends during an outage leaves one operation, which takes back what the call asked for.
-/// Without it, that lapses later. The daemon repeats its own operations some seconds later.
+/// that ends during an outage leaves one operation, which ends its lease or entry. If dropped, these
+/// lapse later. The daemon repeats its own operations some seconds later.
 pub(super) const UNANSWERED: usize = 16 * 1024;
 
 /// When an operation is committed, relative to others: its round, and a number that orders the
@@ -93,8 +93,8 @@ pub(super) struct Backlog {
     /// any more is skipped.
     ready: BinaryHeap<Reverse<(Rank, Key)>>,
     ready_keys: usize,
-    /// The round that is being committed: the latest among those of the first operations of the
-    /// keys that were taken.
+    /// The round that is being committed. The first operation of each key that was taken has a round;
+    /// this is the latest of them.
     pub(super) round: u64,
     /// The latest round that an operation was given.
     latest_round: u64,

@@ -14,7 +14,7 @@ pub(super) const BURST: u32 = 4;
 pub(super) struct RateLimiter {
     /// The time that one message takes at the exact rate.
     interval: Duration,
-    /// When all messages so far would have arrived at the exact rate.
+    /// When the last message so far would be due, if all came at the exact rate.
     due: Instant,
 }
 

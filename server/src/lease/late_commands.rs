@@ -7,9 +7,9 @@
 //! - At the end of a history an id holds or waits only if its caller may still want it.
 //!
 //! The callers follow docs/semantics.md. They choose an id for each acquisition and mark a repeated
-//! call as a repetition. If they gave up an acquire, they mark its release as given up. Any
-//! command may be delayed or lost. But no command takes effect later than [`MAX_COMMAND_DELAY`]
-//! after it was sent, and no call reaches a daemon later than [`MAX_CALL_DELAY`].
+//! call as a repetition. If they gave up an acquire, they mark its release as given up.
+//! Releases may arrive at any time. Any other command may be lost, or delayed by up to
+//! [`MAX_COMMAND_DELAY`]. No call reaches a daemon later than [`MAX_CALL_DELAY`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -433,8 +433,8 @@ fn random_histories_find_the_faults_of_mutants() {
     }
 }
 
-/// For each part of the rules, a history in which an id that has ended holds or waits if the part
-/// is missing.
+/// For each part of the rules, a history in which, without that part, an id holds or waits after
+/// its end.
 #[test]
 fn each_part_of_the_rules_is_needed() {
     use Answer::{Delivered, Lost};
@@ -519,8 +519,8 @@ fn each_part_of_the_rules_is_needed() {
     let without_keep_out = Simulation { refusal: None, ..Simulation::new(step) };
     assert!(without_keep_out.play(&history).is_err(), "no property needs that refused ids are kept out");
 
-    // The refusal is lost. The caller asks again at another daemon and is granted the lease. Then
-    // the command arrives that the first daemon commits before a refusal.
+    // The first daemon has not refused yet. The caller asks again at another daemon and is granted
+    // the lease. Then the command arrives that precedes the refusal.
     let refused = [Call(TRY), Ask(TRY), Ask(TRY), Arrive(1, Delivered)];
     let granted = [Ask(TRY), Release(HOLDER), Arrive(3, Lost), Arrive(2, Delivered)];
     let history = [&holds[..], &refused, &granted, &[Arrive(1, Lost)]].concat();

@@ -13,8 +13,8 @@ use super::{
 pub const REMEMBERED_DEPARTURES: usize = 8;
 /// How long a record remembers a lasting departure: longer than any command can be under way.
 pub const MEMORY: Duration = Duration::from_secs(60);
-/// In a record with this many lasting departures, further ones do not last, and settled ones are
-/// dropped. They are counted once, before the edit, so a single large edit may exceed this number
+/// In a record with this many lasting departures, new ones do not last, and new settled ones are
+/// not noted. They are counted once, before the edit, so a single large edit may exceed this number
 /// and [`SETTLED_DEPARTURES`].
 pub const LASTING_DEPARTURES: usize = 1024;
 /// At most this many of the lasting departures are [`Reason::Settled`], because anyone can release

@@ -49,7 +49,11 @@ impl<S: Store> Collector for DaemonCollector<S> {
             ("leases", bounds.leases),
         ];
         let limits = limits.map(|(limit, most)| ([("limit", limit)], most as u64));
-        gauge(&mut encoder, ("leased_limit", "How many of each there may be at once."), limits)?;
+        gauge(
+            &mut encoder,
+            ("leased_limit", "The most connections, waiting calls, watches or leases at once."),
+            limits,
+        )?;
 
         let is_ready = u64::from(self.health.readiness() == Readiness::Ready);
         gauge(

@@ -34,9 +34,10 @@ use crate::lease::{Edit, Key, Record, Rules, Snapshot, Timestamp};
 pub trait Store: Send + Sync + 'static {
     /// Applies each key's edit to its record and returns the records. The keys must be different.
     ///
-    /// Tries once, for at most `deadline`. After [`StoreError::Unavailable`] the batch can be
-    /// repeated, since edits are idempotent. A caller that drops the future before it completes
-    /// must not use the keys of the batch again, because the batch may still be under way.
+    /// Tries once, until about `deadline`; `Retrying` repeats until then. After
+    /// [`StoreError::Unavailable`] the batch can be repeated, since edits are idempotent. A caller
+    /// that drops the future before it completes must not use the keys of the batch again, because
+    /// the batch may still be under way.
     ///
     /// If a record cannot be read, or its edit cannot be applied, the result for its key is
     /// [`StoreError::Unreadable`]. The other edits of the batch are applied.
@@ -254,7 +255,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Returns the error of the edits if this error follows a command or attempt with the outcome
+    /// Returns the error of the edits, given that an earlier command or attempt had the outcome
     /// `earlier`. Once an outcome is unknown, it stays unknown.
     fn after(self, earlier: Outcome) -> Self {
         match (earlier, self) {

@@ -7,7 +7,7 @@
 //!            in jeopardy │  └──────────────────┐
 //!               SIGTERM  ▼                     ▼
 //!                      ending ─────────────► over: exit 73
-//!                             the command ends, or SIGKILL: the lease is lost, or its end is near
+//!                      the command ends, or gets SIGKILL once the lease is lost or near its end
 //! ```
 
 use std::ffi::OsString;

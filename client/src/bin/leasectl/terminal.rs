@@ -70,9 +70,9 @@ impl Terminal {
             return false;
         }
         if [Signal::TTIN, Signal::TTOU].contains(&signal) {
-            // These two signals stop this process, spare programs in the group that lend the
-            // terminal, such as timeout(1), and show a leasectl around this one that the command
-            // needs the terminal.
+            // These two signals stop this process, but not programs that ignore them, such as
+            // timeout(1). They also show a leasectl around this one that the command needs the
+            // terminal.
             return kill_current_process_group(signal).is_ok();
         }
         // The group gets SIGTSTP and never SIGSTOP, which would also stop the guardian of a

@@ -51,8 +51,8 @@ use crate::lease::{Edit, FencingToken, Key, Rules, Snapshot};
 /// How many batches are in flight at once. The writer groups all waiting batches into one
 /// transaction, so more batches in flight do not shrink its writes.
 const BATCHES: usize = 4;
-/// How many threads read keys, and how many read pages. A page takes long if it passes many free
-/// keys, and the engine must not wait for that when it reads keys.
+/// How many threads read keys, and how many read pages. A page may take long, and the engine must
+/// not wait for that when it reads keys.
 const KEY_READERS: usize = 4;
 const PAGE_READERS: usize = 4;
 /// A page ends when it has more bytes than this.

@@ -151,9 +151,9 @@ impl MongoStore {
         batch.iter().map(|(key, _)| answers.remove(key).ok_or_else(missing)).collect()
     }
 
-    /// Applies a single edit in one round trip. A touch takes a second one if the key has waiters
-    /// that this daemon did not know of. No other edit risks a second one: a waiter may be waiting
-    /// for what it frees.
+    /// Applies a single edit in one round trip. A touch takes a second one if the key has no
+    /// record, or waiters unknown to this daemon. Other edits risk no second one: they may free
+    /// what a waiter waits for.
     async fn apply_one(&self, key: &Key, edit: &Edit, effects: &Effects) -> Result<ForKey, Failure> {
         let batch = [(key.clone(), edit.clone())];
         if edit.only_touches() && self.keys_with_waiters.has_no_known_waiters(key) {

@@ -387,8 +387,8 @@ fn and_kept_out(gone: Bson, in_use: impl IntoIterator<Item = Bson>, edits: &Edit
     bind(doc! { "gone": gone }, all)
 }
 
-/// Departures for the `ids` that are not in `known`, as far as there is room. At most half
-/// of all lasting departures are settled ones, because anyone can release unused ids.
+/// Departures for the `ids` that are not in `known`, as far as there is room. At most
+/// `SETTLED_DEPARTURES` of the lasting ones are settled, because anyone can release unused ids.
 fn noted(ids: Bson, known: Document, now: &Bson) -> Bson {
     let is_new = doc! { "$not": [{ "$in": ["$$id", "$$known"] }] };
     let unknown = bind(doc! { "known": known }, filter(ids, "id", is_new));

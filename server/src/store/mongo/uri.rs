@@ -23,9 +23,9 @@ const READS: [(&str, Option<&str>, &str); 4] = [
     ("maxStalenessSeconds", None, "leave it out"),
 ];
 
-/// How many connections a daemon uses at once: one for the change stream, which keeps it while it
-/// waits for changes, two for batches of commits, and one for background work, such as the build of
-/// an index. With fewer, commits would wait for the other work.
+/// The smallest pool that is accepted: one connection for the change stream, which keeps it while
+/// it waits for changes, two for batches of commits, and one for background work, such as the build
+/// of an index. With fewer, commits would wait for the other work.
 const CONNECTIONS: u32 = 4;
 
 /// Options for compression, which is not built in. The driver would report them as misspelled.
