@@ -266,4 +266,23 @@ mod tests {
         search(true).expect("a proof");
         search(false).expect_err("it is noticed when the replies are not noted");
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_has_the_time_that_is_left_and_a_refusal_ends_the_batch() {
+        const DEADLINE: Duration = Duration::from_secs(5);
+        let until = Instant::now() + DEADLINE;
+        let repetitions = Counter::default();
+        let attempt = async |_, left| {
+            assert_eq!(Instant::now() + left, until);
+            // The attempts before this one may have changed something, so the refusal of this one
+            // does not prove that nothing was changed.
+            Err(match repetitions.get() {
+                3 => StoreError::Refused { cause: "no".to_owned() },
+                _ => StoreError::Unavailable { outcome: Outcome::Unknown, cause: "lost".to_owned() },
+            })
+        };
+        let error = repeat(Arc::default(), DEADLINE, &repetitions, attempt).await.expect_err("a refusal");
+        assert!(matches!(error, StoreError::Unavailable { outcome: Outcome::Unknown, .. }), "{error}");
+        assert_eq!(repetitions.get(), 3, "a refused batch is not repeated");
+    }
 }
